@@ -1,0 +1,231 @@
+"""Every setting of a NEAT run, as one `TrainingArguments`.
+
+The import costs what `transformers.TrainingArguments` costs (seconds: it brings torch), so the command line imports it
+only when a command needs it. Field help texts are what `neat-align train --help` prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from neat_align.errors import ConfigError
+
+RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo")
+NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
+PLACEMENTS = ("system", "user_suffix", "affix")
+
+
+@dataclass
+class NEATConfig(TrainingArguments):
+    """`TrainingArguments` plus NEAT's own fields. One epoch is one round; one training row is one group.
+
+    `per_device_train_batch_size` counts groups, not completions. `num_train_epochs` is the number of rounds.
+    """
+
+    # ---- what other defaults TrainingArguments has, and why NEAT's differ ----
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Peak learning rate of AdamW. Full fine-tuning wants about 1e-5, LoRA about 1e-4."}
+    )
+    bf16: bool = field(
+        default=True,
+        metadata={"help": "Compute in bf16 autocast. Trainable weights stay fp32 (bf16 weights do not move at small learning rates)."},
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to checkpoint: `epoch` is after every round."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: reward functions get every column."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Groups (prompts with all their completions) per forward pass."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout probability to zero, so that the policy that samples is the one that learns."}
+    )
+
+    # ---- rounds and sampling ----
+    prompts_per_round: int = field(
+        default=64,
+        metadata={"help": "Groups per round. One batch is fully on-policy; the whole data set is the paper's two-stage form."},
+    )
+    num_positive: int = field(default=2, metadata={"help": "Completions per prompt under the positive instruction."})
+    num_negative: int = field(default=2, metadata={"help": "Completions per prompt under the negative instruction."})
+    num_plain: int = field(default=0, metadata={"help": "Completions per prompt without an instruction."})
+    use_human_completions: bool = field(
+        default=True, metadata={"help": "Add the data's own `chosen` and `rejected` answers to each group where there are any."}
+    )
+    negative_policy: str = field(
+        default="current",
+        metadata={"help": "Who writes the negatives: `current`, or `initial` (the start policy), for when the current one no longer obeys."},
+    )
+    instruction_bank: str = field(
+        default="harmlessness",
+        metadata={"help": "Name of a shipped bank (harmlessness, helpfulness, honesty, politeness) or path of a YAML file with pairs."},
+    )
+    instruction_placement: str = field(
+        default="user_suffix",
+        metadata={"help": "Where the instruction goes: `system` turn, `user_suffix` of the last user turn, or `affix` to the assistant turn."},
+    )
+    max_prompt_length: int = field(
+        default=512, metadata={"help": "Longest plain prompt, in tokens. A longer one is an error that names its row; nothing is cut."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens, end-of-turn included."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; above 0."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling: keep the smallest set of tokens with this probability; 1 keeps all."})
+    top_k: int = field(default=0, metadata={"help": "Keep only this many likeliest tokens; 0 keeps all."})
+    generation_batch_size: int = field(
+        default=64, metadata={"help": "Completions sampled at once. Changes speed and memory, never which seeds are drawn."}
+    )
+
+    # ---- rewards and ranking ----
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward function; None is 1 for each. The reward is the weighted sum."}
+    )
+    rank_by: str = field(
+        default="reward",
+        metadata={"help": "`reward`, or `origin` (positive and chosen above plain above negative and rejected) for runs without a reward."},
+    )
+    reward_margin: float = field(
+        default=0.0, metadata={"help": "Completion i ranks above j when its reward is higher by more than this, in reward units."}
+    )
+
+    # ---- objective ----
+    ranking_loss: str = field(default="logistic", metadata={"help": "hinge (RRHF, SLiC), logistic (SimPO's form), listwise (PRO), or dpo."})
+    hinge_margin: float | None = field(
+        default=None, metadata={"help": "Margin m of the hinge, in nats per token (nats when length_power is 0). Only with hinge; 0 when unset."}
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Scale of log-probability differences in logistic, listwise and dpo. Not with hinge. Unset: 2, 1, 0.1."},
+    )
+    gamma: float | None = field(
+        default=None, metadata={"help": "Target margin inside the sigmoid of the logistic loss (SimPO's gamma). Only with logistic; 0 when unset."}
+    )
+    length_power: float = field(
+        default=1.0, metadata={"help": "Scores divide the summed log-probability by length to this power: 1 is the mean, 0 the sum."}
+    )
+    pair_reduction: str = field(default="mean", metadata={"help": "`mean` over a group's pairs, or `sum` (RRHF's form)."})
+    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss on the best completion."})
+    lm_on_bad_origins: bool = field(
+        default=False, metadata={"help": "Let a negative or rejected completion be the language-modelling target when it is the best."}
+    )
+    negative_penalty: str = field(
+        default="none", metadata={"help": "Bounded penalty on negatives rewarded below the group's median: none, unlikelihood, or npo."}
+    )
+    negative_weight: float = field(default=0.0, metadata={"help": "Weight of the negative penalty; above 0 exactly when there is one."})
+    npo_beta: float = field(default=0.1, metadata={"help": "Inverse temperature of the npo penalty (2404.05868)."})
+    kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the KL term: k3 estimate to the start policy on the group's own tokens, nats per token."}
+    )
+
+    # ---- limits: success can be collapse ----
+    drift_prompts: int = field(
+        default=16,
+        metadata={"help": "Plain prompts sampled before every round to measure KL to the start, distinct-2 and length; 0 turns it off."},
+    )
+    max_kl: float | None = field(
+        default=None, metadata={"help": "Stop when the exact KL to the start policy on plain samples passes this, in nats per token."}
+    )
+    min_distinct2_ratio: float = field(
+        default=0.5, metadata={"help": "Stop when distinct-2 of plain samples falls below this share of its value at the start; 0 turns it off."}
+    )
+    min_pair_fraction: float = field(
+        default=0.1, metadata={"help": "Stop when fewer than this share of a round's prompts give a pair to rank."}
+    )
+
+    # ---- evaluation and output ----
+    num_eval_prompts: int | None = field(default=None, metadata={"help": "Evaluate on the first this many held-out prompts; None is all."})
+    evaluate_contrast: bool = field(
+        default=True, metadata={"help": "Evaluation also samples under the positive and the negative instruction."}
+    )
+    log_completions: bool = field(default=False, metadata={"help": "Print a few groups of every round to the terminal."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
+        _check_choice("negative_penalty", self.negative_penalty, NEGATIVE_PENALTIES)
+        _check_choice("instruction_placement", self.instruction_placement, PLACEMENTS)
+        _check_choice("rank_by", self.rank_by, ("reward", "origin"))
+        _check_choice("negative_policy", self.negative_policy, ("current", "initial"))
+        _check_choice("pair_reduction", self.pair_reduction, ("mean", "sum"))
+        _check_numbers(self)
+        _check_ignored(self)
+
+    @property
+    def num_generations(self) -> int:
+        """Completions sampled per prompt; the data's own answers come on top."""
+        return self.num_positive + self.num_negative + self.num_plain
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective needs the start policy's log-probabilities (the logged KL needs them too)."""
+        return self.ranking_loss == "dpo" or self.negative_penalty == "npo" or self.kl_weight > 0
+
+    @property
+    def resolved_beta(self) -> float:
+        """`beta`, or the default of the chosen ranking loss."""
+        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": 0.1, "hinge": 1.0}
+        return defaults[self.ranking_loss] if self.beta is None else self.beta
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def _check_numbers(c: NEATConfig) -> None:
+    at_least_one = ("prompts_per_round", "max_prompt_length", "max_completion_length", "generation_batch_size")
+    for name in at_least_one:
+        if getattr(c, name) < 1:
+            raise ConfigError(f"{name} is {getattr(c, name)}; it must be 1 or more")
+    not_negative = (
+        *("num_positive", "num_negative", "num_plain", "top_k", "reward_margin", "lm_weight", "negative_weight", "kl_weight"),
+        *("length_power", "drift_prompts", "min_distinct2_ratio", "min_pair_fraction"),
+    )
+    for name in not_negative:
+        if getattr(c, name) < 0:
+            raise ConfigError(f"{name} is {getattr(c, name)}; it must not be negative")
+    if c.learning_rate < 0:
+        raise ConfigError(f"learning_rate is {c.learning_rate}; it must not be negative")
+    if c.temperature <= 0:
+        raise ConfigError(
+            f"temperature is {c.temperature}; it must be above 0 (at 0 every completion of a prompt would be the same, and "
+            "there would be nothing to rank)"
+        )
+    if not 0 < c.top_p <= 1:
+        raise ConfigError(f"top_p is {c.top_p}; it must be above 0 and at most 1")
+    if c.beta is not None and c.beta <= 0:
+        raise ConfigError(f"beta is {c.beta}; it must be above 0")
+    if c.npo_beta <= 0:
+        raise ConfigError(f"npo_beta is {c.npo_beta}; it must be above 0")
+    if c.max_kl is not None and c.max_kl <= 0:
+        raise ConfigError(f"max_kl is {c.max_kl}; it must be above 0, or unset")
+    if c.num_train_epochs < 1 or c.num_train_epochs != int(c.num_train_epochs):
+        raise ConfigError(f"num_train_epochs is {c.num_train_epochs}; it is the number of rounds, a whole number of 1 or more")
+    if c.num_generations < 1:
+        raise ConfigError("num_positive, num_negative and num_plain are all 0: nothing would be sampled; set at least one")
+
+
+def _check_ignored(c: NEATConfig) -> None:
+    """Refuse options that the chosen mode would silently ignore."""
+    if c.hinge_margin is not None and c.ranking_loss != "hinge":
+        raise ConfigError(f"hinge_margin is set but ranking_loss is {c.ranking_loss}: remove it, or use ranking_loss: hinge")
+    if c.beta is not None and c.ranking_loss == "hinge":
+        raise ConfigError("beta is set but the hinge loss has none: remove it (the hinge's scale is hinge_margin)")
+    if c.gamma is not None and c.ranking_loss != "logistic":
+        raise ConfigError(f"gamma is set but ranking_loss is {c.ranking_loss}: only logistic has a target margin")
+    if (c.negative_penalty == "none") != (c.negative_weight == 0):
+        raise ConfigError(
+            f"negative_penalty is {c.negative_penalty} and negative_weight is {c.negative_weight}: set both, or neither"
+        )
+    if c.negative_penalty != "none" and c.num_negative == 0:
+        raise ConfigError("negative_penalty is set but num_negative is 0: there would be nothing to penalise")
+    if c.negative_policy == "initial" and c.num_negative == 0:
+        raise ConfigError("negative_policy is initial but num_negative is 0: remove it, or sample negatives")
+    if c.max_kl is not None and c.drift_prompts == 0:
+        raise ConfigError("max_kl is set but drift_prompts is 0: nothing would measure the KL; set drift_prompts to 8 or more")
+    if c.remove_unused_columns:
+        raise ConfigError("remove_unused_columns must stay false: reward functions are given every column of the data")
+    if c.dataloader_persistent_workers:
+        raise ConfigError("dataloader_persistent_workers would keep serving the first round's groups: set it to false")
+    if c.dataloader_drop_last:
+        raise ConfigError("dataloader_drop_last would throw sampled groups away: set it to false")
+    if c.label_smoothing_factor:
+        raise ConfigError("label_smoothing_factor has no meaning in NEAT's losses: set it to 0")

@@ -1,0 +1,27 @@
+"""The errors a user can meet. Each message says what came, what was needed, and what to change."""
+
+from __future__ import annotations
+
+
+class NEATError(ValueError):
+    """Base of every error that neat-align raises for the person at the keyboard."""
+
+
+class ConfigError(NEATError):
+    """A configuration that cannot train, or an option that the chosen mode would ignore."""
+
+
+class DataError(NEATError):
+    """A prompt or preference row that cannot be used; names file, line and field."""
+
+
+class PromptError(NEATError):
+    """An instruction, bank or chat template that would make a prompt wrong or the contrast empty."""
+
+
+class RewardError(NEATError):
+    """A reward function that raised, or returned something that is not a score."""
+
+
+class CollapseError(NEATError):
+    """The policy drifted past a limit that the configuration set (`max_kl`, `min_distinct2_ratio`, no pairs left)."""

@@ -1,0 +1,236 @@
+"""Completions and the groups they form: plain frozen records, their Arrow form, and their exports.
+
+No torch here: a group file can be opened, checked and turned into a preference data set on a machine that cannot train.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+
+from neat_align.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Origin: TypeAlias = Literal["positive", "negative", "plain", "chosen", "rejected"]
+Polarity: TypeAlias = Literal["positive", "negative", "plain"]
+FinishReason: TypeAlias = Literal["stop", "length"]
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | list[Message]
+
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
+# What `rank_by: origin` means: a larger number is better; equal numbers make no pair.
+ORIGIN_RANK: dict[Origin, int] = {"positive": 2, "chosen": 2, "plain": 1, "negative": 0, "rejected": 0}
+# Origins that were written to be bad; never the target of the language-modelling loss by default.
+BAD_ORIGINS: frozenset[Origin] = frozenset({"negative", "rejected"})
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer to one prompt.
+
+    `token_ids` holds the end-of-turn token when `finish_reason` is "stop" and does not when it is "length" (cut).
+    `instruction` is the text that made the answer positive or negative; None for plain and human answers.
+    `sampling_logprob` is the **sum** over tokens, in nats, under the prompt the completion was sampled with, of the
+    untempered policy; None for human answers. `policy_logprobs` and `ref_logprobs` are per-token log-probabilities in
+    nats under the **plain** prompt, of the policy that began the round and of the start policy; empty when not computed.
+    `reward` is the weighted sum of `reward_components` (one a reward function, None where it abstained), higher is
+    better; None when every function abstained.
+    """
+
+    origin: Origin
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason = "stop"
+    instruction: str | None = None
+    seed: int | None = None
+    sampling_logprob: float | None = None
+    policy_logprobs: tuple[float, ...] = ()
+    ref_logprobs: tuple[float, ...] = ()
+    reward: float | None = None
+    reward_components: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionGroup:
+    """All completions of one prompt. `prompt_ids` is the plain prompt as the policy sees it, generation prompt included."""
+
+    prompt_id: str
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+
+
+def rank_keys(group: CompletionGroup, rank_by: Literal["reward", "origin"]) -> list[float | None]:
+    """The number by which each completion is ranked, higher is better; None takes part in no pair."""
+    if rank_by == "origin":
+        return [float(ORIGIN_RANK[c.origin]) for c in group.completions]
+    return [c.reward for c in group.completions]
+
+
+def ordered_pairs(keys: Sequence[float | None], margin: float) -> list[tuple[int, int]]:
+    """Pairs (i, j) with key i above key j by more than `margin`. Ties, near-ties and missing keys make no pair."""
+    present = [(i, k) for i, k in enumerate(keys) if k is not None]
+    return [(i, j) for i, a in present for j, b in present if a - b > margin]
+
+
+def best_index(group: CompletionGroup, *, allow_bad_origins: bool = False) -> int | None:
+    """Index of the language-modelling target y*: the best-rewarded completion that ended by itself.
+
+    Completions of negative or rejected origin are eligible only with `allow_bad_origins`; cut ones and ones without a
+    reward never are. Ties go to the earlier completion. None when nothing is eligible.
+    """
+    best: int | None = None
+    best_reward = -math.inf
+    for i, c in enumerate(group.completions):
+        eligible = c.finish_reason == "stop" and (allow_bad_origins or c.origin not in BAD_ORIGINS)
+        if eligible and c.reward is not None and c.reward > best_reward:
+            best, best_reward = i, c.reward
+    return best
+
+
+# ---- Arrow -----------------------------------------------------------------------------------------------------------
+
+_COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("completions", "text"),
+    ("origins", "origin"),
+    ("rewards", "reward"),
+    ("indices", "index"),
+    ("instructions", "instruction"),
+    ("finish_reasons", "finish_reason"),
+    ("seeds", "seed"),
+    ("completion_ids", "token_ids"),
+    ("sampling_logprobs", "sampling_logprob"),
+    ("policy_logprobs", "policy_logprobs"),
+    ("ref_logprobs", "ref_logprobs"),
+    ("reward_components", "reward_components"),
+)
+
+
+def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> pa.Schema:
+    """Schema of a group file: one row a group, one list a completion field, all lists of a row equally long."""
+    import pyarrow as pa
+
+    prompt_type: Any = pa.string()
+    if conversational:
+        prompt_type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    ints, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
+    item_types: dict[str, Any] = {
+        "completions": pa.string(),
+        "origins": pa.string(),
+        "rewards": pa.float64(),
+        "indices": pa.int32(),
+        "instructions": pa.string(),
+        "finish_reasons": pa.string(),
+        "seeds": pa.uint64(),
+        "completion_ids": ints,
+        "sampling_logprobs": pa.float64(),
+        "policy_logprobs": floats,
+        "ref_logprobs": floats,
+        "reward_components": pa.list_(pa.float64()),
+    }
+    fields = [("prompt_id", pa.string()), ("prompt", prompt_type), ("prompt_ids", ints)]
+    fields += [(name, pa.list_(item_types[name])) for name, _ in _COMPLETION_COLUMNS]
+    return pa.schema(fields, metadata={"neat_align.reward_names": "\n".join(reward_names)})
+
+
+def groups_to_table(groups: Sequence[CompletionGroup], reward_names: Sequence[str] = ()) -> pa.Table:
+    """Groups as an Arrow table, in order. Prompts of one table are all text or all conversations."""
+    import pyarrow as pa
+
+    conversational = bool(groups) and not isinstance(groups[0].prompt, str)
+    if any(isinstance(g.prompt, str) == conversational for g in groups):
+        raise DataError("groups of one file mix text prompts and conversations: keep them in two files")
+    rows: list[dict[str, Any]] = []
+    for g in groups:
+        row: dict[str, Any] = {"prompt_id": g.prompt_id, "prompt": g.prompt, "prompt_ids": list(g.prompt_ids)}
+        for column, field in _COMPLETION_COLUMNS:
+            row[column] = [getattr(c, field) for c in g.completions]
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=arrow_schema(conversational=conversational, reward_names=reward_names))
+
+
+def groups_from_table(table: pa.Table) -> list[CompletionGroup]:
+    """The inverse of `groups_to_table`."""
+    missing = sorted({"prompt_id", "prompt", "prompt_ids", *(c for c, _ in _COMPLETION_COLUMNS)} - set(table.column_names))
+    if missing:
+        raise DataError(f"this is not a group file: columns {', '.join(missing)} are missing (it has {table.column_names})")
+    groups: list[CompletionGroup] = []
+    for row in table.to_pylist():
+        columns = [row[column] for column, _ in _COMPLETION_COLUMNS]
+        completions = []
+        for values in zip(*columns, strict=True):
+            kwargs = dict(zip((field for _, field in _COMPLETION_COLUMNS), values, strict=True))
+            for name in ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components"):
+                kwargs[name] = tuple(kwargs[name] or ())
+            completions.append(Completion(**kwargs))
+        groups.append(CompletionGroup(row["prompt_id"], row["prompt"], tuple(row["prompt_ids"]), tuple(completions)))
+    return groups
+
+
+def reward_names_of(table: pa.Table) -> list[str]:
+    """Names of the reward functions behind `reward_components`, in order."""
+    metadata = cast("dict[bytes, bytes]", table.schema.metadata or {})
+    joined = metadata.get(b"neat_align.reward_names", b"").decode()
+    return joined.split("\n") if joined else []
+
+
+def read_groups(path: str | Path) -> list[CompletionGroup]:
+    """Groups of one Parquet file."""
+    import pyarrow.parquet as pq
+
+    return groups_from_table(pq.read_table(path))
+
+
+# ---- Exports ---------------------------------------------------------------------------------------------------------
+
+
+def ranked_rows(groups: Iterable[CompletionGroup]) -> list[dict[str, Any]]:
+    """One row a group: `prompt`, `completions`, `rewards`, `origins`, best reward first (PRO's and RRHF's shape)."""
+    rows = []
+    for g in groups:
+        order = sorted(g.completions, key=lambda c: -math.inf if c.reward is None else c.reward, reverse=True)
+        rows.append(
+            {
+                "prompt": g.prompt,
+                "completions": [c.text for c in order],
+                "rewards": [c.reward for c in order],
+                "origins": [c.origin for c in order],
+            }
+        )
+    return rows
+
+
+def preference_rows(groups: Iterable[CompletionGroup], *, margin: float = 0.0) -> list[dict[str, Any]]:
+    """One row a group: best against worst, in TRL's preference format. Groups without such a pair are left out."""
+    rows = []
+    for g in groups:
+        scored = [c for c in g.completions if c.reward is not None]
+        if not scored:
+            continue
+        best = max(scored, key=lambda c: cast("float", c.reward))
+        worst = min(scored, key=lambda c: cast("float", c.reward))
+        if cast("float", best.reward) - cast("float", worst.reward) <= margin:
+            continue
+        chosen: Any = best.text
+        rejected: Any = worst.text
+        if not isinstance(g.prompt, str):
+            chosen = [{"role": "assistant", "content": best.text}]
+            rejected = [{"role": "assistant", "content": worst.text}]
+        rows.append(
+            {
+                "prompt": g.prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_reward": best.reward,
+                "rejected_reward": worst.reward,
+                "chosen_origin": best.origin,
+                "rejected_origin": worst.origin,
+            }
+        )
+    return rows
