@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from neat_align.errors import ConfigError
@@ -138,6 +139,8 @@ class NEATConfig(TrainingArguments):
     log_completions: bool = field(default=False, metadata={"help": "Print a few groups of every round to the terminal."})
 
     def __post_init__(self) -> None:
+        # TrainingArguments refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
         _check_choice("negative_penalty", self.negative_penalty, NEGATIVE_PENALTIES)
