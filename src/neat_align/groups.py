@@ -79,18 +79,18 @@ def ordered_pairs(keys: Sequence[float | None], margin: float) -> list[tuple[int
     return [(i, j) for i, a in present for j, b in present if a - b > margin]
 
 
-def best_index(group: CompletionGroup, *, allow_bad_origins: bool = False) -> int | None:
-    """Index of the language-modelling target y*: the best-rewarded completion that ended by itself.
+def best_index(group: CompletionGroup, keys: Sequence[float | None], *, allow_bad_origins: bool = False) -> int | None:
+    """Index of the language-modelling target y*: of the completions that ended by themselves, the one with the highest key.
 
-    Completions of negative or rejected origin are eligible only with `allow_bad_origins`; cut ones and ones without a
-    reward never are. Ties go to the earlier completion. None when nothing is eligible.
+    `keys` are `rank_keys`. Completions of negative or rejected origin are eligible only with `allow_bad_origins`; cut ones
+    and ones without a key never are. Ties go to the earlier completion. None when nothing is eligible.
     """
     best: int | None = None
-    best_reward = -math.inf
-    for i, c in enumerate(group.completions):
+    best_key = -math.inf
+    for i, (c, key) in enumerate(zip(group.completions, keys, strict=True)):
         eligible = c.finish_reason == "stop" and (allow_bad_origins or c.origin not in BAD_ORIGINS)
-        if eligible and c.reward is not None and c.reward > best_reward:
-            best, best_reward = i, c.reward
+        if eligible and key is not None and key > best_key:
+            best, best_key = i, key
     return best
 
 

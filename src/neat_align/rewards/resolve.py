@@ -1,0 +1,143 @@
+"""From what the user wrote (names, paths, models, functions) to named, weighted reward functions."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from neat_align.errors import RewardError
+from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec
+
+
+def _vader() -> RewardFunction:
+    from neat_align.rewards.vader import VaderReward
+
+    return VaderReward()
+
+
+def _minilm_tone() -> RewardFunction:
+    from neat_align.rewards.minilm_tone import MiniLMToneReward
+
+    return MiniLMToneReward()
+
+
+SHIPPED: dict[str, Callable[[], RewardFunction]] = {"vader": _vader, "minilm_tone": _minilm_tone}
+
+
+def resolve_rewards(
+    reward_funcs: RewardSpec | Sequence[RewardSpec],
+    weights: Sequence[float] | None,
+    processing_classes: Any = None,
+) -> tuple[NamedReward, ...]:
+    """Reward functions with their names and weights, in order.
+
+    `weights` None is 1 for each. `processing_classes` is a tokenizer, or one entry a reward: a tokenizer for a model, None
+    for the model's own and for functions. Equal names get `_2`, `_3`, … so that each has its own metric.
+    """
+    specs = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
+    resolved_weights = _checked_weights(weights, len(specs))
+    if isinstance(processing_classes, list | tuple):
+        tokenizers = list(processing_classes)
+    else:
+        tokenizers = [None] * len(specs) if processing_classes is None else [processing_classes]
+    if len(tokenizers) != len(specs):
+        raise RewardError(
+            f"there are {len(tokenizers)} reward processing classes for {len(specs)} rewards: give one a reward, None where there is none"
+        )
+    named: list[NamedReward] = []
+    for spec, weight, tokenizer in zip(specs, resolved_weights, tokenizers, strict=True):
+        function = _resolve(spec, tokenizer)
+        name, n = _name(spec, function), 1
+        while (unique := name if n == 1 else f"{name}_{n}") in {r.name for r in named}:
+            n += 1
+        named.append(NamedReward(unique, function, weight))
+    return tuple(named)
+
+
+def _checked_weights(weights: Sequence[float] | None, n: int) -> list[float]:
+    if weights is None:
+        return [1.0] * n
+    if len(weights) != n:
+        raise RewardError(f"there are {len(weights)} reward weights for {n} rewards: give one a reward, in the same order")
+    bad = [w for w in weights if not math.isfinite(w)]
+    if bad:
+        raise RewardError(f"reward weights are {list(weights)}: each must be a finite number")
+    if n and not any(weights):
+        raise RewardError("every reward weight is 0, so that no row would have a reward: set at least one")
+    return [float(w) for w in weights]
+
+
+def _resolve(spec: RewardSpec, tokenizer: Any) -> RewardFunction:
+    if isinstance(spec, str):
+        if spec == "contrast":
+            raise RewardError(
+                "the reward 'contrast' scores with the policy itself, so only NEATTrainer can build it: pass 'contrast' to the "
+                "trainer, or build neat_align.rewards.ContrastReward and pass that"
+            )
+        is_path = Path(spec).exists()
+        if spec not in SHIPPED and (":" not in spec or is_path):
+            return _load_model(spec, tokenizer)
+        function = SHIPPED[spec]() if spec in SHIPPED else _import(spec)
+    elif _is_model(spec):
+        from neat_align.rewards.hf import ModelReward
+
+        return ModelReward(cast("Any", spec), tokenizer)
+    else:
+        function = cast("RewardFunction", spec)
+    if tokenizer is not None:
+        raise RewardError(f"the reward {_name(spec, function)!r} is a function and would ignore its processing class: pass None for it")
+    return function
+
+
+def _is_model(spec: Any) -> bool:
+    # A model brings torch with it; without torch loaded there is no model to recognise.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(spec, torch.nn.Module) and hasattr(spec, "config")
+
+
+def _load_model(name: str, tokenizer: Any) -> RewardFunction:
+    from neat_align.rewards.hf import ModelReward
+
+    try:
+        return ModelReward.from_name(name, tokenizer)
+    except OSError as error:
+        raise RewardError(
+            f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), not of the form 'package.module:function', "
+            f"and could not be loaded as a sequence-classification model: {error}"
+        ) from error
+
+
+def _import(spec: str) -> RewardFunction:
+    """The object at "package.module:name"; modules in the working directory are found too."""
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise RewardError(f"the reward {spec!r} must have the form 'package.module:function'")
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RewardError(f"the reward {spec!r} cannot be imported: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise RewardError(f"the reward {spec!r} cannot be imported: module {module_name!r} has no {attribute!r}")
+        found = getattr(found, part)
+    if isinstance(found, type) or not callable(found):
+        raise RewardError(f"the reward {spec!r} is a {type(found).__name__}: it must be a function, or an object that can be called")
+    return cast("RewardFunction", found)
+
+
+def _name(spec: RewardSpec, function: Any) -> str:
+    """A function's own `name` if it has one, else what Python calls it, else its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    for attribute in ("name", "__name__"):
+        name = getattr(function, attribute, None)
+        if isinstance(name, str) and name:
+            return name
+    return spec if isinstance(spec, str) else type(function).__name__

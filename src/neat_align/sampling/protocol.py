@@ -1,0 +1,51 @@
+"""What a sampler is asked for and what it gives back. No torch: a remote sampler needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from neat_align.groups import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One completion to draw: the rendered prompt's token ids (instruction included), and the completion's own seed."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One drawn completion.
+
+    `token_ids` ends with the end-of-turn token when `finish_reason` is "stop" and has none when it is "length".
+    `logprob` is the sum over `token_ids`, in nats, of the untempered policy under the request's prompt, whatever
+    temperature, top-p or top-k shaped the draw.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw. `top_k` 0 and `top_p` 1 keep every token; `max_new_tokens` counts the end-of-turn token."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+class Sampler(Protocol):
+    """Draws completions. The result depends on each request alone, not on its batch or place."""
+
+    def sample(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, *, progress: Callable[[int], None] | None = None
+    ) -> list[Sample]:
+        """One `Sample` a request, in order. `progress` is called with the number of completions just finished."""
+        ...

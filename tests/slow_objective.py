@@ -1,0 +1,95 @@
+"""The losses once more: one group or one completion at a time, lists and `math` only, written from the equations.
+
+No masks, no padding, no numerics: a completion is the list of its token log-probabilities, an abstained reward is None.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def score(logps, alpha):
+    return sum(logps) / len(logps) ** alpha if logps else 0.0
+
+
+def pairs(rewards, margin):
+    found = []
+    for i in range(len(rewards)):
+        for j in range(len(rewards)):
+            if rewards[i] is not None and rewards[j] is not None and rewards[i] - rewards[j] > margin:
+                found.append((i, j))
+    return found
+
+
+def reduced(values, reduction):
+    if not values:
+        return 0.0
+    return sum(values) / len(values) if reduction == "mean" else sum(values)
+
+
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z))
+
+
+def hinge(scores, order, m, reduction):
+    return reduced([max(0.0, m + scores[j] - scores[i]) for i, j in order], reduction)
+
+
+def logistic(scores, order, beta, gamma, reduction):
+    return reduced([-math.log(sigmoid(beta * (scores[i] - scores[j]) - gamma)) for i, j in order], reduction)
+
+
+def plackett_luce(scores, order, beta, reduction):
+    losses = []
+    for winner in sorted({i for i, _ in order}):
+        mine = math.exp(beta * scores[winner])
+        others = sum(math.exp(beta * scores[j]) for i, j in order if i == winner)
+        losses.append(-math.log(mine / (mine + others)))
+    return reduced(losses, reduction)
+
+
+def dpo(scores, ref, order, beta, reduction):
+    losses = []
+    for w, l in order:  # noqa: E741
+        losses.append(-math.log(sigmoid(beta * (scores[w] - ref[w]) - beta * (scores[l] - ref[l]))))
+    return reduced(losses, reduction)
+
+
+def rrhf(scores, rewards):
+    """RRHF (2304.05302), equation 2: L_rank = Σ_{r_i < r_j} max(0, p_i − p_j)."""
+    total = 0.0
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if rewards[i] is not None and rewards[j] is not None and rewards[i] < rewards[j]:
+                total += max(0.0, scores[i] - scores[j])
+    return total
+
+
+def nll(logps):
+    return reduced([-lp for lp in logps], "mean")
+
+
+def unlikelihood(logps, epsilon):
+    return reduced([-math.log(1 - (1 - epsilon) * math.exp(lp)) for lp in logps], "mean")
+
+
+def npo(s, ref, beta):
+    return 2 / beta * math.log(1 + (math.exp(s) / math.exp(ref)) ** beta)
+
+
+def k3(logps, ref_logps):
+    ratios = [math.exp(r) / math.exp(p) for p, r in zip(logps, ref_logps, strict=True)]
+    return reduced([r - math.log(r) - 1 for r in ratios], "mean")
+
+
+def below_median(rewards, negative):
+    seen = sorted(r for r in rewards if r is not None)
+    if not seen:
+        return [False] * len(rewards)
+    middle = len(seen) // 2
+    median = seen[middle] if len(seen) % 2 else (seen[middle - 1] + seen[middle]) / 2
+    return [n and r is not None and r < median for r, n in zip(rewards, negative, strict=True)]
+
+
+def accuracy(scores, order):
+    return sum(1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0 for i, j in order), len(order)
