@@ -80,6 +80,10 @@ class NEATConfig(TrainingArguments):
     generation_batch_size: int = field(
         default=64, metadata={"help": "Completions sampled at once. Changes speed and memory, never which seeds are drawn."}
     )
+    generation_copy: str = field(
+        default="auto",
+        metadata={"help": "Sample from a bf16 copy with adapters merged: `always`, `never`, or `auto` (on CPUs, where it is faster)."},
+    )
 
     # ---- rewards and ranking ----
     reward_weights: list[float] | None = field(
@@ -162,6 +166,7 @@ class NEATConfig(TrainingArguments):
         _check_choice("instruction_placement", self.instruction_placement, PLACEMENTS)
         _check_choice("rank_by", self.rank_by, ("reward", "origin"))
         _check_choice("negative_policy", self.negative_policy, ("current", "initial"))
+        _check_choice("generation_copy", self.generation_copy, ("auto", "always", "never"))
         _check_choice("pair_reduction", self.pair_reduction, ("mean", "sum"))
         _check_numbers(self)
         _check_ignored(self)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 
@@ -21,6 +23,22 @@ def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Ite
             yield
     finally:
         model.train(was_training)
+
+
+def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A frozen copy of a policy in `dtype`, adapters merged, for sampling only.
+
+    On a CPU autocast converts every weight and runs an adapter as two more layers; a merged half-precision copy samples
+    about twice as fast for a quarter of the weights' memory. It is the same policy up to rounding.
+    """
+    from accelerate.utils import extract_model_from_parallel
+    from peft import PeftModel
+
+    copied: torch.nn.Module = copy.deepcopy(extract_model_from_parallel(model, keep_fp32_wrapper=True))
+    copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)
+    if isinstance(copied, PeftModel):
+        copied = cast("torch.nn.Module", copied.merge_and_unload())
+    return copied.to(dtype).requires_grad_(False).eval()
 
 
 def check_trainable_weights(model: torch.nn.Module) -> None:

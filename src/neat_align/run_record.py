@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +28,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def commit() -> str | None:
+    """The commit of the source checkout that this package runs from ("-dirty" when changed); None outside of one."""
+    git = shutil.which("git")
+    here = Path(__file__).resolve()
+    if git is None or not (here.parents[2] / ".git").exists():
+        return None
+    described = subprocess.run(  # noqa: S603
+        [git, "-C", str(here.parents[2]), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None
 
 
 def fingerprint(rows: Sequence[PromptRow]) -> str:

@@ -23,8 +23,7 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
 from neat_align import objective
 from neat_align.checkpoints import mark_complete, newest_complete
@@ -36,7 +35,8 @@ from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_rou
 from neat_align.groups import ORIGINS, CompletionGroup, Polarity, Prompt
 from neat_align.logprobs import Reference, completion_logprobs, score_completions
 from neat_align.packing import GroupBatch, collate_groups
-from neat_align.precision import check_trainable_weights
+from neat_align.precision import check_trainable_weights, half_precision_copy
+from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, RewardSpec, resolve_rewards
 from neat_align.run_record import write_run_record
@@ -44,6 +44,9 @@ from neat_align.sampling import SamplingParams, TransformersSampler
 from neat_align.storage import append_json_line, read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+# Rows per forward pass where logits of the whole vocabulary are kept (scoring, drift).
+SCORING_ROWS = 16
 
 
 class RoundDataset(torch.utils.data.Dataset[CompletionGroup]):
@@ -97,6 +100,8 @@ class NEATTrainer(Trainer):
     """
 
     args: NEATConfig
+    # The loss is divided by counts over the whole optimizer step, so Trainer must not divide it by the accumulation steps.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -139,18 +144,18 @@ class NEATTrainer(Trainer):
         self.last_evaluation: Evaluation | None = None
         self.stopped_because: str | None = None
         self._sums: dict[str, list[float]] = {}
-        self.loss_is_scaled_for_ga = True
         super().__init__(
             model=policy,
             args=args,
             data_collator=self._collate,
             train_dataset=self.rounds,
-            eval_dataset=None,
+            eval_dataset=self.eval_rows or None,
             processing_class=tokenizer,
             callbacks=[_RoundCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.loss_is_scaled_for_ga = True
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RoundProgressCallback())
 
     # ---- what the stages are given ----
 
@@ -195,7 +200,7 @@ class NEATTrainer(Trainer):
             prompts,
             completions,
             pad_token_id=self._tokenizer.pad_token_id,
-            batch_size=self.args.generation_batch_size,
+            batch_size=min(SCORING_ROWS, self.args.generation_batch_size),
             autocast_dtype=self.autocast_dtype,
         )
 
@@ -207,9 +212,10 @@ class NEATTrainer(Trainer):
             return self._score_with(model, prompts, completions)
 
     def _sampler(self, model: torch.nn.Module) -> TransformersSampler:
-        return TransformersSampler(
-            model, self.eos_token_ids, self._tokenizer.pad_token_id, self.args.generation_batch_size, self.autocast_dtype
-        )
+        dtype, copied = self.autocast_dtype, self.args.generation_copy
+        if dtype is not None and (copied == "always" or (copied == "auto" and self.args.device.type == "cpu")):
+            model, dtype = half_precision_copy(model, dtype), None
+        return TransformersSampler(model, self.eos_token_ids, self._tokenizer.pad_token_id, self.args.generation_batch_size, dtype)
 
     def expand_params(self) -> ExpandParams:
         """What a round is made of, from the configuration."""
@@ -239,7 +245,7 @@ class NEATTrainer(Trainer):
             bank=self.bank,
             placement=self.args.instruction_placement,
             sampling=self.sampling_params,
-            batch_size=min(32, self.args.generation_batch_size),
+            batch_size=min(SCORING_ROWS, self.args.generation_batch_size),
             pad_token_id=self._tokenizer.pad_token_id,
             autocast_dtype=self.autocast_dtype,
             reference=self.reference if with_reference else None,
@@ -271,21 +277,24 @@ class NEATTrainer(Trainer):
                 raise ConfigError(f"round {index - 1} is missing under {self.output_dir / 'rounds'}: it says which prompts come next")
             position = previous.next_position
         # Before the first step both policies are one: the same function, so that it runs once.
-        policy = self._ref_logprobs if self.state.global_step == 0 else self._policy_logprobs
+        first = self.state.global_step == 0
+        policy = self._ref_logprobs if first else self._policy_logprobs
+        ref = self._ref_logprobs if first or self.args.needs_reference else None
         negatives: contextlib.AbstractContextManager[torch.nn.Module] = contextlib.nullcontext(self.model)
         if self.args.negative_policy == "initial":
             negatives = self.reference()
         folder = self.round_folder(index)
         if self.accelerator.is_main_process:
-            with negatives as negative_model, _bars(f"round {index + 1}", bool(self.args.disable_tqdm)) as progress:
+            with negatives as negative_model, stage_bars(f"round {index + 1}", bool(self.args.disable_tqdm)) as progress:
+                sampler = self._sampler(self.model)
                 tools = ExpandTools(
                     tokenizer=self._tokenizer,
                     bank=self.bank,
                     rewards=self.rewards,
-                    sampler=self._sampler(self.model),
-                    negative_sampler=self._sampler(negative_model),
+                    sampler=sampler,
+                    negative_sampler=sampler if self.args.negative_policy == "current" else self._sampler(negative_model),
                     policy_logprobs=policy,
-                    ref_logprobs=self._ref_logprobs,
+                    ref_logprobs=ref,
                 )
                 expand(
                     self.rows,
@@ -455,7 +464,7 @@ class NEATTrainer(Trainer):
         a = self.args
         for name in ("ranking", "lm", "negative", "kl"):
             # Micro-batches carry shares of one step's loss: they add up, and are divided by the steps when logged.
-            self._add(f"loss/{name}", float(getattr(terms, name)), 0.0)
+            self._add(f"loss/{name}", float(getattr(terms, name).detach()), 0.0)
         effective = scores - ref_scores if a.ranking_loss == "dpo" else scores
         active = objective.active_pairs(
             effective, pairs, ranking_loss=a.ranking_loss, margin=a.hinge_margin or 0.0, beta=a.resolved_beta, gamma=a.gamma or 0.0
@@ -500,7 +509,7 @@ class NEATTrainer(Trainer):
         rows = _as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_rows
         if not rows:
             raise ConfigError("there is nothing to evaluate on: pass an eval_dataset with held-out prompts")
-        with _bars("evaluate", bool(self.args.disable_tqdm)) as progress:
+        with stage_bars("evaluate", bool(self.args.disable_tqdm)) as progress:
             self.last_evaluation = evaluate_policy(
                 rows,
                 self.eval_tools(with_reference=True),
@@ -646,20 +655,3 @@ def _check_context(model: Any, args: NEATConfig) -> None:
         raise ConfigError(
             f"max_prompt_length + max_completion_length is {needed}, over the model's context of {limit} tokens: lower one of them"
         )
-
-
-@contextlib.contextmanager
-def _bars(title: str, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A tqdm bar per stage, reported to by (stage, finished, of how many)."""
-    bars: dict[str, Any] = {}
-
-    def report(stage: str, finished: int, total: int) -> None:
-        if stage not in bars or bars[stage].total != total:
-            bars[stage] = tqdm(total=total, desc=f"{title}: {stage}", leave=False, disable=disable)
-        bars[stage].update(finished - bars[stage].n)
-
-    try:
-        yield report
-    finally:
-        for bar in bars.values():
-            bar.close()

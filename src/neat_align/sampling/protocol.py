@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from neat_align.groups import FinishReason
 
@@ -41,6 +41,7 @@ class SamplingParams:
     top_k: int = 0
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws completions. The result depends on each request alone, not on its batch or place."""
 

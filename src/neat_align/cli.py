@@ -1,0 +1,148 @@
+"""The command line. Heavy imports happen inside commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from neat_align import __version__
+from neat_align.errors import NEATError
+
+app = typer.Typer(
+    name="neat-align",
+    help="Align a language model with NEAT: it writes good and bad answers itself, and learns to rank them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML recipe; options after it win over it.")]
+
+
+class Sort(str, Enum):
+    """How `inspect` orders groups."""
+
+    order = "order"
+    gap = "gap"
+    reward = "reward"
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"neat-align {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of sampling, data order and adapter.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo run in output_dir.")] = True,
+) -> None:
+    """Align SmolLM2-135M on this machine in a few minutes, and show that it got better."""
+    _quiet()
+    from neat_align.demo_command import run_demo
+
+    run_demo(output_dir, seed=seed, overwrite=overwrite)
+
+
+@app.command(context_settings=_ANY_OPTION, add_help_option=False)
+def train(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    show_help: Annotated[bool, typer.Option("--help", help="List every option.")] = False,
+) -> None:
+    """Train a model: neat-align train --config recipes/NAME.yaml [--any_option value]."""
+    _quiet()
+    from neat_align.commands import print_result, train
+    from neat_align.settings import parse, print_help
+
+    if show_help:
+        print_help()
+        return
+    settings, args = parse(ctx.args, config)
+    print_result(train(settings, args), Path(str(args.output_dir)))
+
+
+@app.command(context_settings=_ANY_OPTION)
+def expand(
+    ctx: typer.Context,
+    output: Annotated[Path, typer.Option(help="A .parquet or .jsonl file for the data set.")],
+    config: ConfigOption = None,
+    form: Annotated[str, typer.Option(help="Rows of the data set: ranked, preference, or groups (.parquet, everything).")] = "ranked",
+) -> None:
+    """Only the data stage: prompts in, ranked completions out. Takes every option of `train`."""
+    _quiet()
+    from neat_align.commands import expand
+    from neat_align.settings import parse
+
+    settings, args = parse(["--output_dir", str(output.with_suffix("")) + "-run", *ctx.args], config)
+    expand(settings, args, output, form)
+
+
+@app.command(context_settings=_ANY_OPTION)
+def evaluate(ctx: typer.Context, config: ConfigOption = None) -> None:
+    """Sample and judge a model on held-out prompts without training. Takes every option of `train`."""
+    _quiet()
+    from neat_align.commands import evaluate
+    from neat_align.settings import parse
+
+    settings, args = parse(ctx.args, config)
+    evaluate(settings, args)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run, one of its rounds, or a groups file.")],
+    limit: Annotated[int, typer.Option(help="Groups to show.")] = 5,
+    origin: Annotated[str | None, typer.Option(help="Show only completions of this origin.")] = None,
+    sort: Annotated[Sort, typer.Option(help="order of the file, largest reward gap first, or best reward first")] = Sort.order,
+    search: Annotated[str | None, typer.Option(help="Only groups whose text contains this.")] = None,
+) -> None:
+    """Browse groups in the terminal: prompt, completions by origin, rewards, order."""
+    from rich.console import Console
+
+    from neat_align.browse import browse
+
+    browse(path, limit=limit, origin=origin, sort=sort.value, search=search, console=Console())
+
+
+@app.command()
+def report(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write a run's report.html again."""
+    from neat_align.report import write_report
+
+    typer.echo(f"report: {write_report(path)}")
+
+
+def _quiet() -> None:
+    """Keep libraries' chatter off the terminal; warnings that matter come through logging."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; an error meant for the user is one line on stderr and exit code 2."""
+    try:
+        return app(arguments, standalone_mode=True)
+    except NEATError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; go on with the same command and --resume true", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""`neat-align demo`: a few rounds of NEAT on a small real model, on prompts that ship with the package."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from neat_align.commands import result_table, train
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError
+from neat_align.settings import RunSettings, recipe_path
+from neat_align.storage import read_json
+
+
+def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
+    """Run recipes/demo.yaml, then show the numbers, three answers before and after, and what to try next."""
+    console = Console()
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not overwrite or not (output_dir / "run.json").is_file():
+            raise ConfigError(f"{output_dir} is not empty: choose another --output-dir")
+        shutil.rmtree(output_dir)
+    settings, config = demo_settings(output_dir, seed)
+    console.print(
+        Panel(
+            "NEAT on SmolLM2-135M-Instruct. Each round the model answers every prompt kindly and, told to, rudely; VADER scores "
+            "the answers' tone; the model learns on the plain prompt to prefer the better ones. A second judge that is never "
+            "trained on (MiniLM) checks the result. About five minutes on two CPU cores.",
+            title="neat-align demo",
+            title_align="left",
+        )
+    )
+    result = train(settings, config)
+    console.print(result_table(result))
+    for panel in samples(output_dir):
+        console.print(panel)
+    minutes, gib = result["wall_seconds"] / 60, result["peak_rss_bytes"] / 2**30
+    console.print(f"{result['steps']} steps in {minutes:.1f} minutes, {gib:.1f} GiB at most", markup=False, highlight=False)
+    lines = [
+        f"model   {output_dir / 'model'}",
+        f"report  {output_dir / 'report.html'}",
+        f"numbers {output_dir / 'result.json'}",
+        "",
+        f"look at what it wrote:  neat-align inspect {output_dir} --sort gap",
+        "your own model and data: neat-align train --config recipes/quickstart.yaml \\",
+        "    --model_name_or_path MODEL --dataset_name prompts.jsonl",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def demo_settings(output_dir: Path, seed: int) -> tuple[RunSettings, NEATConfig]:
+    """The demo's recipe, for an output folder and a seed."""
+    values: dict[str, Any] = yaml.safe_load(recipe_path("demo").read_text(encoding="utf-8"))
+    names = set(RunSettings.__dataclass_fields__)
+    settings = RunSettings(**{k: v for k, v in values.items() if k in names})
+    config = {k: v for k, v in values.items() if k not in names}
+    return settings, NEATConfig(**{**config, "output_dir": str(output_dir), "seed": seed})
+
+
+def samples(output_dir: Path, count: int = 3) -> list[Panel]:
+    """Side-by-side answers to held-out prompts: the median gain, the third quartile, and the largest loss, so not only wins."""
+    before, after = (read_json(output_dir / f"evaluation-{when}.json") for when in ("before", "after"))
+    gains = [(a or 0) - (b or 0) for b, a in zip(before["rewards"], after["rewards"], strict=True)]
+    order = sorted(range(len(gains)), key=lambda i: gains[i])
+    picked = list(dict.fromkeys([order[len(order) * 3 // 4], order[len(order) // 2], order[0]]))[:count]
+    panels = []
+    for i in picked:
+        text = Text()
+        for label, side in (("before", before), ("after", after)):
+            text.append(f"{label} ({side['rewards'][i]:+.2f})  ", style="bold")
+            text.append(" ".join(side["completions"][i][0].split()) + "\n")
+        text.rstrip()
+        panels.append(Panel(text, title=Text(before["prompts"][i][-1]["content"][:70]), title_align="left"))
+    return panels
