@@ -38,5 +38,6 @@ def newest_complete(output_dir: Path) -> Path:
         if is_complete(path):
             return path
     raise ConfigError(
-        f"{output_dir} has no complete checkpoint to resume from ({len(found)} incomplete): start again in a new output_dir, or without resuming"
+        f"{output_dir} has no complete checkpoint to resume from ({len(found)} incomplete): start again in a new output_dir, "
+        "or without resuming"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ _ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML recipe; options after it win over it.")]
 
 
-class Sort(str, Enum):
+class Sort(StrEnum):
     """How `inspect` orders groups."""
 
     order = "order"

@@ -106,7 +106,7 @@ class NEATConfig(TrainingArguments):
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "Scale of log-probability differences in logistic, listwise and dpo. Not with hinge. Unset: 2, 1, and 2 (0.1 when length_power is 0)."
+            "help": "Scale of log-probability differences in logistic, listwise, dpo. Unset: 2, 1, and 2 (0.1 if length_power is 0)."
         },
     )
     gamma: float | None = field(
@@ -160,7 +160,7 @@ class NEATConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # TrainingArguments refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
         _check_choice("negative_penalty", self.negative_penalty, NEGATIVE_PENALTIES)
         _check_choice("instruction_placement", self.instruction_placement, PLACEMENTS)

@@ -46,8 +46,8 @@ class Evaluation:
     """One policy on held-out prompts. Lists have one entry a prompt, means over that prompt's samples.
 
     `perplexity` is exp of the mean negative log-likelihood a token of the data's `chosen` answers under the plain prompt;
-    `kl` and `entropy` are the exact KL to the start policy and entropy on the plain samples, nats per token; `contrast` is the mean reward under the
-    positive and the negative instruction (and plain). None where there is nothing to measure.
+    `kl` and `entropy` are exact, on the plain samples, in nats per token, KL to the start policy; `contrast` is the mean
+    reward under the positive and the negative instruction (and plain). None where there is nothing to measure.
     """
 
     prompt_ids: list[str]

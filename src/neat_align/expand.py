@@ -276,9 +276,8 @@ def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[C
         if text is None:
             continue
         ids, finish_reason = answer_ids(row, text, tokenizer, max_length)
-        if finish_reason == "length":
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        out.append(Completion(origin=origin, index=0, text=text, token_ids=ids, finish_reason=finish_reason))
+        kept = text if finish_reason == "stop" else tokenizer.decode(ids, skip_special_tokens=True).strip()
+        out.append(Completion(origin=origin, index=0, text=kept, token_ids=ids, finish_reason=finish_reason))
     return out
 
 
@@ -361,7 +360,7 @@ def _has_pair(group: CompletionGroup, params: ExpandParams) -> bool:
 def _check_pairs(kept: int, tried: int, params: ExpandParams) -> None:
     if kept == 0 or kept < params.min_pair_fraction * tried:
         raise CollapseError(
-            f"{kept} of {tried} prompts gave two completions whose rewards differ by more than reward_margin={params.reward_margin}: there is "
-            "too little to rank. Either the reward does not tell these answers apart (try another reward, or a smaller margin), or "
+            f"{kept} of {tried} prompts gave two completions whose rewards differ by more than "
+            f"reward_margin={params.reward_margin}: there is too little to rank. Either the reward does not tell these answers apart (try another reward, or a smaller margin), or "
             "the policy no longer obeys the negative instruction (negative_policy: initial, or fewer rounds); the last checkpoint is kept"
         )

@@ -115,8 +115,9 @@ def exact_drift(
             logits = completion_logits(model, rows)[rows.completion_mask]
         with reference() as start_policy, inference(start_policy, autocast_dtype):
             ref_logits = completion_logits(start_policy, rows)[rows.completion_mask]
-        for a, b in zip(logits.split(HEAD_CHUNK), ref_logits.split(HEAD_CHUNK), strict=True):
-            logp, ref_logp = a.float().log_softmax(-1), b.float().log_softmax(-1)
+        for first in range(0, len(logits), HEAD_CHUNK):
+            chunk = slice(first, first + HEAD_CHUNK)
+            logp, ref_logp = logits[chunk].float().log_softmax(-1), ref_logits[chunk].float().log_softmax(-1)
             kl += float((logp.exp() * (logp - ref_logp)).sum())
             entropy -= float((logp.exp() * logp).sum())
         tokens += len(logits)

@@ -66,7 +66,7 @@ class GroupBatch:
 def pad_rows(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_token_id: int) -> PaddedRows:
     """Rows [prompt; completion] from token ids, one a pair, in order."""
     left = max(len(p) for p in prompts)
-    right = max(1, max(len(c) for c in completions))
+    right = max(1, *(len(c) for c in completions))
     n = len(prompts)
     input_ids = torch.full((n, left + right), pad_token_id, dtype=torch.long)
     attention_mask = torch.zeros(n, left + right, dtype=torch.long)

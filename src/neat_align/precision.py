@@ -28,8 +28,8 @@ def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Ite
 def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """A frozen copy of a policy in `dtype`, adapters merged, for sampling only.
 
-    On a CPU autocast converts every weight and runs an adapter as two more layers; a merged half-precision copy samples
-    about twice as fast for a quarter of the weights' memory. It is the same policy up to rounding.
+    On a CPU autocast converts activations back and forth and runs an adapter as two more layers; a merged half-precision
+    copy samples faster for half the weights' memory. It is the same policy up to rounding.
     """
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
@@ -38,7 +38,10 @@ def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.
     copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)
     if isinstance(copied, PeftModel):
         copied = cast("torch.nn.Module", copied.merge_and_unload())
-    return copied.to(dtype).requires_grad_(False).eval()
+    # Parameters only: a rotary embedding's frequencies are a buffer, and in half precision late positions would run together.
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return copied.requires_grad_(False).eval()
 
 
 def check_trainable_weights(model: torch.nn.Module) -> None:

@@ -34,20 +34,26 @@ class RoundProgressCallback(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Steps update the bar; rounds, evaluations and drift write a line above it."""
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
+        bar: Any = self.training_bar
+        if not state.is_world_process_zero or bar is None or not logs:
             return
         if "loss" in logs:
             shown = {"loss": logs["loss"], "accuracy": logs.get("ranking/accuracy")}
-            self.training_bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items() if v is not None})
+            bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items() if v is not None})
         elif line := summary_line(logs):
-            self.training_bar.write(line)
+            bar.write(line)
 
 
 def summary_line(logs: dict[str, Any]) -> str:
     """One line, at most 80 columns, for a round, a drift check or an evaluation; '' for any other log."""
     if "round" in logs:
         parts = [f"round {int(logs['round']) + 1}"]
-        names = {"reward/positive": "reward +", "reward/plain": "plain", "reward/negative": "reward −", "contrast/inversion_rate": "inverted"}
+        names = {
+            "reward/positive": "reward +",
+            "reward/plain": "plain",
+            "reward/negative": "reward −",
+            "contrast/inversion_rate": "inverted",
+        }
     elif "drift/kl" in logs:
         parts = ["  drift"]
         names = {"drift/kl": "KL", "drift/distinct2": "distinct-2", "drift/mean_length": "length"}

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow
@@ -56,7 +56,7 @@ def fingerprint(rows: Sequence[PromptRow]) -> str:
 def write_run_record(output_dir: Path, args: NEATConfig, rows: Sequence[PromptRow], reward_names: Sequence[str]) -> None:
     """Write run.json into the run directory."""
     record: dict[str, Any] = {
-        "config": redacted(args.to_dict()),
+        "config": redacted(cast("Any", args).to_dict()),
         "versions": versions(),
         "seed": args.seed,
         "data": {"rows": len(rows), "sha256": fingerprint(rows)},

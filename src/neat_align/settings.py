@@ -21,16 +21,16 @@ from neat_align.errors import ConfigError
 class RunSettings:
     """What a run is made of besides the training configuration. Names follow TRL's scripts."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "The model to align: a hub name, a folder, or `demo` (SmolLM2-135M-Instruct)."})
+    model_name_or_path: str = field(default="", metadata={"help": "The model: a hub name, a folder, or `demo` (SmolLM2-135M-Instruct)."})
     dataset_name: str = field(
         default="", metadata={"help": "Training prompts: a .jsonl, .json, .parquet or .csv file, a saved data set, a hub name, or `demo`."}
     )
     dataset_train_split: str | None = field(default=None, metadata={"help": "Split of a hub data set to train on."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Use only the first this many rows."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out prompts; None keeps `holdout` rows of the training data back."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out prompts; None keeps back `holdout` training rows."})
     eval_dataset_split: str | None = field(default=None, metadata={"help": "Split of a hub data set to evaluate on."})
     holdout: int = field(default=64, metadata={"help": "Rows kept back for evaluation when there is no eval_dataset_name."})
-    as_conversations: bool = field(default=False, metadata={"help": "Turn text prompts and Human/Assistant transcripts into chat messages."})
+    as_conversations: bool = field(default=False, metadata={"help": "Turn texts and Human/Assistant transcripts into chat messages."})
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={"help": "Rewards: vader, minilm_tone, contrast, package.module:function, or a sequence-classification model."},
@@ -39,7 +39,7 @@ class RunSettings:
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale; the update is multiplied by lora_alpha / lora_r."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get an adapter; None is every linear layer."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get an adapter; None: every linear layer."})
     resume: bool = field(default=False, metadata={"help": "Go on with the run in output_dir from its newest complete checkpoint."})
 
 

@@ -12,35 +12,34 @@ samples from the policy instead of computing a loss; a checkpoint counts only wh
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
-from neat_align import objective
 from neat_align.checkpoints import mark_complete, newest_complete
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow, is_conversational, rows_from_dataset
 from neat_align.errors import CollapseError, ConfigError
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
-from neat_align.groups import ORIGINS, CompletionGroup, Polarity, Prompt
-from neat_align.logprobs import Reference, completion_logprobs, score_completions
+from neat_align.groups import CompletionGroup, Polarity, Prompt
+from neat_align.logprobs import completion_logprobs, score_completions
+from neat_align.objective import total_loss
 from neat_align.packing import GroupBatch, collate_groups
+from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
 from neat_align.precision import check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, RewardSpec, resolve_rewards
 from neat_align.run_record import write_run_record
 from neat_align.sampling import SamplingParams, TransformersSampler
+from neat_align.step_loss import LossCounts, counts_of, loss_terms, objective_params, ranking_facts
 from neat_align.storage import append_json_line, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -66,17 +65,6 @@ class RoundDataset(torch.utils.data.Dataset[CompletionGroup]):
     def __getitem__(self, index: int) -> CompletionGroup:
         """The group at an index of this round."""
         return self.groups[index % len(self.groups)]
-
-
-@dataclass(frozen=True)
-class LossCounts:
-    """What each term of a step's loss is divided by, over all micro-batches and processes: groups with a pair, groups
-    with a language-modelling target, penalised completions, completions."""
-
-    ranking: float
-    lm: float
-    negative: float
-    kl: float
 
 
 class NEATTrainer(Trainer):
@@ -131,15 +119,16 @@ class NEATTrainer(Trainer):
         self.conversational = is_conversational(self.rows)
         if args.num_positive or args.num_negative:
             check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
-        _check_context(policy, args)
+        check_context(policy, args.max_prompt_length, args.max_completion_length)
         self.reference, policy = start_policy(policy, peft_config, ref_model)
         if args.disable_dropout:
-            _disable_dropout(policy)
+            disable_dropout(policy)
         check_trainable_weights(policy)
         self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes)
         self.judges = self._resolve(judge_funcs, None, None)
         if args.rank_by == "reward" and not self.rewards:
             raise ConfigError("rank_by is reward but reward_funcs is empty: give a reward function, or set rank_by: origin")
+        self.objective_params = objective_params(args)
         self.rounds = RoundDataset(min(args.prompts_per_round, len(self.rows)))
         self.last_evaluation: Evaluation | None = None
         self.stopped_because: str | None = None
@@ -149,7 +138,7 @@ class NEATTrainer(Trainer):
             args=args,
             data_collator=self._collate,
             train_dataset=self.rounds,
-            eval_dataset=self.eval_rows or None,
+            eval_dataset=cast("Any", self.eval_rows or None),
             processing_class=tokenizer,
             callbacks=[_RoundCallback(self), *(callbacks or [])],
             optimizers=optimizers,
@@ -172,12 +161,17 @@ class NEATTrainer(Trainer):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the tokenizer's eos and the model's own list."""
-        listed = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
         return tuple(sorted({self._tokenizer.eos_token_id, *([listed] if isinstance(listed, int) else listed or [])}))
 
     @property
     def _tokenizer(self) -> Any:
         return self.processing_class
+
+    @property
+    def policy(self) -> torch.nn.Module:
+        """The model that learns, without any wrapper of accelerate."""
+        return cast("torch.nn.Module", self.model)
 
     def _resolve(self, funcs: Any, weights: Sequence[float] | None, processing_classes: Any) -> Any:
         if funcs is None:
@@ -205,7 +199,7 @@ class NEATTrainer(Trainer):
         )
 
     def _policy_logprobs(self, prompts: Any, completions: Any) -> list[tuple[float, ...]]:
-        return self._score_with(self.model, prompts, completions)
+        return self._score_with(self.policy, prompts, completions)
 
     def _ref_logprobs(self, prompts: Any, completions: Any) -> list[tuple[float, ...]]:
         with self.reference() as model:
@@ -237,9 +231,9 @@ class NEATTrainer(Trainer):
     def eval_tools(self, *, with_reference: bool) -> EvalTools:
         """Who samples and judges in an evaluation of the current policy."""
         return EvalTools(
-            model=self.model,
+            model=self.policy,
             tokenizer=self._tokenizer,
-            sampler=self._sampler(self.model),
+            sampler=self._sampler(self.policy),
             rewards=self.rewards,
             judges=self.judges,
             bank=self.bank,
@@ -266,7 +260,8 @@ class NEATTrainer(Trainer):
     def steps_per_round(self) -> int:
         """Optimizer steps in a round."""
         groups_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return math.ceil(len(self.rounds) / groups_per_step)
+        groups: int = len(self.rounds)
+        return math.ceil(groups / groups_per_step)
 
     def make_round(self, index: int) -> Round:
         """Sample, score and rank a round with the current policy, or read it when it is finished on disk."""
@@ -280,13 +275,13 @@ class NEATTrainer(Trainer):
         first = self.state.global_step == 0
         policy = self._ref_logprobs if first else self._policy_logprobs
         ref = self._ref_logprobs if first or self.args.needs_reference else None
-        negatives: contextlib.AbstractContextManager[torch.nn.Module] = contextlib.nullcontext(self.model)
+        negatives: contextlib.AbstractContextManager[torch.nn.Module] = contextlib.nullcontext(self.policy)
         if self.args.negative_policy == "initial":
             negatives = self.reference()
         folder = self.round_folder(index)
         if self.accelerator.is_main_process:
             with negatives as negative_model, stage_bars(f"round {index + 1}", bool(self.args.disable_tqdm)) as progress:
-                sampler = self._sampler(self.model)
+                sampler = self._sampler(self.policy)
                 tools = ExpandTools(
                     tokenizer=self._tokenizer,
                     bank=self.bank,
@@ -375,62 +370,11 @@ class NEATTrainer(Trainer):
         return samples, self.count([s["groups"] for s in samples])
 
     def count(self, batches: Sequence[GroupBatch]) -> LossCounts:
-        """Counts over these micro-batches and over all processes. They depend on the data alone, not on the policy."""
-        counts = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        for b in batches:
-            pairs = self._pairs(b)
-            counts[0] += pairs.any(-1).any(-1).sum()
-            counts[1] += (b.best_row >= 0).sum()
-            counts[2] += self._penalised(b).sum()
-            counts[3] += len(b.group)
+        """Counts over these micro-batches and over all processes."""
+        counts = counts_of(batches, self.objective_params)
         if self.args.world_size > 1:
-            counts = cast("Tensor", self.accelerator.reduce(counts, reduction="sum"))
+            counts = cast("Tensor", self.accelerator.reduce(counts.to(self.args.device), reduction="sum"))
         return LossCounts(*counts.clamp(min=1).tolist())
-
-    def _pairs(self, b: GroupBatch) -> Tensor:
-        return objective.preferred_pairs(b.keys, b.present & ~b.keys.isnan(), self.args.reward_margin)
-
-    def _penalised(self, b: GroupBatch) -> Tensor:
-        negative = b.origins == ORIGINS.index("negative")
-        if self.args.negative_penalty == "none":
-            return torch.zeros_like(negative)
-        return objective.penalised(b.keys, b.present & ~b.keys.isnan(), negative)
-
-    def ranking_losses(self, scores: Float[Tensor, "groups k"], ref_scores: Float[Tensor, "groups k"], pairs: Tensor) -> Tensor:
-        """The chosen ranking loss of each group, from scores in nats (per token, with length_power 1)."""
-        a = self.args
-        reduction = cast("Literal['mean', 'sum']", a.pair_reduction)
-        if a.ranking_loss == "hinge":
-            return objective.hinge_loss(scores, pairs, margin=a.hinge_margin or 0.0, reduction=reduction)
-        if a.ranking_loss == "logistic":
-            return objective.logistic_loss(scores, pairs, beta=a.resolved_beta, gamma=a.gamma or 0.0, reduction=reduction)
-        if a.ranking_loss == "listwise":
-            return objective.listwise_loss(scores, pairs, beta=a.resolved_beta, reduction=reduction)
-        return objective.dpo_loss(scores, ref_scores, pairs, beta=a.resolved_beta, reduction=reduction)
-
-    def loss_terms(self, b: GroupBatch, logps: Float[Tensor, "rows tokens"], counts: LossCounts) -> objective.LossTerms:
-        """This micro-batch's share of each term of the step's loss."""
-        a, mask = self.args, b.rows.completion_mask
-        if a.needs_reference and not b.has_ref:
-            raise ConfigError("the round's groups have no ref_logprobs, which dpo, npo and the KL term need: make the round again")
-        scores = b.table(objective.completion_scores(logps, mask, a.length_power))
-        ref_scores = b.table(objective.completion_scores(b.ref_logps, mask, a.length_power))
-        pairs = self._pairs(b)
-        best = b.best_row[b.best_row >= 0]
-        penalised = self._penalised(b)[b.group, b.slot]
-        if a.negative_penalty == "npo":
-            row_scores, row_refs = scores[b.group, b.slot][penalised], ref_scores[b.group, b.slot][penalised]
-            negative = objective.npo_penalty(row_scores, row_refs, beta=a.resolved_npo_beta)
-        else:
-            negative = objective.unlikelihood_penalty(logps[penalised], mask[penalised])
-        terms = objective.LossTerms(
-            ranking=self.ranking_losses(scores, ref_scores, pairs).sum() / counts.ranking,
-            lm=objective.lm_loss(logps[best], mask[best]).sum() / counts.lm,
-            negative=negative.sum() / counts.negative,
-            kl=objective.kl_k3(logps, b.ref_logps, mask).sum() / counts.kl if b.has_ref else logps.new_zeros(()),
-        )
-        self._record(b, logps.detach(), scores.detach(), ref_scores, pairs, terms)
-        return terms
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -441,15 +385,19 @@ class NEATTrainer(Trainer):
         b: GroupBatch = inputs["groups"]
         counts = num_items_in_batch if isinstance(num_items_in_batch, LossCounts) else self.count([b])
         logps = completion_logprobs(model, b.rows)
-        a = self.args
-        loss = objective.total_loss(
-            self.loss_terms(b, logps, counts), lm_weight=a.lm_weight, negative_weight=a.negative_weight, kl_weight=a.kl_weight
-        )
+        p = self.objective_params
+        terms = loss_terms(b, logps, counts, p)
+        loss = total_loss(terms, lm_weight=p.lm_weight, negative_weight=p.negative_weight, kl_weight=p.kl_weight)
         if not bool(torch.isfinite(loss)):
             raise CollapseError(
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}, before the optimizer step; the last checkpoint is "
                 "untouched. Look at the learning rate and at the rewards of this round"
             )
+        for name in ("ranking", "lm", "negative", "kl"):
+            # Micro-batches carry shares of one step's loss: they add up, and are divided by the steps when logged.
+            self._add(f"loss/{name}", float(getattr(terms, name).detach()), 0.0)
+        for fact in ranking_facts(b, logps, p):
+            self._add(*fact)
         # Processes average their gradients; the counts are global, so the shares have to be summed.
         return loss * self.args.world_size
 
@@ -459,34 +407,6 @@ class NEATTrainer(Trainer):
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] += value
         entry[1] += weight
-
-    def _record(self, b: GroupBatch, logps: Tensor, scores: Tensor, ref_scores: Tensor, pairs: Tensor, terms: objective.LossTerms) -> None:
-        a = self.args
-        for name in ("ranking", "lm", "negative", "kl"):
-            # Micro-batches carry shares of one step's loss: they add up, and are divided by the steps when logged.
-            self._add(f"loss/{name}", float(getattr(terms, name).detach()), 0.0)
-        effective = scores - ref_scores if a.ranking_loss == "dpo" else scores
-        active = objective.active_pairs(
-            effective, pairs, ranking_loss=a.ranking_loss, margin=a.hinge_margin or 0.0, beta=a.resolved_beta, gamma=a.gamma or 0.0
-        )
-        correct, total = objective.ranking_accuracy(scores, pairs)
-        self._add("ranking/accuracy", float(correct), float(total))
-        self._add("ranking/active_pair_fraction", float(active.sum()), float(total))
-        with torch.enable_grad():
-            leaf = scores.clone().requires_grad_()
-            (grad,) = torch.autograd.grad(self.ranking_losses(leaf, ref_scores, pairs).sum(), leaf)
-        pull = grad.abs()
-        for i, origin in enumerate(ORIGINS):
-            mine = b.origins == i
-            if not bool(mine.any()):
-                continue
-            as_loser = pairs & mine[:, None, :]
-            self._add(f"ranking/active_pair_fraction/{origin}", float((active & as_loser).sum()), float(as_loser.sum()))
-            self._add(f"ranking/gradient_share/{origin}", float(pull[mine].sum()), float(pull.sum()))
-            token_mask = b.rows.completion_mask & mine[b.group, b.slot][:, None]
-            self._add(f"logps/{origin}", float(logps[token_mask].sum()), float(token_mask.sum()))
-        best = b.best_row[b.best_row >= 0]
-        self._add("logps/best", float(logps[best].sum()), float(b.rows.completion_mask[best].sum()))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics gathered since the last training log added to it."""
@@ -512,7 +432,7 @@ class NEATTrainer(Trainer):
         with stage_bars("evaluate", bool(self.args.disable_tqdm)) as progress:
             self.last_evaluation = evaluate_policy(
                 rows,
-                self.eval_tools(with_reference=True),
+                self.eval_tools(with_reference=self.state.global_step > 0),
                 seed=self.args.seed,
                 samples_per_prompt=self.args.num_eval_generations,
                 contrast=self.args.evaluate_contrast,
@@ -565,7 +485,7 @@ class _RoundCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Non-finite gradients never reach the weights."""
-        for name, p in self.trainer.model.named_parameters():
+        for name, p in self.trainer.policy.named_parameters():
             if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
                 raise CollapseError(f"the gradient of {name} is not finite at step {state.global_step + 1}; no weight was changed by it")
 
@@ -583,55 +503,6 @@ class _RoundCallback(TrainerCallback):
 # ---- building blocks -------------------------------------------------------------------------------------------------
 
 
-def load_policy(name: str) -> PreTrainedModel:
-    """A causal language model by name or path, with fp32 weights."""
-    return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
-
-
-def load_tokenizer(model: torch.nn.Module, tokenizer: Any = None) -> Any:
-    """The given tokenizer or the model's own; eos serves as pad where there is none (masks go by length)."""
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)  # type: ignore[union-attr]
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no eos_token, so no answer could end: set tokenizer.eos_token")
-    if tokenizer.pad_token_id is None:
-        logger.warning("the tokenizer has no pad token: %r is used for padding", tokenizer.eos_token)
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def start_policy(model: Any, peft_config: Any, ref_model: torch.nn.Module | None) -> tuple[Reference, torch.nn.Module]:
-    """How to open the start policy, and the model to train (with an adapter when `peft_config` is given)."""
-    from peft import PeftModel, get_peft_model
-
-    adapter_is_new = False
-    if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise ConfigError("the model already has an adapter and peft_config asks for another: pass one of the two")
-        model = get_peft_model(model, peft_config)
-        adapter_is_new = True
-    if ref_model is not None:
-        frozen = ref_model
-    elif adapter_is_new:
-
-        @contextlib.contextmanager
-        def adapter_off() -> Iterator[torch.nn.Module]:
-            with model.disable_adapter():
-                yield model
-
-        return adapter_off, model
-    else:
-        frozen = copy.deepcopy(model)
-    frozen.requires_grad_(False).eval()
-
-    @contextlib.contextmanager
-    def frozen_copy() -> Iterator[torch.nn.Module]:
-        frozen.to(next(model.parameters()).device)
-        yield frozen
-
-    return frozen_copy, model
-
-
 def _as_rows(dataset: Any, name: str) -> list[PromptRow]:
     if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
         return cast("list[PromptRow]", dataset)
@@ -640,18 +511,3 @@ def _as_rows(dataset: Any, name: str) -> list[PromptRow]:
 
 def _without_answers(row: PromptRow) -> PromptRow:
     return PromptRow(id=row.id, prompt=row.prompt, chosen=None, rejected=None, columns={}, where=row.where)
-
-
-def _disable_dropout(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
-
-def _check_context(model: Any, args: NEATConfig) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    needed = args.max_prompt_length + args.max_completion_length
-    if limit is not None and needed > limit:
-        raise ConfigError(
-            f"max_prompt_length + max_completion_length is {needed}, over the model's context of {limit} tokens: lower one of them"
-        )
