@@ -1,5 +1,68 @@
-"""neat-align: negative-prompt-driven alignment of language models (NEAT, arXiv:2410.12194)."""
+"""neat-align: negative-prompt-driven alignment of language models (NEAT, arXiv:2410.12194).
+
+The public API is what `__all__` names; nothing else is promised. Names are loaded when they are first used, so that
+importing the package costs nothing.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neat_align.config import NEATConfig
+    from neat_align.data import PromptRow, load_rows
+    from neat_align.errors import CollapseError, ConfigError, DataError, NEATError, PromptError, RewardError
+    from neat_align.groups import Completion, CompletionGroup, preference_rows, ranked_rows, read_groups
+    from neat_align.report import write_report
+    from neat_align.trainer import NEATTrainer
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "NEATConfig": "config",
+    "NEATTrainer": "trainer",
+    "Completion": "groups",
+    "CompletionGroup": "groups",
+    "read_groups": "groups",
+    "ranked_rows": "groups",
+    "preference_rows": "groups",
+    "PromptRow": "data",
+    "load_rows": "data",
+    "write_report": "report",
+    "NEATError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "PromptError": "errors",
+    "RewardError": "errors",
+    "CollapseError": "errors",
+}
+
+__all__ = [
+    "CollapseError",
+    "Completion",
+    "CompletionGroup",
+    "ConfigError",
+    "DataError",
+    "NEATConfig",
+    "NEATError",
+    "NEATTrainer",
+    "PromptError",
+    "PromptRow",
+    "RewardError",
+    "load_rows",
+    "preference_rows",
+    "ranked_rows",
+    "read_groups",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"neat_align.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'neat_align' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

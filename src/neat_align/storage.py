@@ -14,7 +14,10 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_SECRET = re.compile(r"(token|secret|password|passwd|api_?key|credential|authorization)", re.IGNORECASE)
+# What the name of a secret ends in. `include_num_input_tokens_seen` holds such a word too, and is a setting.
+_SECRET = re.compile(
+    r"(?:token|secret|password|passwd|passphrase|authorization|credentials?|(?:api|access|secret|private|auth)[_-]?keys?)$", re.IGNORECASE
+)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -78,9 +81,17 @@ def sha256_of(path: Path) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """A copy of plain data in which every non-empty value under a secret-looking key is masked."""
+    """A copy of plain data in which every non-empty text under a key that ends like a secret's name is masked."""
     if isinstance(value, Mapping):
-        return {k: "[redacted]" if _SECRET.search(str(k)) and isinstance(v, str) and v else redacted(v) for k, v in value.items()}
+        return {k: _masked(v) if _SECRET.search(str(k)) else redacted(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(v) for v in value]
     return value
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _masked(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(v) for v in value]
+    return "[redacted]" if isinstance(value, str) and value else value

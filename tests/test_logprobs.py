@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from neat_align import logprobs
+from neat_align.logprobs import completion_logits, completion_logprobs, exact_drift, score_completions
+from neat_align.packing import pad_rows
+from tiny import FAMILIES, Family, tiny_model
+
+VOCAB, PAD = 40, 0
+# Of unlike lengths, one of a single token, with the pad token (0) as content at every edge of prompt and completion.
+PROMPTS = [[5, 6, 7, 8, 9], [PAD], [PAD, 11, PAD], [12, 13, 14, 15, 16, 17, 18, 19]]
+COMPLETIONS = [[20, 2], [PAD, 21, PAD], [22, 23, 24, 25, 26, 2], [PAD]]
+
+
+def model_of(family: Family, seed: int = 0) -> PreTrainedModel:
+    return cast("PreTrainedModel", tiny_model(family, VOCAB, seed).eval())  # eval: gpt2 has dropout
+
+
+def one_row(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """Log-softmax over the vocabulary at each completion token: one sequence, no padding, no mask, no position ids."""
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
+    return cast("torch.Tensor", logits[len(prompt) - 1 : -1].log_softmax(-1))
+
+
+def reference_logps(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [one_row(model, p, c).gather(-1, torch.tensor(c)[:, None]).squeeze(-1) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+# ---- padded rows against one row at a time ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_rows_give_the_log_probabilities_of_single_rows(family: Family) -> None:
+    model = model_of(family)
+    logps = completion_logprobs(model, pad_rows(PROMPTS, COMPLETIONS, PAD))
+    for row, expected in zip(logps, reference_logps(model), strict=True):
+        torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=1e-5)
+        assert not row[len(expected) :].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_padded_rows_give_the_gradients_of_single_rows(family: Family, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", chunk)
+    model = model_of(family)
+    weights = [0.3, -1.0, 2.0, 0.7]
+    batched = completion_logprobs(model, pad_rows(PROMPTS, COMPLETIONS, PAD)).sum(-1)
+    (batched * torch.tensor(weights)).sum().backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    torch.stack([w * row.sum() for w, row in zip(weights, reference_logps(model), strict=True)]).sum().backward()
+    for name, p in model.named_parameters():
+        grad = got[name]
+        if p.grad is None or not p.grad.any():
+            assert grad is None or not grad.any(), name
+            continue
+        assert grad is not None, name
+        assert float((grad - p.grad).norm() / p.grad.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("pad", [1, 2, 39])
+def test_which_token_pads_does_not_matter(pad: int) -> None:
+    model = model_of("llama")
+    expected = completion_logprobs(model, pad_rows(PROMPTS, COMPLETIONS, PAD))
+    torch.testing.assert_close(completion_logprobs(model, pad_rows(PROMPTS, COMPLETIONS, pad)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 23, 24, 25])
+def test_chunks_of_the_head_change_nothing(chunk: int, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = model_of("qwen2"), pad_rows(PROMPTS, COMPLETIONS, PAD)
+    assert rows.completion_ids.numel() == 24
+    with torch.no_grad():
+        expected = completion_logprobs(model, rows)
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", chunk)
+    with torch.set_grad_enabled(grad):
+        got = completion_logprobs(model, rows)
+    assert got.requires_grad is grad
+    torch.testing.assert_close(got.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_log_probabilities_are_fp32_under_autocast() -> None:
+    model, rows = model_of("llama"), pad_rows(PROMPTS, COMPLETIONS, PAD)
+    exact = completion_logprobs(model, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = completion_logprobs(model, rows)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)  # autocast was on
+    torch.testing.assert_close(half, exact, rtol=0, atol=0.2)
+
+
+class AllLogits(torch.nn.Module):
+    """A model whose forward knows no `logits_to_keep`."""
+
+    def __init__(self, inner: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache).logits
+        return CausalLMOutput(logits=logits)
+
+
+class Wrapped(torch.nn.Module):
+    """Keeps the real model in `.module`, as DDP does, and records what it was asked to keep."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.kept: list[int] = []
+
+    def forward(self, **inputs: torch.Tensor) -> CausalLMOutput:
+        output: CausalLMOutput = self.module(**inputs)
+        assert output.logits is not None
+        self.kept.append(output.logits.shape[1])
+        return output
+
+
+def test_a_model_that_cannot_keep_some_logits_is_sliced() -> None:
+    model, rows = model_of("llama"), pad_rows(PROMPTS, COMPLETIONS, PAD)
+    expected = completion_logits(model, rows)
+    assert expected.shape == (4, 6, VOCAB)
+    torch.testing.assert_close(completion_logits(AllLogits(model), rows), expected, rtol=0, atol=1e-6)
+
+
+def test_only_the_completions_logits_are_computed_behind_wrappers_too() -> None:
+    rows = pad_rows(PROMPTS, COMPLETIONS, PAD)
+    adapter = get_peft_model(model_of("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for inner in (model_of("llama"), Wrapped(model_of("gpt2")), adapter):
+        wrapped = Wrapped(inner)
+        completion_logits(wrapped, rows)
+        assert wrapped.kept == [7]  # six completion tokens and the position before them, of fourteen
+
+
+# ---- prompt tokens are never in a loss -------------------------------------------------------------------------------
+
+
+def test_no_gradient_reaches_the_logits_of_prompt_tokens_or_padding() -> None:
+    model, rows = AllLogits(model_of("llama")), pad_rows(PROMPTS, COMPLETIONS, PAD)
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: torch.nn.Module, _args: object, output: CausalLMOutput) -> None:
+        assert output.logits is not None
+        output.logits.retain_grad()
+        seen.append(output.logits)
+
+    model.register_forward_hook(keep)
+    completion_logprobs(model, rows).sum().backward()
+    (logits,) = seen
+    assert logits.grad is not None
+    width = rows.input_ids.shape[1]
+    for r, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        predicts = set(range(width - 6 - 1, width - 6 - 1 + len(c)))  # the last prompt position, and all but the last token
+        touched = {t for t in range(width) if logits.grad[r, t].any()}
+        assert touched == predicts, (p, c)
+
+
+def test_the_prompts_own_tokens_are_not_scored() -> None:
+    # An embedding and a head, no attention: what a position predicts depends on the token before it alone.
+    class Bigram(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(VOCAB, VOCAB)
+
+        def forward(self, input_ids: torch.Tensor, **_: object) -> CausalLMOutput:
+            return CausalLMOutput(logits=self.table(input_ids))
+
+    model = Bigram()
+    a = completion_logprobs(model, pad_rows([[5, 6, 7]], [[8, 9]], PAD))
+    assert torch.equal(a, completion_logprobs(model, pad_rows([[30, 31, 7]], [[8, 9]], PAD)))
+    assert not torch.equal(a, completion_logprobs(model, pad_rows([[5, 6, 31]], [[8, 9]], PAD)))  # the last one predicts
+
+
+# ---- scoring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_scores_come_in_order_whatever_the_batch_size(batch_size: int) -> None:
+    model = model_of("gpt2").train()
+    counts: list[int] = []
+    scores = score_completions(
+        model, PROMPTS, COMPLETIONS, pad_token_id=PAD, batch_size=batch_size, autocast_dtype=None, progress=counts.append
+    )
+    assert model.training  # put back, and dropout was off:
+    model.eval()
+    assert sum(counts) == 4
+    assert [len(s) for s in scores] == [len(c) for c in COMPLETIONS]
+    for got, expected in zip(scores, reference_logps(model), strict=True):
+        assert got == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_nothing_to_score_gives_nothing() -> None:
+    assert score_completions(model_of("llama"), [], [], pad_token_id=PAD, batch_size=4, autocast_dtype=None) == []
+
+
+# ---- drift -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    yield model
+
+
+def drift(model: torch.nn.Module, start: torch.nn.Module, batch_size: int = 3) -> tuple[float, float]:
+    return exact_drift(model, lambda: opened(start), PROMPTS, COMPLETIONS, pad_token_id=PAD, batch_size=batch_size, autocast_dtype=None)
+
+
+def by_hand(model: torch.nn.Module, start: torch.nn.Module) -> tuple[float, float]:
+    kls, entropies = [], []
+    with torch.no_grad():
+        for p, c in zip(PROMPTS, COMPLETIONS, strict=True):
+            policy, ref = one_row(model, p, c).double(), one_row(start, p, c).double()
+            for t in range(len(c)):
+                probabilities = policy[t].exp().tolist()
+                kls.append(math.fsum(q * (a - b) for q, a, b in zip(probabilities, policy[t].tolist(), ref[t].tolist(), strict=True)))
+                entropies.append(-math.fsum(q * a for q, a in zip(probabilities, policy[t].tolist(), strict=True)))
+    return math.fsum(kls) / len(kls), math.fsum(entropies) / len(entropies)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_drift_is_the_full_kl_and_entropy_a_token(family: Family, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 5)
+    start = model_of(family)
+    model = copy.deepcopy(start)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    kl, entropy = drift(model, start, batch_size)
+    expected_kl, expected_entropy = by_hand(model, start)
+    assert expected_kl > 0.01
+    assert kl == pytest.approx(expected_kl, abs=1e-5)
+    assert entropy == pytest.approx(expected_entropy, abs=1e-5)
+    # The direction: from the policy to the start, not back.
+    assert abs(by_hand(start, model)[0] - expected_kl) > 1e-4
+    assert drift(start, model, batch_size)[0] == pytest.approx(by_hand(start, model)[0], abs=1e-5)
+
+
+def test_a_policy_has_not_drifted_from_itself() -> None:
+    model = model_of("llama").train()
+    kl, entropy = drift(model, model)
+    assert kl == 0
+    assert entropy > 0.1
+    assert model.training
+
+
+def test_drift_of_an_adapter_from_the_model_below_it() -> None:
+    base = model_of("llama")
+    start = copy.deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model.eval()
+
+    @contextlib.contextmanager
+    def adapter_off() -> Iterator[torch.nn.Module]:
+        with model.disable_adapter():
+            yield model
+
+    def measured() -> tuple[float, float]:
+        return exact_drift(model, adapter_off, PROMPTS, COMPLETIONS, pad_token_id=PAD, batch_size=2, autocast_dtype=None)
+
+    assert measured()[0] == 0  # an untrained adapter adds nothing
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = 0.5 * torch.randn(p.shape, generator=generator)
+    expected = by_hand(model, start)
+    assert expected[0] > 0.01
+    assert measured() == pytest.approx(expected, abs=1e-5)
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_no_tokens_no_drift() -> None:
+    model = model_of("llama")
+    assert exact_drift(model, lambda: opened(model), [], [], pad_token_id=PAD, batch_size=2, autocast_dtype=None) == (0.0, 0.0)

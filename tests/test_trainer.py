@@ -1,0 +1,372 @@
+"""NEATTrainer on tiny random models: gradients, rounds, resume, limits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import FAMILIES, Family, tiny_model, tiny_tokenizer
+from transformers import TrainerCallback
+
+from neat_align import CollapseError, ConfigError, NEATConfig, NEATTrainer, PromptError, RewardError
+from neat_align.packing import collate_groups
+from neat_align.step_loss import LossCounts, loss_terms
+
+TOKENIZER = tiny_tokenizer()
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"What do you say to number {i}?"}],
+        "chosen": [{"role": "assistant", "content": f"thank you {i}"}],
+        "rejected": [{"role": "assistant", "content": f"I hate {i}"}],
+    }
+    for i in range(12)
+]
+
+
+def count_e(prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Any], **columns: Any) -> list[float]:
+    """How often the answer says e: a reward that random text spreads over."""
+    return [float(c[0]["content"].count("e")) + 0.01 * len(c[0]["content"]) for c in completions]
+
+
+def config(folder: Path, **changes: Any) -> NEATConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "bf16": False,
+        "prompts_per_round": 8,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "max_prompt_length": 200,
+        "max_completion_length": 10,
+        "instruction_bank": "politeness",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "drift_prompts": 0,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return NEATConfig(**{**settings, **changes})
+
+
+def trainer(folder: Path, family: Family = "llama", *, rows: Any = ROWS, reward: Any = count_e, **changes: Any) -> NEATTrainer:
+    extra = {k: changes.pop(k) for k in ("peft_config", "eval_dataset", "callbacks", "judge_funcs", "model") if k in changes}
+    model = extra.pop("model", None) or tiny_model(family, len(TOKENIZER), tokenizer=TOKENIZER)
+    return NEATTrainer(model, reward, config(folder, **changes), rows, processing_class=TOKENIZER, **extra)
+
+
+def weights(t: NEATTrainer) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in t.policy.state_dict().items()}
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the gradient ----
+
+
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo"])
+def test_accumulating_one_group_at_a_time_is_one_big_batch(tmp_path: Path, loss: str) -> None:
+    """1×8 = 8×1 with groups of unequal size (leaks, duplicates and cut targets make them so): same weights after a step."""
+    # Two rows have no human answers, so groups differ in size and some have no language-modelling target.
+    rows = [row if i % 3 else {"prompt": row["prompt"]} for i, row in enumerate(ROWS)]
+    extra = {"ranking_loss": loss, "rows": rows, "negative_penalty": "unlikelihood", "negative_weight": 0.5, "kl_weight": 0.1}
+    big = trainer(tmp_path / "big", per_device_train_batch_size=8, gradient_accumulation_steps=1, **extra)
+    small = trainer(tmp_path / "small", per_device_train_batch_size=1, gradient_accumulation_steps=8, **extra)
+    start = weights(big)
+    for t in (big, small):
+        t.create_optimizer()
+        t.optimizer = torch.optim.SGD(t.policy.parameters(), lr=1.0)
+        t.train()
+    sizes = {len(g.completions) for g in big.rounds.groups}
+    assert len(sizes) > 1, "the test needs unequal groups"
+    assert big.state.global_step == small.state.global_step == 1
+    moved = 0.0
+    for name, value in weights(big).items():
+        torch.testing.assert_close(weights(small)[name], value, rtol=1e-4, atol=1e-6)
+        moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 1e-4
+    a, b = (next(line for line in logged(tmp_path / n) if "loss" in line) for n in ("big", "small"))
+    for name in ("loss", "loss/ranking", "loss/lm", "loss/negative", "loss/kl", "ranking/accuracy"):
+        assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo"])
+def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(tmp_path: Path, loss: str) -> None:
+    t = trainer(tmp_path, ranking_loss=loss, **({"hinge_margin": 5.0} if loss == "hinge" else {}))
+    made = t.make_round(0)
+    group = next(g for g in made.groups if min(g.completions, key=lambda c: c.reward or 0.0).origin in ("negative", "rejected"))
+    batch = collate_groups([group], pad_token_id=0, rank_by="reward", lm_on_bad_origins=False)
+    worst = min(range(len(group.completions)), key=lambda i: group.completions[i].reward or 0.0)
+    before = torch.tensor([c.policy_logprobs + (0.0,) * (batch.ref_logps.shape[1] - len(c.policy_logprobs)) for c in group.completions])
+    logps = before.clone().requires_grad_()
+    terms = loss_terms(batch, logps, LossCounts(1, 1, 1, 1), t.objective_params)
+    (gradient,) = torch.autograd.grad(terms.ranking, logps)
+    # Descending the gradient lowers every token of the worst completion, and touches no padding.
+    length = len(group.completions[worst].token_ids)
+    assert (gradient[worst, :length] > 0).all()
+    assert (gradient[worst, length:] == 0).all()
+
+
+def test_a_small_learning_rate_moves_fp32_weights_under_bf16_autocast(tmp_path: Path) -> None:
+    t = trainer(tmp_path, bf16=True, learning_rate=1e-5)
+    start = weights(t)
+    t.train()
+    moved = [name for name, value in weights(t).items() if not torch.equal(value, start[name])]
+    assert len(moved) > len(start) / 2
+
+
+def test_trainable_weights_held_in_bf16_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"held in bfloat16.*dtype=torch.float32"):
+        trainer(tmp_path, model=model)
+
+
+# ---- rounds ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_epoch_is_one_round_sampled_from_the_current_policy(tmp_path: Path, family: Family) -> None:
+    t = trainer(tmp_path, family, num_train_epochs=2)
+    t.train()
+    first, second = t.make_round(0), t.make_round(1)  # read back, not made again
+    assert t.state.global_step == 8
+    assert [g.prompt_id for g in first.groups] != [g.prompt_id for g in second.groups]
+    lines = [line for line in logged(tmp_path) if "round" in line]
+    assert [line["round"] for line in lines] == [0, 1]
+    assert {"reward", "reward_std", "rewards/count_e/mean", "contrast/reward_gap", "contrast/inversion_rate"} <= set(lines[0])
+    step = next(line for line in logged(tmp_path) if "loss" in line)
+    assert {"loss/ranking", "loss/lm", "ranking/accuracy", "ranking/active_pair_fraction/negative", "logps/negative"} <= set(step)
+    assert step["loss"] == pytest.approx(step["loss/ranking"] + step["loss/lm"], rel=1e-5)
+    # The first round's completions are the start policy's: under the plain prompt both log-probabilities are one.
+    assert all(c.policy_logprobs == c.ref_logprobs for g in first.groups for c in g.completions)
+
+
+def test_the_model_learns_what_the_reward_asks_for(tmp_path: Path) -> None:
+    """Ranking accuracy on a fixed round rises when the round is trained on again and again."""
+    t = trainer(tmp_path, num_train_epochs=1, per_device_train_batch_size=8, learning_rate=3e-3)
+    made = t.make_round(0)
+    batch = t._collate(list(made.groups))["groups"]
+    optimizer = torch.optim.AdamW(t.policy.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        loss = t.compute_loss(t.policy, {"groups": batch})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as an interruption would, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("stop_after", [3, 4, 6])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, stop_after: int, use_lora: bool) -> None:
+    """Interrupted inside a round (3, 6) and at its end (4 steps a round): same weights, round files and final metrics."""
+
+    def make(name: str, **kwargs: Any) -> NEATTrainer:
+        torch.manual_seed(0)  # an adapter starts from random numbers
+        peft_config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear") if use_lora else None
+        settings: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "drift_prompts": 2}
+        return trainer(tmp_path / name, **settings, peft_config=peft_config, **kwargs)
+
+    whole = make("whole")
+    whole.train()
+    broken = make("parts", callbacks=[StopAt(stop_after + 1)])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = make("parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == 8
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    for index in range(2):
+        one, other = ((tmp_path / n / "rounds" / f"{index:05d}" / "groups.parquet").read_bytes() for n in ("whole", "parts"))
+        assert one == other
+    last = [[line for line in logged(tmp_path / n) if line["step"] == 8 and "loss" in line] for n in ("whole", "parts")]
+    assert last[0] == last[1]
+
+
+def test_resume_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    t = trainer(tmp_path, num_train_epochs=2)
+    t.train()
+    (tmp_path / "checkpoint-8" / "COMPLETE.json").unlink()
+    again = trainer(tmp_path, num_train_epochs=2)
+    again.train(resume_from_checkpoint=True)
+    for name, value in weights(t).items():
+        assert torch.equal(weights(again)[name], value)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        trainer(tmp_path, num_train_epochs=2).train(resume_from_checkpoint=True)
+
+
+def test_a_used_folder_without_resume_and_an_empty_one_with_it_are_refused(tmp_path: Path) -> None:
+    trainer(tmp_path / "a").train()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        trainer(tmp_path / "a").train()
+    with pytest.raises(ConfigError, match="no run to resume"):
+        trainer(tmp_path / "b").train(resume_from_checkpoint=True)
+
+
+def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again(tmp_path: Path) -> None:
+    def broken(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        raise OSError("the reward server is down")
+
+    with pytest.raises(RewardError, match="broken"):
+        trainer(tmp_path, reward=broken).train()
+    sampled = list(tmp_path.glob("rounds/00000/work/*/sampled.parquet"))
+    assert sampled
+    before = sampled[0].read_bytes()
+    t = trainer(tmp_path)
+    t.train(resume_from_checkpoint=True)
+    fresh = trainer(tmp_path / "fresh")
+    fresh.train()
+    assert before
+    assert (tmp_path / "rounds/00000/groups.parquet").read_bytes() == (tmp_path / "fresh/rounds/00000/groups.parquet").read_bytes()
+
+
+# ---- drift, limits, reference ----
+
+
+def test_training_stops_when_kl_passes_its_limit(tmp_path: Path) -> None:
+    t = trainer(tmp_path, num_train_epochs=3, drift_prompts=3, max_kl=1e-4, learning_rate=1e-2)
+    t.train()
+    assert t.state.global_step == 4
+    assert t.stopped_because is not None
+    assert "max_kl" in t.stopped_because
+    drift = [line["drift/kl"] for line in logged(tmp_path) if "drift/kl" in line]
+    assert drift[0] == pytest.approx(0, abs=1e-6)
+    assert drift[1] > 1e-4
+    assert (tmp_path / "checkpoint-4" / "COMPLETE.json").is_file()
+
+
+def test_the_reference_stays_at_the_start_with_and_without_an_adapter(tmp_path: Path) -> None:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+    for name, peft_config in (("full", None), ("lora", lora)):
+        t = trainer(tmp_path / name, peft_config=peft_config, ranking_loss="dpo", learning_rate=1e-2)
+        prompts, answers = [[3, 4, 5]], [[6, 7, 8]]
+        before = t._ref_logprobs(prompts, answers)
+        assert t._policy_logprobs(prompts, answers) == before
+        t.train()
+        assert t._ref_logprobs(prompts, answers) == before
+        assert t._policy_logprobs(prompts, answers) != before
+
+
+def test_negatives_can_be_written_by_the_start_policy(tmp_path: Path) -> None:
+    """After a step the current policy writes other negatives than the initial one, which repeats itself."""
+    texts = {}
+    for who in ("current", "initial"):
+        t = trainer(tmp_path / who, negative_policy=who, num_train_epochs=2, prompts_per_round=12, learning_rate=5e-2)
+        t.train()
+        texts[who] = {g.prompt_id: [c.text for c in g.completions if c.origin == "negative"] for g in t.make_round(1).groups}
+    start = trainer(tmp_path / "start", prompts_per_round=12)
+    start.train()  # a first round to continue from
+    fresh = trainer(tmp_path / "start", prompts_per_round=12, num_train_epochs=2)
+    fresh.policy.load_state_dict(tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).state_dict())
+    initial = {g.prompt_id: [c.text for c in g.completions if c.origin == "negative"] for g in fresh.make_round(1).groups}
+    shared = set(initial) & set(texts["initial"])
+    assert shared
+    assert all(texts["initial"][i] == initial[i] for i in shared)
+    assert any(texts["current"].get(i) != texts["initial"].get(i) for i in shared)
+
+
+def test_a_round_without_pairs_stops_with_advice(tmp_path: Path) -> None:
+    def flat(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    with pytest.raises(CollapseError, match="too little to rank"):
+        trainer(tmp_path, reward=flat).train()
+
+
+def test_a_non_finite_loss_never_reaches_the_weights(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                model.get_output_embeddings().weight.data[0, 0] = float("nan")
+
+    t = trainer(tmp_path, callbacks=[Poison()])
+    with pytest.raises(CollapseError, match="the loss is nan at step 3"):
+        t.train()
+
+
+# ---- what is refused, and what works without ----
+
+
+def test_ranking_by_origin_needs_no_reward(tmp_path: Path) -> None:
+    t = trainer(tmp_path, reward=None, rank_by="origin")
+    t.train()
+    step = next(line for line in logged(tmp_path) if "loss" in line)
+    assert step["loss/ranking"] > 0
+    with pytest.raises(ConfigError, match="rank_by is reward but reward_funcs is empty"):
+        trainer(tmp_path / "b", reward=None)
+
+
+def test_the_contrast_reward_needs_no_reward_model(tmp_path: Path) -> None:
+    t = trainer(tmp_path, reward="contrast")
+    t.train()
+    line = next(line for line in logged(tmp_path) if "round" in line)
+    # The policy's own preference for the instruction that an answer was written under.
+    assert line["reward/positive"] > line["reward/negative"]
+
+
+def test_chat_data_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    bare = tiny_tokenizer("none")
+    with pytest.raises(PromptError, match="chat template"):
+        NEATTrainer(tiny_model("llama", len(bare), tokenizer=bare), count_e, config(tmp_path), ROWS, processing_class=bare)
+
+
+def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
+    t = trainer(tmp_path, eval_dataset=ROWS[:3], judge_funcs=[count_e])
+    metrics = t.evaluate()
+    assert {"eval_reward", "eval_judges/count_e", "eval_perplexity", "eval_distinct2", "eval_contrast/reward/negative"} <= set(metrics)
+    again = t.evaluate()
+    assert metrics == again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranking_loss": "margin"}, "ranking_loss is 'margin'; it must be one of hinge, logistic, listwise, dpo"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"num_train_epochs": 0}, "number of rounds"),
+        ({"num_train_epochs": 1.5}, "number of rounds"),
+        ({"num_positive": 0, "num_negative": 0}, "nothing would be sampled"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"hinge_margin": 1.0}, "hinge_margin is set but ranking_loss is logistic"),
+        ({"ranking_loss": "hinge", "beta": 1.0}, "beta is set but the hinge loss has none"),
+        ({"ranking_loss": "dpo", "gamma": 1.0}, "gamma is set but ranking_loss is dpo"),
+        ({"negative_penalty": "npo"}, "set both, or neither"),
+        ({"negative_weight": 1.0}, "set both, or neither"),
+        ({"npo_beta": 1.0}, "npo_beta is set but negative_penalty is none"),
+        ({"negative_policy": "initial", "num_negative": 0}, "negative_policy is initial but num_negative is 0"),
+        ({"max_kl": 1.0, "drift_prompts": 0}, "nothing would measure the KL"),
+        ({"remove_unused_columns": True}, "must stay false"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "first round's groups"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"max_completion_length": 0}, "max_completion_length is 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        config(tmp_path, **changes)
+
+
+def test_lengths_over_the_context_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="over the model's context of 512 tokens"):
+        trainer(tmp_path, max_prompt_length=510)
