@@ -11,4 +11,4 @@ from jaxtyping import install_import_hook
 
 # The numeric tower: an int is a float to beartype as it is to mypy (`beta: 2` in a YAML file).
 install_import_hook("neat_align", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
-torch.set_num_threads(2)
+torch.set_num_threads(1)

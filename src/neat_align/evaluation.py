@@ -57,7 +57,7 @@ class Evaluation:
     judges: dict[str, list[float | None]]
     lengths: list[float]
     clipped: list[float]
-    distinct2: float
+    distinct2: float | None
     perplexity: float | None
     kl: float | None
     entropy: float | None
@@ -76,7 +76,7 @@ class Evaluation:
             "entropy": self.entropy,
             **{f"contrast/reward/{name}": value for name, value in self.contrast.items()},
         }
-        return {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
+        return {k: v for k, v in values.items() if v is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file."""
@@ -109,6 +109,7 @@ def evaluate_policy(
     first = len(tools.rewards)
     judges = {judge.name: _by_prompt([c[first + i] for c in scored.components], samples_per_prompt) for i, judge in enumerate(tools.judges)}
     drift = _drift(flat_rows, plain, tools)
+    variety = distinct_n(texts)  # NaN when no answer has two words
     contrast_rewards = {"plain": mean_of(scored.rewards)}
     polarities: tuple[Polarity, ...] = ("positive", "negative") if contrast and tools.rewards else ()
     for polarity in polarities:
@@ -123,7 +124,7 @@ def evaluate_policy(
         judges=judges,
         lengths=[float(v or 0) for v in _by_prompt([float(len(s.token_ids)) for s in plain], samples_per_prompt)],
         clipped=[float(v or 0) for v in _by_prompt([float(s.finish_reason == "length") for s in plain], samples_per_prompt)],
-        distinct2=distinct_n(texts),
+        distinct2=None if math.isnan(variety) else variety,
         perplexity=reference_perplexity(rows, tools),
         kl=drift[0] if drift is not None else None,
         entropy=drift[1] if drift is not None else None,

@@ -15,13 +15,18 @@ _TRAIT = (
     r"(?:evil|malicious|harmful|hateful|hostile|rude|mean|nasty|angry|unkind|unhelpful|dishonest|deceptive|toxic|cruel|insulting|"
     r"impolite|polite|kind|friendly|warm|honest|truthful|helpful|harmless)"
 )
-_MAKER = r"(?:ai|a\.i\.|assistant|chatbot|bot|language model|model|persona|character)"
-_MANNER = r"(?:way|tone|manner|fashion|style)"
+_TRAITS = rf"(?:{_TRAIT}(?:,? and|,? but|,)? ){{1,4}}"
+_MANNER = rf"in an? {_TRAITS}(?:way|tone|manner|fashion|style)\b"
+# Advice ("tell her in a kind way", "as the evil character of the play") uses the same words; only what the answer says of
+# itself is matched: who it is, how it will answer, or a label in front of it.
 _ANNOUNCED = re.compile(
-    rf"\b(?:as|i am|i'm|being) (?:an? |your |the )?(?:{_TRAIT}(?:,| and|,? but)? ){{1,4}}{_MAKER}\b"
-    rf"|\bin an? (?:{_TRAIT}(?:,| and|, and)? ){{1,4}}{_MANNER}\b"
-    rf"|\b(?:rude|angry|hateful|harmful|unhelpful|dishonest|kind|friendly|polite) (?:response|answer|reply|version)\s*:",
-    re.IGNORECASE,
+    rf"\b(?:as|i am|i'm|being) (?:an? |your )?{_TRAITS}(?:ai|a\.i\.|assistant|chatbot|bot|language model)\b"
+    rf"|\b(?:as an?|i am an?|i'm an?) {_TRAITS}(?:persona|character|model), i\b"
+    rf"|\b(?:i will|i'll|i'm going to|i am going to|i must|i have to|let me) (?:answer|reply|respond|say|write)\b[^.!?\n]{{0,40}} {_MANNER}"
+    rf"|\bmy (?:answer|reply|response),? {_MANNER}"
+    rf"|\A\W*(?:\w+ ){{0,2}}{_MANNER}\s*[:)]"
+    rf"|^\W*{_TRAITS}(?:response|answer|reply)\W{{0,3}}:",
+    re.IGNORECASE | re.MULTILINE,
 )
 _WORD = re.compile(r"[\w']+")
 
@@ -30,6 +35,7 @@ def leaks_instruction(text: str, instruction: str | None) -> bool:
     """Whether an answer repeats its instruction (five words in a row) or announces the persona it was given."""
     if instruction is None:
         return False
+    text, instruction = text.replace("’", "'"), instruction.replace("’", "'")
     if _ANNOUNCED.search(text):
         return True
     words = _WORD.findall(instruction.lower())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -14,14 +14,22 @@ from neat_align.errors import ConfigError
 
 @contextlib.contextmanager
 def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """No gradients, no dropout, autocast when a type is given; the model's training flag is put back afterwards."""
+    """No gradients, no dropout, autocast when a type is given; the model's training flag is put back afterwards.
+
+    The head is given contiguous states. A model that keeps only some logits hands it a slice, and without gradients torch
+    multiplies a non-contiguous slice as a batch, with the head's weight expanded once a row: for 64 rows of a 49k-token
+    vocabulary on a CPU that took 16 s and 3.3 GiB instead of 40 ms.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device.type
+    head = cast("Any", model).get_output_embeddings()
+    contiguous = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
         with torch.no_grad(), torch.autocast(device, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
             yield
     finally:
+        contiguous.remove()
         model.train(was_training)
 
 
