@@ -247,7 +247,6 @@ def test_an_interruption_in_a_later_slice_keeps_the_finished_ones(tmp_path: Path
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.xfail(strict=True, reason="an interrupted round's samples are taken up by any later call on its folder")
 @pytest.mark.parametrize("what", ["rows", "seed", "sampling"])
 def test_samples_of_other_prompts_or_settings_are_not_taken_up(tmp_path: Path, what: str) -> None:
     def away(**_: Any) -> list[float]:

@@ -183,9 +183,6 @@ def test_a_low_temperature_is_greedy(models: dict[Family, PreTrainedModel]) -> N
 # ---- nothing of the model's own settings gets in ---------------------------------------------------------------------
 
 
-LEAKS = pytest.mark.xfail(strict=True, reason="`generate` fills what our configuration leaves unset from the model's own")
-
-
 @pytest.mark.parametrize(
     "own",
     [
@@ -199,11 +196,11 @@ LEAKS = pytest.mark.xfail(strict=True, reason="`generate` fills what our configu
         {"max_new_tokens": 1},
         {"min_new_tokens": 6},
         {"eos_token_id": list(range(VOCAB))},
-        pytest.param({"suppress_tokens": list(range(3, 30))}, marks=LEAKS),
-        pytest.param({"bad_words_ids": [[i] for i in range(3, 30)]}, marks=LEAKS),
-        pytest.param({"forced_eos_token_id": 9}, marks=LEAKS),
-        pytest.param({"encoder_repetition_penalty": 5.0}, marks=LEAKS),
-        pytest.param({"stop_strings": ["a"]}, marks=LEAKS),
+        {"suppress_tokens": list(range(3, 30))},
+        {"bad_words_ids": [[i] for i in range(3, 30)]},
+        {"forced_eos_token_id": 9},
+        {"encoder_repetition_penalty": 5.0},
+        {"stop_strings": ["a"]},
     ],
     ids="+".join,
 )

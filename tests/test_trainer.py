@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import FAMILIES, Family, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
 from neat_align import CollapseError, ConfigError, NEATConfig, NEATTrainer, PromptError, RewardError
 from neat_align.packing import collate_groups
 from neat_align.step_loss import LossCounts, loss_terms
+from tiny import FAMILIES, Family, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 ROWS = [
@@ -100,7 +101,10 @@ def test_accumulating_one_group_at_a_time_is_one_big_batch(tmp_path: Path, loss:
 def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(tmp_path: Path, loss: str) -> None:
     t = trainer(tmp_path, ranking_loss=loss, **({"hinge_margin": 5.0} if loss == "hinge" else {}))
     made = t.make_round(0)
-    group = next(g for g in made.groups if min(g.completions, key=lambda c: c.reward or 0.0).origin in ("negative", "rejected"))
+    group = made.groups[0]
+    # Make a negative the worst of its group, whatever this random model wrote.
+    ranked = [replace(c, reward=-1.0 if c.origin == "negative" and c.index == 0 else float(i)) for i, c in enumerate(group.completions)]
+    group = replace(group, completions=tuple(ranked))
     batch = collate_groups([group], pad_token_id=0, rank_by="reward", lm_on_bad_origins=False)
     worst = min(range(len(group.completions)), key=lambda i: group.completions[i].reward or 0.0)
     before = torch.tensor([c.policy_logprobs + (0.0,) * (batch.ref_logps.shape[1] - len(c.policy_logprobs)) for c in group.completions])
@@ -232,13 +236,19 @@ def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again
         trainer(tmp_path, reward=broken).train()
     sampled = list(tmp_path.glob("rounds/00000/work/*/sampled.parquet"))
     assert sampled
-    before = sampled[0].read_bytes()
-    t = trainer(tmp_path)
-    t.train(resume_from_checkpoint=True)
+    written = sampled[0].stat().st_mtime_ns
+    seen: list[int] = []
+
+    def watching(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+        seen.append(sampled[0].stat().st_mtime_ns)
+        return count_e(prompts, completions, completion_ids)
+
+    trainer(tmp_path, reward=watching).train(resume_from_checkpoint=True)
     fresh = trainer(tmp_path / "fresh")
     fresh.train()
-    assert before
-    assert (tmp_path / "rounds/00000/groups.parquet").read_bytes() == (tmp_path / "fresh/rounds/00000/groups.parquet").read_bytes()
+    assert seen[0] == written, "the samples were drawn again"
+    resumed, uninterrupted = (NEATTrainer.make_round(trainer(f), 0).groups for f in (tmp_path, tmp_path / "fresh"))
+    assert resumed == uninterrupted
 
 
 # ---- drift, limits, reference ----

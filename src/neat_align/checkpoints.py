@@ -24,7 +24,11 @@ def is_complete(checkpoint: Path) -> bool:
     marker = checkpoint / MARKER
     if not marker.is_file():
         return False
-    for name, facts in read_json(marker)["files"].items():
+    try:
+        files = read_json(marker)["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged marker is no marker
+        return False
+    for name, facts in files:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != facts["size"] or sha256_of(path) != facts["sha256"]:
             return False

@@ -8,11 +8,12 @@ read instead of made again. Until then finished stages of each slice of prompts 
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +175,15 @@ def _slice(
     """Sample, filter and score some prompts; each finished stage is kept in `work`."""
     if not rows:
         return []
-    sampled_file, scored_file = work / "sampled.parquet", work / "scored.parquet"
+    sampled_file, scored_file, plan_file = work / "sampled.parquet", work / "scored.parquet", work / "plan.json"
+    plan = _plan(rows, round_index, params, tools)
+    found = read_json(plan_file) if plan_file.is_file() else None
+    if found is None or found["sampling"] != plan["sampling"]:
+        # Work of other rows or other settings: start this slice again rather than mix two runs.
+        shutil.rmtree(work, ignore_errors=True)
+    elif found != plan:
+        scored_file.unlink(missing_ok=True)
+    write_json(plan_file, plan)
     if sampled_file.is_file():
         sampled = read_groups(sampled_file)
     else:
@@ -190,6 +199,20 @@ def _slice(
     if progress is not None:
         progress("score", 1, 1)
     return scored
+
+
+def _plan(rows: Sequence[PromptRow], round_index: int, params: ExpandParams, tools: ExpandTools) -> dict[str, Any]:
+    """What decides the samples and scores of a slice, as JSON: kept work is taken up only when it is the same."""
+    return {
+        "sampling": {
+            "format": FORMAT,
+            "round": round_index,
+            "rows": [[row.id, row.prompt, row.chosen, row.rejected] for row in rows],
+            "params": json.loads(json.dumps(asdict(params))),
+            "bank": [[pair.positive, pair.negative] for pair in tools.bank.pairs],
+        },
+        "rewards": [[reward.name, reward.weight] for reward in tools.rewards],
+    }
 
 
 # ---- sample ----------------------------------------------------------------------------------------------------------
@@ -361,6 +384,7 @@ def _check_pairs(kept: int, tried: int, params: ExpandParams) -> None:
     if kept == 0 or kept < params.min_pair_fraction * tried:
         raise CollapseError(
             f"{kept} of {tried} prompts gave two completions whose rewards differ by more than "
-            f"reward_margin={params.reward_margin}: there is too little to rank. Either the reward does not tell these "
-            "answers apart (try another reward, or a smaller margin), or the policy no longer obeys the negative instruction (negative_policy: initial, or fewer rounds); the last checkpoint is kept"
+            f"reward_margin={params.reward_margin}: there is too little to rank. Either the reward does not tell these answers "
+            "apart (try another reward, or a smaller margin), or the policy no longer obeys the negative instruction "
+            "(negative_policy: initial, or fewer rounds); the last checkpoint is kept"
         )

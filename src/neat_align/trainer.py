@@ -333,7 +333,8 @@ class NEATTrainer(Trainer):
             self.log({f"drift/{k}": v for k, v in facts.items()})
             return False
         start = read_json(start_file)
-        facts["distinct2_ratio"] = facts["distinct2"] / start["distinct2"] if start.get("distinct2") else 1.0
+        # Without two words in any answer there is no distinct-2: that is the collapse it is there to see.
+        facts["distinct2_ratio"] = facts.get("distinct2", 0.0) / start["distinct2"] if start.get("distinct2") else 1.0
         facts["length_ratio"] = facts["mean_length"] / max(start["mean_length"], 1e-9)
         self.log({f"drift/{k}": v for k, v in facts.items()})
         if self.args.max_kl is not None and facts["kl"] > self.args.max_kl:

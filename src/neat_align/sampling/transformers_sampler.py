@@ -8,11 +8,14 @@ floating-point noise in the logits, which can flip a near-tie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -94,12 +97,13 @@ class TransformersSampler:
         input_ids = torch.tensor([[self.pad_token_id] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
         attention_mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
         draw = _SeededDraw([r.seed for r in requests], params, device)
-        output = self.model.generate(  # type: ignore[operator]
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            generation_config=_greedy(params, self.eos_token_ids, self.pad_token_id),
-            logits_processor=LogitsProcessorList([draw]),
-        )
+        with _no_own_generation_config(self.model):
+            output = cast("Any", self.model).generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=_greedy(params, self.eos_token_ids, self.pad_token_id),
+                logits_processor=LogitsProcessorList([draw]),
+            )
         tokens = output[:, width:].tolist()
         logprobs = torch.stack(draw.logprobs, dim=1).tolist()
         return [self._sample(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
@@ -110,20 +114,24 @@ class TransformersSampler:
         return Sample(tuple(tokens[:length]), "length" if end is None else "stop", sum(logprobs[:length]))
 
 
+@contextlib.contextmanager
+def _no_own_generation_config(model: Any) -> Iterator[None]:
+    """`generate` fills what is unset from the model's own generation_config (repetition penalties, suppressed tokens, …);
+    with an empty one only the request shapes the draw."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
 def _greedy(params: SamplingParams, eos_token_ids: tuple[int, ...], pad_token_id: int) -> GenerationConfig:
-    # Every setting that a model's own generation_config could bring is named, so that only `params` shapes the draw.
     return GenerationConfig(
         do_sample=False,
-        num_beams=1,
         max_new_tokens=params.max_new_tokens,
-        min_new_tokens=0,
         eos_token_id=list(eos_token_ids),
         pad_token_id=pad_token_id,
         use_cache=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        return_dict_in_generate=False,
     )
