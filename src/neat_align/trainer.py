@@ -391,7 +391,7 @@ class NEATTrainer(Trainer):
         loss = total_loss(terms, lm_weight=p.lm_weight, negative_weight=p.negative_weight, kl_weight=p.kl_weight)
         if not bool(torch.isfinite(loss)):
             raise CollapseError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}, before the optimizer step; the last checkpoint is "
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}, before the optimizer step; the last checkpoint is "
                 "untouched. Look at the learning rate and at the rewards of this round"
             )
         for name in ("ranking", "lm", "negative", "kl"):
