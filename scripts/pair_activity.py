@@ -26,7 +26,8 @@ def rounds_of(run: Path) -> list[dict[str, Any]]:
     for line in lines:
         if "round" in line:
             steps = defaultdict(list)
-            names = [f"reward/{o}" for o in ORIGINS] + [
+            names = [f"reward/{o}" for o in ORIGINS]
+            names += ["contrast/inversion_rate", "contrast/reward_gap", "removed/leak", "round/pair_fraction"]
                 "contrast/inversion_rate",
                 "contrast/reward_gap",
                 "removed/leak",

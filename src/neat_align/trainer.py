@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -260,8 +259,7 @@ class NEATTrainer(Trainer):
     def steps_per_round(self) -> int:
         """Optimizer steps in a round."""
         groups_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        groups: int = len(self.rounds)
-        return math.ceil(groups / groups_per_step)
+        return -(-len(self.rounds) // int(groups_per_step))
 
     def make_round(self, index: int) -> Round:
         """Sample, score and rank a round with the current policy, or read it when it is finished on disk."""
@@ -391,8 +389,8 @@ class NEATTrainer(Trainer):
         loss = total_loss(terms, lm_weight=p.lm_weight, negative_weight=p.negative_weight, kl_weight=p.kl_weight)
         if not bool(torch.isfinite(loss)):
             raise CollapseError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}, before the optimizer step; the last checkpoint is "
-                "untouched. Look at the learning rate and at the rewards of this round"
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}, before the optimizer step; the last "
+                "checkpoint is untouched. Look at the learning rate and at the rewards of this round"
             )
         for name in ("ranking", "lm", "negative", "kl"):
             # Micro-batches carry shares of one step's loss: they add up, and are divided by the steps when logged.
