@@ -28,11 +28,6 @@ def rounds_of(run: Path) -> list[dict[str, Any]]:
             steps = defaultdict(list)
             names = [f"reward/{o}" for o in ORIGINS]
             names += ["contrast/inversion_rate", "contrast/reward_gap", "removed/leak", "round/pair_fraction"]
-                "contrast/inversion_rate",
-                "contrast/reward_gap",
-                "removed/leak",
-                "round/pair_fraction",
-            ]
             records.append({"round": int(line["round"]), **{k: line[k] for k in names if k in line}, "steps": steps})
         elif "loss" in line:
             for key, value in line.items():
