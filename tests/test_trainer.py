@@ -341,6 +341,13 @@ def test_chat_data_without_a_chat_template_is_refused(tmp_path: Path) -> None:
         NEATTrainer(tiny_model("llama", len(bare), tokenizer=bare), count_e, config(tmp_path), ROWS, processing_class=bare)
 
 
+def test_log_completions_prints_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, log_completions=True).train()
+    shown = capsys.readouterr().out
+    assert "positive" in shown
+    assert "negative" in shown
+
+
 def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
     t = trainer(tmp_path, eval_dataset=ROWS[:3], judge_funcs=[count_e])
     metrics = t.evaluate()
@@ -367,6 +374,7 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
         ({"negative_policy": "initial", "num_negative": 0}, "negative_policy is initial but num_negative is 0"),
         ({"max_kl": 1.0, "drift_prompts": 0}, "nothing would measure the KL"),
         ({"remove_unused_columns": True}, "must stay false"),
+        ({"push_to_hub": True}, "rounds/ holds text that was written to be harmful"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "first round's groups"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),

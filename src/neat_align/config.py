@@ -254,6 +254,11 @@ def _check_ignored(c: NEATConfig) -> None:
         raise ConfigError("max_kl is set but drift_prompts is 0: nothing would measure the KL; set drift_prompts to 8 or more")
     if c.remove_unused_columns:
         raise ConfigError("remove_unused_columns must stay false: reward functions are given every column of the data")
+    if c.push_to_hub:
+        raise ConfigError(
+            "push_to_hub would upload the whole run directory, and rounds/ holds text that was written to be harmful: set it to "
+            "false and push the model folder yourself when the run is done"
+        )
     if c.dataloader_persistent_workers:
         raise ConfigError("dataloader_persistent_workers would keep serving the first round's groups: set it to false")
     if c.dataloader_drop_last:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
+from neat_align.browse import render_group
 from neat_align.checkpoints import mark_complete, newest_complete
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow, is_conversational, rows_from_dataset
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Rows per forward pass where logits of the whole vocabulary are kept (scoring, drift).
 SCORING_ROWS = 16
+# Groups that `log_completions` prints every round.
+SHOWN_GROUPS = 2
 
 
 class RoundDataset(torch.utils.data.Dataset[CompletionGroup]):
@@ -318,6 +322,9 @@ class NEATTrainer(Trainer):
         self.rounds.groups = made.groups
         if self.state.global_step % self.steps_per_round == 0:
             self.log({"round": float(index), **made.metrics})
+            if self.args.log_completions and self.accelerator.is_main_process:
+                for number, group in enumerate(made.groups[:SHOWN_GROUPS], start=1):
+                    Console().print(render_group(group, number, len(made.groups)))
 
     def end_round(self) -> bool:
         """Measure drift on plain samples; True when a limit was passed and training should stop."""
