@@ -14,10 +14,11 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from neat_align import CollapseError, ConfigError, NEATConfig, NEATTrainer, PromptError, RewardError
+from neat_align import CollapseError, ConfigError, DataError, NEATConfig, NEATTrainer, PromptError, RewardError
 from neat_align.packing import collate_groups
+from neat_align.policy import load_policy
 from neat_align.step_loss import LossCounts, loss_terms
-from tiny import FAMILIES, Family, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, Family, save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 ROWS = [
@@ -294,6 +295,44 @@ def test_negatives_can_be_written_by_the_start_policy(tmp_path: Path) -> None:
     assert shared
     assert all(texts["initial"][i] == initial[i] for i in shared)
     assert any(texts["current"].get(i) != texts["initial"].get(i) for i in shared)
+
+
+def test_the_start_policy_writes_only_the_negatives_also_with_an_adapter(tmp_path: Path) -> None:
+    """With LoRA the start policy is the adapter switched off: it must be off for the negatives alone, copied or not."""
+    for name, changes in (("plain", {}), ("copy", {"bf16": True, "generation_copy": "always"})):
+        texts: dict[str, dict[str, list[str]]] = {}
+        for who in ("current", "initial"):
+            torch.manual_seed(0)
+            lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=64, target_modules="all-linear")
+            t = trainer(tmp_path / name / who, peft_config=lora, negative_policy=who, prompts_per_round=12, **changes)
+            for p_name, p in t.policy.named_parameters():
+                if "lora_B" in p_name:
+                    torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(1))
+            groups = t.make_round(0).groups
+            texts[who] = {o: [c.text for g in groups for c in g.completions if c.origin == o] for o in ("positive", "negative")}
+        assert texts["current"]["positive"] == texts["initial"]["positive"]
+        assert texts["current"]["negative"] != texts["initial"]["negative"]
+
+
+def test_a_trained_adapter_folder_is_loaded_with_what_it_learned(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "llama")
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+    t = NEATTrainer(str(base), count_e, config(tmp_path / "run"), ROWS, peft_config=lora)
+    t.train()
+    t.save_model(str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = t.policy.eval()(ids).logits
+        loaded = load_policy(str(tmp_path / "adapter")).eval()
+        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(load_policy(str(base)).eval()(ids).logits, expected, atol=1e-3)
+    NEATTrainer(str(tmp_path / "adapter"), count_e, config(tmp_path / "again", num_train_epochs=1), ROWS, peft_config=lora).train()
+
+
+def test_prompts_that_are_too_long_are_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"12 prompts are longer than max_prompt_length=20 tokens: dataset 'train_dataset', row 0"):
+        trainer(tmp_path, max_prompt_length=20)
 
 
 def test_a_round_without_pairs_stops_with_advice(tmp_path: Path) -> None:

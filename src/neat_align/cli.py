@@ -42,7 +42,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of sampling, data order and adapter.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and data order.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo run in output_dir.")] = True,
 ) -> None:
     """Align SmolLM2-135M on this machine in a few minutes, and show that it got better."""
@@ -139,9 +139,6 @@ def main(arguments: list[str] | None = None) -> Any:
     except NEATError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; go on with the same command and --resume true", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

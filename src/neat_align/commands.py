@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
 from neat_align.evaluation import Evaluation, compare
 from neat_align.report import write_report
-from neat_align.run_record import commit, versions
+from neat_align.run_record import commit, fingerprint, versions
 from neat_align.settings import RunSettings
 from neat_align.storage import read_json, write_json
 from neat_align.trainer import NEATTrainer
@@ -85,6 +85,7 @@ def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     """Evaluate, train, evaluate again; write the model, result.json and the report. Returns the result."""
     started = time.monotonic()
     trainer = build_trainer(settings, config)
+    _check_same_run(trainer, settings)
     before = evaluation_before(trainer) if trainer.eval_rows else None
     trainer.train(resume_from_checkpoint=True if settings.resume else None)
     out = trainer.output_dir
@@ -111,6 +112,32 @@ def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     write_json(out / "result.json", result)
     write_report(out)
     return result
+
+
+def _check_same_run(trainer: NEATTrainer, settings: RunSettings) -> None:
+    """Refuse to go on with a run that was started with another model, data, reward or way of sampling.
+
+    Its rounds and its first evaluation would be of another experiment, and the difference between before and after would
+    compare two things that cannot be compared.
+    """
+    key = {
+        "model": settings.model_name_or_path,
+        "training data": fingerprint(trainer.rows),
+        "held-out data": fingerprint(trainer.eval_rows),
+        "rewards": [[r.name, r.weight] for r in trainer.rewards],
+        "judges": [j.name for j in trainer.judges],
+        "sampling": asdict(trainer.sampling_params),
+        "seed": trainer.args.seed,
+        "samples per held-out prompt": trainer.args.num_eval_generations,
+    }
+    path = trainer.output_dir / "run-key.json"
+    if path.is_file():
+        found = read_json(path)
+        changed = [f"{name} was {found.get(name)!r} and is {value!r}" for name, value in key.items() if found.get(name) != value]
+        if changed:
+            raise ConfigError(f"{trainer.output_dir} holds a run with other settings: {'; '.join(changed)}. Choose another output_dir")
+    else:
+        write_json(path, key)
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:
@@ -146,12 +173,17 @@ def expand(settings: RunSettings, config: NEATConfig, output: Path, form: str) -
     if form == "groups" and output.suffix != ".parquet":
         raise ConfigError(f"groups keep token ids and log-probabilities and go to .parquet, not {output.suffix}")
     trainer = build_trainer(replace(settings, holdout=0), config)
+    if (trainer.round_folder(0) / "manifest.json").is_file() and not settings.resume:
+        raise ConfigError(
+            f"{trainer.output_dir} holds a finished expansion: delete it, choose another --output, or pass --resume true to write "
+            "the same groups out again"
+        )
     made = trainer.make_round(0)
     if form == "groups":
         write_table(output, groups_to_table(made.groups, [r.name for r in trainer.rewards]))
         written = len(made.groups)
     else:
-        rows = forms[form](made.groups)
+        rows = forms[form](made.groups, rank_by=trainer.expand_params().rank_by)
         written = len(rows)
         if output.suffix == ".jsonl":
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

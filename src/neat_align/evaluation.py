@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -174,7 +174,10 @@ def reference_perplexity(rows: Sequence[PromptRow], tools: EvalTools) -> float |
     if not with_answer:
         return None
     prompts = [prompt_ids(tools.tokenizer, row.prompt) for row, _ in with_answer]
-    answers = [answer_ids(row, text, tools.tokenizer, max_length=10**9)[0] for row, text in with_answer]
+    # A model with learned positions cannot read past its context; what does not fit is left out of the mean.
+    context = cast("Any", tools.model).config.max_position_embeddings
+    room = [context - len(ids) for ids in prompts]
+    answers = [answer_ids(row, text, tools.tokenizer, n)[0] for (row, text), n in zip(with_answer, room, strict=True)]
     logps = score_completions(
         tools.model,
         prompts,

@@ -190,11 +190,12 @@ def read_groups(path: str | Path) -> list[CompletionGroup]:
 # ---- Exports ---------------------------------------------------------------------------------------------------------
 
 
-def ranked_rows(groups: Iterable[CompletionGroup]) -> list[dict[str, Any]]:
-    """One row a group: `prompt`, `completions`, `rewards`, `origins`, best reward first (PRO's and RRHF's shape)."""
+def ranked_rows(groups: Iterable[CompletionGroup], *, rank_by: Literal["reward", "origin"] = "reward") -> list[dict[str, Any]]:
+    """One row a group: `prompt`, `completions`, `rewards`, `origins`, best first (PRO's and RRHF's shape)."""
     rows = []
     for g in groups:
-        order = sorted(g.completions, key=lambda c: -math.inf if c.reward is None else c.reward, reverse=True)
+        keyed = zip(rank_keys(g, rank_by), g.completions, strict=True)
+        order = [c for _, c in sorted(keyed, key=lambda pair: -math.inf if pair[0] is None else pair[0], reverse=True)]
         rows.append(
             {
                 "prompt": g.prompt,
@@ -206,16 +207,18 @@ def ranked_rows(groups: Iterable[CompletionGroup]) -> list[dict[str, Any]]:
     return rows
 
 
-def preference_rows(groups: Iterable[CompletionGroup], *, margin: float = 0.0) -> list[dict[str, Any]]:
+def preference_rows(
+    groups: Iterable[CompletionGroup], *, margin: float = 0.0, rank_by: Literal["reward", "origin"] = "reward"
+) -> list[dict[str, Any]]:
     """One row a group: best against worst, in TRL's preference format. Groups without such a pair are left out."""
     rows = []
     for g in groups:
-        scored = [c for c in g.completions if c.reward is not None]
-        if not scored:
+        keyed = [(key, c) for key, c in zip(rank_keys(g, rank_by), g.completions, strict=True) if key is not None]
+        if not keyed:
             continue
-        best = max(scored, key=lambda c: cast("float", c.reward))
-        worst = min(scored, key=lambda c: cast("float", c.reward))
-        if cast("float", best.reward) - cast("float", worst.reward) <= margin:
+        best_key, best = max(keyed, key=lambda pair: pair[0])
+        worst_key, worst = min(keyed, key=lambda pair: pair[0])
+        if best_key - worst_key <= margin:
             continue
         chosen: Any = best.text
         rejected: Any = worst.text

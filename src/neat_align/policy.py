@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from neat_align.errors import ConfigError
 from neat_align.logprobs import Reference
@@ -18,8 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_policy(name: str) -> PreTrainedModel:
-    """A causal language model by name or path, with fp32 weights."""
-    return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
+    """A causal language model by name or path, with fp32 weights. The adapter in an adapter folder is merged into its base.
+
+    Merged, it is a model like any other: a run that trained an adapter can be evaluated, and trained on.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if find_adapter_config_file(name) is not None:
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload().requires_grad_(True)
+        model.config.name_or_path = name
+    return cast("PreTrainedModel", model)
 
 
 def load_tokenizer(model: Any, tokenizer: Any = None) -> Any:
@@ -42,6 +52,8 @@ def start_policy(model: Any, peft_config: Any, ref_model: torch.nn.Module | None
     """
     from peft import PeftModel, get_peft_model
 
+    if ref_model is model:
+        ref_model = None  # the model itself is no reference: it moves; its copy is
     adapter_is_new = False
     if peft_config is not None:
         if isinstance(model, PeftModel):

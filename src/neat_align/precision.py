@@ -45,7 +45,9 @@ def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.
     copied: torch.nn.Module = copy.deepcopy(extract_model_from_parallel(model, keep_fp32_wrapper=True))
     copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)
     if isinstance(copied, PeftModel):
-        copied = cast("torch.nn.Module", copied.merge_and_unload())
+        # Merging does not look at whether the adapter is switched on; a copy of the start policy must leave it out.
+        switched_off = copied.get_model_status().enabled is False
+        copied = cast("torch.nn.Module", copied.unload() if switched_off else copied.merge_and_unload())
     # Parameters only: a rotary embedding's frequencies are a buffer, and in half precision late positions would run together.
     for parameter in copied.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -11,9 +11,9 @@ samples from the policy instead of computing a loss; a checkpoint counts only wh
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,7 +26,7 @@ from neat_align.browse import render_group
 from neat_align.checkpoints import mark_complete, newest_complete
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow, is_conversational, rows_from_dataset
-from neat_align.errors import CollapseError, ConfigError
+from neat_align.errors import CollapseError, ConfigError, DataError
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
 from neat_align.groups import CompletionGroup, Polarity, Prompt
@@ -37,9 +37,9 @@ from neat_align.policy import check_context, disable_dropout, load_policy, load_
 from neat_align.precision import check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, instructed, load_bank, prompt_ids
-from neat_align.rewards import ContrastReward, RewardSpec, resolve_rewards
+from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
 from neat_align.run_record import write_run_record
-from neat_align.sampling import SamplingParams, TransformersSampler
+from neat_align.sampling import Sample, SampleRequest, SamplingParams, TransformersSampler
 from neat_align.step_loss import LossCounts, counts_of, loss_terms, objective_params, ranking_facts
 from neat_align.storage import append_json_line, read_json, write_json
 
@@ -123,6 +123,8 @@ class NEATTrainer(Trainer):
         if args.num_positive or args.num_negative:
             check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
         check_context(policy, args.max_prompt_length, args.max_completion_length)
+        self._check_prompts(tokenizer, args)
+        self.given_reference = ref_model is not None and ref_model is not policy
         self.reference, policy = start_policy(policy, peft_config, ref_model)
         if args.disable_dropout:
             disable_dropout(policy)
@@ -136,6 +138,7 @@ class NEATTrainer(Trainer):
         self.last_evaluation: Evaluation | None = None
         self.stopped_because: str | None = None
         self._sums: dict[str, list[float]] = {}
+        self.logged_step = 0
         super().__init__(
             model=policy,
             args=args,
@@ -148,6 +151,22 @@ class NEATTrainer(Trainer):
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
+
+    def _check_prompts(self, tokenizer: Any, args: NEATConfig) -> None:
+        """Refuse over-long prompts before anything is sampled, and say when text prompts bypass a chat template."""
+        lengths = [(row, len(prompt_ids(tokenizer, row.prompt))) for row in (*self.rows, *self.eval_rows)]
+        long = [(row, n) for row, n in lengths if n > args.max_prompt_length]
+        if long:
+            named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
+            raise DataError(
+                f"{len(long)} prompts are longer than max_prompt_length={args.max_prompt_length} tokens: {named}. Raise it (the "
+                "model's context allowing), or drop the rows; prompts are never cut"
+            )
+        if not self.conversational and tokenizer.chat_template:
+            logger.warning(
+                "the prompts are text and the tokenizer has a chat template: they are used as they are, without it. For a chat "
+                "model give messages, or pass --as_conversations true"
+            )
 
     # ---- what the stages are given ----
 
@@ -185,6 +204,16 @@ class NEATTrainer(Trainer):
 
     def _sum_logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         return [sum(row) for row in self._policy_logprobs(prompts, completions)]
+
+    def _with_fixed_contrast(self, reward: NamedReward) -> NamedReward:
+        """In an evaluation the start policy judges: a judge that moves with the policy would compare two different scores."""
+        if not isinstance(reward.function, ContrastReward):
+            return reward
+
+        def score(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
+            return [sum(row) for row in self._ref_logprobs(prompts, completions)]
+
+        return replace(reward, function=replace(reward.function, score=score))
 
     def _render(self, prompt: Prompt, polarity: Polarity) -> list[int]:
         pair = draw_pair(self.bank, run_seed=self.args.seed, round_index=0, prompt_id=str(prompt))
@@ -237,8 +266,8 @@ class NEATTrainer(Trainer):
             model=self.policy,
             tokenizer=self._tokenizer,
             sampler=self._sampler(self.policy),
-            rewards=self.rewards,
-            judges=self.judges,
+            rewards=tuple(map(self._with_fixed_contrast, self.rewards)),
+            judges=tuple(map(self._with_fixed_contrast, self.judges)),
             bank=self.bank,
             placement=self.args.instruction_placement,
             sampling=self.sampling_params,
@@ -275,21 +304,18 @@ class NEATTrainer(Trainer):
             position = previous.next_position
         # Before the first step both policies are one: the same function, so that it runs once.
         first = self.state.global_step == 0
-        policy = self._ref_logprobs if first else self._policy_logprobs
         ref = self._ref_logprobs if first or self.args.needs_reference else None
-        negatives: contextlib.AbstractContextManager[torch.nn.Module] = contextlib.nullcontext(self.policy)
-        if self.args.negative_policy == "initial":
-            negatives = self.reference()
+        policy = ref if first and not self.given_reference else self._policy_logprobs
         folder = self.round_folder(index)
         if self.accelerator.is_main_process:
-            with negatives as negative_model, stage_bars(f"round {index + 1}", bool(self.args.disable_tqdm)) as progress:
+            with stage_bars(f"round {index + 1}", bool(self.args.disable_tqdm)) as progress:
                 sampler = self._sampler(self.policy)
                 tools = ExpandTools(
                     tokenizer=self._tokenizer,
                     bank=self.bank,
                     rewards=self.rewards,
                     sampler=sampler,
-                    negative_sampler=sampler if self.args.negative_policy == "current" else self._sampler(negative_model),
+                    negative_sampler=sampler if self.args.negative_policy == "current" else _StartSampler(self),
                     policy_logprobs=policy,
                     ref_logprobs=ref,
                 )
@@ -417,13 +443,13 @@ class NEATTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics gathered since the last training log added to it."""
         if "loss" in logs:
-            steps = max(1, round(self.args.logging_steps)) if self.args.logging_steps >= 1 else 1
+            steps = max(1, self.state.global_step - self.logged_step)
             for name, (value, weight) in self._sums.items():
                 if weight == 0 and name.startswith("loss/"):
                     logs[name] = value / steps
                 elif weight > 0:
                     logs[name] = value / weight
-            self._sums = {}
+            self._sums, self.logged_step = {}, self.state.global_step
         super().log(logs, start_time)
 
     # ---- Trainer's entry points ----
@@ -469,6 +495,20 @@ class NEATTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
 
+@dataclass(frozen=True)
+class _StartSampler:
+    """Draws from the start policy, which is opened only while it draws: an adapter must be on for everything else."""
+
+    trainer: NEATTrainer
+
+    def sample(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, *, progress: Callable[[int], None] | None = None
+    ) -> list[Sample]:
+        """One `Sample` a request, in order."""
+        with self.trainer.reference() as model:
+            return self.trainer._sampler(model).sample(requests, params, progress=progress)
+
+
 class _RoundCallback(TrainerCallback):
     """Ties rounds, drift checks, complete checkpoints and the metrics file to Trainer's events."""
 
@@ -477,6 +517,7 @@ class _RoundCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start before the first step."""
+        self.trainer.logged_step = state.global_step
         if state.global_step == 0:
             self.trainer.end_round()
 
@@ -491,6 +532,9 @@ class _RoundCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Non-finite gradients never reach the weights."""
+        scaler = self.trainer.accelerator.scaler
+        if scaler is not None and scaler.is_enabled():
+            return  # fp16's loss scaling expects overflows and skips such steps itself
         for name, p in self.trainer.policy.named_parameters():
             if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
                 raise CollapseError(f"the gradient of {name} is not finite at step {state.global_step + 1}; no weight was changed by it")
