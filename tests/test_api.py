@@ -159,6 +159,29 @@ def test_expand_writes_a_data_set(tmp_path: Path, form: str, suffix: str) -> Non
         assert loaded[0]["rewards"] == sorted(loaded[0]["rewards"], reverse=True)
 
 
+def test_a_finished_expansion_is_not_written_out_as_if_it_were_new(tmp_path: Path) -> None:
+    words = tiny_recipe("demo", tmp_path, "llama")
+    expand(*parse(words, recipe_path("demo")), tmp_path / "a.jsonl", "ranked")
+    with pytest.raises(ConfigError, match="holds a finished expansion"):
+        expand(*parse([*words, "--temperature", "1.0"], recipe_path("demo")), tmp_path / "b.jsonl", "ranked")
+    expand(*parse([*words, "--resume", "true"], recipe_path("demo")), tmp_path / "b.jsonl", "ranked")
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+
+
+def test_expansion_without_rewards_ranks_by_origin(tmp_path: Path) -> None:
+    expand(*parse(tiny_recipe("no-reward", tmp_path, "llama"), recipe_path("no-reward")), tmp_path / "out.jsonl", "preference")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(r["chosen_origin"] in ("positive", "chosen") and r["rejected_origin"] in ("negative", "rejected") for r in rows)
+
+
+def test_a_run_is_not_resumed_with_another_reward(tmp_path: Path) -> None:
+    words = tiny_recipe("demo", tmp_path, "llama")
+    train(*parse(words, recipe_path("demo")))
+    with pytest.raises(ConfigError, match=r"other settings: rewards was \[\['vader', 1.0\]\] and is \[\['contrast', 1.0\]\]"):
+        train(*parse([*words, "--resume", "true", "--reward_funcs", "contrast"], recipe_path("demo")))
+
+
 def test_evaluate_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings, config = parse(tiny_recipe("demo", tmp_path, "qwen2"), recipe_path("demo"))
     evaluate(settings, config)
