@@ -235,7 +235,7 @@ def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again
 
     with pytest.raises(RewardError, match="broken"):
         trainer(tmp_path, reward=broken).train()
-    sampled = list(tmp_path.glob("rounds/00000/work/*/sampled.parquet"))
+    sampled = list((tmp_path / "rounds" / "00000").rglob("sampled.parquet"))
     assert sampled
     written = sampled[0].stat().st_mtime_ns
     seen: list[int] = []
