@@ -22,7 +22,8 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
     """Run recipes/demo.yaml, then show the numbers, three answers before and after, and what to try next."""
     console = Console()
     if output_dir.exists() and any(output_dir.iterdir()):
-        if not overwrite or not (output_dir / "run.json").is_file():
+        # run-key.json is the first file of a run: one interrupted while it evaluated has nothing else yet.
+        if not overwrite or not any((output_dir / name).is_file() for name in ("run-key.json", "run.json")):
             raise ConfigError(f"{output_dir} is not empty: choose another --output-dir")
         shutil.rmtree(output_dir)
     settings, config = demo_settings(output_dir, seed)
