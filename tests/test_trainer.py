@@ -427,3 +427,12 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str
 def test_lengths_over_the_context_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="over the model's context of 512 tokens"):
         trainer(tmp_path, max_prompt_length=510)
+
+
+def test_the_seed_draws_the_adapter(tmp_path: Path) -> None:
+    def start(folder: str, seed: int) -> torch.Tensor:
+        t = trainer(tmp_path / folder, seed=seed, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+        return next(v for k, v in weights(t).items() if "lora_A" in k)
+
+    assert torch.equal(start("a", 1), start("b", 1))
+    assert not torch.equal(start("c", 2), start("d", 1))

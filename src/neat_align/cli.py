@@ -42,7 +42,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of sampling and data order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, data order and the adapter's start.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo run in output_dir.")] = True,
 ) -> None:
     """Align SmolLM2-135M on this machine in a few minutes, and show that it got better."""

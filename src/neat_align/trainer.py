@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from neat_align.browse import render_group
 from neat_align.checkpoints import mark_complete, newest_complete
@@ -125,6 +125,7 @@ class NEATTrainer(Trainer):
         check_context(policy, args.max_prompt_length, args.max_completion_length)
         self._check_prompts(tokenizer, args)
         self.given_reference = ref_model is not None and ref_model is not policy
+        set_seed(args.seed)  # a new adapter is drawn at random
         self.reference, policy = start_policy(policy, peft_config, ref_model)
         if args.disable_dropout:
             disable_dropout(policy)
