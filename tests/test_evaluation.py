@@ -67,6 +67,7 @@ def tools(policy: PreTrainedModel, **changes: Any) -> EvalTools:
         bank=BANK,
         placement="user_suffix",
         sampling=SamplingParams(max_new_tokens=6),
+        layout="packed",
         batch_size=3,
         pad_token_id=PAD,
         autocast_dtype=None,

@@ -570,7 +570,7 @@ def test_log_probabilities_are_under_the_plain_prompt(tmp_path: Path) -> None:
 
     def of(model: torch.nn.Module) -> Callable[..., list[tuple[float, ...]]]:
         return lambda prompts, completions: score_completions(
-            model, prompts, completions, pad_token_id=PAD, batch_size=4, autocast_dtype=None
+            model, prompts, completions, layout="packed", pad_token_id=PAD, autocast_dtype=None
         )
 
     made = run(conversations(2), tmp_path, tools(model_sampler(), policy_logprobs=of(policy), ref_logprobs=of(start)), num_groups=2)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from neat_align import logprobs
-from neat_align.logprobs import completion_logits, completion_logprobs, exact_drift, score_completions
-from neat_align.packing import pad_rows
+from neat_align.logprobs import choose_layout, completion_logits, completion_logprobs, exact_drift, score_completions
+from neat_align.packing import Layout, pad_rows
 from tiny import FAMILIES, Family, tiny_model
 
 VOCAB, PAD = 40, 0
@@ -112,21 +112,6 @@ class AllLogits(torch.nn.Module):
         return CausalLMOutput(logits=logits)
 
 
-class Wrapped(torch.nn.Module):
-    """Keeps the real model in `.module`, as DDP does, and records what it was asked to keep."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.kept: list[int] = []
-
-    def forward(self, **inputs: torch.Tensor) -> CausalLMOutput:
-        output: CausalLMOutput = self.module(**inputs)
-        assert output.logits is not None
-        self.kept.append(output.logits.shape[1])
-        return output
-
-
 def test_a_model_that_cannot_keep_some_logits_is_sliced() -> None:
     model, rows = model_of("llama"), pad_rows(PROMPTS, COMPLETIONS, PAD)
     expected = completion_logits(model, rows)
@@ -137,10 +122,11 @@ def test_a_model_that_cannot_keep_some_logits_is_sliced() -> None:
 def test_only_the_completions_logits_are_computed_behind_wrappers_too() -> None:
     rows = pad_rows(PROMPTS, COMPLETIONS, PAD)
     adapter = get_peft_model(model_of("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    for inner in (model_of("llama"), Wrapped(model_of("gpt2")), adapter):
-        wrapped = Wrapped(inner)
-        completion_logits(wrapped, rows)
-        assert wrapped.kept == [7]  # six completion tokens and the position before them, of fourteen
+    for model in (model_of("llama"), adapter, torch.nn.DataParallel(model_of("gpt2")), torch.nn.DataParallel(adapter)):
+        kept: list[int] = []
+        model.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output.logits.shape[1]))
+        completion_logits(model, rows)
+        assert kept == [7]  # six completion tokens and the position before them, of fourteen
 
 
 # ---- prompt tokens are never in a loss -------------------------------------------------------------------------------
@@ -185,23 +171,62 @@ def test_the_prompts_own_tokens_are_not_scored() -> None:
 # ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_scores_come_in_order_whatever_the_batch_size(batch_size: int) -> None:
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("max_tokens", [1, 25, 4096])
+def test_scores_come_in_order_whatever_the_budget(max_tokens: int, layout: Layout) -> None:
     model = model_of("gpt2").train()
-    counts: list[int] = []
-    scores = score_completions(
-        model, PROMPTS, COMPLETIONS, pad_token_id=PAD, batch_size=batch_size, autocast_dtype=None, progress=counts.append
-    )
+    scores = score_completions(model, PROMPTS, COMPLETIONS, layout=layout, pad_token_id=PAD, max_tokens=max_tokens, autocast_dtype=None)
     assert model.training  # put back, and dropout was off:
     model.eval()
-    assert sum(counts) == 4
     assert [len(s) for s in scores] == [len(c) for c in COMPLETIONS]
     for got, expected in zip(scores, reference_logps(model), strict=True):
         assert got == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_completions_of_one_prompt_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    by_row = [(one_row(model, p, c), c) for p, c in zip(prompts, COMPLETIONS, strict=True)]
+    expected = [table.gather(-1, torch.tensor(c)[:, None]).squeeze(-1).tolist() for table, c in by_row]
+    fed: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].numel()))
+    for group_size, copies in ((logprobs.SCORING_GROUP, 1), (2, 2)):
+        fed.clear()
+        monkeypatch.setattr(logprobs, "SCORING_GROUP", group_size)
+        scores = score_completions(model, prompts, COMPLETIONS, layout="packed", pad_token_id=PAD, autocast_dtype=None)
+        assert sum(fed) == copies * len(PROMPTS[0]) + len(PROMPTS[1]) + sum(len(c) - 1 for c in COMPLETIONS)
+        for got, wanted in zip(scores, expected, strict=True):
+            assert got == pytest.approx(wanted, abs=1e-5)
+
+
 def test_nothing_to_score_gives_nothing() -> None:
-    assert score_completions(model_of("llama"), [], [], pad_token_id=PAD, batch_size=4, autocast_dtype=None) == []
+    assert score_completions(model_of("llama"), [], [], layout="packed", pad_token_id=PAD, autocast_dtype=None) == []
+
+
+# ---- which layout ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_agrees_is_packed(caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_layout(model_of("llama"), PROMPTS[:2], pad_token_id=PAD) == "packed"
+    assert not caplog.records
+
+
+def test_a_model_that_disagrees_is_padded_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of("llama")
+    # A family that scales its logits in a way of its own, which the packed layout cannot know.
+    forward = type(model).forward
+
+    class Scaled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: object, **kwargs: object) -> object:
+            out = forward(self, *args, **kwargs)
+            out.logits = out.logits * 0.5
+            return out
+
+    model.__class__ = Scaled
+    assert choose_layout(model, PROMPTS[:2], pad_token_id=PAD) == "padded"
+    (record,) = caplog.records
+    assert "differ by" in record.message
+    assert "padded rows" in record.message
 
 
 # ---- drift -----------------------------------------------------------------------------------------------------------

@@ -98,6 +98,45 @@ def test_accumulating_one_group_at_a_time_is_one_big_batch(tmp_path: Path, loss:
         assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_any_layout_and_token_budget_make_the_same_step(tmp_path: Path, family: Family, checkpointing: bool) -> None:
+    """Packed in one micro-batch, packed in many, padded: same weights after a step, and the same loss is logged."""
+    rows = [row if i % 3 else {"prompt": row["prompt"]} for i, row in enumerate(ROWS)]
+    ways: dict[str, dict[str, Any]] = {
+        "packed": {},
+        "cut": {"max_tokens_per_micro_batch": 120},
+        "padded": {"prefix_sharing": "off"},
+    }
+    found = {}
+    for name, way in ways.items():
+        t = trainer(
+            *(tmp_path / name, family),
+            rows=rows,
+            per_device_train_batch_size=8,
+            kl_weight=0.1,
+            gradient_checkpointing=checkpointing,
+            **way,
+        )
+        t.create_optimizer()
+        t.optimizer = torch.optim.SGD(t.policy.parameters(), lr=1.0)
+        t.train()
+        assert t.layout == ("padded" if name == "padded" else "packed")
+        line = next(line for line in logged(tmp_path / name) if "loss" in line)
+        found[name] = (weights(t), line)
+    start = weights(trainer(tmp_path / "start", family))
+    expected, line = found["padded"]
+    for name in ("packed", "cut"):
+        for key, value in expected.items():
+            torch.testing.assert_close(found[name][0][key], value, rtol=1e-4, atol=1e-5)
+        for metric in ("loss", "loss/ranking", "loss/lm", "loss/kl", "ranking/accuracy", "logps/negative"):
+            assert found[name][1][metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-5)
+    assert max(float((v - start[k]).abs().max()) for k, v in expected.items()) > 1e-3
+    tokens = {name: line["packing/tokens_per_micro_batch"] for name, (_, line) in found.items()}
+    assert tokens["cut"] < 120 < tokens["packed"] < tokens["padded"]
+    assert 0 < found["packed"][1]["packing/padding_fraction"] < 1
+
+
 @pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo"])
 def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(tmp_path: Path, loss: str) -> None:
     t = trainer(tmp_path, ranking_loss=loss, **({"hinge_margin": 5.0} if loss == "hinge" else {}))
@@ -156,7 +195,7 @@ def test_the_model_learns_what_the_reward_asks_for(tmp_path: Path) -> None:
     """Ranking accuracy on a fixed round rises when the round is trained on again and again."""
     t = trainer(tmp_path, num_train_epochs=1, per_device_train_batch_size=8, learning_rate=3e-3)
     made = t.make_round(0)
-    batch = t._collate(list(made.groups))["groups"]
+    (batch,) = t._collate(list(made.groups))["groups"]
     optimizer = torch.optim.AdamW(t.policy.parameters(), lr=3e-3)
     losses = []
     for _ in range(15):

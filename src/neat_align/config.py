@@ -37,6 +37,20 @@ class NEATConfig(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to checkpoint: `epoch` is after every round."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: reward functions get every column."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Groups (prompts with all their completions) per forward pass."})
+    max_tokens_per_micro_batch: int = field(
+        default=4096,
+        metadata={
+            "help": "The groups of a forward pass are cut into micro-batches of at most this many tokens, which bounds memory; the "
+            "gradient is the same. A group that alone is larger goes alone."
+        },
+    )
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "`auto`: a group's completions share one copy of their prompt, after a check at the start that the model gives "
+            "the same numbers so (else padded rows, with a warning); `off`: padded rows."
+        },
+    )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set every dropout probability to zero, so that the policy that samples is the one that learns."}
     )
@@ -168,6 +182,7 @@ class NEATConfig(TrainingArguments):
         _check_choice("negative_policy", self.negative_policy, ("current", "initial"))
         _check_choice("generation_copy", self.generation_copy, ("auto", "always", "never"))
         _check_choice("pair_reduction", self.pair_reduction, ("mean", "sum"))
+        _check_choice("prefix_sharing", self.prefix_sharing, ("auto", "off"))
         _check_numbers(self)
         _check_ignored(self)
 
@@ -202,7 +217,10 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_numbers(c: NEATConfig) -> None:
-    at_least_one = ("prompts_per_round", "max_prompt_length", "max_completion_length", "generation_batch_size", "num_eval_generations")
+    at_least_one = (
+        *("prompts_per_round", "max_prompt_length", "max_completion_length", "generation_batch_size", "num_eval_generations"),
+        "max_tokens_per_micro_batch",
+    )
     for name in at_least_one:
         if getattr(c, name) < 1:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must be 1 or more")

@@ -14,6 +14,7 @@ from neat_align.data import PromptRow
 from neat_align.expand import answer_ids, score_texts
 from neat_align.groups import Polarity, Prompt
 from neat_align.logprobs import Reference, exact_drift, score_completions
+from neat_align.packing import Layout
 from neat_align.prompts import InstructionBank, completion_seed, draw_pair, instructed, prompt_ids
 from neat_align.rewards import NamedReward
 from neat_align.round_metrics import distinct_n
@@ -35,6 +36,7 @@ class EvalTools:
     bank: InstructionBank
     placement: str
     sampling: SamplingParams
+    layout: Layout
     batch_size: int
     pad_token_id: int
     autocast_dtype: torch.dtype | None
@@ -182,8 +184,8 @@ def reference_perplexity(rows: Sequence[PromptRow], tools: EvalTools) -> float |
         tools.model,
         prompts,
         answers,
+        layout=tools.layout,
         pad_token_id=tools.pad_token_id,
-        batch_size=tools.batch_size,
         autocast_dtype=tools.autocast_dtype,
     )
     flat = [v for row in logps for v in row]

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from neat_align.packing import PaddedRows, pad_rows
+from neat_align.chunked_head import LogitTail, chosen_logprobs, chunk_rows
+from neat_align.packing import Layout, PackedRows, PaddedRows, Rows, TokenIds, fill_in_order, pack_rows, pad_rows, tokens_in
 from neat_align.precision import inference
+from neat_align.shared_prefix import is_sharing, sharing_prefixes, unwrapped, why_not_packed
 
-# Rows of the log-softmax that are held in fp32 at a time; the backward pass computes them again.
+logger = logging.getLogger(__name__)
+
+# Padded rows' log-softmax that is held in fp32 at a time; the backward pass computes it again.
 HEAD_CHUNK = 512
+# Tokens that go through the model at once when it only scores.
+SCORING_TOKENS = 4096
+# Completions of one prompt that are scored in one packed group.
+SCORING_GROUP = 32
 # Opens the start policy: a frozen copy, or the trained model with its adapter switched off.
 Reference = Callable[[], AbstractContextManager[torch.nn.Module]]
-TokenIds = Sequence[int]
 
 
 def completion_logits(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "rows tokens vocab"]:
@@ -29,21 +38,10 @@ def completion_logits(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor,
     """
     n = rows.completion_ids.shape[1]
     inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "position_ids": rows.position_ids, "use_cache": False}
-    if "logits_to_keep" in _forward_parameters(model):
+    if "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters:
         inputs["logits_to_keep"] = n + 1
     logits: Tensor = model(**inputs).logits
     return logits[:, -(n + 1) : -1]
-
-
-def _forward_parameters(model: torch.nn.Module) -> frozenset[str]:
-    module = model
-    # DDP and friends keep the real model in `.module`; PEFT passes everything on to the base model.
-    while isinstance(getattr(module, "module", None), torch.nn.Module):
-        module = module.module  # type: ignore[assignment]
-    get_base_model = getattr(module, "get_base_model", None)
-    if callable(get_base_model):
-        module = get_base_model()
-    return frozenset(inspect.signature(type(module).forward).parameters)
 
 
 def _gather_logprobs(logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -51,19 +49,82 @@ def _gather_logprobs(logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]) -
     return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def completion_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "rows tokens"]:
+def completion_logprobs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "rows tokens"]:
     """log π(y_t | x, y_<t) in nats for every completion token; 0 at padding. fp32 whatever the model computes in."""
+    return packed_logprobs(model, rows) if isinstance(rows, PackedRows) else padded_logprobs(model, rows)
+
+
+def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "rows tokens"]:
+    """From the model's own logits, which are held; the log-softmax runs in chunks that the backward pass computes again."""
     logits = completion_logits(model, rows).flatten(0, 1)
     ids = rows.completion_ids.flatten()
-    chunks = []
-    for start in range(0, len(ids), HEAD_CHUNK):
-        part = slice(start, start + HEAD_CHUNK)
-        if torch.is_grad_enabled():
-            chunks.append(checkpoint(_gather_logprobs, logits[part], ids[part], use_reentrant=False))
-        else:
-            chunks.append(_gather_logprobs(logits[part], ids[part]))
-    logps = torch.cat(chunks).view_as(rows.completion_ids)
-    return torch.where(rows.completion_mask, logps, 0.0)
+    chunks = [_in_chunk(_gather_logprobs, logits[part], ids[part]) for part in _chunks(len(ids), HEAD_CHUNK)]
+    return torch.where(rows.completion_mask, torch.cat(chunks).view_as(rows.completion_ids), 0.0)
+
+
+def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "rows tokens"]:
+    """From the backbone's states at the positions that predict a completion token; the logits are never held as a whole."""
+    states, ids = completion_states(model, rows), rows.completion_ids[rows.completion_mask]
+    head, tail = cast("torch.nn.Module", unwrapped(model).get_output_embeddings()), _logit_tail(model)
+    chunk = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, states.device)
+    if type(head) is torch.nn.Linear:
+        flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
+    else:
+        # An adapter on the head, or a quantised one: whatever it computes, in chunks.
+        def logprobs(states: Float[Tensor, "n dim"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+            return _gather_logprobs(tail(head(states)), ids)
+
+        flat = torch.cat([states.new_zeros(0).float(), *(_in_chunk(logprobs, states[p], ids[p]) for p in _chunks(len(ids), chunk))])
+    return flat.new_zeros(rows.completion_ids.shape).masked_scatter(rows.completion_mask, flat)
+
+
+def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "predicted dim"]:
+    """The head's input at the positions that predict a completion token, completion by completion.
+
+    The model is called as a whole, so that its wrappers (PEFT, DDP) see the call. A hook takes the states in front of the
+    head and lets the head itself compute one position only.
+    """
+    if torch.is_grad_enabled() and unwrapped(model).is_activation_checkpointing and not is_sharing(model):
+        raise RuntimeError(
+            "packed rows with gradient checkpointing need `sharing_prefixes(model)` to be open around forward and backward: "
+            "the backward pass computes the attention again"
+        )
+    taken: list[Tensor] = []
+
+    def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(inputs[0])
+        return (inputs[0][:, :1], *inputs[1:])
+
+    hook = cast("torch.nn.Module", unwrapped(model).get_output_embeddings()).register_forward_pre_hook(take)
+    try:
+        with sharing_prefixes(model):
+            model(
+                input_ids=rows.input_ids,
+                position_ids=rows.position_ids,
+                shared_prefix=rows.layout,
+                logits_to_keep=rows.read_at,
+                use_cache=False,
+            )
+    finally:
+        hook.remove()
+    return taken[0][0]
+
+
+def _logit_tail(model: torch.nn.Module) -> LogitTail:
+    """What the family does to the head's output, where its configuration says so; `choose_layout` finds out where it does not."""
+    config = unwrapped(model).config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return LogitTail(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _chunks(n: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+def _in_chunk(function: Callable[[Tensor, Tensor], Tensor], states: Tensor, ids: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return cast("Tensor", checkpoint(function, states, ids, use_reentrant=False))
+    return function(states, ids)
 
 
 def score_completions(
@@ -71,24 +132,60 @@ def score_completions(
     prompts: Sequence[TokenIds],
     completions: Sequence[TokenIds],
     *,
+    layout: Layout,
     pad_token_id: int,
-    batch_size: int,
     autocast_dtype: torch.dtype | None,
-    progress: Callable[[int], None] | None = None,
+    max_tokens: int = SCORING_TOKENS,
 ) -> list[tuple[float, ...]]:
-    """Per-token log-probabilities in nats of each completion after its prompt, without gradients, in order."""
-    order = sorted(range(len(prompts)), key=lambda i: -(len(prompts[i]) + len(completions[i])))
+    """Per-token log-probabilities in nats of each completion after its prompt, without gradients, in order.
+
+    `max_tokens` go through the model at once. In the packed layout completions of equal prompts share one.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        # Padded rows are all their own group: any number of them makes a batch.
+        by_prompt.setdefault(tuple(prompt) if layout == "packed" else (i,), []).append(i)
+    groups = sorted(by_prompt.values(), key=lambda group: -max(len(prompts[i]) + len(completions[i]) for i in group))
+    # A prompt with very many completions is cut, so that its batch stays near the budget.
+    groups = [group[start : start + SCORING_GROUP] for group in groups for start in range(0, len(group), SCORING_GROUP)]
+    sizes = [tokens_in(len(prompts[group[0]]), [len(completions[i]) for i in group], layout) for group in groups]
     device = next(model.parameters()).device
     scored: dict[int, tuple[float, ...]] = {}
     with inference(model, autocast_dtype):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = pad_rows([prompts[i] for i in batch], [completions[i] for i in batch], pad_token_id)
+        for batch in fill_in_order(sizes, max_tokens):
+            members = [i for g in batch for i in groups[g]]
+            rows: Rows
+            if layout == "packed":
+                rows = pack_rows([prompts[groups[g][0]] for g in batch], [[completions[i] for i in groups[g]] for g in batch])
+            else:
+                rows = pad_rows([prompts[i] for i in members], [completions[i] for i in members], pad_token_id)
             logps = completion_logprobs(model, rows.to(device)).tolist()
-            scored.update({i: tuple(row[: len(completions[i])]) for i, row in zip(batch, logps, strict=True)})
-            if progress is not None:
-                progress(len(batch))
+            scored.update({i: tuple(row[: len(completions[i])]) for i, row in zip(members, logps, strict=True)})
     return [scored[i] for i in range(len(prompts))]
+
+
+def choose_layout(model: torch.nn.Module, prompts: Sequence[TokenIds], *, pad_token_id: int) -> Layout:
+    """Packed where it gives what padded rows give on these prompts, else padded, and a warning that says why.
+
+    Each prompt is followed by pieces of the others in place of completions: the numbers depend on the layout alone, not on
+    what the text says.
+    """
+    pieces = [list(prompt[:n]) for prompt, n in zip([*prompts, *prompts, *prompts], (5, 1, 24), strict=False)]
+    reason = why_not_packed(model)
+    if reason is None:
+        device = next(model.parameters()).device
+        packed = pack_rows(prompts, [pieces] * len(prompts)).to(device)
+        padded = pad_rows([p for p in prompts for _ in pieces], pieces * len(prompts), pad_token_id).to(device)
+        with inference(model, None):
+            difference = (packed_logprobs(model, packed) - padded_logprobs(model, padded)).abs()
+        # Half-precision weights round differently in every shape; another attention would be off by far more than that.
+        half = next(model.parameters()).dtype != torch.float32
+        measured, limit = (float(difference.mean()), 0.05) if half else (float(difference.max()), 1e-3)
+        if measured <= limit:
+            return "packed"
+        reason = f"its log-probabilities differ by {measured:.2g} nats between packed and padded rows (at most {limit} is rounding)"
+    logger.warning("prompts are not shared between completions: %s. Training goes on with padded rows, correct but slower", reason)
+    return "padded"
 
 
 def exact_drift(

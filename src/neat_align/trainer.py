@@ -11,6 +11,7 @@ samples from the policy instead of computing a loss; a checkpoint counts only wh
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +31,9 @@ from neat_align.errors import CollapseError, ConfigError, DataError
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
 from neat_align.groups import CompletionGroup, Polarity, Prompt
-from neat_align.logprobs import completion_logprobs, score_completions
+from neat_align.logprobs import choose_layout, completion_logprobs, score_completions
 from neat_align.objective import total_loss
-from neat_align.packing import GroupBatch, collate_groups
+from neat_align.packing import GroupBatch, Layout, collate_groups, fill_budget, padding_fraction, tokens_in
 from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
 from neat_align.precision import check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
@@ -40,6 +41,7 @@ from neat_align.prompts import check_template, draw_pair, instructed, load_bank,
 from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
 from neat_align.run_record import write_run_record
 from neat_align.sampling import Sample, SampleRequest, SamplingParams, TransformersSampler
+from neat_align.shared_prefix import sharing_prefixes
 from neat_align.step_loss import LossCounts, counts_of, loss_terms, objective_params, ranking_facts
 from neat_align.storage import append_json_line, read_json, write_json
 
@@ -150,6 +152,7 @@ class NEATTrainer(Trainer):
             callbacks=[_RoundCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.layout = self._choose_layout()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
 
@@ -168,6 +171,15 @@ class NEATTrainer(Trainer):
                 "the prompts are text and the tokenizer has a chat template: they are used as they are, without it. For a chat "
                 "model give messages, or pass --as_conversations true"
             )
+
+    def _choose_layout(self) -> Layout:
+        if self.args.prefix_sharing == "off":
+            return "padded"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning("prompts are not shared between completions: FSDP and DeepSpeed shard the head, which is run by itself there")
+            return "padded"
+        prompts = [prompt_ids(self._tokenizer, row.prompt) for row in self.rows[:2]]
+        return choose_layout(self.policy, prompts, pad_token_id=self._tokenizer.pad_token_id)
 
     # ---- what the stages are given ----
 
@@ -226,8 +238,8 @@ class NEATTrainer(Trainer):
             model,
             prompts,
             completions,
+            layout=self.layout,
             pad_token_id=self._tokenizer.pad_token_id,
-            batch_size=min(SCORING_ROWS, self.args.generation_batch_size),
             autocast_dtype=self.autocast_dtype,
         )
 
@@ -272,6 +284,7 @@ class NEATTrainer(Trainer):
             bank=self.bank,
             placement=self.args.instruction_placement,
             sampling=self.sampling_params,
+            layout=self.layout,
             batch_size=min(SCORING_ROWS, self.args.generation_batch_size),
             pad_token_id=self._tokenizer.pad_token_id,
             autocast_dtype=self.autocast_dtype,
@@ -390,17 +403,39 @@ class NEATTrainer(Trainer):
 
     # ---- loss ----
 
-    def _collate(self, groups: list[CompletionGroup]) -> dict[str, GroupBatch]:
-        rank_by = cast("Literal['reward', 'origin']", self.args.rank_by)
-        batch = collate_groups(
-            groups, pad_token_id=self._tokenizer.pad_token_id, rank_by=rank_by, lm_on_bad_origins=self.args.lm_on_bad_origins
+    def _collate(self, groups: list[CompletionGroup]) -> dict[str, list[GroupBatch]]:
+        """Groups as micro-batches under the token budget."""
+        sizes = [tokens_in(len(g.prompt_ids), [len(c.token_ids) for c in g.completions], self.layout) for g in groups]
+        bins = fill_budget(sizes, self.args.max_tokens_per_micro_batch)
+        return {"groups": [self._batch([groups[i] for i in members]) for members in bins]}
+
+    def _batch(self, groups: Sequence[CompletionGroup]) -> GroupBatch:
+        return collate_groups(
+            groups,
+            pad_token_id=self._tokenizer.pad_token_id,
+            rank_by=cast("Literal['reward', 'origin']", self.args.rank_by),
+            lm_on_bad_origins=self.args.lm_on_bad_origins,
+            layout=self.layout,
         )
-        return {"groups": batch}
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The step's micro-batches, and what its loss terms are divided by (in the place of Trainer's token count)."""
+        """The step's batches, and what its loss terms are divided by (in the place of Trainer's token count)."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, self.count([s["groups"] for s in samples])
+        return samples, self.count([batch for s in samples for batch in s["groups"]])
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over the micro-batches of one accumulation step, one after the other."""
+        batches: list[GroupBatch] = inputs["groups"]
+        losses = []
+        for batch in batches:
+            with contextlib.ExitStack() as opened:
+                if batch is not batches[-1]:
+                    opened.enter_context(self.accelerator.no_sync(model))
+                if self.layout == "packed":
+                    # Over the backward pass too: gradient checkpointing runs the attention again there.
+                    opened.enter_context(sharing_prefixes(model))
+                losses.append(super().training_step(model, {"groups": batch}, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def count(self, batches: Sequence[GroupBatch]) -> LossCounts:
         """Counts over these micro-batches and over all processes."""
@@ -417,7 +452,10 @@ class NEATTrainer(Trainer):
             raise ValueError("NEATTrainer has no model outputs to return: use completion_logprobs")
         b: GroupBatch = inputs["groups"]
         counts = num_items_in_batch if isinstance(num_items_in_batch, LossCounts) else self.count([b])
-        logps = completion_logprobs(model, b.rows)
+        dtype = self.autocast_dtype
+        # Accelerate puts autocast around the model; packed rows run the head outside of it.
+        with torch.autocast(self.args.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            logps = completion_logprobs(model, b.rows)
         p = self.objective_params
         terms = loss_terms(b, logps, counts, p)
         loss = total_loss(terms, lm_weight=p.lm_weight, negative_weight=p.negative_weight, kl_weight=p.kl_weight)
@@ -431,6 +469,8 @@ class NEATTrainer(Trainer):
             self._add(f"loss/{name}", float(getattr(terms, name).detach()), 0.0)
         for fact in ranking_facts(b, logps, p):
             self._add(*fact)
+        self._add("packing/padding_fraction", padding_fraction(b.rows))
+        self._add("packing/tokens_per_micro_batch", float(b.rows.input_ids.numel()))
         # Processes average their gradients; the counts are global, so the shares have to be summed.
         return loss * self.args.world_size
 

@@ -1,0 +1,163 @@
+"""What the benchmarks share: a model, sides timed in turn, peak memory in a process of its own, a result file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from neat_align.demo.model import demo_model_path
+from neat_align.run_record import commit, versions
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+GIB = 2**30
+
+
+def load_model(name: str) -> Any:
+    """`demo` is SmolLM2-135M-Instruct; `llama-1b` a randomly initialised Llama shape of 1.2 billion weights. fp32 weights."""
+    if name == "demo":
+        return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+    if name == "llama-1b":
+        torch.manual_seed(0)
+        shape = LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        )
+        return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    raise SystemExit(f"--model is {name!r}; it must be demo or llama-1b")
+
+
+def load_tokenizer() -> Any:
+    """The demo model's tokenizer."""
+    return AutoTokenizer.from_pretrained(demo_model_path())
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side: one run each to warm up, then `repeats` rounds in which every side runs once."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(repeats + 1):
+        for name, side in sides.items():
+            synchronize()
+            start = time.perf_counter()
+            side()
+            synchronize()
+            if number > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def speedup(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """The peer's time over ours, paired by round."""
+    return spread([p / o for p, o in zip(peer, ours, strict=True)])
+
+
+class PeakMemory:
+    """Peak bytes added while it is open: resident set on a CPU (sampled by the kernel), allocator's peak on a GPU."""
+
+    def __enter__(self) -> PeakMemory:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            # "5" resets the peak that VmHWM reports.
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = psutil.Process().memory_info().rss
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated() - self.start
+        else:
+            status = Path("/proc/self/status").read_text()
+            peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+            self.bytes = peak * 1024 - self.start
+
+
+def in_own_process(arguments: Sequence[str]) -> Any:
+    """Run this script again with other arguments; its last line of output is JSON."""
+    done = subprocess.run([sys.executable, sys.argv[0], *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def facts() -> dict[str, Any]:
+    """Machine, versions and commit."""
+    found: dict[str, Any] = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    with contextlib.suppress(PackageNotFoundError):
+        found["versions"]["trl"] = version("trl")
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    found["machine"] = {"cpu": cpu, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["machine"]["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=100).print(table)
+
+
+def save(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Write the result file."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**result, **facts()}, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments that every benchmark has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, help="where the result file goes")
+    made.add_argument("--repeats", type=int, default=5, help="timed runs of each side (after one to warm up)")
+    made.add_argument("--model", default="demo", help="demo, or llama-1b")
+    return made
