@@ -7,10 +7,11 @@ from typing import cast
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from neat_align.precision import half_precision_copy
+from neat_align.precision import half_precision_copy, inference
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
+from neat_align.sampling.transformers_sampler import SHRINK_AT
 from tiny import FAMILIES, Family, tiny_model
 
 VOCAB = 48
@@ -91,6 +92,45 @@ def test_progress_counts_every_completion_once(models: dict[Family, PreTrainedMo
 
 def test_the_transformers_sampler_keeps_the_protocol(models: dict[Family, PreTrainedModel]) -> None:
     assert isinstance(sampler(models["llama"]), Sampler)
+
+
+# ---- the decode loop against `generate` ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decode_loop_draws_what_generate_draws(models: dict[Family, PreTrainedModel], family: Family) -> None:
+    asked = [SampleRequest(r.prompt_ids, r.seed + i) for r in requests(6) for i in range(3)]
+    params = SamplingParams(max_new_tokens=14, temperature=1.2, top_p=0.95)
+    drawn = sampler(models[family], 18, eos=(2, 7, 9)).sample(asked, params)
+    assert len({len(s.token_ids) for s in drawn}) > 5  # rows leave the batch at many different steps
+    slow = sampler(models[family], 18, eos=(2, 7, 9))
+    with inference(models[family], None):
+        same(drawn, slow._generate(asked, params))
+
+
+def test_a_shared_prompt_is_read_once_and_ended_completions_leave_the_batch() -> None:
+    model = tiny_model("llama", VOCAB)
+    prompts = [(5, 6, 7, 8), (9, 10, 11)]
+    asked = [SampleRequest(p, seed) for p in prompts for seed in range(8)]
+    shapes: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    drawn = sampler(model, 16, eos=(2, 7, 9, 11, 13)).sample(asked, SamplingParams(max_new_tokens=20))
+    assert shapes[0] == (2, 4)
+    assert all(width == 1 for _, width in shapes[1:])
+    for step, (rows, _) in enumerate(shapes[1:], start=1):
+        going_on = sum(len(s.token_ids) > step for s in drawn)
+        assert going_on <= rows < going_on / (1 - SHRINK_AT) + 1
+    assert len(shapes) == max(len(s.token_ids) for s in drawn)
+
+
+def test_a_model_that_keeps_a_state_is_drawn_with_generate() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
+    asked, params = [SampleRequest((5, 6, 7), seed) for seed in range(4)], SamplingParams(max_new_tokens=5)
+    drawn = sampler(model).sample(asked, params)
+    assert len({s.token_ids for s in drawn}) == 4
+    same(sampler(model, 1).sample(asked, params), drawn)
 
 
 # ---- log-probabilities and stopping ----------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""Sampling with `model.generate`, each completion from its own random stream.
+"""Sampling from a transformers model, each completion from its own random numbers (`draw`).
 
-The draw is Gumbel-max: noise from a generator seeded by the completion, added to the warped logits, then an arg-max.
-So `generate` runs greedily and does the rest (cache, padding, stopping, every architecture), while the tokens of a
-completion depend on its prompt and seed and not on which other completions share its batch. What remains of the batch is
-floating-point noise in the logits, which can flip a near-tie.
+Requests are sorted by length and drawn `batch_size` at a time, left-padded. A prompt that several completions of a batch
+share goes through the model once; the cache is then copied to each of them. Completions that have ended leave the batch.
+transformers' own `generate` does neither (and its continuous batching draws from one random stream for all), so the decode
+loop is written out here; a model that keeps a state instead of keys and values is drawn with `generate`.
 """
 
 from __future__ import annotations
@@ -15,59 +15,23 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from neat_align.precision import inference
+from neat_align.sampling.draw import draw, uniforms
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
+from neat_align.shared_prefix import unwrapped
 
-_HALF_STEP = 2.0**-25
-
-
-class _SeededDraw(LogitsProcessor):
-    """Warp, add each row's own Gumbel noise, and remember the untempered log-probability of the token that wins."""
-
-    def __init__(self, seeds: Sequence[int], params: SamplingParams, device: torch.device) -> None:
-        self.params = params
-        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
-        self.warpers: list[LogitsProcessor] = []
-        if params.top_k:
-            self.warpers.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(params.top_p))
-        self.logprobs: list[Float[Tensor, " rows"]] = []
-
-    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        scores = scores.float()
-        warped = scores / self.params.temperature
-        for warper in self.warpers:
-            warped = warper(input_ids, warped)
-        # Gumbel noise is −log E with E exponential, and E is −log u with u uniform. Drawing u and taking the logarithms of
-        # the whole batch at once is several times faster than drawing E row by row. u is a multiple of 2^-24 and never 1;
-        # half a step more keeps E above 0, so that no token can win by an infinite key.
-        noise = torch.empty_like(warped)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.uniform_(generator=generator)
-        keyed = warped.sub_(noise.neg_().sub_(_HALF_STEP).log1p_().neg_().log_())
-        winner = keyed.argmax(dim=-1, keepdim=True)
-        self.logprobs.append((scores.gather(-1, winner) - scores.logsumexp(-1, keepdim=True)).squeeze(-1))
-        return keyed
+# Completions leave the batch when at least this share of it has ended: taking them out copies the cache.
+SHRINK_AT = 0.125
 
 
 @dataclass(frozen=True)
 class TransformersSampler:
     """A `Sampler` over a transformers causal language model on any device.
 
-    Requests are sorted by length and drawn `batch_size` at a time, left-padded. `eos_token_ids` end a completion.
-    `autocast_dtype` computes in that type; None computes in the weights' own.
+    `eos_token_ids` end a completion. `autocast_dtype` computes in that type; None computes in the weights' own.
     """
 
     model: PreTrainedModel | torch.nn.Module
@@ -80,33 +44,71 @@ class TransformersSampler:
         self, requests: Sequence[SampleRequest], params: SamplingParams, *, progress: Callable[[int], None] | None = None
     ) -> list[Sample]:
         """One `Sample` a request, in the order of the requests."""
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
+        # Equal prompts stand together, so that they meet in a batch.
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
+        has_keys = unwrapped(self.model)._supports_attention_backend
         drawn: dict[int, Sample] = {}
         with inference(self.model, self.autocast_dtype):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                drawn.update(zip(batch, self._draw([requests[i] for i in batch], params), strict=True))
+                asked = [requests[i] for i in batch]
+                drawn.update(zip(batch, self._decode(asked, params) if has_keys else self._generate(asked, params), strict=True))
                 if progress is not None:
                     progress(len(batch))
         return [drawn[i] for i in range(len(requests))]
 
-    def _draw(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
+    def _decode(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         device = next(self.model.parameters()).device
-        width = max(len(r.prompt_ids) for r in requests)
-        # Left padding, masked by length: the pad token may also be a real token of the prompt.
-        input_ids = torch.tensor([[self.pad_token_id] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
-        attention_mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
-        draw = _SeededDraw([r.seed for r in requests], params, device)
+        numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
+        ends = torch.tensor(self.eos_token_ids, device=device)
+        prompts = list(dict.fromkeys(r.prompt_ids for r in requests))
+        which = torch.tensor([prompts.index(r.prompt_ids) for r in requests], device=device)
+        input_ids, mask = _left_padded(prompts, self.pad_token_id, device)
+        cache = DynamicCache(config=unwrapped(self.model).config)
+        logits = self._forward(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)[which]
+        mask, positions = mask[which], mask[which].sum(-1)
+        cache.batch_select_indices(which)
+        rows = torch.arange(len(requests), device=device)  # the request that each row of the batch draws for
+        ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
+        tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
+        logprobs = torch.empty_like(numbers)
+        for step in range(params.max_new_tokens):
+            last, logprob = draw(logits, numbers[rows, step], params)
+            tokens[rows, step], logprobs[rows, step] = last, logprob
+            ended |= torch.isin(last, ends)
+            left = int((~ended).sum())
+            if left == 0 or step + 1 == params.max_new_tokens:
+                break
+            if left <= (1 - SHRINK_AT) * len(rows):
+                stay = (~ended).nonzero().squeeze(-1)
+                rows, mask, positions, last, ended = (x[stay] for x in (rows, mask, positions, last, ended))
+                cache.batch_select_indices(stay)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(last[:, None], mask, positions[:, None], cache)
+            positions = positions + 1
+        return [self._sample(t, lp) for t, lp in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+
+    def _forward(
+        self, input_ids: Int[Tensor, "rows new"], mask: Int[Tensor, "rows width"], positions: Int[Tensor, "rows new"], cache: DynamicCache
+    ) -> Float[Tensor, "rows vocab"]:
+        output = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return cast("Tensor", output.logits[:, -1])
+
+    def _generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
+        device = next(self.model.parameters()).device
+        input_ids, mask = _left_padded([r.prompt_ids for r in requests], self.pad_token_id, device)
+        processor = _DrawnToken(uniforms([r.seed for r in requests], params.max_new_tokens, device), params, input_ids.shape[1])
         with _no_own_generation_config(self.model):
             output = cast("Any", self.model).generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
+                input_ids=input_ids,
+                attention_mask=mask,
                 generation_config=_greedy(params, self.eos_token_ids, self.pad_token_id),
-                logits_processor=LogitsProcessorList([draw]),
+                logits_processor=LogitsProcessorList([processor]),
             )
-        tokens = output[:, width:].tolist()
-        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
-        return [self._sample(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        logprobs = torch.stack(processor.logprobs, dim=1).tolist()
+        return [self._sample(t, lp) for t, lp in zip(output[:, input_ids.shape[1] :].tolist(), logprobs, strict=True)]
 
     def _sample(self, tokens: list[int], logprobs: list[float]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
@@ -114,11 +116,34 @@ class TransformersSampler:
         return Sample(tuple(tokens[:length]), "length" if end is None else "stop", sum(logprobs[:length]))
 
 
+def _left_padded(
+    prompts: Sequence[tuple[int, ...]], pad_token_id: int, device: torch.device
+) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+    """Token ids and their mask, which goes by length: the pad token may also be a real token of a prompt."""
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return input_ids, mask
+
+
+class _DrawnToken(LogitsProcessor):
+    """Leaves `generate`, running greedily, the drawn token alone, and remembers its log-probability."""
+
+    def __init__(self, numbers: Float[Tensor, "rows tokens"], params: SamplingParams, prompt_width: int) -> None:
+        self.numbers, self.params, self.prompt_width = numbers, params, prompt_width
+        self.logprobs: list[Float[Tensor, " rows"]] = []
+
+    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        tokens, logprobs = draw(scores, self.numbers[:, input_ids.shape[1] - self.prompt_width], self.params)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
 @contextlib.contextmanager
 def _no_own_generation_config(model: Any) -> Iterator[None]:
     """`generate` fills what is unset from the model's own generation_config (repetition penalties, suppressed tokens, …);
     with an empty one only the request shapes the draw."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = unwrapped(model)
     own = base.generation_config
     base.generation_config = GenerationConfig()
     try:

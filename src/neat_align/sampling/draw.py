@@ -1,0 +1,50 @@
+"""One token from one number: the draw that every sampler here makes.
+
+A completion's random numbers come from a generator seeded by the completion, one uniform number a token, made on the CPU.
+The token is the one at which the running sum of the probabilities passes that number. So the tokens of a completion
+depend on its prompt and seed, and not on the completions that share its batch, on the batch's size, or on the device; what
+remains is floating-point noise in the logits, which can move a boundary past the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from neat_align.sampling.protocol import SamplingParams
+
+
+def uniforms(seeds: Sequence[int], tokens: int, device: torch.device) -> Float[Tensor, "rows tokens"]:
+    """Numbers in [0, 1), a row for each seed."""
+    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+def draw(
+    logits: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"], params: SamplingParams
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """A token a row, and its log-probability in nats under the untempered, unwarped policy."""
+    logits = logits.float()
+    warped = logits / params.temperature if params.temperature != 1 else logits
+    for warper in _warpers(params):
+        warped = warper(torch.empty(0, dtype=torch.long), warped)
+    running = warped.softmax(-1).cumsum_(-1)
+    # The sum may end a rounding error away from 1; scaled by it, the number is always passed. A token of probability 0
+    # never moves the sum, so it is never the one.
+    tokens = torch.searchsorted(running, (uniform[:, None] * running[:, -1:]), right=True).squeeze(-1)
+    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    chosen = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return tokens, chosen
+
+
+def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = []
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    return warpers
