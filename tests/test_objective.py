@@ -366,6 +366,33 @@ def test_kl_k3_by_hand():
     assert grad[0].tolist() == pytest.approx([-0.5, 0.25, 0.0], abs=1e-12)
 
 
+PAIRS = torch.tensor([[[False, True, True], [False, False, True], [False, False, False]]])
+SCORE_LOSSES = {
+    "hinge": lambda x: objective.hinge_loss(x, PAIRS, margin=1.0, reduction="mean"),
+    "logistic": lambda x: objective.logistic_loss(x, PAIRS, beta=2.0, gamma=0.5, reduction="mean"),
+    "listwise": lambda x: objective.listwise_loss(x, PAIRS, beta=1.0, reduction="mean"),
+    "dpo": lambda x: objective.dpo_loss(x, x.detach() - 0.1, PAIRS, beta=2.0, reduction="mean"),
+    "npo": lambda x: objective.npo_penalty(x[0], x[0].detach() - 0.1, beta=1.0),
+}
+TOKEN_LOSSES = {
+    "score": lambda x: objective.completion_scores(x, x < 1, 0.7),
+    "lm": lambda x: objective.lm_loss(x, x < 1),
+    "unlikelihood": lambda x: objective.unlikelihood_penalty(x, x < 1),
+    "k3": lambda x: objective.kl_k3(x, torch.full_like(x, -1.0), x < 1),
+}
+
+
+@pytest.mark.parametrize("name", [*SCORE_LOSSES, *TOKEN_LOSSES])
+def test_gradients_in_fp32_are_those_in_fp64(name):
+    """Training runs in fp32: a form whose gradient cancels there is wrong, whatever finite differences in fp64 say."""
+    losses = SCORE_LOSSES | TOKEN_LOSSES
+    x = torch.tensor([[-0.9, -1.2, -1.0]], dtype=torch.float64)
+    (exact,) = torch.autograd.grad(losses[name](x64 := x.clone().requires_grad_()).sum(), x64)
+    (found,) = torch.autograd.grad(losses[name](x32 := x.float().requires_grad_()).sum(), x32)
+    assert exact.abs().max() > 1e-3
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-6)
+
+
 @given(st.lists(token_logps, min_size=1, max_size=4), st.data())
 @quick
 def test_row_losses_are_the_slow_ones(completions, data):

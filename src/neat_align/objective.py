@@ -212,8 +212,10 @@ def kl_k3(
     """
     d = _masked(ref_logps, mask) - _masked(logps, mask)
     near = d.clamp(max=K3_LIMIT)
-    k3 = torch.expm1(near) - near + math.expm1(K3_LIMIT) * (d - near)
-    return _token_mean(k3, mask)
+    k3 = torch.expm1(near) - near
+    # Chosen, not added: a tangent that adds 0 below the limit has a slope of 5e8 there, in which fp32 loses the gradient.
+    tangent = math.expm1(K3_LIMIT) * (d - K3_LIMIT + 1) - K3_LIMIT
+    return _token_mean(torch.where(d <= K3_LIMIT, k3, tangent), mask)
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
