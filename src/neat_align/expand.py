@@ -242,9 +242,13 @@ def _sample(
             progress("sample", finished, len(plans))
 
     completions: dict[int, list[Completion]] = {r: [] for r in range(len(rows))}
-    # Good and bad answers may come from two policies; the order within a group is restored below.
-    for sampler, wanted in ((tools.sampler, ("positive", "plain")), (tools.negative_sampler, ("negative",))):
-        mine = [p for p in plans if p[1] in wanted]
+    # Good and bad answers may come from two policies; one policy draws all of them in the same full batches.
+    if tools.sampler is tools.negative_sampler:
+        shares = [(tools.sampler, plans)]
+    else:
+        negatives = [p for p in plans if p[1] == "negative"]
+        shares = [(tools.sampler, [p for p in plans if p[1] != "negative"]), (tools.negative_sampler, negatives)]
+    for sampler, mine in shares:
         for (r, polarity, index, instruction, request), sample in zip(
             mine, sampler.sample([p[4] for p in mine], params.sampling, progress=report), strict=True
         ):

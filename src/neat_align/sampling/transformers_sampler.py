@@ -47,10 +47,12 @@ class TransformersSampler:
         # Equal prompts stand together, so that they meet in a batch.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
         has_keys = unwrapped(self.model)._supports_attention_backend
+        # As few batches as the limit allows, and alike: a small last one would cost nearly as much as a full one.
+        size = -(-len(order) // max(1, -(-len(order) // self.batch_size)))
         drawn: dict[int, Sample] = {}
         with inference(self.model, self.autocast_dtype):
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+            for start in range(0, len(order), max(1, size)):
+                batch = order[start : start + size]
                 asked = [requests[i] for i in batch]
                 drawn.update(zip(batch, self._decode(asked, params) if has_keys else self._generate(asked, params), strict=True))
                 if progress is not None:

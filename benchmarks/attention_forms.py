@@ -1,0 +1,116 @@
+"""Four ways to let K completions share their prompt in training, forward and backward, on the same tokens.
+
+  python benchmarks/attention_forms.py --json OUT
+
+pieces  one row; attention in its two dense pieces (what neat_align uses)
+mask    one row; scaled-dot-product attention under a boolean mask over the whole row
+flex    one row; FlexAttention with a block mask, compiled (GPU only)
+cache   the prompt first, its keys and values then repeated for a batch of completions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+from train_step import gradient_step, make_ids
+
+from neat_align.chunked_head import LogitTail, chosen_logprobs, chunk_rows
+from neat_align.logprobs import completion_logprobs
+from neat_align.packing import PackedRows, pack_rows
+
+
+def head(model: Any, states: Tensor, rows: PackedRows) -> Tensor:
+    """The same chunked head for every form."""
+    ids = rows.completion_ids[rows.completion_mask]
+    chunk = chunk_rows(model.config.vocab_size, states.device)
+    return chosen_logprobs(states, model.lm_head.weight, None, ids, LogitTail(), chunk).view_as(rows.completion_ids)
+
+
+def segments_of(rows: PackedRows) -> Tensor:
+    """0 for the prompt, 1 … K for the completions, at every place of the row."""
+    out = torch.zeros(rows.input_ids.shape[1], dtype=torch.long, device=rows.input_ids.device)
+    fed = rows.layout.key_position[:, rows.layout.prompt_index.shape[1] :] < 2**30
+    for k, (index, mask) in enumerate(zip(rows.layout.completion_index, fed, strict=True), start=1):
+        out[index[mask]] = k
+    return out
+
+
+def by_mask(model: Any, rows: PackedRows) -> Tensor:
+    segment, position = segments_of(rows), rows.position_ids[0]
+    mask = ((segment == segment[:, None]) | (segment == 0)) & (position <= position[:, None])
+    states = model.model(
+        input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask[None, None], use_cache=False
+    ).last_hidden_state[0]
+    return head(model, states[rows.read_at], rows)
+
+
+def by_flex(model: Any, rows: PackedRows) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segment, position = segments_of(rows), rows.position_ids[0]
+
+    def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ((segment[q] == segment[k]) | (segment[k] == 0)) & (position[k] <= position[q])
+
+    n = rows.input_ids.shape[1]
+    mask = create_block_mask(visible, 1, None, n, n, device=rows.input_ids.device)
+    states = model.model(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False).last_hidden_state[
+        0
+    ]
+    return head(model, states[rows.read_at], rows)
+
+
+def by_cache(model: Any, rows: PackedRows) -> Tensor:
+    from transformers import DynamicCache
+
+    k, p = rows.completion_ids.shape[0], rows.layout.prompt_index.shape[1]
+    cache = DynamicCache(config=model.config)
+    prompt = model.model(input_ids=rows.input_ids[:, :p], past_key_values=cache, use_cache=True).last_hidden_state
+    cache.batch_repeat_interleave(k)
+    own = model.model(input_ids=rows.completion_ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+    states = torch.cat([prompt[:, -1:].expand(k, -1, -1), own], dim=1)
+    return head(model, states.flatten(0, 1), rows)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--dtype", choices=list(harness.DTYPES), default="fp32")
+    args = parser.parse_args()
+    model = harness.load_model(args.model).to(harness.device()).train()
+    autocast = harness.DTYPES[args.dtype]
+    forms: dict[str, Callable[[Any, PackedRows], Tensor]] = {"pieces": completion_logprobs, "mask": by_mask, "cache": by_cache}
+    if harness.device().type != "cpu":
+        forms["flex"] = by_flex
+    result: dict[str, Any] = {"dtype": args.dtype, "model": args.model, "device": harness.device().type, "settings": []}
+    table = []
+    for p, r, k in ((64, 64, 4), (256, 64, 8), (512, 128, 8)):
+        prompt, completions = make_ids(p, r, k)
+        rows = pack_rows([prompt], [completions]).to(harness.device())
+        found: dict[str, Tensor] = {}
+
+        def step(name: str, rows: PackedRows = rows, found: dict[str, Tensor] = found) -> None:
+            model.config._attn_implementation = "flex_attention" if name == "flex" else "sdpa"
+            model.zero_grad(set_to_none=False)
+
+            def logprobs() -> Tensor:
+                with torch.autocast(harness.device().type, autocast or torch.bfloat16, enabled=autocast is not None):
+                    found[name] = forms[name](model, rows)
+                return found[name]
+
+            gradient_step(logprobs)
+
+        seconds = harness.in_turn({name: (lambda name=name: step(name)) for name in forms}, args.repeats)
+        medians = {name: harness.spread(values)["median"] for name, values in seconds.items()}
+        difference = max(float((found[name] - found["pieces"]).detach().abs().max()) for name in forms)
+        result["settings"].append({"prompt": p, "completion": r, "k": k, "seconds": medians, "max_logprob_difference": difference})
+        table.append([f"{p} + {k} x {r}", *(f"{m:.3f} ({m / medians['pieces']:.2f}x)" for m in medians.values()), f"{difference:.0e}"])
+    harness.show(f"seconds, forward and backward, {args.dtype}", ["P + K x R", *forms, "differ by, nats"], table)
+    harness.save(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
