@@ -11,6 +11,7 @@ from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, PreTra
 
 from neat_align.precision import half_precision_copy, inference
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
+from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.transformers_sampler import SHRINK_AT
 from tiny import FAMILIES, Family, tiny_model
 
@@ -121,6 +122,25 @@ def test_a_shared_prompt_is_read_once_and_ended_completions_leave_the_batch() ->
         going_on = sum(len(s.token_ids) > step for s in drawn)
         assert going_on <= rows < going_on / (1 - SHRINK_AT) + 1
     assert len(shapes) == max(len(s.token_ids) for s in drawn)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_by_products_is_torchs_kernel(models: dict[Family, PreTrainedModel], family: Family) -> None:
+    model, asked, params = models[family], requests(12), SamplingParams(max_new_tokens=10)
+    assert model.config._attn_implementation == "sdpa"
+    with fast_decoding(model):
+        assert model.config._attn_implementation == "neat_decode"
+    fast = sampler(model).sample(asked, params)
+    assert model.config._attn_implementation == "sdpa"
+    with inference(model, None):
+        same(fast, sampler(model)._decode(asked, params))
+
+
+def test_other_attention_is_left_alone(models: dict[Family, PreTrainedModel]) -> None:
+    model = copy.deepcopy(models["llama"])
+    model.set_attn_implementation("eager")
+    with fast_decoding(model):
+        assert model.config._attn_implementation == "eager"
 
 
 def test_a_model_that_keeps_a_state_is_drawn_with_generate() -> None:

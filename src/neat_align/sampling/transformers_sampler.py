@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from neat_align.precision import inference
+from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.draw import draw, uniforms
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.shared_prefix import unwrapped
@@ -50,7 +51,7 @@ class TransformersSampler:
         # As few batches as the limit allows, and alike: a small last one would cost nearly as much as a full one.
         size = -(-len(order) // max(1, -(-len(order) // self.batch_size)))
         drawn: dict[int, Sample] = {}
-        with inference(self.model, self.autocast_dtype):
+        with inference(self.model, self.autocast_dtype), fast_decoding(self.model):
             for start in range(0, len(order), max(1, size)):
                 batch = order[start : start + size]
                 asked = [requests[i] for i in batch]
