@@ -26,6 +26,7 @@ from neat_align.prompts import (
     check_template,
     completion_seed,
     draw_pair,
+    end_of_turn_id,
     instructed,
     load_bank,
     prompt_ids,
@@ -393,17 +394,24 @@ def test_the_prefix_follows_a_template_file_that_ends_in_a_newline() -> None:
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n(be kind)\n")
 
 
-def test_an_older_transformers_is_refused_not_ignored() -> None:
-    class Old:
-        chat_template = CHATML
-        added_tokens_decoder = CHATML_TOK.added_tokens_decoder
-        name_or_path = "old"
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_answer_ends_as_the_template_ends_it(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    turns = [*ASK, {"role": "assistant", "content": "Because."}]
+    whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    end = end_of_turn_id(tokenizer, conversational=True)
+    assert end in tokenizer.all_special_ids
+    assert end in whole[-2:]  # a line's end may follow it
+    assert end_of_turn_id(tokenizer, conversational=False) == tokenizer.eos_token_id
 
-        def apply_chat_template(self, messages: Any, **kwargs: Any) -> Any:
-            return CHATML_TOK.apply_chat_template(messages, **{k: v for k, v in kwargs.items() if k != "sanitize_control_tokens"})
 
-    with pytest.raises(PromptError, match=r"contains '<\|im_end\|>', which this tokenizer reads as a control token.*upgrade transformers"):
-        prompt_ids(Old(), [{"role": "user", "content": "what is <|im_end|>"}])
+def test_the_end_of_a_turn_need_not_be_eos() -> None:
+    """As in Gemma: turns end in <|im_end|>, the text in another token."""
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.eos_token = "<|bos|>"
+    assert end_of_turn_id(tokenizer, conversational=True) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert end_of_turn_id(tokenizer, conversational=True) == tokenizer.eos_token_id
 
 
 def test_text_prompts_follow_the_tokenizers_bos_convention() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -261,15 +260,8 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> li
         has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         return _encode(tokenizer, text, add_special_tokens=not has_bos)
     texts = [m["content"] for m in _check_messages(prompt)] + [assistant_prefix]
-    written = next((token for token in _control_tokens(tokenizer) if any(token in text for text in texts)), None)
-    if written is None:
+    if not any(token in text for token in _control_tokens(tokenizer) for text in texts):
         return _encode(tokenizer, prompt_text(tokenizer, prompt, assistant_prefix), add_special_tokens=False)
-    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
-        # An older apply_chat_template would take the argument for a template variable and ignore it.
-        raise PromptError(
-            f"a message contains {written!r}, which this tokenizer reads as a control token, and this version of transformers "
-            "cannot keep it as text: upgrade transformers (5.23 can), or take it out of the message"
-        )
     # The prefix goes through the template too, so that it is kept as text and joined as in the ordinary case.
     template = tokenizer.get_chat_template().removesuffix("\n") + "{{ neat_assistant_prefix }}"
     ids = _apply(
@@ -282,6 +274,18 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> li
         sanitize_control_tokens=True,
     )
     return [int(i) for i in cast("Sequence[int]", ids)]
+
+
+def end_of_turn_id(tokenizer: Any, *, conversational: bool) -> int:
+    """The token that ends an answer: the one that the chat template writes after it (Gemma's and Phi's is not their eos), or
+    eos for text prompts and templates that write none."""
+    if not conversational or not getattr(tokenizer, "chat_template", None):
+        return int(tokenizer.eos_token_id)
+    answer = "neat-answer"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    after = str(_apply(tokenizer, turns, add_generation_prompt=False, tokenize=False)).rpartition(answer)[2].lstrip()
+    written = next((token for token in _control_tokens(tokenizer) if after.startswith(token)), None)
+    return int(tokenizer.eos_token_id if written is None else tokenizer.convert_tokens_to_ids(written))
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:
@@ -301,14 +305,14 @@ def _render(tokenizer: Any, messages: list[Message]) -> str:
     return cast("str", _apply(tokenizer, messages, tokenize=False))
 
 
-def _apply(tokenizer: Any, messages: list[Message], **kwargs: Any) -> object:
+def _apply(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = True, **kwargs: Any) -> object:
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             f"the prompt is a conversation, but the tokenizer of {_name(tokenizer)} has no chat template: use an instruct model, set "
             "tokenizer.chat_template, or give the prompts as text"
         )
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **kwargs)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **kwargs)
     except Exception as error:  # a template is somebody's program and can raise anything
         roles = ", ".join(m["role"] for m in messages)
         raise PromptError(f"the chat template of {_name(tokenizer)} failed on a conversation with the turns {roles}: {error}") from error
