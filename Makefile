@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# `make bench DTYPES=fp32` runs less; a whole set takes about an hour and a half on two cores.
+# A whole `make bench` takes about an hour on two cores; `make bench DTYPES=bf16` leaves fp32 out.
 BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
@@ -54,17 +54,22 @@ type: $(DEV_READY) ## Check the types
 
 bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/results/
 	set -e; for dtype in $(DTYPES); do \
-	  for at in "64 64 4" "64 64 8" "64 128 4" "64 128 8" "256 64 4" "256 64 8" "256 128 4" "256 128 8" \
-	            "512 64 4" "512 64 8" "512 128 4" "512 128 8"; do \
-	    set -- $$at; $(BENCH)/train_step.py --prompt $$1 --completion $$2 --k $$3 --dtype $$dtype \
+	  $(BENCH)/train_step.py --dtype $$dtype --json $(RESULTS)/train_step-p256-r64-k8-$$dtype.json; \
+	  for at in "64 64 4" "512 128 8"; do set -- $$at; \
+	    $(BENCH)/train_step.py --prompt $$1 --completion $$2 --k $$3 --dtype $$dtype --sides neat,strong,trl \
 	      --json $(RESULTS)/train_step-p$$1-r$$2-k$$3-$$dtype.json; \
 	  done; \
-	  $(BENCH)/attention_forms.py --dtype $$dtype --json $(RESULTS)/attention_forms-$$dtype.json; \
+	  for at in "64 64 8" "64 128 4" "64 128 8" "256 64 4" "256 128 4" "256 128 8" "512 64 4" "512 64 8" "512 128 4"; do \
+	    set -- $$at; \
+	    $(BENCH)/train_step.py --prompt $$1 --completion $$2 --k $$3 --dtype $$dtype --sides neat,strong --no-memory --repeats 3 \
+	      --json $(RESULTS)/train_step-p$$1-r$$2-k$$3-$$dtype.json; \
+	  done; \
+	  $(BENCH)/attention_forms.py --dtype $$dtype --repeats 3 --json $(RESULTS)/attention_forms-$$dtype.json; \
 	done
 	$(BENCH)/generation.py --json $(RESULTS)/generation-bf16.json
 	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
-	$(BENCH)/round.py --peer online_dpo --k 2 --json $(RESULTS)/round-online_dpo-bf16.json
-	$(BENCH)/scaling.py --json $(RESULTS)/scaling-bf16.json
+	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
+	$(BENCH)/scaling.py --repeats 3 --json $(RESULTS)/scaling-bf16.json
 
 format: $(DEV_READY) ## Rewrite the files in the house style
 	$(BIN)/ruff check --fix .
