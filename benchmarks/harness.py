@@ -70,10 +70,12 @@ def synchronize() -> None:
 
 
 def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side: one run each to warm up, then `repeats` rounds in which every side runs once."""
+    """Seconds of each side: one run each to warm up, then `repeats` rounds in which every side runs once, in turning order."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
     for number in range(repeats + 1):
-        for name, side in sides.items():
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            side = sides[name]
             synchronize()
             start = time.perf_counter()
             side()

@@ -7,9 +7,9 @@ each (no end token is accepted), scores them with the same reward, and takes one
 start of training to the end of its first step, the sides in turn.
 
   neat        NEATTrainer, half of the completions positive and half negative: its prompts carry the instruction on top, and
-              it computes the log-probabilities that it logs
-  grpo        TRL's GRPOTrainer
-  online_dpo  TRL's experimental OnlineDPOTrainer, which samples two completions a prompt (--k 2)
+              it computes the log-probabilities that it logs. On a CPU it samples from a bf16 copy. No drift measurement
+  grpo        TRL's GRPOTrainer, without a KL term (its default): no reference model runs
+  online_dpo  TRL's experimental OnlineDPOTrainer, which samples two completions a prompt (--k 2) and runs a reference model
 """
 
 from __future__ import annotations
@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4096, help="our tokens per forward pass")
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="bf16")
     args = parser.parse_args()
+    if args.peer == "online_dpo" and args.k != 2:
+        raise SystemExit("online_dpo samples two completions a prompt: give --k 2")
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     base, tokenizer = harness.load_model(args.model), harness.load_tokenizer()

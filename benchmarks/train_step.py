@@ -7,7 +7,8 @@ respect to all weights:
 
   neat      packed rows: the prompt once, the head in chunks
   strong    padded rows, `logits_to_keep`, gathered log-softmax: the best that a careful user writes
-  trl       GRPOTrainer._get_per_token_logps_and_entropies of TRL (its fused head; on a CPU that is its torch fallback)
+  trl       GRPOTrainer._get_per_token_logps_and_entropies of TRL, with the entropy that its training asks for (its fused
+            head; on a CPU that is its torch fallback, which computes the head at prompt positions, too)
   rrhf      padded rows, all logits, log-softmax over all: the form of RRHF's published trainer
 
 Times are medians of runs in turn in one process. Peak memory is what is added to the model and its gradients, each side

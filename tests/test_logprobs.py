@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from neat_align import logprobs
@@ -207,8 +207,48 @@ def test_nothing_to_score_gives_nothing() -> None:
 
 
 def test_a_model_that_agrees_is_packed(caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_layout(model_of("llama"), PROMPTS[:2], pad_token_id=PAD) == "packed"
+    assert choose_layout(model_of("llama"), PROMPTS[:2], pad_token_id=PAD, longest=50) == "packed"
     assert not caplog.records
+
+
+@pytest.mark.parametrize("longest", [20, 200])
+def test_a_window_that_only_the_mask_knows_is_found_where_it_matters(longest: int) -> None:
+    """Qwen2-MoE does not tell its attention function of its window; shorter texts than the window are right packed."""
+    config = Qwen2MoeConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        use_sliding_window=True,
+        sliding_window=64,
+        layer_types=["sliding_attention"] * 2,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert choose_layout(model, PROMPTS[:2], pad_token_id=PAD, longest=longest) == ("packed" if longest < 64 else "padded")
+
+
+def test_a_model_that_fails_on_packed_rows_is_padded(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of("llama")
+    forward = type(model).forward
+
+    class NoExtras(type(model)):  # type: ignore[misc]
+        def forward(self, *args: object, shared_prefix: object = None, **kwargs: object) -> object:
+            if shared_prefix is not None:
+                raise TypeError("forward() got an unexpected keyword argument 'shared_prefix'")
+            return forward(self, *args, **kwargs)
+
+    model.__class__ = NoExtras
+    assert choose_layout(model, PROMPTS[:2], pad_token_id=PAD, longest=50) == "padded"
+    assert "unexpected keyword argument" in caplog.text
 
 
 def test_a_model_that_disagrees_is_padded_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,7 +263,7 @@ def test_a_model_that_disagrees_is_padded_and_says_so_once(caplog: pytest.LogCap
             return out
 
     model.__class__ = Scaled
-    assert choose_layout(model, PROMPTS[:2], pad_token_id=PAD) == "padded"
+    assert choose_layout(model, PROMPTS[:2], pad_token_id=PAD, longest=50) == "padded"
     (record,) = caplog.records
     assert "differ by" in record.message
     assert "padded rows" in record.message

@@ -2,13 +2,25 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    GenerationConfig,
+    Lfm2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+)
 
+from neat_align import CollapseError
 from neat_align.precision import half_precision_copy, inference
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
 from neat_align.sampling.decode_attention import fast_decoding
@@ -115,7 +127,8 @@ def test_a_shared_prompt_is_read_once_and_ended_completions_leave_the_batch() ->
     asked = [SampleRequest(p, seed) for p in prompts for seed in range(8)]
     shapes: list[tuple[int, ...]] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    drawn = sampler(model, 16, eos=(2, 7, 9, 11, 13)).sample(asked, SamplingParams(max_new_tokens=20))
+    with inference(model, None):  # without the comparison that comes before it
+        drawn = sampler(model, 16, eos=(2, 7, 9, 11, 13))._decode(asked, SamplingParams(max_new_tokens=20))
     assert shapes[0] == (2, 4)
     assert all(width == 1 for _, width in shapes[1:])
     for step, (rows, _) in enumerate(shapes[1:], start=1):
@@ -128,7 +141,7 @@ def test_a_shared_prompt_is_read_once_and_ended_completions_leave_the_batch() ->
 def test_decoding_by_products_is_torchs_kernel(models: dict[Family, PreTrainedModel], family: Family) -> None:
     model, asked, params = models[family], requests(12), SamplingParams(max_new_tokens=10)
     assert model.config._attn_implementation == "sdpa"
-    with fast_decoding(model):
+    with inference(model, None), fast_decoding(model):
         assert model.config._attn_implementation == "neat_decode"
     fast = sampler(model).sample(asked, params)
     assert model.config._attn_implementation == "sdpa"
@@ -151,6 +164,78 @@ def test_a_model_that_keeps_a_state_is_drawn_with_generate() -> None:
     drawn = sampler(model).sample(asked, params)
     assert len({s.token_ids for s in drawn}) == 4
     same(sampler(model, 1).sample(asked, params), drawn)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+WIDER: dict[str, Any] = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+# A window that a prompt passes; a bound on attention; a family that looks at its attention's name; one that mixes
+# convolutions with attention; one whose values are narrower than its keys.
+ODD: dict[str, Any] = {
+    "mistral": MistralConfig(**WIDER, sliding_window=4),
+    "gemma2": Gemma2Config(**WIDER, head_dim=8, sliding_window=5, attn_logit_softcapping=3.0, final_logit_softcapping=4.0),
+    "falcon": FalconConfig(**SMALL, alibi=False, new_decoder_architecture=False),
+    "lfm2": Lfm2Config(**WIDER, layer_types=["conv", "full_attention"]),
+    "deepseek": DeepseekV3Config(
+        **{**WIDER, "num_key_value_heads": 4},
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+    ),
+}
+
+
+def odd_model(family: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(ODD[family]), dtype=torch.float32)
+    return model
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_other_families_are_sampled_as_their_full_forward_pass_says(family: str) -> None:
+    model = odd_model(family)
+    asked = [SampleRequest(r.prompt_ids, r.seed + i) for r in requests(4) for i in range(2)]
+    drawn = sampler(model).sample(asked, SamplingParams(max_new_tokens=8))
+    assert len({len(r.prompt_ids) for r in asked}) > 2
+    for request, s in zip(asked, drawn, strict=True):
+        logps = logits_after(model, request.prompt_ids + s.token_ids).log_softmax(-1)[len(request.prompt_ids) - 1 : -1]
+        assert s.logprob == pytest.approx(float(logps.gather(-1, torch.tensor(s.token_ids)[:, None]).sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_come_once(config: Any) -> None:
+    model = get_peft_model(tiny_model("llama", VOCAB), config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    asked = [SampleRequest((5, 6, 7, 8), seed) for seed in range(3)]
+    for s in sampler(model).sample(asked, SamplingParams(max_new_tokens=6)):
+        ids = torch.tensor([(5, 6, 7, 8, *s.token_ids)])
+        with torch.no_grad():
+            logps = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(s.token_ids) - 1 : -1].log_softmax(-1)
+        assert s.logprob == pytest.approx(float(logps.gather(-1, torch.tensor(s.token_ids)[:, None]).sum()), abs=1e-3)
+
+
+def test_broken_weights_are_an_error_and_not_a_token(models: dict[Family, PreTrainedModel]) -> None:
+    model = copy.deepcopy(models["llama"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(CollapseError, match="not finite"):
+        sampler(model).sample(requests(2), SamplingParams(max_new_tokens=2))
 
 
 # ---- log-probabilities and stopping ----------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, TrainerCallback
 
 from neat_align import CollapseError, ConfigError, DataError, NEATConfig, NEATTrainer, PromptError, RewardError
 from neat_align.packing import collate_groups
-from neat_align.policy import load_policy
+from neat_align.policy import disable_dropout, load_policy
 from neat_align.step_loss import LossCounts, loss_terms
 from tiny import FAMILIES, Family, save_tiny, tiny_model, tiny_tokenizer
 
@@ -475,3 +475,17 @@ def test_the_seed_draws_the_adapter(tmp_path: Path) -> None:
 
     assert torch.equal(start("a", 1), start("b", 1))
     assert not torch.equal(start("c", 2), start("d", 1))
+
+
+def test_dropout_is_off_wherever_it_is_kept() -> None:
+    """OPT applies it as a function, from a number; attention keeps a number, too."""
+    shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for config in (
+        OPTConfig(**shape, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5),
+        LlamaConfig(**shape, intermediate_size=16, attention_dropout=0.5),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        ids = torch.arange(3, 23)[None]
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        disable_dropout(model)
+        assert torch.equal(model(ids).logits, model(ids).logits)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits held at a time. 24 MiB of fp32 stay under the size at which a CPU's allocator takes fresh pages from the system
 # for every chunk; a GPU wants fewer, larger products.
@@ -75,33 +76,38 @@ class _ChosenLogprobs(torch.autograd.Function):
         return torch.cat([empty, *out])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = outputs
-        states, weight, bias, ids, normalizers = ctx.saved_tensors
-        tail, dtype = ctx.tail, ctx.dtype
-        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        head = (weight.to(dtype), None if bias is None else bias.to(dtype))
-        grad_states = torch.empty_like(states) if wants_states else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        grad_bias = torch.zeros_like(bias) if wants_bias else None
-        for part in _parts(len(ids), ctx.rows):
-            # d log p_y = (1[y] − p) · d logits, through the tail.
-            logits = _final_logits(states[part].to(dtype), head, tail)
-            slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
-            flow = logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
-            flow.scatter_add_(-1, ids[part, None], grad[part, None])
-            if slope is not None:
-                flow *= slope
-            if tail.scale != 1:
-                flow *= tail.scale
-            if grad_bias is not None:
-                grad_bias += flow.sum(0)
-            flow = flow.to(dtype)
-            if grad_states is not None:
-                grad_states[part] = flow @ head[0]
-            if grad_weight is not None:
-                _add_product(grad_weight, flow, states[part].to(dtype))
-        return grad_states, grad_weight, grad_bias, None, None, None, None
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            return _backward(ctx, *outputs)
+
+
+def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
+    states, weight, bias, ids, normalizers = ctx.saved_tensors
+    tail, dtype = ctx.tail, ctx.dtype
+    wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    head = (weight.to(dtype), None if bias is None else bias.to(dtype))
+    grad_states = torch.empty_like(states) if wants_states else None
+    grad_weight = torch.zeros_like(weight) if wants_weight else None
+    grad_bias = torch.zeros_like(bias) if wants_bias else None
+    for part in _parts(len(ids), ctx.rows):
+        # d log p_y = (1[y] − p) · d logits, through the tail.
+        logits = _final_logits(states[part].to(dtype), head, tail)
+        slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
+        flow = logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
+        flow.scatter_add_(-1, ids[part, None], grad[part, None])
+        if slope is not None:
+            flow *= slope
+        if tail.scale != 1:
+            flow *= tail.scale
+        if grad_bias is not None:
+            grad_bias += flow.sum(0)
+        flow = flow.to(dtype)
+        if grad_states is not None:
+            grad_states[part] = flow @ head[0]
+        if grad_weight is not None:
+            _add_product(grad_weight, flow, states[part].to(dtype))
+    return grad_states, grad_weight, grad_bias, None, None, None, None
 
 
 def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: LogitTail) -> Tensor:

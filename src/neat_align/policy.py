@@ -83,10 +83,13 @@ def start_policy(model: Any, peft_config: Any, ref_model: torch.nn.Module | None
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to zero."""
+    """Set every dropout probability to zero: of dropout modules, and those that attention and OPT's layers keep as numbers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
 
 
 def check_context(model: Any, max_prompt_length: int, max_completion_length: int) -> None:

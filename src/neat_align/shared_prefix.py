@@ -31,7 +31,7 @@ def shared_prefix_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "1 heads flat dim"],
     key: Float[Tensor, "1 kv_heads flat dim"],
-    value: Float[Tensor, "1 kv_heads flat dim"],
+    value: Float[Tensor, "1 kv_heads flat value_dim"],
     attention_mask: None,
     *,
     shared_prefix: PrefixLayout,
@@ -40,7 +40,7 @@ def shared_prefix_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,  # models pass every attention function more than any one reads (position_ids, use_cache, …)
-) -> tuple[Float[Tensor, "1 flat heads dim"], None]:
+) -> tuple[Float[Tensor, "1 flat heads value_dim"], None]:
     """Attention over one packed row; the signature is that of transformers' attention functions."""
     layout = shared_prefix
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -83,12 +83,12 @@ def _flat(x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "flat hea
 def _attend(
     q: Float[Tensor, "batch heads queries dim"],
     k: Float[Tensor, "batch kv_heads keys dim"],
-    v: Float[Tensor, "batch kv_heads keys dim"],
+    v: Float[Tensor, "batch kv_heads keys value_dim"],
     mask: Bool[Tensor, "batch 1 queries keys"] | None,
     scale: float,
     softcap: float | None,
     dropout: float,
-) -> Float[Tensor, "batch heads queries dim"]:
+) -> Float[Tensor, "batch heads queries value_dim"]:
     """Softmax attention; `mask` None is causal. Several query heads may share one head of keys and values."""
     batch, heads, queries, dim = q.shape
     sharing = heads // k.shape[1]
@@ -106,7 +106,7 @@ def _attend(
         scores = softcap * torch.tanh(folded @ k.transpose(-1, -2) * (scale / softcap))
         weights = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype)
         out = torch.dropout(weights, dropout, train=True) @ v
-    return out.reshape(batch, heads, queries, dim)
+    return out.reshape(batch, heads, queries, v.shape[-1])
 
 
 @contextlib.contextmanager
@@ -138,13 +138,28 @@ def unwrapped(model: torch.nn.Module) -> Any:
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
-def why_not_packed(model: torch.nn.Module) -> str | None:
-    """Why packed rows cannot go through this model, or None. What only shows in numbers is for the self-check to find."""
+def adds_virtual_tokens(model: torch.nn.Module) -> bool:
+    """Whether a PEFT adapter puts learned tokens in front of every input (prompt tuning, prefix tuning)."""
     from peft import PeftModel
 
+    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
+
+
+def why_not_packed(model: torch.nn.Module) -> str | None:
+    """Why packed rows cannot go through this model, or None. `choose_layout` compares the numbers, too."""
     inner = unwrapped(model)
     if not inner._supports_attention_backend:
         return f"{type(inner).__name__} does not take its attention from transformers' attention interface"
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if adds_virtual_tokens(model):
         return "the adapter adds virtual tokens to the prompt"
+    unknown = set(getattr(inner.config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        return f"{type(inner).__name__} has layers of another kind ({', '.join(sorted(unknown))})"
     return None
+
+
+def shortest_window(model: torch.nn.Module) -> int | None:
+    """Tokens that the narrowest attention of a model reaches back, where it has a limit."""
+    config = unwrapped(model).config.get_text_config()
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((n for n in limits if n), default=None)

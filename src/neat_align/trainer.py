@@ -172,14 +172,25 @@ class NEATTrainer(Trainer):
                 "model give messages, or pass --as_conversations true"
             )
 
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _choose_layout(self) -> Layout:
         if self.args.prefix_sharing == "off":
             return "padded"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.warning("prompts are not shared between completions: FSDP and DeepSpeed shard the head, which is run by itself there")
+        if self._is_sharded or self.args.n_gpu > 1 or self.args.ddp_static_graph:
+            logger.warning(
+                "prompts are not shared between completions under FSDP, DeepSpeed, DataParallel and ddp_static_graph: padded rows are "
+                "used, and under the first two max_tokens_per_micro_batch does not cut"
+            )
             return "padded"
         prompts = [prompt_ids(self._tokenizer, row.prompt) for row in self.rows[:2]]
-        return choose_layout(self.policy, prompts, pad_token_id=self._tokenizer.pad_token_id)
+        longest = self.args.max_prompt_length + self.args.max_completion_length
+        with self.reference() as start:
+            models = [self.policy, start] if self.given_reference else [self.policy]
+            found = {choose_layout(m, prompts, pad_token_id=self._tokenizer.pad_token_id, longest=longest) for m in models}
+        return "packed" if found == {"packed"} else "padded"
 
     # ---- what the stages are given ----
 
@@ -407,7 +418,9 @@ class NEATTrainer(Trainer):
     def _collate(self, groups: list[CompletionGroup]) -> dict[str, list[GroupBatch]]:
         """Groups as micro-batches under the token budget."""
         sizes = [tokens_in(len(g.prompt_ids), [len(c.token_ids) for c in g.completions], self.layout) for g in groups]
-        bins = fill_budget(sizes, self.args.max_tokens_per_micro_batch)
+        # Sharded models step in lockstep: one forward pass on every rank.
+        budget = sum(sizes) if self._is_sharded else self.args.max_tokens_per_micro_batch
+        bins = fill_budget(sizes, budget)
         return {"groups": [self._batch([groups[i] for i in members]) for members in bins]}
 
     def _batch(self, groups: Sequence[CompletionGroup]) -> GroupBatch:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,21 +27,22 @@ def decode_attention(
     module: torch.nn.Module,
     query: Float[Tensor, "rows heads queries dim"],
     key: Float[Tensor, "rows kv_heads keys dim"],
-    value: Float[Tensor, "rows kv_heads keys dim"],
-    attention_mask: Bool[Tensor, "rows 1 queries keys"] | None,
+    value: Float[Tensor, "rows kv_heads keys value_dim"],
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     **others: Any,  # what transformers passes to every attention function
-) -> tuple[Float[Tensor, "rows queries heads dim"], None]:
-    """Products for a single query a row, transformers' own function for more; the signature is its interface's."""
+) -> tuple[Float[Tensor, "rows queries heads value_dim"], None]:
+    """Products for a single query a row, transformers' own function for all else; the signature is its interface's."""
     rows, heads, queries, dim = query.shape
-    if queries > 1 or others.get("position_bias") is not None:
+    plain_mask = attention_mask is None or attention_mask.dtype == torch.bool
+    if queries > 1 or not plain_mask or others.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     folded = query.reshape(rows, key.shape[1], heads // key.shape[1], dim)
     scores = (folded @ key.transpose(-1, -2)).float() * (dim**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores.masked_fill_(~attention_mask, -torch.inf)
     out = scores.softmax(-1).to(value.dtype) @ value
-    return out.reshape(rows, 1, heads, dim), None
+    return out.reshape(rows, 1, heads, value.shape[-1]), None
 
 
 AttentionInterface.register(ATTENTION, decode_attention)
@@ -50,14 +51,35 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def fast_decoding(model: torch.nn.Module) -> Iterator[None]:
-    """On a CPU, a model with torch's kernel decodes with `decode_attention` while this is open; others are left alone."""
+    """On a CPU, a model that uses torch's kernel decodes with `decode_attention` while this is open; others are left alone.
+
+    Some models look at their attention's name themselves, so one step is compared first.
+    """
     config = unwrapped(model).config
     before = config._attn_implementation
-    swap = next(model.parameters()).device.type == "cpu" and before == "sdpa"
-    if swap:
-        config._attn_implementation = ATTENTION
+    fits = next(model.parameters()).device.type == "cpu" and before == "sdpa" and unwrapped(model)._supports_attention_backend
     try:
+        if fits:
+            expected = _two_steps(model)
+            config._attn_implementation = ATTENTION
+            if not _agree(_two_steps(model), expected):
+                config._attn_implementation = before
         yield
     finally:
-        if swap:
-            config._attn_implementation = before
+        config._attn_implementation = before
+
+
+def _two_steps(model: torch.nn.Module) -> Float[Tensor, "rows vocab"]:
+    """Log-probabilities after two prompts, one of them padded, and one token."""
+    ids = torch.arange(1, 13).view(2, 6)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True, logits_to_keep=1).past_key_values
+        logits: Tensor = model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    return logits[:, -1].float().log_softmax(-1)
+
+
+def _agree(found: Float[Tensor, "rows vocab"], expected: Float[Tensor, "rows vocab"]) -> bool:
+    # bf16 rounds log-probabilities by hundredths of their spread; a wrong mask is off by as much as they spread. (Weights that
+    # give no numbers agree with nothing: the draw says so.)
+    return bool((found - expected).abs().max() <= 0.1 * expected.std())

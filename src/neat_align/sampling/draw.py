@@ -15,12 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from neat_align.errors import CollapseError
 from neat_align.sampling.protocol import SamplingParams
 
 
 def uniforms(seeds: Sequence[int], tokens: int, device: torch.device) -> Float[Tensor, "rows tokens"]:
     """Numbers in [0, 1), a row for each seed."""
-    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32) for seed in seeds]
     return torch.stack(rows).to(device)
 
 
@@ -32,7 +33,10 @@ def draw(
     warped = logits / params.temperature if params.temperature != 1 else logits
     for warper in _warpers(params):
         warped = warper(torch.empty(0, dtype=torch.long), warped)
-    running = warped.softmax(-1).cumsum_(-1)
+    # A GPU sums in parallel, which in fp32 need not be monotone; a CPU adds one by one.
+    running = warped.softmax(-1, dtype=torch.float32 if logits.device.type == "cpu" else torch.float64).cumsum_(-1)
+    if not bool(running[:, -1].isfinite().all()):
+        raise CollapseError("the policy's logits are not finite while it samples: the weights or the number type are broken")
     # The sum may end a rounding error away from 1; scaled by it, the number is always passed. A token of probability 0
     # never moves the sum, so it is never the one.
     tokens = torch.searchsorted(running, (uniform[:, None] * running[:, -1:]), right=True).squeeze(-1)

@@ -3,7 +3,7 @@
 Requests are sorted by length and drawn `batch_size` at a time, left-padded. A prompt that several completions of a batch
 share goes through the model once; the cache is then copied to each of them. Completions that have ended leave the batch.
 transformers' own `generate` does neither (and its continuous batching draws from one random stream for all), so the decode
-loop is written out here; a model that keeps a state instead of keys and values is drawn with `generate`.
+loop is written out here; a model that keeps more than keys and values is drawn with `generate`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from neat_align.precision import inference
 from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.draw import draw, uniforms
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
-from neat_align.shared_prefix import unwrapped
+from neat_align.shared_prefix import adds_virtual_tokens, unwrapped
 
 # Completions leave the batch when at least this share of it has ended: taking them out copies the cache.
 SHRINK_AT = 0.125
@@ -47,15 +48,16 @@ class TransformersSampler:
         """One `Sample` a request, in the order of the requests."""
         # Equal prompts stand together, so that they meet in a batch.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
-        has_keys = unwrapped(self.model)._supports_attention_backend
+        draw_batch = self._decode if _keeps_keys(self.model) else self._generate
         # As few batches as the limit allows, and alike: a small last one would cost nearly as much as a full one.
         size = -(-len(order) // max(1, -(-len(order) // self.batch_size)))
         drawn: dict[int, Sample] = {}
-        with inference(self.model, self.autocast_dtype), fast_decoding(self.model):
+        fast = fast_decoding(self.model) if _keeps_keys(self.model) else contextlib.nullcontext()
+        with inference(self.model, self.autocast_dtype), fast:
             for start in range(0, len(order), max(1, size)):
                 batch = order[start : start + size]
                 asked = [requests[i] for i in batch]
-                drawn.update(zip(batch, self._decode(asked, params) if has_keys else self._generate(asked, params), strict=True))
+                drawn.update(zip(batch, draw_batch(asked, params), strict=True))
                 if progress is not None:
                     progress(len(batch))
         return [drawn[i] for i in range(len(requests))]
@@ -117,6 +119,15 @@ class TransformersSampler:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
         length = len(tokens) if end is None else end + 1
         return Sample(tuple(tokens[:length]), "length" if end is None else "stop", sum(logprobs[:length]))
+
+
+def _keeps_keys(model: torch.nn.Module) -> bool:
+    """Whether a model's cache is keys and values alone, so that its rows can be copied and taken out; PEFT's virtual tokens
+    are put in front at every call, which only `generate` expects."""
+    if not unwrapped(model)._supports_attention_backend or adds_virtual_tokens(model):
+        return False
+    layers = DynamicCache(config=unwrapped(model).config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def _left_padded(

@@ -1,0 +1,43 @@
+"""Two processes train as one does: rank 0 samples, both learn, gradients and counts are shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+
+
+def run(folder: Path, *arguments: str, processes: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(SCRIPT), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    run(tmp_path / "one", "2", "2", processes=1)
+    run(tmp_path / "two", "2", "1", processes=2)
+    alone = torch.load(tmp_path / "one" / "weights-0.pt", weights_only=True)
+    first, second = (torch.load(tmp_path / "two" / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
+        # AdamW's first steps are signs: a gradient near zero may round to either, so weights are compared loosely.
+        torch.testing.assert_close(first[name], value, rtol=0, atol=2e-4)
+    logs = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    one, two = ([line for line in log if "loss" in line] for log in logs)
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
