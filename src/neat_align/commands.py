@@ -216,11 +216,23 @@ def print_result(result: dict[str, Any], run: Path) -> None:
     console = Console()
     if "reward_before" in result:
         console.print(result_table(result))
+    print_closing(console, result, run)
+
+
+def print_closing(console: Any, result: dict[str, Any], run: Path) -> None:
+    """What a run took, where everything is, and the next command; the last lines of every run."""
     if result["stopped_because"]:
         console.print(f"stopped early: {result['stopped_because']}", markup=False, style="yellow")
     minutes, gib = result["wall_seconds"] / 60, result["peak_rss_bytes"] / 2**30
-    console.print(f"{result['rounds']} rounds, {result['steps']} steps, {minutes:.1f} minutes, {gib:.1f} GiB at most", markup=False)
-    console.print(f"model   {run / 'model'}\nreport  {run / 'report.html'}\nnumbers {run / 'result.json'}", markup=False)
+    lines = [
+        f"{result['rounds']} rounds, {result['steps']} steps, {minutes:.1f} minutes, {gib:.1f} GiB at most",
+        f"model   {run / 'model'}",
+        f"report  {run / 'report.html'}",
+        f"numbers {run / 'result.json'}",
+        "",
+        f"look at what it wrote:  neat-align inspect {run} --sort gap",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def result_table(result: dict[str, Any]) -> Any:

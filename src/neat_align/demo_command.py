@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from neat_align.commands import result_table, train
+from neat_align.commands import print_closing, result_table, train
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.settings import RunSettings, recipe_path
@@ -31,7 +31,7 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
         Panel(
             "NEAT on SmolLM2-135M-Instruct. Each round the model answers every prompt kindly and, told to, rudely; VADER scores "
             "the answers' tone; the model learns on the plain prompt to prefer the better ones. A second judge that is never "
-            "trained on (MiniLM) checks the result. About five minutes on two CPU cores.",
+            "trained on (MiniLM) checks the result. About three minutes on two CPU cores.",
             title="neat-align demo",
             title_align="left",
         )
@@ -40,18 +40,12 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
     console.print(result_table(result))
     for panel in samples(output_dir):
         console.print(panel)
-    minutes, gib = result["wall_seconds"] / 60, result["peak_rss_bytes"] / 2**30
-    console.print(f"{result['steps']} steps in {minutes:.1f} minutes, {gib:.1f} GiB at most", markup=False, highlight=False)
-    lines = [
-        f"model   {output_dir / 'model'}",
-        f"report  {output_dir / 'report.html'}",
-        f"numbers {output_dir / 'result.json'}",
-        "",
-        f"look at what it wrote:  neat-align inspect {output_dir} --sort gap",
-        "your own model and data: neat-align train --config recipes/quickstart.yaml \\",
-        "    --model_name_or_path MODEL --dataset_name prompts.jsonl",
-    ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    print_closing(console, result, output_dir)
+    next_command = (
+        "your own model and data: neat-align train --config recipes/quickstart.yaml \\\n"
+        "    --model_name_or_path MODEL --dataset_name prompts.jsonl"
+    )
+    console.print(next_command, markup=False, highlight=False, soft_wrap=True)
 
 
 def demo_settings(output_dir: Path, seed: int) -> tuple[RunSettings, NEATConfig]:

@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from neat_align.browse import render_group
-from neat_align.checkpoints import mark_complete, newest_complete
+from neat_align.checkpoints import newest_complete
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow, is_conversational, rows_from_dataset
+from neat_align.drift import drift_ratios, limit_passed, measure_drift
 from neat_align.errors import CollapseError, ConfigError, DataError
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
@@ -39,11 +40,12 @@ from neat_align.precision import check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, end_of_turn_id, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
+from neat_align.round_callback import RoundCallback, RoundDataset
 from neat_align.run_record import write_run_record
 from neat_align.sampling import Sample, SampleRequest, SamplingParams, TransformersSampler
 from neat_align.shared_prefix import sharing_prefixes
 from neat_align.step_loss import LossCounts, counts_of, loss_terms, objective_params, ranking_facts
-from neat_align.storage import append_json_line, read_json, write_json
+from neat_align.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,25 +53,6 @@ logger = logging.getLogger(__name__)
 SCORING_ROWS = 16
 # Groups that `log_completions` prints every round.
 SHOWN_GROUPS = 2
-
-
-class RoundDataset(torch.utils.data.Dataset[CompletionGroup]):
-    """A data set of fixed length whose groups are swapped every round.
-
-    A round that holds fewer groups than the length (too few prompts made a pair) is gone through again from its start.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.groups: tuple[CompletionGroup, ...] = ()
-
-    def __len__(self) -> int:
-        """Groups per round."""
-        return self.length
-
-    def __getitem__(self, index: int) -> CompletionGroup:
-        """The group at an index of this round."""
-        return self.groups[index % len(self.groups)]
 
 
 class NEATTrainer(Trainer):
@@ -125,7 +108,7 @@ class NEATTrainer(Trainer):
         if args.num_positive or args.num_negative:
             check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
         check_context(policy, args.max_prompt_length, args.max_completion_length)
-        self._check_prompts(tokenizer, args)
+        _check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
         self.given_reference = ref_model is not None and ref_model is not policy
         set_seed(args.seed)  # a new adapter is drawn at random
         self.reference, policy = start_policy(policy, peft_config, ref_model)
@@ -149,28 +132,12 @@ class NEATTrainer(Trainer):
             train_dataset=self.rounds,
             eval_dataset=cast("Any", self.eval_rows or None),
             processing_class=tokenizer,
-            callbacks=[_RoundCallback(self), *(callbacks or [])],
+            callbacks=[RoundCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.layout = self._choose_layout()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
-
-    def _check_prompts(self, tokenizer: Any, args: NEATConfig) -> None:
-        """Refuse over-long prompts before anything is sampled, and say when text prompts bypass a chat template."""
-        lengths = [(row, len(prompt_ids(tokenizer, row.prompt))) for row in (*self.rows, *self.eval_rows)]
-        long = [(row, n) for row, n in lengths if n > args.max_prompt_length]
-        if long:
-            named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
-            raise DataError(
-                f"{len(long)} prompts are longer than max_prompt_length={args.max_prompt_length} tokens: {named}. Raise it (the "
-                "model's context allowing), or drop the rows; prompts are never cut"
-            )
-        if not self.conversational and tokenizer.chat_template:
-            logger.warning(
-                "the prompts are text and the tokenizer has a chat template: they are used as they are, without it. For a chat "
-                "model give messages, or pass --as_conversations true"
-            )
 
     @property
     def _is_sharded(self) -> bool:
@@ -360,6 +327,12 @@ class NEATTrainer(Trainer):
         assert made is not None
         return made
 
+    def begin_training(self) -> None:
+        """Measure the start before the first step; a resumed run has it on disk."""
+        self.logged_step = self.state.global_step
+        if self.state.global_step == 0:
+            self.end_round()
+
     def begin_round(self) -> None:
         """Make this round's groups and swap them into the training data."""
         index = self.state.global_step // self.steps_per_round
@@ -382,36 +355,20 @@ class NEATTrainer(Trainer):
         """Measure drift on plain samples; True when a limit was passed and training should stop."""
         if not self.args.drift_prompts:
             return False
-        facts = self.measure_drift()
+        tools = replace(self.eval_tools(with_reference=True), rewards=(), judges=())
+        facts = measure_drift(self.rows, tools, seed=self.args.seed, prompts=self.args.drift_prompts)
         start_file = self.output_dir / "drift-start.json"
         if not start_file.is_file():  # the baseline is measured before the first step and kept for resumed runs
             if self.accelerator.is_main_process:
                 write_json(start_file, facts)
             self.log({f"drift/{k}": v for k, v in facts.items()})
             return False
-        start = read_json(start_file)
-        # Without two words in any answer there is no distinct-2: that is the collapse it is there to see.
-        facts["distinct2_ratio"] = facts.get("distinct2", 0.0) / start["distinct2"] if start.get("distinct2") else 1.0
-        facts["length_ratio"] = facts["mean_length"] / max(start["mean_length"], 1e-9)
+        facts |= drift_ratios(facts, read_json(start_file))
         self.log({f"drift/{k}": v for k, v in facts.items()})
-        if self.args.max_kl is not None and facts["kl"] > self.args.max_kl:
-            self.stopped_because = f"KL to the start is {facts['kl']:.3f} nats per token, over max_kl={self.args.max_kl}"
-        elif facts["distinct2_ratio"] < self.args.min_distinct2_ratio:
-            self.stopped_because = (
-                f"distinct-2 of plain answers fell to {facts['distinct2_ratio']:.0%} of the start, "
-                f"under min_distinct2_ratio={self.args.min_distinct2_ratio}: the answers are becoming one"
-            )
+        self.stopped_because = limit_passed(facts, max_kl=self.args.max_kl, min_distinct2_ratio=self.args.min_distinct2_ratio)
         if self.stopped_because is not None:
             logger.warning("stopping after this round: %s", self.stopped_because)
         return self.stopped_because is not None
-
-    def measure_drift(self) -> dict[str, float]:
-        """KL to the start, entropy, distinct-2, mean length and share cut, on plain samples of a fixed set of prompts."""
-        rows = sorted(self.rows, key=lambda row: row.id)[: self.args.drift_prompts]
-        tools = EvalTools(**{**vars(self.eval_tools(with_reference=True)), "rewards": (), "judges": ()})
-        found = evaluate_policy([_without_answers(r) for r in rows], tools, seed=self.args.seed, contrast=False).summary()
-        names = {"completions/mean_length": "mean_length", "completions/clipped_ratio": "clipped_ratio"}
-        return {names.get(k, k): v for k, v in found.items() if k in ("kl", "entropy", "distinct2", *names)}
 
     # ---- loss ----
 
@@ -487,6 +444,17 @@ class NEATTrainer(Trainer):
         self._add("packing/tokens_per_micro_batch", float(b.rows.input_ids.numel()))
         # Processes average their gradients; the counts are global, so the shares have to be summed.
         return loss * self.args.world_size
+
+    def check_gradients(self) -> None:
+        """Raise CollapseError when a gradient is not finite, before the optimizer step."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.is_enabled():
+            return  # fp16's loss scaling expects overflows and skips such steps itself
+        for name, p in self.policy.named_parameters():
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                raise CollapseError(
+                    f"the gradient of {name} is not finite at step {self.state.global_step + 1}; no weight was changed by it"
+                )
 
     # ---- metrics ----
 
@@ -564,47 +532,6 @@ class _StartSampler:
             return self.trainer._sampler(model).sample(requests, params, progress=progress)
 
 
-class _RoundCallback(TrainerCallback):
-    """Ties rounds, drift checks, complete checkpoints and the metrics file to Trainer's events."""
-
-    def __init__(self, trainer: NEATTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the start before the first step."""
-        self.trainer.logged_step = state.global_step
-        if state.global_step == 0:
-            self.trainer.end_round()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An epoch is a round."""
-        self.trainer.begin_round()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop after this round when a limit was passed."""
-        if self.trainer.end_round():
-            control.should_training_stop = True
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Non-finite gradients never reach the weights."""
-        scaler = self.trainer.accelerator.scaler
-        if scaler is not None and scaler.is_enabled():
-            return  # fp16's loss scaling expects overflows and skips such steps itself
-        for name, p in self.trainer.policy.named_parameters():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                raise CollapseError(f"the gradient of {name} is not finite at step {state.global_step + 1}; no weight was changed by it")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The marker comes last."""
-        if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Everything that is logged is also a line of metrics.jsonl."""
-        if state.is_world_process_zero and logs:
-            append_json_line(Path(args.output_dir) / "metrics.jsonl", {"step": state.global_step, **logs})
-
-
 # ---- building blocks -------------------------------------------------------------------------------------------------
 
 
@@ -614,5 +541,18 @@ def _as_rows(dataset: Any, name: str) -> list[PromptRow]:
     return rows_from_dataset(dataset, name=name)
 
 
-def _without_answers(row: PromptRow) -> PromptRow:
-    return PromptRow(id=row.id, prompt=row.prompt, chosen=None, rejected=None, columns={}, where=row.where)
+def _check_prompts(rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool) -> None:
+    """Refuse over-long prompts before anything is sampled, and say when text prompts bypass a chat template."""
+    lengths = [(row, len(prompt_ids(tokenizer, row.prompt))) for row in rows]
+    long = [(row, n) for row, n in lengths if n > max_prompt_length]
+    if long:
+        named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
+        raise DataError(
+            f"{len(long)} prompts are longer than max_prompt_length={max_prompt_length} tokens: {named}. Raise it (the "
+            "model's context allowing), or drop the rows; prompts are never cut"
+        )
+    if not conversational and tokenizer.chat_template:
+        logger.warning(
+            "the prompts are text and the tokenizer has a chat template: they are used as they are, without it. For a chat "
+            "model give messages, or pass --as_conversations true"
+        )
