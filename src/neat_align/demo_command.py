@@ -21,11 +21,7 @@ from neat_align.storage import read_json
 def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
     """Run recipes/demo.yaml, then show the numbers, three answers before and after, and what to try next."""
     console = Console()
-    if output_dir.exists() and any(output_dir.iterdir()):
-        # run-key.json is the first file of a run: one interrupted while it evaluated has nothing else yet.
-        if not overwrite or not any((output_dir / name).is_file() for name in ("run-key.json", "run.json")):
-            raise ConfigError(f"{output_dir} is not empty: choose another --output-dir")
-        shutil.rmtree(output_dir)
+    make_room(output_dir, overwrite=overwrite)
     settings, config = demo_settings(output_dir, seed)
     console.print(
         Panel(
@@ -46,6 +42,16 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
         "    --model_name_or_path MODEL --dataset_name prompts.jsonl"
     )
     console.print(next_command, markup=False, highlight=False, soft_wrap=True)
+
+
+def make_room(output_dir: Path, *, overwrite: bool) -> None:
+    """Remove an earlier run where that is allowed; anything else in the folder is an error and stays."""
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    # run-key.json is the first file of a run: one interrupted while it evaluated has nothing else yet.
+    if not overwrite or not any((output_dir / name).is_file() for name in ("run-key.json", "run.json")):
+        raise ConfigError(f"{output_dir} is not empty: choose another --output-dir")
+    shutil.rmtree(output_dir)
 
 
 def demo_settings(output_dir: Path, seed: int) -> tuple[RunSettings, NEATConfig]:
