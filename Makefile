@@ -55,10 +55,9 @@ type: $(DEV_READY) ## Check the types
 bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/results/
 	set -e; for dtype in $(DTYPES); do \
 	  $(BENCH)/train_step.py --dtype $$dtype --json $(RESULTS)/train_step-p256-r64-k8-$$dtype.json; \
-	  for at in "64 64 4" "512 128 8"; do set -- $$at; \
-	    $(BENCH)/train_step.py --prompt $$1 --completion $$2 --k $$3 --dtype $$dtype --sides neat,strong,trl \
-	      --json $(RESULTS)/train_step-p$$1-r$$2-k$$3-$$dtype.json; \
-	  done; \
+	  $(BENCH)/train_step.py --prompt 64 --k 4 --dtype $$dtype --json $(RESULTS)/train_step-p64-r64-k4-$$dtype.json; \
+	  $(BENCH)/train_step.py --prompt 512 --completion 128 --dtype $$dtype --sides neat,strong \
+	    --json $(RESULTS)/train_step-p512-r128-k8-$$dtype.json; \
 	  for at in "64 64 8" "64 128 4" "64 128 8" "256 64 4" "256 128 4" "256 128 8" "512 64 4" "512 64 8" "512 128 4"; do \
 	    set -- $$at; \
 	    $(BENCH)/train_step.py --prompt $$1 --completion $$2 --k $$3 --dtype $$dtype --sides neat,strong --no-memory --repeats 3 \
@@ -70,7 +69,7 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/generation.py --continuous --prompts 4 --k 4 --completion 16 --repeats 1 --json $(RESULTS)/generation-continuous-bf16.json
 	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
-	$(BENCH)/scaling.py --repeats 3 --json $(RESULTS)/scaling-bf16.json
+	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
 
 format: $(DEV_READY) ## Rewrite the files in the house style
 	$(BIN)/ruff check --fix .

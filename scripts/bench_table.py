@@ -20,7 +20,8 @@ def main(folder: Path) -> None:
             found = read(folder / f"train_step-p{p}-r{r}-k{k}-{dtype}.json")
             print(
                 f"| P {p}, R {r}, K {k}, {dtype} | {found['token_bound']:.2f}x | {found['speedup_vs_strong_baseline']:.2f}x "
-                f"| {found['speedup_vs_trl']:.2f}x | {found['memory_ratio_vs_strong_baseline']:.0%} | {found['memory_ratio_vs_trl']:.0%} |"
+                f"| {shown(found, 'speedup_vs_trl', '.2f', 'x')} | {found['memory_ratio_vs_strong_baseline']:.0%} "
+                f"| {shown(found, 'memory_ratio_vs_trl', '.0%')} |"
             )
     sampling = read(folder / "generation-bf16.json")
     grpo, online_dpo = read(folder / "round-grpo-bf16.json"), read(folder / "round-online_dpo-bf16.json")
@@ -36,6 +37,11 @@ def main(folder: Path) -> None:
             f"| a round against {name}: {setting['prompts']} prompts, K {setting['k']}, seconds "
             f"| {found['seconds']['neat']['median']:.1f} | {peer:.1f} | {found['speedup_vs_trl']:.1f}x |"
         )
+
+
+def shown(found: dict[str, Any], key: str, form: str, unit: str = "") -> str:
+    """A number, or a dash where that side was not run."""
+    return f"{found[key]:{form}}{unit}" if key in found else "—"
 
 
 def read(path: Path) -> dict[str, Any]:
