@@ -27,7 +27,7 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
         Panel(
             "NEAT on SmolLM2-135M-Instruct. Each round the model answers every prompt kindly and, told to, rudely; VADER scores "
             "the answers' tone; the model learns on the plain prompt to prefer the better ones. A second judge that is never "
-            "trained on (MiniLM) checks the result. About three minutes on two CPU cores.",
+            "trained on (MiniLM) checks the result. About four minutes on two CPU cores.",
             title="neat-align demo",
             title_align="left",
         )
