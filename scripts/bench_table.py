@@ -24,13 +24,16 @@ def main(folder: Path) -> None:
                 f"| {shown(found, 'memory_ratio_vs_trl', '.0%')} |"
             )
     sampling = read(folder / "generation-bf16.json")
-    grpo, online_dpo = read(folder / "round-grpo-bf16.json"), read(folder / "round-online_dpo-bf16.json")
+    rounds = {"GRPO": folder / "round-grpo-bf16.json", "Online DPO": folder / "round-online_dpo-bf16.json"}
     rate = sampling["tokens_per_second"]
     print()
     print("| bf16 | ours | TRL | ratio |")
     print("|---|---|---|---|")
     print(f"| sampling, tokens per second | {rate['neat']:.0f} | {rate['trl']:.0f} | {sampling['speedup_vs_trl']:.1f}x |")
-    for name, found in (("GRPO", grpo), ("Online DPO", online_dpo)):
+    for name, path in rounds.items():
+        if not path.is_file():
+            continue
+        found = read(path)
         setting = found["setting"]
         peer = found["seconds"][setting["peer"]]["median"]
         print(
