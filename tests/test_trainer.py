@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, TrainerCallback
 
 from neat_align import CollapseError, ConfigError, DataError, NEATConfig, NEATTrainer, PromptError, RewardError
+from neat_align.logprobs import choose_layout
 from neat_align.packing import collate_groups
 from neat_align.policy import disable_dropout, load_policy
 from neat_align.step_loss import LossCounts, loss_terms
@@ -489,3 +490,16 @@ def test_dropout_is_off_wherever_it_is_kept() -> None:
         assert not torch.equal(model(ids).logits, model(ids).logits)
         disable_dropout(model)
         assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_the_layout_is_checked_with_the_adapter_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what training runs; the start policy is the same model with the adapter off."""
+    checked = []
+
+    def check(model: Any, prompts: Any, **kwargs: Any) -> str:
+        checked.append(model.get_model_status().enabled)
+        return choose_layout(model, prompts, **kwargs)
+
+    monkeypatch.setattr("neat_align.trainer.choose_layout", check)
+    assert trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"])).layout == "packed"
+    assert checked == [True]

@@ -12,6 +12,11 @@ import torch
 from neat_align.errors import ConfigError
 
 
+def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
+    """torch's autocast in `dtype`; None computes in the weights' own type."""
+    return torch.autocast(device_type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 @contextlib.contextmanager
 def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """No gradients, no dropout, autocast when a type is given; the model's training flag is put back afterwards.
@@ -26,7 +31,7 @@ def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Ite
     head = cast("Any", model).get_output_embeddings()
     contiguous = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
-        with torch.no_grad(), torch.autocast(device, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
+        with torch.no_grad(), autocast(device, autocast_dtype):
             yield
     finally:
         contiguous.remove()

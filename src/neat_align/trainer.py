@@ -36,7 +36,7 @@ from neat_align.logprobs import choose_layout, completion_logprobs, score_comple
 from neat_align.objective import total_loss
 from neat_align.packing import GroupBatch, Layout, collate_groups, fill_budget, padding_fraction, tokens_in
 from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
-from neat_align.precision import check_trainable_weights, half_precision_copy
+from neat_align.precision import autocast, check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, end_of_turn_id, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
@@ -49,8 +49,8 @@ from neat_align.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# Rows per forward pass where logits of the whole vocabulary are kept (scoring, drift).
-SCORING_ROWS = 16
+# Rows per forward pass where logits of the whole vocabulary are kept.
+DRIFT_ROWS = 16
 # Groups that `log_completions` prints every round.
 SHOWN_GROUPS = 2
 
@@ -154,10 +154,11 @@ class NEATTrainer(Trainer):
             return "padded"
         prompts = [prompt_ids(self._tokenizer, row.prompt) for row in self.rows[:2]]
         longest = self.args.max_prompt_length + self.args.max_completion_length
-        with self.reference() as start:
-            models = [self.policy, start] if self.given_reference else [self.policy]
-            found = {choose_layout(m, prompts, pad_token_id=self._tokenizer.pad_token_id, longest=longest) for m in models}
-        return "packed" if found == {"packed"} else "padded"
+        layout = choose_layout(self.policy, prompts, pad_token_id=self._tokenizer.pad_token_id, longest=longest)
+        if layout == "packed" and self.given_reference:  # it is scored in the same layout
+            with self.reference() as start:
+                layout = choose_layout(start, prompts, pad_token_id=self._tokenizer.pad_token_id, longest=longest)
+        return layout
 
     # ---- what the stages are given ----
 
@@ -264,7 +265,7 @@ class NEATTrainer(Trainer):
             placement=self.args.instruction_placement,
             sampling=self.sampling_params,
             layout=self.layout,
-            batch_size=min(SCORING_ROWS, self.args.generation_batch_size),
+            batch_size=min(DRIFT_ROWS, self.args.generation_batch_size),
             pad_token_id=self._tokenizer.pad_token_id,
             autocast_dtype=self.autocast_dtype,
             reference=self.reference if with_reference else None,
@@ -423,9 +424,8 @@ class NEATTrainer(Trainer):
             raise ValueError("NEATTrainer has no model outputs to return: use completion_logprobs")
         b: GroupBatch = inputs["groups"]
         counts = num_items_in_batch if isinstance(num_items_in_batch, LossCounts) else self.count([b])
-        dtype = self.autocast_dtype
         # Accelerate puts autocast around the model; packed rows run the head outside of it.
-        with torch.autocast(self.args.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(self.args.device.type, self.autocast_dtype):
             logps = completion_logprobs(model, b.rows)
         p = self.objective_params
         terms = loss_terms(b, logps, counts, p)
