@@ -20,7 +20,8 @@ from train_step import gradient_step, make_ids
 
 from neat_align.chunked_head import LogitTail, chosen_logprobs, chunk_rows
 from neat_align.logprobs import completion_logprobs
-from neat_align.packing import PackedRows, pack_rows
+from neat_align.packing import NOWHERE, PackedRows, pack_rows
+from neat_align.precision import autocast
 
 
 def head(model: Any, states: Tensor, rows: PackedRows) -> Tensor:
@@ -33,7 +34,7 @@ def head(model: Any, states: Tensor, rows: PackedRows) -> Tensor:
 def segments_of(rows: PackedRows) -> Tensor:
     """0 for the prompt, 1 … K for the completions, at every place of the row."""
     out = torch.zeros(rows.input_ids.shape[1], dtype=torch.long, device=rows.input_ids.device)
-    fed = rows.layout.key_position[:, rows.layout.prompt_index.shape[1] :] < 2**30
+    fed = rows.layout.key_position[:, rows.layout.prompt_index.shape[1] :] < NOWHERE
     for k, (index, mask) in enumerate(zip(rows.layout.completion_index, fed, strict=True), start=1):
         out[index[mask]] = k
     return out
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="fp32")
     args = parser.parse_args()
     model = harness.load_model(args.model).to(harness.device()).train()
-    autocast = harness.DTYPES[args.dtype]
+    dtype = harness.DTYPES[args.dtype]
     forms: dict[str, Callable[[Any, PackedRows], Tensor]] = {"pieces": completion_logprobs, "mask": by_mask, "cache": by_cache}
     if harness.device().type != "cpu":
         forms["flex"] = by_flex
@@ -97,7 +98,7 @@ def main() -> None:
             model.zero_grad(set_to_none=False)
 
             def logprobs() -> Tensor:
-                with torch.autocast(harness.device().type, autocast or torch.bfloat16, enabled=autocast is not None):
+                with autocast(harness.device().type, dtype):
                     found[name] = forms[name](model, rows)
                 return found[name]
 

@@ -19,6 +19,7 @@ from train_step import gradient_step, make_ids, strong_logprobs
 
 from neat_align.logprobs import completion_logprobs
 from neat_align.packing import pack_rows, pad_rows
+from neat_align.precision import autocast
 
 BASE = {"prompt": 256, "completion": 64, "k": 4, "groups": 1}
 STEPS = {"k": (2, 4, 8), "prompt": (64, 256, 512), "completion": (32, 64, 128), "groups": (1, 2, 4)}
@@ -29,11 +30,10 @@ def make_sides(model: Any, point: dict[str, int], dtype: str) -> dict[str, Calla
     groups = point["groups"]
     packed = pack_rows([prompt] * groups, [completions] * groups).to(harness.device())
     padded = pad_rows([prompt] * (groups * point["k"]), completions * groups, 0).to(harness.device())
-    autocast = harness.DTYPES[dtype]
 
     def step(logps: Callable[[], Tensor]) -> None:
         def under_autocast() -> Tensor:
-            with torch.autocast(harness.device().type, autocast or torch.bfloat16, enabled=autocast is not None):
+            with autocast(harness.device().type, harness.DTYPES[dtype]):
                 return logps()
 
         model.zero_grad(set_to_none=False)

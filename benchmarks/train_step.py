@@ -29,6 +29,7 @@ from torch import Tensor
 
 from neat_align.logprobs import completion_logprobs
 from neat_align.packing import PackedRows, PaddedRows, pack_rows, pad_rows
+from neat_align.precision import autocast
 
 SIDES = ("neat", "strong", "trl", "rrhf")
 
@@ -77,17 +78,17 @@ def make_sides(args: argparse.Namespace, wanted: tuple[str, ...]) -> tuple[Any, 
     """The model, and a function a side that gives [k, completion] log-probabilities with their gradient."""
     model = harness.load_model(args.model)
     # TRL asks for checkpointing by default; here every side keeps its activations.
-    autocast = harness.DTYPES[args.dtype]
+    dtype = harness.DTYPES[args.dtype]
     prompt, completions = make_ids(args.prompt, args.completion, args.k)
     folder = tempfile.mkdtemp()
-    trainer = trl_trainer(model, folder, autocast is not None) if "trl" in wanted else None
+    trainer = trl_trainer(model, folder, dtype is not None) if "trl" in wanted else None
     model = model.to(harness.device()).train()
     padded = pad_rows([prompt] * args.k, completions, 0).to(harness.device())
     packed: PackedRows = pack_rows([prompt], [completions]).to(harness.device())
 
     def under_autocast(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with torch.autocast(harness.device().type, autocast or torch.bfloat16, enabled=autocast is not None):
+            with autocast(harness.device().type, dtype):
                 return function()
 
         return run

@@ -9,13 +9,13 @@ from typing import cast
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig
+from transformers import PreTrainedModel, Qwen2MoeConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from neat_align import logprobs
 from neat_align.logprobs import choose_layout, completion_logits, completion_logprobs, exact_drift, score_completions
 from neat_align.packing import Layout, pad_rows
-from tiny import FAMILIES, Family, tiny_model
+from tiny import FAMILIES, Family, random_model, tiny_model
 
 VOCAB, PAD = 40, 0
 # Of unlike lengths, one of a single token, with the pad token (0) as content at every edge of prompt and completion.
@@ -230,9 +230,7 @@ def test_a_window_that_only_the_mask_knows_is_found_where_it_matters(longest: in
         layer_types=["sliding_attention"] * 2,
         initializer_range=0.2,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = random_model(config)
     assert choose_layout(model, PROMPTS[:2], pad_token_id=PAD, longest=longest) == ("packed" if longest < 64 else "padded")
 
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     GenerationConfig,
     Lfm2Config,
     MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
     PreTrainedModel,
 )
@@ -25,7 +23,7 @@ from neat_align.precision import half_precision_copy, inference
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
 from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.transformers_sampler import SHRINK_AT
-from tiny import FAMILIES, Family, tiny_model
+from tiny import FAMILIES, Family, random_model, tiny_model
 
 VOCAB = 48
 PAD, EOS = 0, 2
@@ -157,9 +155,7 @@ def test_other_attention_is_left_alone(models: dict[Family, PreTrainedModel]) ->
 
 
 def test_a_model_that_keeps_a_state_is_drawn_with_generate() -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
+    model = random_model(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
     asked, params = [SampleRequest((5, 6, 7), seed) for seed in range(4)], SamplingParams(max_new_tokens=5)
     drawn = sampler(model).sample(asked, params)
     assert len({s.token_ids for s in drawn}) == 4
@@ -201,16 +197,9 @@ ODD: dict[str, Any] = {
 }
 
 
-def odd_model(family: str) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(ODD[family]), dtype=torch.float32)
-    return model
-
-
 @pytest.mark.parametrize("family", ODD)
 def test_other_families_are_sampled_as_their_full_forward_pass_says(family: str) -> None:
-    model = odd_model(family)
+    model = random_model(ODD[family])
     asked = [SampleRequest(r.prompt_ids, r.seed + i) for r in requests(4) for i in range(2)]
     drawn = sampler(model).sample(asked, SamplingParams(max_new_tokens=8))
     assert len({len(r.prompt_ids) for r in asked}) > 2

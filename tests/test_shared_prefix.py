@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -36,7 +35,9 @@ from transformers import (
 from neat_align import logprobs
 from neat_align.logprobs import completion_logprobs, packed_logprobs, padded_logprobs
 from neat_align.packing import pack_rows, pad_rows
+from neat_align.policy import disable_dropout
 from neat_align.shared_prefix import is_sharing, sharing_prefixes, why_not_packed
+from tiny import random_model
 
 VOCAB = 67
 LLAMA_LIKE: dict[str, Any] = {
@@ -89,12 +90,8 @@ CONFIGS: dict[str, Any] = {
 
 
 def model_of(family: str) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = random_model(CONFIGS[family])
+    disable_dropout(model)
     return model.train()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -86,14 +87,20 @@ def tiny_model(family: Family, vocab_size: int, seed: int = 0, *, tokenizer: Pre
     keeps its family's dropout (gpt2 0.1, else 0). Special tokens come from `tokenizer`; without one there are none, and
     generation runs to its limit. The caller's random state is left alone.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(family, vocab_size), dtype=torch.float32)
+    model = random_model(_config(family, vocab_size), seed)
     # Without a tokenizer the ids are None: neither family's default ids exist in a vocabulary this small.
     bos, eos, pad = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if tokenizer else (None, None, None)
     model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = bos, eos, pad
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.train()
+    return model
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random causal language model of a copy of `config`, in fp32. The caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     return model
 
 

@@ -66,7 +66,7 @@ class _ChosenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         head = (weight.to(dtype), None if bias is None else bias.to(dtype))
         out, normalizers = [], []
-        for part in _parts(len(ids), rows):
+        for part in parts(len(ids), rows):
             logits = _final_logits(states[part].to(dtype), head, tail)
             normalizers.append(logits.logsumexp(-1))
             out.append(logits.gather(-1, ids[part, None]).squeeze(-1) - normalizers[-1])
@@ -90,7 +90,7 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
     grad_states = torch.empty_like(states) if wants_states else None
     grad_weight = torch.zeros_like(weight) if wants_weight else None
     grad_bias = torch.zeros_like(bias) if wants_bias else None
-    for part in _parts(len(ids), ctx.rows):
+    for part in parts(len(ids), ctx.rows):
         # d log p_y = (1[y] − p) · d logits, through the tail.
         logits = _final_logits(states[part].to(dtype), head, tail)
         slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
@@ -125,5 +125,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _parts(n: int, rows: int) -> list[slice]:
-    return [slice(start, start + rows) for start in range(0, n, rows)]
+def parts(n: int, size: int) -> list[slice]:
+    """Consecutive slices of at most `size` that cover `n` entries."""
+    return [slice(start, start + size) for start in range(0, n, size)]

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from neat_align.chunked_head import LogitTail, chosen_logprobs, chunk_rows
+from neat_align.chunked_head import LogitTail, chosen_logprobs, chunk_rows, parts
 from neat_align.packing import Layout, PackedRows, PaddedRows, Rows, TokenIds, fill_in_order, pack_rows, pad_rows, tokens_in
 from neat_align.precision import inference
 from neat_align.shared_prefix import is_sharing, sharing_prefixes, shortest_window, unwrapped, why_not_packed
@@ -58,7 +58,7 @@ def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "
     """From the model's own logits, which are held; the log-softmax runs in chunks that the backward pass computes again."""
     logits = completion_logits(model, rows).flatten(0, 1)
     ids = rows.completion_ids.flatten()
-    chunks = [_in_chunk(_gather_logprobs, logits[part], ids[part]) for part in _chunks(len(ids), HEAD_CHUNK)]
+    chunks = [_in_chunk(_gather_logprobs, logits[part], ids[part]) for part in parts(len(ids), HEAD_CHUNK)]
     return torch.where(rows.completion_mask, torch.cat(chunks).view_as(rows.completion_ids), 0.0)
 
 
@@ -74,7 +74,7 @@ def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "
         def logprobs(states: Float[Tensor, "n dim"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
             return _gather_logprobs(tail(head(states)), ids)
 
-        flat = torch.cat([states.new_zeros(0).float(), *(_in_chunk(logprobs, states[p], ids[p]) for p in _chunks(len(ids), chunk))])
+        flat = torch.cat([states.new_zeros(0).float(), *(_in_chunk(logprobs, states[p], ids[p]) for p in parts(len(ids), chunk))])
     return flat.new_zeros(rows.completion_ids.shape).masked_scatter(rows.completion_mask, flat)
 
 
@@ -115,10 +115,6 @@ def _logit_tail(model: torch.nn.Module) -> LogitTail:
     config = unwrapped(model).config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return LogitTail(scale, getattr(config, "final_logit_softcapping", None))
-
-
-def _chunks(n: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 def _in_chunk(function: Callable[[Tensor, Tensor], Tensor], states: Tensor, ids: Tensor) -> Tensor:
@@ -221,15 +217,13 @@ def exact_drift(
     """
     kl, entropy, tokens = 0.0, 0.0, 0
     device = next(model.parameters()).device
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
+    for part in parts(len(prompts), batch_size):
         rows = pad_rows(prompts[part], completions[part], pad_token_id).to(device)
         with inference(model, autocast_dtype):
             logits = completion_logits(model, rows)[rows.completion_mask]
         with reference() as start_policy, inference(start_policy, autocast_dtype):
             ref_logits = completion_logits(start_policy, rows)[rows.completion_mask]
-        for first in range(0, len(logits), HEAD_CHUNK):
-            chunk = slice(first, first + HEAD_CHUNK)
+        for chunk in parts(len(logits), HEAD_CHUNK):
             logp, ref_logp = logits[chunk].float().log_softmax(-1), ref_logits[chunk].float().log_softmax(-1)
             kl += float((logp.exp() * (logp - ref_logp)).sum())
             entropy -= float((logp.exp() * logp).sum())

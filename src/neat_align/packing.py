@@ -12,8 +12,8 @@ batch stand in the same last columns. It works with every architecture, and is t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +21,18 @@ from torch import Tensor
 
 from neat_align.groups import ORIGINS, CompletionGroup, best_index, rank_keys
 
+T = TypeVar("T")
 TokenIds: TypeAlias = Sequence[int]
 Layout: TypeAlias = Literal["packed", "padded"]
 # The position of a key that no query may see.
 NOWHERE = 2**30
+
+
+def _moved(rows: T, device: torch.device | str, non_blocking: bool) -> T:
+    """A dataclass of tensors, or of such dataclasses, on another device; flags stay as they are."""
+    values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
+    moved = {name: v.to(device, non_blocking=non_blocking) for name, v in values.items() if not isinstance(v, bool)}
+    return cast("T", replace(cast("Any", rows), **moved))
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class PaddedRows:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedRows:
         """The same rows on another device."""
-        return PaddedRows(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return _moved(self, device, non_blocking)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class PrefixLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PrefixLayout:
         """The same layout on another device."""
-        return PrefixLayout(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return _moved(self, device, non_blocking)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class PackedRows:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRows:
         """The same rows on another device."""
-        return PackedRows(**{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        return _moved(self, device, non_blocking)
 
 
 Rows: TypeAlias = PaddedRows | PackedRows
@@ -110,8 +118,7 @@ class GroupBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GroupBatch:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self) if f.name != "has_ref"}
-        return GroupBatch(**moved, has_ref=self.has_ref)
+        return _moved(self, device, non_blocking)
 
     def table(self, values: Float[Tensor, " rows"]) -> Float[Tensor, "groups k"]:
         """Per-row values laid out by group and slot; 0 where a slot is absent. Gradients pass."""
@@ -171,9 +178,9 @@ def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenI
     )
 
 
-def _right_padded(rows: Sequence[TokenIds], fill: int = 0, width: int = 0) -> tuple[Int[Tensor, "rows width"], Bool[Tensor, "rows width"]]:
-    width = max(width, *(len(row) for row in rows))
-    values = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long).view(len(rows), width)
+def _right_padded(rows: Sequence[TokenIds]) -> tuple[Int[Tensor, "rows width"], Bool[Tensor, "rows width"]]:
+    width = max(map(len, rows))
+    values = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long).view(len(rows), width)
     return values, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
 
 

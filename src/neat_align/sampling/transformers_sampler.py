@@ -48,11 +48,12 @@ class TransformersSampler:
         """One `Sample` a request, in the order of the requests."""
         # Equal prompts stand together, so that they meet in a batch.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
-        draw_batch = self._decode if _keeps_keys(self.model) else self._generate
+        keeps_keys = _keeps_keys(self.model)
+        draw_batch = self._decode if keeps_keys else self._generate
         # As few batches as the limit allows, and alike: a small last one would cost nearly as much as a full one.
         size = -(-len(order) // max(1, -(-len(order) // self.batch_size)))
         drawn: dict[int, Sample] = {}
-        fast = fast_decoding(self.model) if _keeps_keys(self.model) else contextlib.nullcontext()
+        fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
         with inference(self.model, self.autocast_dtype), fast:
             for start in range(0, len(order), max(1, size)):
                 batch = order[start : start + size]
