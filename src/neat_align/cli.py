@@ -98,6 +98,31 @@ def evaluate(ctx: typer.Context, config: ConfigOption = None) -> None:
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Option("--config", help="A YAML comparison: recipes/compare-*.yaml.")],
+    output_dir: Annotated[Path | None, typer.Option(help="Where runs, table and page go; runs/compare-NAME by default.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result file here.")] = None,
+) -> None:
+    """Compare methods at equal budget and at equal KL: methods x seeds on one model and one data set."""
+    _quiet()
+    import shutil
+
+    from rich.console import Console
+
+    from neat_align.compare_command import compare, comparison_table, read_spec
+
+    spec = read_spec(config)
+    out = output_dir or Path("runs") / f"compare-{spec.name}"
+    console = Console()
+    console.print(comparison_table(compare(spec, out, console)))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / "comparison.json", json_file)
+    closing = f"page    {out / 'comparison.html'}\nnumbers {json_file or out / 'comparison.json'}"
+    console.print(closing, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run, one of its rounds, or a groups file.")],
     limit: Annotated[int, typer.Option(help="Groups to show.")] = 5,

@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, cast
 
-from neat_align.groups import BAD_ORIGINS, ORIGINS, Prompt, rank_keys
+from neat_align.groups import BAD_ORIGINS, ORIGINS, Prompt, RankBy, rank_keys
 from neat_align.report_charts import Points, chart
 from neat_align.report_input import RunFacts, number, read_run
 from neat_align.storage import write_atomic
@@ -303,7 +303,7 @@ def sample_groups(run: RunFacts, limit: int = SHOWN_GROUPS) -> list[dict[str, An
         return []
     groups = list(run.rounds[-1].groups)
     picked = sorted(random.Random(f"{run.record.get('seed')}/groups").sample(range(len(groups)), min(limit, len(groups))))
-    rank_by: Literal["reward", "origin"] = "origin" if run.config.get("rank_by") == "origin" else "reward"
+    rank_by = cast("RankBy", run.config.get("rank_by", "reward"))
     shown = []
     for group in (groups[i] for i in picked):
         keys = rank_keys(group, rank_by)
