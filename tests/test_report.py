@@ -7,9 +7,7 @@ import math
 import random
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,14 @@ from neat_align import report
 from neat_align.errors import ConfigError
 from neat_align.evaluation import Evaluation, compare
 from neat_align.groups import Completion, CompletionGroup, Origin, Prompt, groups_to_table
-from neat_align.report import examples, plain, read_run, sample_groups, signed, warnings_of, write_report
+from neat_align.report import examples, sample_groups, warnings_of, write_report
 from neat_align.report_charts import nice_ticks
-from neat_align.report_input import RunFacts
+from neat_align.report_input import RunFacts, read_run
+from neat_align.report_page import digits_for, plain, signed
 from neat_align.round_metrics import distinct_n, round_metrics
 from neat_align.storage import append_json_line, sha256_of, write_json, write_table
+from pages import BREAKOUT, HOSTILE, Page, assert_escaped, assert_sealed
 
-HOSTILE = "<script>alert(1)</script>"
-BREAKOUT = "\"><img src=x onerror='alert(2)'>"
 ORIGINS: tuple[Origin, ...] = ("positive", "positive", "negative", "negative", "chosen", "rejected")
 QUESTIONS = [
     "My neighbour plays loud music every night. What should I say to her?",
@@ -124,42 +122,6 @@ def change_json(path: Path, **changes: Any) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | changes)
 
 
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; text is kept with whether it stands inside a <details>."""
-
-    VOID = ("meta", "link", "br", "hr", "img", "input")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.open: list[str] = []
-        self.folded: list[str] = []
-        self.shown: list[str] = []
-        self.summaries: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            return
-        (self.summaries if "summary" in self.open else self.folded if "details" in self.open else self.shown).append(data)
-
-
 @pytest.fixture(scope="module")
 def clean_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_run(tmp_path_factory.mktemp("run"))
@@ -206,22 +168,8 @@ def test_the_report_is_the_same_twice(run_dir: Path) -> None:
     assert write_report(run_dir).read_bytes() == write_report(run_dir).read_bytes()
 
 
-def test_nothing_is_fetched_or_run(run_dir: Path) -> None:
-    _, page = page_of(run_dir)
-    policies = [value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value]
-    assert len(policies) == 1
-    assert policies[0].startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
-    assert "script" not in policies[0]
-    assert not {"script", "img", "iframe", "object", "embed", "form", "a", "base"} & set(page.tags)
-    sources = [
-        (tag, name, value) for tag, name, value in page.attributes if name in ("src", "href", "srcset", "action", "xlink:href", "data")
-    ]
-    assert sources == [("link", "href", "data:,")]
-    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
-    style = re.findall(r"<style>(.*?)</style>", (run_dir / "report.html").read_text(), re.DOTALL)
-    assert len(style) == 1
-    assert "url(" not in style[0]
-    assert "@import" not in style[0]
+def test_nothing_is_fetched_or_run_but_our_own_script(run_dir: Path) -> None:
+    assert_sealed(page_of(run_dir)[0])
 
 
 def poison(run_dir: Path) -> None:
@@ -244,18 +192,17 @@ def poison(run_dir: Path) -> None:
 def test_everything_is_escaped(run_dir: Path) -> None:
     poison(run_dir)
     html, page = page_of(run_dir)
-    assert not {"script", "img"} & set(page.tags)
-    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert HOSTILE not in html
-    assert "<img" not in html
+    assert_escaped(html)
+    assert_sealed(html)
     for marker in ("positive", "chosen", "prompt", "asked", "answered"):
         assert any(f"{HOSTILE}{BREAKOUT} {marker}" in text for text in page.shown), marker
     assert any(f"{HOSTILE}{BREAKOUT} negative" in text for text in page.folded)
 
 
 def test_the_template_never_switches_escaping_off() -> None:
-    template = (Path(report.__file__).parent / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    assert not re.search(r"\|\s*safe|autoescape false|Markup", template)
+    templates = [path.read_text(encoding="utf-8") for path in (Path(report.__file__).parent / "templates").iterdir()]
+    assert len(templates) == 6
+    assert not [1 for text in templates if re.search(r"\|\s*safe|autoescape false|Markup", text)]
 
 
 def test_answers_of_bad_origin_are_folded(run_dir: Path) -> None:
@@ -470,9 +417,9 @@ def test_numbers() -> None:
         *("0.00", "−1.50", "+0.20", "−0.20", "–", "–"),
         "12,345.6",
     )
-    assert report.digits_for([0.31, 0.52]) == 2
-    assert report.digits_for([0.004, 0.0082]) == 4
-    assert report.digits_for([]) == 2
+    assert digits_for([0.31, 0.52]) == 2
+    assert digits_for([0.004, 0.0082]) == 4
+    assert digits_for([]) == 2
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 7), (5, 5), (1e6, 1e6 + 1e-9), (0.0, 1e-5), (-1e8, 1e8), (0, 0)])
@@ -482,17 +429,3 @@ def test_ticks_span_the_values(low: float, high: float) -> None:
     assert ticks[-1] >= high
     assert ticks == sorted(set(ticks))
     assert 2 <= len(ticks) <= 8
-
-
-@pytest.mark.timeout(180)
-def test_it_renders_in_a_browser(run_dir: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("there is no chromium on this machine: the page was checked as text only")
-    poison(run_dir)
-    picture = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=360,800"]
-    page = write_report(run_dir).as_uri()
-    subprocess.run([browser, *options, f"--screenshot={picture}", page], check=True, capture_output=True, timeout=150)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 5000

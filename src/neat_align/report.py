@@ -1,7 +1,6 @@
 """report.html: one self-contained page on a run, for a reader who was not there.
 
-No script, no network, no font to load: a Content-Security-Policy forbids all three. Everything that a model or a person
-wrote is escaped by the template; answers written to be bad stay folded until they are asked for.
+What the page may do is in report_page; answers written to be bad stay folded until they are asked for.
 """
 
 from __future__ import annotations
@@ -9,21 +8,18 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-from neat_align.groups import BAD_ORIGINS, ORIGINS, Prompt, RankBy, rank_keys
+from neat_align.groups import BAD_ORIGINS, ORIGINS, RankBy, rank_keys
 from neat_align.report_charts import Points, chart
 from neat_align.report_input import RunFacts, number, read_run
-from neat_align.storage import write_atomic
+from neat_align.report_page import bounds, change, digits_for, duration, percent, plain, signed, turns, write_page
 
 # Prompts shown with their answers before and after, and groups shown of the last round.
 SHOWN_PROMPTS = 20
 SHOWN_GROUPS = 6
-SHOWN_CHARACTERS = 6000
 # A warning is shown past these.
 LENGTH_DRIFT = 0.15
 DISTINCT2_SHARE = 0.90
@@ -32,66 +28,16 @@ INVERSION_RATE = 0.40
 PAIR_FRACTION = 0.50
 ACTIVE_NEGATIVES = 0.10
 
-# Not allowed in HTML, or able to reorder what stands beside it: controls, surrogates, bidirectional overrides.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory from what the run has left there so far; returns its path.
 
     Raises ConfigError when the folder holds nothing of a run.
     """
-    page = render(read_run(run_dir)).encode("utf-8")
-    path = run_dir / "report.html"
-    write_atomic(path, lambda file: file.write(page))
-    return path
+    return write_page(run_dir / "report.html", "report.html.j2", page_context(read_run(run_dir)))
 
 
-# ---- numbers in words ------------------------------------------------------------------------------------------------
-
-
-def plain(value: Any, digits: int = 2) -> str:
-    """A number with a true minus sign; a dash where there is none."""
-    v = number(value)
-    return "–" if v is None else f"{round(v, digits) + 0.0:,.{digits}f}".replace("-", "\u2212")
-
-
-def signed(value: Any, digits: int = 2) -> str:
-    """A difference with its sign; none where it rounds to zero."""
-    text = plain(value, digits)
-    v = number(value)
-    return f"+{text}" if v is not None and round(v, digits) > 0 else text
-
-
-def percent(value: Any) -> str:
-    """A share of one as a percentage."""
-    return "–" if number(value) is None else f"{plain(100 * float(value), 0)}\u00a0%"
-
-
-def digits_for(values: Iterable[Any]) -> int:
-    """Decimals, 2 to 4, that show the spread of some numbers with two figures."""
-    present = [v for v in map(number, values) if v is not None]
-    spread = max(present, default=0.0) - min(present, default=0.0)
-    return 2 if spread <= 0 else min(4, max(2, 1 - math.floor(math.log10(spread))))
-
-
-def clipped(text: str) -> str:
-    """A text of bearable length for a page."""
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} … ({len(text) - SHOWN_CHARACTERS:,} more characters)"
-
-
-def duration(value: Any) -> str | None:
-    """Seconds as words."""
-    seconds = number(value)
-    if seconds is None:
-        return None
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
-
-
-def turns(prompt: Prompt) -> list[tuple[str, str]]:
-    """A prompt as (role, text) turns; a text prompt is one turn without a role."""
-    return [("", prompt)] if isinstance(prompt, str) else [(str(m.get("role", "")), str(m.get("content", ""))) for m in prompt]
+# ---- the outcome ------------------------------------------------------------------------------------------------------
 
 
 def _pair(result: dict[str, Any], name: str) -> tuple[float, float] | None:
@@ -112,9 +58,8 @@ def _delta(result: dict[str, Any], name: str) -> float | None:
 
 
 def _change(result: dict[str, Any], name: str, digits: int) -> str:
-    interval = _interval(result, name)
-    bounds = f"\u00a0[{plain(interval[0], digits)},\u00a0{plain(interval[1], digits)}]" if interval else ""
-    return f"{signed(_delta(result, name), digits)}{bounds}"
+    low, high = _interval(result, name) or (None, None)
+    return change(_delta(result, name), low, high, digits)
 
 
 def headline(run: RunFacts) -> str:
@@ -122,9 +67,8 @@ def headline(run: RunFacts) -> str:
     rewards = _pair(run.result, "reward")
     if rewards is not None:
         digits = digits_for(rewards)
-        change = _change(run.result, "reward", digits)
-        prompts = run.result.get("held_out_prompts", "?")
-        return f"Held-out reward {plain(rewards[0], digits)} → {plain(rewards[1], digits)}, {change} on {prompts} prompts"
+        gained, prompts = _change(run.result, "reward", digits), run.result.get("held_out_prompts", "?")
+        return f"Held-out reward {plain(rewards[0], digits)} → {plain(rewards[1], digits)}, {gained} on {prompts} prompts"
     seen = _held_out(run)
     if len(seen) > 1:
         digits = digits_for(v for _, v in seen)
@@ -139,10 +83,10 @@ def headline(run: RunFacts) -> str:
 def warnings_of(run: RunFacts) -> list[tuple[str, str]]:
     """(key, sentence) of everything that should make a reader pause; empty when nothing does."""
     r, found = run.result, []
-    interval, change = _interval(r, "reward"), _delta(r, "reward")
+    interval, by = _interval(r, "reward"), _delta(r, "reward")
     if interval is not None and interval[0] <= 0 <= interval[1]:
         found.append(("interval", "The interval of the reward's change includes 0: this run does not show that training helped."))
-    elif change is not None and change < 0:
+    elif by is not None and by < 0:
         found.append(("reward", "The held-out reward fell."))
     lengths = _pair(r, "mean_length")
     ratio = lengths[1] / lengths[0] if lengths and lengths[0] else run.last("drift/length_ratio")
@@ -159,8 +103,8 @@ def warnings_of(run: RunFacts) -> list[tuple[str, str]]:
         found.append(("perplexity", f"Perplexity of the human-preferred answers rose by {rise}: the policy is moving away from good text."))
     judged = _delta(r, "second_judge")
     if judged is not None and judged < 0:
-        by = _change(r, "second_judge", digits_for((0, judged)))
-        found.append(("judge", f"The second judge, {r.get('second_judge')}, which training never saw, finds the answers worse: {by}."))
+        worse = _change(r, "second_judge", digits_for((0, judged)))
+        found.append(("judge", f"The second judge, {r.get('second_judge')}, which training never saw, finds the answers worse: {worse}."))
     return found + _training_warnings(run)
 
 
@@ -248,11 +192,10 @@ def before_after_rows(run: RunFacts) -> list[tuple[str, str, str, str, str]]:
     ]
     names += [("Distinct-2", "distinct2"), ("Length, tokens", "mean_length"), ("Share cut at the limit", "clipped")]
     for label, name in names:
-        both, interval = _pair(r, name), _interval(r, name)
+        both, (low, high) = _pair(r, name), _interval(r, name) or (None, None)
         if both is not None:
             d = 1 if name == "mean_length" else digits_for(both)
-            bounds = f"[{plain(interval[0], d)}, {plain(interval[1], d)}]" if interval else ""
-            rows.append((label, plain(both[0], d), plain(both[1], d), signed(_delta(r, name), d), bounds))
+            rows.append((label, plain(both[0], d), plain(both[1], d), signed(_delta(r, name), d), bounds(low, high, d)))
     if number(r.get("kl_per_token")) is not None:
         rows.append(("KL to the start, nats per token", plain(0, 3), plain(r["kl_per_token"], 3), signed(r["kl_per_token"], 3), ""))
     return rows
@@ -334,32 +277,25 @@ def run_facts(run: RunFacts) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in found if value not in (None, "")]
 
 
-def render(run: RunFacts) -> str:
-    """The page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("neat_align"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    filters: dict[str, Callable[..., Any]] = {"plain": plain, "signed": signed, "percent": percent, "clipped": clipped}
-    environment.filters.update(filters)
+def page_context(run: RunFacts) -> dict[str, Any]:
+    """Everything that the template shows."""
     metrics = [r.metrics for r in run.rounds]
     origins = [o for o in ORIGINS if any(f"reward/{o}" in m for m in metrics)]
-    page = environment.get_template("report.html.j2").render(
-        run=run,
-        headline=headline(run),
-        facts=run_facts(run),
-        warnings=warnings_of(run),
-        rows=before_after_rows(run),
-        wins=run.result.get("win_rate") or {},
-        charts=charts(run),
-        origins=origins,
-        reward_digits=digits_for(m.get(f"reward/{o}") for m in metrics for o in origins),
-        contrast=contrast_rows(run),
-        examples=examples(run),
-        groups=sample_groups(run),
-        bad_origins=BAD_ORIGINS,
-        settings={k: json.dumps(v, ensure_ascii=False, default=str) for k, v in run.config.items()},
-        versions=run.record.get("versions") or run.result.get("versions") or {},
-    )
-    return _UNPRINTABLE.sub("\ufffd", page)
+    return {
+        "run": run,
+        "headline": headline(run),
+        "facts": run_facts(run),
+        "warnings": warnings_of(run),
+        "problems": run.problems,
+        "rows": before_after_rows(run),
+        "wins": run.result.get("win_rate") or {},
+        "charts": charts(run),
+        "origins": origins,
+        "reward_digits": digits_for(m.get(f"reward/{o}") for m in metrics for o in origins),
+        "contrast": contrast_rows(run),
+        "examples": examples(run),
+        "groups": sample_groups(run),
+        "bad_origins": BAD_ORIGINS,
+        "settings": {k: json.dumps(v, ensure_ascii=False, default=str) for k, v in run.config.items()},
+        "versions": run.record.get("versions") or run.result.get("versions") or {},
+    }

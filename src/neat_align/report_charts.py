@@ -1,15 +1,59 @@
-"""Geometry of the report's small line charts; the template draws them as SVG."""
+"""Geometry of the reports' charts in SVG units; the templates draw it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeAlias
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 340.0, 190.0, 42.0, 10.0, 34.0
 # (rounds of training done, value)
 Points: TypeAlias = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A chart's plot area in SVG units, x from 0 to `x_end`, y between its outer ticks. `root` puts x on a square-root scale."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_end: float
+    x_values: tuple[float, ...]
+    y_values: tuple[float, ...]
+    root: bool = False
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point of the data lies."""
+        share = max(x, 0.0) / self.x_end
+        low, high = self.y_values[0], self.y_values[-1]
+        across = self.left + (math.sqrt(share) if self.root else share) * (self.right - self.left)
+        return round(across, 1), round(self.top + (high - y) / (high - low) * (self.bottom - self.top), 1)
+
+    def path(self, points: Points) -> str:
+        """A line through points; empty for fewer than two."""
+        return "M" + " L".join(f"{x},{y}" for x, y in (self.at(*p) for p in points)) if len(points) > 1 else ""
+
+    @property
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """(place, label) of the ticks of y."""
+        digits = decimals(self.y_values)
+        return [(self.at(0, t)[1], f"{t + 0.0:,.{digits}f}".replace("-", "\u2212")) for t in self.y_values]
+
+    @property
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """(place, label) of the ticks of x."""
+        return [(self.at(t, self.y_values[0])[0], f"{t:.6g}") for t in self.x_values]
+
+
+def decimals(ticks: Sequence[float]) -> int:
+    """Decimals that tell ticks apart."""
+    return max(len(f"{t:.6f}".rstrip("0").partition(".")[2]) for t in ticks)
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -30,34 +74,18 @@ def chart(title: str, unit: str, series: Sequence[tuple[str, str, Points, Points
     if not series:
         return None
     values = [y for _, _, points, faint in series for _, y in (*points, *faint)]
-    ticks = nice_ticks(min(values), max(values))
     end = max(1.0, rounds, *(x for s in series for x, _ in (*s[2], *s[3])))
-    step = max(1, math.ceil(end / 6))
     right = _WIDTH - (62.0 if len(series) > 1 else 10.0)  # room for the lines' names, when there are several
-    decimals = max(len(f"{t:.6f}".rstrip("0").partition(".")[2]) for t in ticks)
-
-    def at(point: tuple[float, float]) -> tuple[float, float]:
-        x = _LEFT + point[0] / end * (right - _LEFT)
-        return round(x, 1), round(_TOP + (ticks[-1] - point[1]) / (ticks[-1] - ticks[0]) * (_HEIGHT - _TOP - _BOTTOM), 1)
-
-    def path(points: Points) -> str:
-        return "M" + " L".join(f"{x},{y}" for x, y in map(at, _thinned(points))) if len(points) > 1 else ""
-
+    x_values = tuple(float(i) for i in range(0, math.floor(end) + 1, max(1, math.ceil(end / 6))))
+    y_values = tuple(nice_ticks(min(values), max(values)))
+    frame = Frame(_WIDTH, _HEIGHT, _LEFT, right, _TOP, _HEIGHT - _BOTTOM, end, x_values, y_values)
     lines, ends = [], []
     for name, css, points, faint in series:
-        dots = [at(p) for p in points] if len(points) <= 60 else []
-        lines.append({"css": css, "path": path(points), "dots": dots, "faint": path(faint)})
-        ends.append((at((points or faint)[-1])[1], name, css))
-    return {
-        "title": title,
-        "unit": unit,
-        "lines": lines,
-        "labels": _apart(ends) if len(ends) > 1 else [],
-        "y_ticks": [(at((0, t))[1], t) for t in ticks],
-        "decimals": decimals,
-        "x_ticks": [(at((i, 0))[0], str(i)) for i in range(0, math.floor(end) + 1, step)],
-        "box": {"left": _LEFT, "right": right, "top": _TOP, "bottom": _HEIGHT - _BOTTOM, "width": _WIDTH, "height": _HEIGHT},
-    }
+        dots = [frame.at(*p) for p in points] if len(points) <= 60 else []
+        lines.append({"css": css, "path": frame.path(_thinned(points)), "dots": dots, "faint": frame.path(_thinned(faint))})
+        ends.append((frame.at(*(points or faint)[-1])[1], name, css))
+    labels = _apart(ends) if len(ends) > 1 else []
+    return {"title": title, "unit": unit, "x_name": "rounds of training", "lines": lines, "labels": labels, "frame": frame}
 
 
 def _bounded(points: Points) -> Points:
@@ -65,9 +93,9 @@ def _bounded(points: Points) -> Points:
 
 
 def _thinned(points: Points, most: int = 300) -> Points:
-    size = math.ceil(len(points) / most)
+    size = max(1, math.ceil(len(points) / most))
     chunks = (points[i : i + size] for i in range(0, len(points), size))
-    return points if size <= 1 else [(fmean(x for x, _ in c), fmean(y for _, y in c)) for c in chunks]
+    return points if size == 1 else [(fmean(x for x, _ in c), fmean(y for _, y in c)) for c in chunks]
 
 
 def _apart(labels: list[tuple[float, str, str]], gap: float = 12.5) -> list[tuple[float, str, str]]:
