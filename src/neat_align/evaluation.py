@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, cast
 
@@ -65,10 +65,10 @@ class Evaluation:
     kl: float | None
     entropy: float | None
     contrast: dict[str, float]
-    kl_by_prompt: list[float]
-    repetition: list[float]
-    refusals: list[float]
-    pair_accuracy: list[float | None]
+    kl_by_prompt: list[float] = field(default_factory=list)
+    repetition: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)
+    pair_accuracy: list[float | None] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
         """The means, as logged under `eval_`. What was not measured is left out."""
@@ -78,8 +78,8 @@ class Evaluation:
             "completions/mean_length": fmean(self.lengths),
             "completions/clipped_ratio": fmean(self.clipped),
             "distinct2": self.distinct2,
-            "repetition": fmean(self.repetition),
-            "refusals": fmean(self.refusals),
+            "repetition": mean_of(self.repetition),
+            "refusals": mean_of(self.refusals),
             "pair_accuracy": mean_of(self.pair_accuracy),
             "perplexity": self.perplexity,
             "kl": self.kl,
