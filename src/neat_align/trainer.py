@@ -31,7 +31,7 @@ from neat_align.drift import drift_ratios, limit_passed, measure_drift
 from neat_align.errors import CollapseError, ConfigError, DataError
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
-from neat_align.groups import CompletionGroup, Polarity, Prompt, RankBy, best_index, extremes, kept_completions, rank_keys
+from neat_align.groups import ORIGIN_STEP, CompletionGroup, Polarity, Prompt, RankBy, best_index, extremes, kept_completions, rank_keys
 from neat_align.logprobs import choose_layout, completion_logprobs, score_completions
 from neat_align.objective import total_loss
 from neat_align.packing import GroupBatch, Layout, collate_groups, fill_budget, padding_fraction, tokens_in
@@ -117,6 +117,11 @@ class NEATTrainer(Trainer):
         self.judges = self._resolve(judge_funcs, None, None)
         if args.rank_by != "origin" and not self.rewards:
             raise ConfigError(f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set rank_by: origin")
+        if args.rank_by == "origin_then_reward" and args.reward_margin >= ORIGIN_STEP:
+            raise ConfigError(
+                f"reward_margin is {args.reward_margin} and rank_by is origin_then_reward, which puts the best bad completion {ORIGIN_STEP:g} "
+                f"below the worst good one: that would be no pair; set reward_margin below {ORIGIN_STEP:g}"
+            )
         self.objective_params = objective_params(args)
         self.rounds = RoundDataset(min(args.prompts_per_round, len(self.rows)))
         self.last_evaluation: Evaluation | None = None
@@ -383,8 +388,8 @@ class NEATTrainer(Trainer):
     def trained_part(self, group: CompletionGroup) -> CompletionGroup:
         """The group without completions that no term of the loss reads."""
         a = self.args
-        only_lm = a.ranking_loss == "none" and a.negative_penalty == "none" and a.kl_weight == 0
-        if a.pair_selection == "all" and not only_lm:
+        reads_all = a.kl_weight > 0 or a.negative_penalty != "none" or (a.pair_selection == "all" and a.ranking_loss != "none")
+        if reads_all:
             return group
         keys = rank_keys(group, cast("RankBy", a.rank_by))
         best = best_index(group, keys, allow_bad_origins=a.lm_on_bad_origins, allow_cut=a.lm_on_cut_completions) if a.lm_weight else None
