@@ -119,8 +119,8 @@ class NEATTrainer(Trainer):
             raise ConfigError(f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set rank_by: origin")
         if args.rank_by == "origin_then_reward" and args.reward_margin >= ORIGIN_STEP:
             raise ConfigError(
-                f"reward_margin is {args.reward_margin} and rank_by is origin_then_reward, which puts the best bad completion {ORIGIN_STEP:g} "
-                f"below the worst good one: that would be no pair; set reward_margin below {ORIGIN_STEP:g}"
+                f"reward_margin is {args.reward_margin} and rank_by is origin_then_reward, which puts the best bad completion "
+                f"{ORIGIN_STEP:g} below the worst good one: that would be no pair; set reward_margin below {ORIGIN_STEP:g}"
             )
         self.objective_params = objective_params(args)
         self.rounds = RoundDataset(min(args.prompts_per_round, len(self.rows)))
@@ -529,7 +529,8 @@ class NEATTrainer(Trainer):
             if not found and not started:
                 raise ConfigError(f"{self.output_dir} holds no run to resume: leave resume_from_checkpoint out to start one")
             resume_from_checkpoint = str(newest_complete(self.output_dir)) if found else None
-        if self.accelerator.is_main_process and not started:
+        # A run that begins with a finished first round has none yet.
+        if self.accelerator.is_main_process and not (self.output_dir / "run.json").is_file():
             write_run_record(self.output_dir, self.args, self.rows, [r.name for r in self.rewards])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
