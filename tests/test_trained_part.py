@@ -23,7 +23,13 @@ def letters(completions: list[Any], **_: Any) -> list[float]:
 
 
 def trainer(folder: Path, family: Family = "llama", **changes: Any) -> NEATTrainer:
-    settings: dict[str, Any] = {"bf16": False, "max_prompt_length": 200, "max_completion_length": 10, "drift_prompts": 0, "disable_tqdm": True}
+    settings: dict[str, Any] = {
+        "bf16": False,
+        "max_prompt_length": 200,
+        "max_completion_length": 10,
+        "drift_prompts": 0,
+        "disable_tqdm": True,
+    }
     config = NEATConfig(output_dir=str(folder), **settings | changes)
     rows = rows_from_dataset([{"prompt": [{"role": "user", "content": f"Number {i}?"}]} for i in range(2)])
     return NEATTrainer(tiny_model(family, len(TOKENIZER), tokenizer=TOKENIZER), letters, config, rows, processing_class=TOKENIZER)
