@@ -173,6 +173,9 @@ def test_runs_that_sample_alike_share_their_first_round_and_not_their_second(who
     for seed in (0, 1):
         assert set(first["dpo", seed]) == {"groups.parquet", "manifest.json"}
         assert first["dpo", seed] == first["sft-best", seed]
+        # Taken, not made again: a copy keeps the time of what it is of.
+        times = [(run_folder(out, m, seed) / "rounds" / "00000" / "groups.parquet").stat().st_mtime_ns for m in METHODS]
+        assert times[0] == times[1]
     assert first["dpo", 0] != first["dpo", 1]
     second = [files_of(run_folder(out, m, 0) / "rounds" / "00001") for m in METHODS]
     assert second[0] != second[1]
