@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from neat_align import __version__
-from neat_align.errors import NEATError
+from neat_align.errors import NEATError, RewardUnavailableError
+from neat_align.redaction import scrubbed
 
 app = typer.Typer(
     name="neat-align",
@@ -20,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+# EX_TEMPFAIL of sysexits.h: schedulers know it as "try again later".
+PAUSED = 75
 _ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML recipe; options after it win over it.")]
 
@@ -158,12 +161,28 @@ def _quiet() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; an error meant for the user is one line on stderr and exit code 2."""
+    """Run the command line; an error meant for the user is one line on stderr and exit code 2.
+
+    A reward server that stays down is exit code 75: nothing is wrong with the run, and the same command goes on with it later.
+    """
     try:
         return app(arguments, standalone_mode=True)
+    except RewardUnavailableError as error:
+        typer.echo(f"paused: {scrubbed(str(error))}", err=True)
+        typer.echo(_how_to_resume(sys.argv[1:] if arguments is None else arguments), err=True)
+        sys.exit(PAUSED)
     except NEATError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {scrubbed(str(error))}", err=True)
         sys.exit(2)
+
+
+def _how_to_resume(arguments: list[str]) -> str:
+    command = arguments[0] if arguments else ""
+    if command in ("train", "expand"):
+        return "what is sampled and scored is kept; when the server is up, go on with the same command and --resume true"
+    if command == "compare":
+        return "what is sampled and scored is kept; when the server is up, go on with the same command"
+    return "when the server is up, run the same command again"
 
 
 if __name__ == "__main__":

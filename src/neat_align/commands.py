@@ -19,6 +19,7 @@ from neat_align.data import PromptRow, load_rows, rows_from_dataset, to_conversa
 from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
 from neat_align.evaluation import Evaluation, compare
+from neat_align.redaction import redacted
 from neat_align.report import write_report
 from neat_align.run_record import commit, fingerprint, versions
 from neat_align.settings import RunSettings
@@ -137,11 +138,11 @@ def _check_same_run(trainer: NEATTrainer, settings: RunSettings) -> None:
     path = trainer.output_dir / "run-key.json"
     if path.is_file():
         found = read_json(path)
-        changed = [f"{name} was {found.get(name)!r} and is {value!r}" for name, value in key.items() if found.get(name) != value]
+        changed = [f"{name} was {found.get(name)!r} and is {value!r}" for name, value in redacted(key).items() if found.get(name) != value]
         if changed:
             raise ConfigError(f"{trainer.output_dir} holds a run with other settings: {'; '.join(changed)}. Choose another output_dir")
     else:
-        write_json(path, key)
+        write_json(path, redacted(key))
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:

@@ -32,6 +32,7 @@ from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.expand import read_round
 from neat_align.packing import tokens_in
+from neat_align.redaction import redacted
 from neat_align.run_record import commit, cpu_name, fingerprint, versions
 from neat_align.settings import RunSettings, recipe_path, settings_from
 from neat_align.storage import read_json, write_json
@@ -183,7 +184,7 @@ def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path) -> Run:
 def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | None) -> None:
     """Refuse to mix a run with what an earlier comparison left in its folder under other settings."""
     path = folder / "options.json"
-    key = json.loads(json.dumps({k: v for k, v in options.items() if v is not None}, default=str))
+    key = redacted(json.loads(json.dumps({k: v for k, v in options.items() if v is not None}, default=str)))
     if path.is_file():
         found = read_json(path)
         was = found["options"]
@@ -265,8 +266,8 @@ def _result(
         "rewards": settings.reward_funcs,
         "judges": settings.judge_funcs,
         "budget": budget,
-        "settings": {k: v for k, v in spec.settings.items() if k not in ("model_name_or_path", "dataset_name", "output_dir")},
-        "methods": [{"name": m.name, "description": m.description, "settings": dict(m.settings)} for m in spec.methods],
+        "settings": redacted({k: v for k, v in spec.settings.items() if k not in ("model_name_or_path", "dataset_name", "output_dir")}),
+        "methods": redacted([{"name": m.name, "description": m.description, "settings": dict(m.settings)} for m in spec.methods]),
         **summarise(starts, runs, [m.name for m in spec.methods], spec.kl_target),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -117,6 +117,13 @@ class NEATConfig(TrainingArguments):
             "`origin_then_reward` (negative and rejected below all others whatever their reward, else by reward)."
         },
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of a reward function may take (a batch of about 64 rows), or one request to a reward server. "
+            "None: no limit, and 60 for a server. A function that is late stops the run; its thread cannot be ended and is left alone."
+        },
+    )
     reward_margin: float = field(
         default=0.0, metadata={"help": "Completion i ranks above j when its reward is higher by more than this, in reward units."}
     )
@@ -212,6 +219,10 @@ class NEATConfig(TrainingArguments):
         _check_numbers(self)
         _check_ignored(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into every checkpoint (training_args.bin): a secret must not go with them.
+        return self.__dict__ | {"hub_token": None}
+
     @property
     def num_generations(self) -> int:
         """Completions sampled per prompt; the data's own answers come on top."""
@@ -259,6 +270,8 @@ def _check_numbers(c: NEATConfig) -> None:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must not be negative")
     if c.learning_rate < 0:
         raise ConfigError(f"learning_rate is {c.learning_rate}; it must not be negative")
+    if c.reward_timeout is not None and not 0 < c.reward_timeout < math.inf:
+        raise ConfigError(f"reward_timeout is {c.reward_timeout}; it must be a positive number of seconds, or left out")
     if c.temperature <= 0:
         raise ConfigError(
             f"temperature is {c.temperature}; it must be above 0 (at 0 every completion of a prompt would be the same, and "

@@ -23,5 +23,13 @@ class RewardError(NEATError):
     """A reward function that raised, or returned something that is not a score."""
 
 
+class RewardTimeoutError(RewardError):
+    """A reward function that did not return within `reward_timeout`."""
+
+
+class RewardUnavailableError(RewardError):
+    """A reward server that stayed down through all retries: the run stops, and goes on from what it has when started again."""
+
+
 class CollapseError(NEATError):
     """The policy drifted past a limit that the configuration set (`max_kl`, `min_distinct2_ratio`, no pairs left)."""

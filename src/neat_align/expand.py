@@ -32,9 +32,10 @@ from neat_align.groups import (
 )
 from neat_align.leaks import leaks_instruction
 from neat_align.prompts import InstructionBank, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
-from neat_align.rewards import NamedReward, score
+from neat_align.rewards import NamedReward
 from neat_align.round_metrics import round_metrics
 from neat_align.sampling import Sampler, SampleRequest, SamplingParams
+from neat_align.score_stage import BATCH_ROWS, scored_groups
 from neat_align.storage import read_json, sha256_of, write_json, write_table
 
 # (prompt ids, completion ids) → per-token log-probabilities in nats, in order.
@@ -178,6 +179,7 @@ def _slice(
     if not rows:
         return []
     sampled_file, scored_file, plan_file = work / "sampled.parquet", work / "scored.parquet", work / "plan.json"
+    scores = work / "scores"
     plan = _plan(rows, round_index, params, tools)
     found = read_json(plan_file) if plan_file.is_file() else None
     if found is None or found["sampling"] != plan["sampling"]:
@@ -185,6 +187,7 @@ def _slice(
         shutil.rmtree(work, ignore_errors=True)
     elif found != plan:
         scored_file.unlink(missing_ok=True)
+        shutil.rmtree(scores, ignore_errors=True)
     write_json(plan_file, plan)
     if sampled_file.is_file():
         sampled = read_groups(sampled_file)
@@ -196,7 +199,7 @@ def _slice(
         return read_groups(scored_file)
     if progress is not None:
         progress("score", 0, 1)
-    scored = _add_logprobs(_scored(filtered, rows, tools), tools)
+    scored = _add_logprobs(scored_groups(filtered, rows, tools.rewards, scores), tools)
     write_table(scored_file, groups_to_table(scored, [r.name for r in tools.rewards]))
     if progress is not None:
         progress("score", 1, 1)
@@ -214,6 +217,7 @@ def _plan(rows: Sequence[PromptRow], round_index: int, params: ExpandParams, too
             "bank": [[pair.positive, pair.negative] for pair in tools.bank.pairs],
         },
         "rewards": [[reward.name, reward.weight] for reward in tools.rewards],
+        "rows_scored_at_once": BATCH_ROWS,
     }
 
 
@@ -345,33 +349,6 @@ def _filtered(group: CompletionGroup, removed: Counter[str]) -> CompletionGroup:
 
 
 # ---- score -----------------------------------------------------------------------------------------------------------
-
-
-def _scored(groups: Sequence[CompletionGroup], rows: Sequence[PromptRow], tools: ExpandTools) -> list[CompletionGroup]:
-    if not tools.rewards:
-        return list(groups)
-    flat = [(g, c) for g in range(len(groups)) for c in groups[g].completions]
-    scored = score_texts([rows[g] for g, _ in flat], [c.text for _, c in flat], [c.token_ids for _, c in flat], tools.rewards)
-    values = iter(zip(scored.rewards, scored.components, strict=True))
-    out = []
-    for group in groups:
-        completions = []
-        for c in group.completions:
-            reward, components = next(values)
-            completions.append(replace(c, reward=reward, reward_components=components))
-        out.append(replace(group, completions=tuple(completions)))
-    return out
-
-
-def score_texts(rows: Sequence[PromptRow], texts: Sequence[str], ids: Sequence[Sequence[int]], rewards: tuple[NamedReward, ...]) -> Any:
-    """Rewards of answers to the plain prompts of `rows`, one a row; gives `rewards.ScoredRows`."""
-    conversational = bool(rows) and not isinstance(rows[0].prompt, str)
-    completions: list[Any] = [[{"role": "assistant", "content": t}] for t in texts] if conversational else list(texts)
-    names = sorted({name for row in rows for name in row.columns} - {"prompts", "completions", "completion_ids"})
-    columns = {name: [row.columns.get(name) for row in rows] for name in names}
-    return score(
-        rewards, prompts=[row.prompt for row in rows], completions=completions, completion_ids=[list(i) for i in ids], columns=columns
-    )
 
 
 def _add_logprobs(groups: Sequence[CompletionGroup], tools: ExpandTools) -> list[CompletionGroup]:

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from neat_align.errors import ConfigError
 from neat_align.groups import CompletionGroup
-from neat_align.storage import read_json, redacted
+from neat_align.redaction import redacted
+from neat_align.storage import read_json
 
 _FILES = ("run.json", "metrics.jsonl", "result.json", "evaluation-before.json", "evaluation-after.json", "rounds")
 

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow
-from neat_align.storage import redacted, write_json
+from neat_align.redaction import redacted
+from neat_align.storage import write_json
 
 _PACKAGES = ("neat-align", "torch", "transformers", "accelerate", "peft", "datasets", "tokenizers", "pyarrow", "numpy")
 

@@ -33,7 +33,9 @@ class RunSettings:
     as_conversations: bool = field(default=False, metadata={"help": "Turn texts and Human/Assistant transcripts into chat messages."})
     reward_funcs: list[str] = field(
         default_factory=list,
-        metadata={"help": "Rewards: vader, minilm_tone, contrast, package.module:function, or a sequence-classification model."},
+        metadata={
+            "help": "Rewards: vader, minilm_tone, contrast, a server's https:// URL, package.module:function, or a classification model."
+        },
     )
     judge_funcs: list[str] = field(default_factory=list, metadata={"help": "Rewards that only evaluation sees, never training."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
@@ -55,6 +57,9 @@ def parse(arguments: Sequence[str], config_file: Path | None) -> tuple[RunSettin
             raise ConfigError(_unknown(argument.removeprefix("--").split("=")[0].replace("-", "_"), known, "the command line"))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} belongs to no option: options are written --name value")
+    if config.hub_token:
+        # A recipe is shared and a command line is seen by every user of the machine.
+        raise ConfigError("hub_token is a secret, and those come from the environment only: leave it out and set HF_TOKEN")
     return settings, config
 
 

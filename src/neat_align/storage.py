@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +12,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-# What the name of a secret ends in. `include_num_input_tokens_seen` holds such a word too, and is a setting.
-_SECRET = re.compile(
-    r"(?:token|secret|password|passwd|passphrase|authorization|credentials?|(?:api|access|secret|private|auth)[_-]?keys?)$", re.IGNORECASE
-)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -78,20 +72,3 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def redacted(value: Any) -> Any:
-    """A copy of plain data in which every non-empty text under a key that ends like a secret's name is masked."""
-    if isinstance(value, Mapping):
-        return {k: _masked(v) if _SECRET.search(str(k)) else redacted(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(v) for v in value]
-    return value
-
-
-def _masked(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _masked(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(v) for v in value]
-    return "[redacted]" if isinstance(value, str) and value else value

@@ -39,7 +39,7 @@ from neat_align.policy import check_context, disable_dropout, load_policy, load_
 from neat_align.precision import autocast, check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, end_of_turn_id, instructed, load_bank, prompt_ids
-from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
+from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, check_tokens, resolve_rewards
 from neat_align.round_callback import RoundCallback, RoundDataset
 from neat_align.run_record import write_run_record
 from neat_align.sampling import Sample, SampleRequest, SamplingParams, TransformersSampler
@@ -115,6 +115,7 @@ class NEATTrainer(Trainer):
         check_trainable_weights(policy)
         self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes)
         self.judges = self._resolve(judge_funcs, None, None)
+        check_tokens([r.function for r in (*self.rewards, *self.judges)])
         if args.rank_by != "origin" and not self.rewards:
             raise ConfigError(f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set rank_by: origin")
         self.objective_params = objective_params(args)
@@ -191,7 +192,8 @@ class NEATTrainer(Trainer):
             return ()
         given = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
         contrast = ContrastReward(score=self._sum_logprobs, render=self._render)
-        return resolve_rewards([contrast if f == "contrast" else f for f in given], weights, processing_classes)
+        specs = [contrast if f == "contrast" else f for f in given]
+        return resolve_rewards(specs, weights, processing_classes, timeout=self.args.reward_timeout)
 
     def _sum_logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         return [sum(row) for row in self._policy_logprobs(prompts, completions)]
