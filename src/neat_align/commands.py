@@ -90,9 +90,11 @@ def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     """Evaluate, train, evaluate again; write the model, result.json and the report. Returns the result."""
     started = time.monotonic()
     trainer = build_trainer(settings, config)
-    _check_same_run(trainer, settings)
+    known = _check_same_run(trainer, settings)
     before = evaluation_before(trainer) if trainer.eval_rows else None
-    trainer.train(resume_from_checkpoint=True if settings.resume else None)
+    # A run that stopped before its first round has nothing that the trainer could resume.
+    nothing_yet = known and not (trainer.output_dir / "rounds").exists()
+    trainer.train(resume_from_checkpoint=True if settings.resume and not nothing_yet else None)
     out = trainer.output_dir
     trainer.save_model(str(out / "model"))
     result: dict[str, Any] = {}
@@ -119,11 +121,11 @@ def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     return result
 
 
-def _check_same_run(trainer: NEATTrainer, settings: RunSettings) -> None:
+def _check_same_run(trainer: NEATTrainer, settings: RunSettings) -> bool:
     """Refuse to go on with a run that was started with another model, data, reward or way of sampling.
 
     Its rounds and its first evaluation would be of another experiment, and the difference between before and after would
-    compare two things that cannot be compared.
+    compare two things that cannot be compared. Gives whether there was such a run.
     """
     key = {
         "model": settings.model_name_or_path,
@@ -141,8 +143,9 @@ def _check_same_run(trainer: NEATTrainer, settings: RunSettings) -> None:
         changed = [f"{name} was {found.get(name)!r} and is {value!r}" for name, value in redacted(key).items() if found.get(name) != value]
         if changed:
             raise ConfigError(f"{trainer.output_dir} holds a run with other settings: {'; '.join(changed)}. Choose another output_dir")
-    else:
-        write_json(path, redacted(key))
+        return True
+    write_json(path, redacted(key))
+    return False
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:

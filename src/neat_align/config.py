@@ -6,7 +6,9 @@ only when a command needs it. Field help texts are what `neat-align train --help
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments

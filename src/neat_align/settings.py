@@ -33,9 +33,7 @@ class RunSettings:
     as_conversations: bool = field(default=False, metadata={"help": "Turn texts and Human/Assistant transcripts into chat messages."})
     reward_funcs: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Rewards: vader, minilm_tone, contrast, a server's https:// URL, package.module:function, or a classification model."
-        },
+        metadata={"help": "Rewards: vader, minilm_tone, contrast, package.module:function, a server's URL, or a classification model."},
     )
     judge_funcs: list[str] = field(default_factory=list, metadata={"help": "Rewards that only evaluation sees, never training."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})

@@ -86,15 +86,16 @@ def open_socket(host: str, port: int, timeout: float, *, encrypted: bool) -> soc
 
 
 class CheckedConnection(HTTPConnection):
-    """http.client's connection, to a checked address."""
+    """http.client's connection, to a checked address. `opened` is its socket, also while only the response holds it."""
 
     def __init__(self, host: str, port: int, timeout: float) -> None:
         super().__init__(host, port, timeout=timeout)
         self._seconds = timeout
+        self.opened: socket.socket | None = None
 
     def connect(self) -> None:
         """Open the socket."""
-        self.sock = open_socket(self.host, self.port, self._seconds, encrypted=False)
+        self.sock = self.opened = open_socket(self.host, self.port, self._seconds, encrypted=False)
 
 
 class CheckedTLSConnection(HTTPSConnection):
@@ -103,10 +104,11 @@ class CheckedTLSConnection(HTTPSConnection):
     def __init__(self, host: str, port: int, timeout: float) -> None:
         self._tls, self._seconds = ssl.create_default_context(), timeout
         super().__init__(host, port, timeout=timeout, context=self._tls)
+        self.opened: socket.socket | None = None
 
     def connect(self) -> None:
         """Open the socket and shake hands."""
         plain = open_socket(self.host, self.port, self._seconds, encrypted=True)
-        # The handshake comes after `sock` is set, so that who watches the clock can end it.
-        self.sock = self._tls.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
-        self.sock.do_handshake()
+        # The handshake comes after `opened` is set, so that who watches the clock can end it.
+        self.sock = self.opened = tls = self._tls.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+        tls.do_handshake()

@@ -56,6 +56,7 @@ DEFAULT_TIMEOUT = 60.0
 _AGAIN = (408, 429)
 _BLOCK = 1 << 16
 _EXCERPT = 200
+_ANSWER = '{"rewards": [...]}'
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class RetryPolicy:
 
     def pause(self, failed: int, asked: float | None, rng: random.Random) -> float:
         """Seconds to wait after so many failed tries; `asked` is the server's `Retry-After`."""
-        backoff = min(self.longest_pause, self.first_pause * 2 ** (failed - 1)) * (1 - rng.random() / 2)
+        backoff = min(self.longest_pause, self.first_pause * 2.0 ** (failed - 1)) * (1 - rng.random() / 2)
         return max(backoff, asked or 0.0)
 
 
@@ -190,8 +191,8 @@ class HttpReward:
         def expire() -> None:
             # A socket's own timeout starts anew with every byte, so that a slow answer would never run into it.
             expired.set()
-            if connection.sock is not None:
-                _shut(connection.sock)
+            if connection.opened is not None:
+                _shut(connection.opened)
 
         clock = threading.Timer(self.timeout, expire)
         clock.daemon = True
@@ -241,19 +242,17 @@ class HttpReward:
         if response.status != 200:
             return data[: self.max_response_bytes]
         raise RewardError(
-            f"the reward server {self.name} sent an answer of more than {self.max_response_bytes} bytes: it must be "
-            '{"rewards": [...]} with one number or null a row'
+            f"the reward server {self.name} sent an answer of more than {self.max_response_bytes} bytes: it must be {_ANSWER}, one "
+            "number or null a row"
         )
 
     def _rewards_in(self, data: bytes) -> list[Any]:
         try:
             answer = json.loads(data, parse_constant=float)
         except (ValueError, RecursionError) as error:
-            raise RewardError(
-                f'the reward server {self.name} did not answer with JSON ({{"rewards": [...]}}): {self._excerpt(data)}'
-            ) from error
+            raise RewardError(f"the reward server {self.name} did not answer with JSON ({_ANSWER}): {self._excerpt(data)}") from error
         if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
-            raise RewardError(f'the reward server {self.name} must answer {{"rewards": [...]}}, but it said {self._excerpt(data)}')
+            raise RewardError(f"the reward server {self.name} must answer {_ANSWER}, but it said {self._excerpt(data)}")
         rewards: list[Any] = answer["rewards"]
         return rewards
 

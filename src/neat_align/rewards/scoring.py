@@ -147,14 +147,14 @@ def _call(reward: NamedReward, rows: _Rows) -> Any:
     threading.Thread(target=work, name=f"reward {reward.name}", daemon=True).start()
     wait([future], timeout=reward.timeout)
     if not future.done():
-        raise _late(reward, len(rows))
+        raise _late(reward, "a thread cannot be ended, so the call may go on until this process ends")
     return future.result()
 
 
-def _late(reward: NamedReward, rows: int) -> RewardTimeoutError:
+def _late(reward: NamedReward, what_became_of_it: str) -> RewardTimeoutError:
     return RewardTimeoutError(
-        f"reward function {reward.name!r} did not return within reward_timeout={reward.timeout:g} s on a batch of {rows} rows: raise it, "
-        "or look at what the function waits for (a thread cannot be ended, so the call may go on until this process ends)"
+        f"reward function {reward.name!r} did not return within reward_timeout={reward.timeout} s ({what_became_of_it}): raise the "
+        "limit, or look at what the function waits for"
     )
 
 
@@ -202,9 +202,7 @@ def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[An
                 return await awaitable
         except TimeoutError as error:
             if limit.expired():
-                raise RewardTimeoutError(
-                    f"reward function {reward.name!r} did not return within reward_timeout={reward.timeout} s"
-                ) from error
+                raise _late(reward, "it was cancelled") from error
             raise
 
     async def gather() -> list[Any]:
