@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from neat_align.errors import ConfigError
+from neat_align.redaction import scrubbed
 
 RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
@@ -223,7 +224,7 @@ class NEATConfig(TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments into every checkpoint (training_args.bin): a secret must not go with them.
-        return self.__dict__ | {"hub_token": None}
+        return {k: scrubbed(v) if isinstance(v, str) else v for k, v in self.__dict__.items()} | {"hub_token": None}
 
     @property
     def num_generations(self) -> int:

@@ -115,7 +115,7 @@ class HttpReward:
         url: str,
         *,
         timeout: float = DEFAULT_TIMEOUT,
-        batch_size: int = 64,
+        batch_size: int = 128,
         retry: RetryPolicy | None = None,
         max_response_bytes: int = 1 << 20,
         sleep: Callable[[float], None] = time.sleep,

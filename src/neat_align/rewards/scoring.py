@@ -160,7 +160,7 @@ def _late(reward: NamedReward, what_became_of_it: str) -> RewardTimeoutError:
 
 def _blamed(reward: NamedReward, rows: _Rows, error: Exception) -> RewardError:
     """The error that names the function and, where one can be found, the row."""
-    hint, found, batch = "", None, f"a batch of {len(rows)} rows, from {rows.labels[0]} to {rows.labels[-1]}"
+    hint, found, batch = "", None, f"a batch of {len(rows)} rows (first {rows.labels[0]}, last {rows.labels[-1]})"
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         hint = "; reward functions are given every column of the data: end their signature with **columns"
     elif not isinstance(error, OSError):
