@@ -18,16 +18,20 @@ from neat_align.logprobs import Reference
 logger = logging.getLogger(__name__)
 
 
+# No code that comes with a model is run, and no pickle is read.
+SAFE_LOADING: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+
+
 def load_policy(name: str) -> PreTrainedModel:
     """A causal language model by name or path, with fp32 weights. The adapter in an adapter folder is merged into its base.
 
     Merged, it is a model like any other: a run that trained an adapter can be evaluated, and trained on.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **SAFE_LOADING)
     if find_adapter_config_file(name) is not None:
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32).merge_and_unload().requires_grad_(True)
+        model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=torch.float32, **SAFE_LOADING).merge_and_unload().requires_grad_(True)
         model.config.name_or_path = name
     return cast("PreTrainedModel", model)
 
@@ -35,7 +39,7 @@ def load_policy(name: str) -> PreTrainedModel:
 def load_tokenizer(model: Any, tokenizer: Any = None) -> Any:
     """The given tokenizer or the model's own; eos serves as pad where there is none (masks go by length)."""
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no eos_token, so no answer could end: set tokenizer.eos_token")
     if tokenizer.pad_token_id is None:

@@ -113,8 +113,8 @@ class NEATTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(policy)
         check_trainable_weights(policy)
-        self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes)
-        self.judges = self._resolve(judge_funcs, None, None)
+        self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes, args.reward_timeout)
+        self.judges = self._resolve(judge_funcs, None, None, args.reward_timeout)
         check_tokens([r.function for r in (*self.rewards, *self.judges)])
         if args.rank_by != "origin" and not self.rewards:
             raise ConfigError(f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set rank_by: origin")
@@ -187,13 +187,13 @@ class NEATTrainer(Trainer):
         """The model that learns, without any wrapper of accelerate."""
         return cast("torch.nn.Module", self.model)
 
-    def _resolve(self, funcs: Any, weights: Sequence[float] | None, processing_classes: Any) -> Any:
+    def _resolve(self, funcs: Any, weights: Sequence[float] | None, processing_classes: Any, timeout: float | None) -> Any:
         if funcs is None:
             return ()
         given = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
         contrast = ContrastReward(score=self._sum_logprobs, render=self._render)
         specs = [contrast if f == "contrast" else f for f in given]
-        return resolve_rewards(specs, weights, processing_classes, timeout=self.args.reward_timeout)
+        return resolve_rewards(specs, weights, processing_classes, timeout=timeout)
 
     def _sum_logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         return [sum(row) for row in self._policy_logprobs(prompts, completions)]
