@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -244,7 +245,7 @@ def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Pa
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["cut", "other", "weights"])
+@pytest.mark.parametrize("damage", ["cut", "digit", "other", "emptied", "weights"])
 def test_kept_scores_that_are_damaged_or_of_something_else_are_not_used(tmp_path: Path, damage: str) -> None:
     rows, calls = conversations(26), list[int]()
 
@@ -261,7 +262,13 @@ def test_kept_scores_that_are_damaged_or_of_something_else_are_not_used(tmp_path
     if damage == "cut":
         kept.write_bytes(kept.read_bytes()[:-20])
     elif damage == "other":
-        kept.write_text(kept.read_text().replace('"texts_sha256": "', '"texts_sha256": "0'))
+        for file in tmp_path.rglob("sampled.parquet"):  # lost, and drawn again as other texts
+            file.unlink()
+        t = replace(t, sampler=Scripted(lambda i: f"Other {i}."), negative_sampler=Scripted(lambda i: f"Bad {i}."))
+    elif damage == "digit":
+        kept.write_text(re.sub(r"0\.\d", "0.0", kept.read_text(), count=1))
+    elif damage == "emptied":
+        kept.write_text("[]")
     else:
         t = replace(t, rewards=(replace(t.rewards[0], weight=2.0),))
     made = run(rows, tmp_path, t, num_groups=26)

@@ -53,11 +53,11 @@ def _scored_batch(
     groups: Sequence[CompletionGroup], rows: Sequence[PromptRow], rewards: tuple[NamedReward, ...], path: Path
 ) -> list[CompletionGroup]:
     flat = [(row, c) for group, row in zip(groups, rows, strict=True) for c in group.completions]
-    key = hashlib.sha256(json.dumps([[row.id, c.text] for row, c in flat]).encode("ascii")).hexdigest()
-    scored = _kept(path, key)
+    texts = [(row.id, c.text) for row, c in flat]
+    scored = _kept(path, texts)
     if scored is None:
         scored = score_texts([row for row, _ in flat], [c.text for _, c in flat], [c.token_ids for _, c in flat], rewards)
-        write_json(path, {"texts_sha256": key, "rewards": scored.rewards, "components": scored.components})
+        write_json(path, {"rewards": scored.rewards, "components": scored.components, "sha256": _digest(texts, scored)})
     values = iter(zip(scored.rewards, scored.components, strict=True))
     done = []
     for group in groups:
@@ -66,18 +66,24 @@ def _scored_batch(
     return done
 
 
-def _kept(path: Path, key: str) -> ScoredRows | None:
-    """A finished batch's scores, if they are there and of these texts."""
+def _kept(path: Path, texts: Sequence[tuple[str, str]]) -> ScoredRows | None:
+    """A finished batch's scores, if they are there, whole, and of these texts."""
     if not path.is_file():
         return None
     try:
         found = read_json(path)
-    except ValueError:
-        found = {}
-    if found.get("texts_sha256") != key:
-        logger.warning("%s is damaged, or of other completions: these are scored again", path)
-        return None
-    return ScoredRows(tuple(found["rewards"]), tuple(tuple(row) for row in found["components"]))
+        scored = ScoredRows(tuple(found["rewards"]), tuple(tuple(row) for row in found["components"]))
+        if found["sha256"] == _digest(texts, scored):
+            return scored
+    except (ValueError, KeyError, TypeError):
+        pass  # not what was written; said below
+    logger.warning("%s is damaged, or of other completions: these are scored again", path)
+    return None
+
+
+def _digest(texts: Sequence[tuple[str, str]], scored: ScoredRows) -> str:
+    """Over a batch's row ids, completions and scores: a changed digit in a file must not become a reward."""
+    return hashlib.sha256(json.dumps([texts, scored.rewards, scored.components]).encode("ascii")).hexdigest()
 
 
 def score_texts(

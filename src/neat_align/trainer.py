@@ -58,7 +58,7 @@ class NEATTrainer(Trainer):
 
     Args:
         model: a `PreTrainedModel`, a PEFT model, or a name or path (loaded in fp32).
-        reward_funcs: one or several of: the name of a shipped reward ("vader", "minilm_tone"), "contrast" (the policy's own
+        reward_funcs: one or several of: the name of a shipped reward ("vader", "minilm_tone"), a server's URL, "contrast" (the policy's own
             log-probability under the positive against the negative instruction), "package.module:function", the name of a
             sequence-classification model, such a model, or `f(prompts, completions, completion_ids, **columns)`.
             May be None with `rank_by: origin`.

@@ -201,9 +201,9 @@ class HttpReward:
             connection.request("POST", t.path, body, self._headers())
             if expired.is_set():  # while there was no socket yet
                 raise TimeoutError
-            response = connection.getresponse()
-            headers = {k.lower(): v for k, v in response.getheaders()}
-            data = self._read(response, headers)
+            with connection.getresponse() as response:
+                headers = {k.lower(): v for k, v in response.getheaders()}
+                data = self._read(response, headers)
             if expired.is_set():  # what was read may be cut
                 raise TimeoutError
         except (OSError, HTTPException) as error:
@@ -230,7 +230,7 @@ class HttpReward:
             raise RewardError(f"the reward server {self.name} compressed its answer, which was not asked for")
         length = headers.get("content-length", "")
         # Unknown where the answer ends with the connection, or comes in chunks (http.client finds those that are cut).
-        announced = int(length) if length.isdecimal() and "transfer-encoding" not in headers else None
+        announced = int(length[:20]) if length.isdecimal() and "transfer-encoding" not in headers else None
         data = b""
         while len(data) <= self.max_response_bytes and (announced or 0) <= self.max_response_bytes:
             block = response.read(_BLOCK)
