@@ -52,6 +52,19 @@ def test_weights_in_a_pickle_are_not_read(tmp_path: Path, load: Callable[[str], 
         load(str(folder))
 
 
+def test_nothing_in_the_package_reads_what_could_run() -> None:
+    unsafe = re.compile(
+        r"weights_only=False|yaml\.(unsafe_|full_)?load\(|pickle\.loads?\(|trust_remote_code[\"']?[=:] ?True|(?<!\.)\b(eval|exec)\("
+    )
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in (ROOT / "src").rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if unsafe.search(line)
+    ]
+    assert found == []
+
+
 # ---- the lock file ---------------------------------------------------------------------------------------------------
 
 
