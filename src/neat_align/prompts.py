@@ -28,7 +28,7 @@ from neat_align.groups import Message, Prompt
 
 Placement: TypeAlias = Literal["system", "user_suffix", "affix"]
 
-SHIPPED_BANKS = ("harmlessness", "helpfulness", "honesty", "politeness")
+SHIPPED_BANKS = ("harmlessness", "helpfulness", "honesty", "politeness", "sentiment")
 
 _BANK_KEYS = ("name", "description", "source", "pairs")
 _PAIR_KEYS = ("positive", "negative")
