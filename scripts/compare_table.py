@@ -30,7 +30,7 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
     target = result["kl_target"]
     at_kl = f"held-out reward at KL {target:.3f}" if target else "held-out reward at equal KL"
     head = ["method", "reward", "held-out reward", at_kl, "KL", "perplexity", "length"]
-    more = [] if short else ["length-controlled reward", "distinct-2", "human pairs", "refusals", "wins over base", "collapsed"]
+    more: list[str] = [] if short else ["length-controlled reward", "distinct-2", "human pairs", "refusals", "wins over base", "collapsed"]
     lines = [f"| {' | '.join(head + more)} |", "|" + "---|" * len(head + more)]
     for row in result["table"]:
         at, kl = row["at_budget"], row["at_equal_kl"] or {}

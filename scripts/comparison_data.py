@@ -25,8 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for row in load_rows(args.source):
-        row = row if args.text else to_conversation(row)
+    rows = load_rows(args.source)
+    for row in rows if args.text else map(to_conversation, rows):
         said = row.prompt if isinstance(row.prompt, str) else row.prompt[0]["content"]
         if (not args.text and len(row.prompt) != 1) or len(said.split()) > args.words or said in seen:
             continue
