@@ -282,8 +282,11 @@ def parity(base: Any, tokenizer: Any, rows: list[PromptRow], setting: Setting) -
         "padded": lambda: ours(base, tokenizer, rows, groups, setting, "off"),
         "trl": lambda: trls(base, tokenizer, rows, groups, setting),
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # the trainers' own log lines
-        runs = {name: side() for name, side in sides.items()}
+    runs = {}
+    for name, side in sides.items():
+        with contextlib.redirect_stdout(io.StringIO()):  # the trainers' own log lines
+            runs[name] = side()
+        print(f"{name}: {len(runs[name].losses)} steps, last loss {runs[name].losses[-1]:.7f}", flush=True)
     found = {
         "packed_and_trl": difference(runs["packed"], runs["trl"]),
         "padded_and_trl": difference(runs["padded"], runs["trl"]),
