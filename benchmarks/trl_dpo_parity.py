@@ -307,7 +307,8 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--completion", type=int, default=48, help="tokens of an answer at most")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--pairs-per-step", type=int, default=2)
     parser.add_argument("--trl-beta", type=float, help="another beta for TRL's side, to see the check fail")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -323,24 +324,29 @@ def main() -> None:
     }
     groups = sampled_groups(copy.deepcopy(base), tokenizer, demo_rows("train"), "vader", **sampling)
     rows = text_pairs(groups, tokenizer)
-    rows = rows[: len(rows) // 4 * 4]  # whole batches, so that a mean of means is a mean
-    found = {
-        name: parity(base, tokenizer, rows, replace(setting, epochs=args.epochs, trl_beta=args.trl_beta))
-        for name, setting in (("full", Setting(1e-5)), ("lora", Setting(2e-4, lora=True)))
+    rows = rows[: len(rows) // args.pairs_per_step * args.pairs_per_step]  # whole batches, so that a mean of means is a mean
+    result: dict[str, Any] = {
+        "setting": {"model": args.model, "dtype": "fp32", "device": harness.device().type, **sampling},
+        "tolerance": {"loss_max": LOSS_TOLERANCE, "weights_relative": WEIGHT_TOLERANCE, "weights_relative_to_way_moved": MOVED_TOLERANCE},
+        "answers": resampled_alike(groups, pair_groups(rows, tokenizer, base.config.max_position_embeddings)),
     }
-    for name, result in found.items():
-        losses = result["losses"]
-        shown = [[str(i + 1), *(f"{losses[s][i]:.7f}" for s in losses)] for i in range(result["steps"])]
-        harness.show(f"{name}: loss at every step, nats", ["step", *losses], shown)
-        rows_of = [[pair, *(f"{v:.1e}" for v in d.values())] for pair, d in result["differences"].items()]
-        harness.show(f"{name}: differences", ["", "loss", "gradient norm", "weights", "over way moved"], rows_of)
-    tolerance = {"loss_max": LOSS_TOLERANCE, "weights_relative": WEIGHT_TOLERANCE, "weights_relative_to_way_moved": MOVED_TOLERANCE}
-    setting = {"model": args.model, "dtype": "fp32", "device": harness.device().type, **sampling}
-    pairs = pair_groups(rows, tokenizer, base.config.max_position_embeddings)
-    facts = resampled_alike(groups, pairs)
-    harness.save(args.json, {"setting": setting, "tolerance": tolerance, "answers": facts, "same_token_ids": True, **found})
-    if not all(result["within_tolerance"] for result in found.values()):
+    given = {"epochs": args.epochs, "pairs_per_batch": args.pairs_per_step, "trl_beta": args.trl_beta}
+    for name, setting in (("full", Setting(1e-5, **given)), ("lora", Setting(2e-4, lora=True, **given))):
+        print(f"{name}: {len(rows)} pairs", flush=True)
+        result[name] = parity(base, tokenizer, rows, setting)
+        show(name, result[name])
+        harness.save(args.json, result)  # the first half is kept should the second be interrupted
+    if not (result["full"]["within_tolerance"] and result["lora"]["within_tolerance"]):
         raise SystemExit("outside of the tolerance")
+
+
+def show(name: str, found: Mapping[str, Any]) -> None:
+    """Print the curves and the differences."""
+    losses = found["losses"]
+    steps = [[str(i + 1), *(f"{losses[side][i]:.7f}" for side in losses)] for i in range(found["steps"])]
+    harness.show(f"{name}: loss at every step, nats", ["step", *losses], steps)
+    apart = [[pair, *(f"{v:.1e}" for v in d.values())] for pair, d in found["differences"].items()]
+    harness.show(f"{name}: differences", ["", "loss", "gradient norm", "weights", "over way moved"], apart)
 
 
 if __name__ == "__main__":
