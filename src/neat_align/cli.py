@@ -146,6 +146,24 @@ def report(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> No
     typer.echo(f"report: {write_report(path)}")
 
 
+@app.command()
+def capability(
+    model: Annotated[str, typer.Option(help="After: a run, a model's or an adapter's folder, or a model name.")],
+    base: Annotated[str, typer.Option(help="Before: the model that the training started from.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of the lm-evaluation-harness, with commas between them.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first this many documents of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option("--include_path", help="A folder with task files of your own.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Requests per forward pass.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON goes; capability.json in the run by default.")] = None,
+) -> None:
+    """Measure what the model lost or kept: benchmark tasks before and after. Needs neat-align[capability]."""
+    _quiet()
+    from neat_align.capability import CapabilityParams, run_capability
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    run_capability(model, base, CapabilityParams(names, limit, include_path, batch_size), output)
+
+
 def _quiet() -> None:
     """Keep libraries' chatter off the terminal; warnings that matter come through logging."""
     import warnings
