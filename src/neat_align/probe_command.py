@@ -160,27 +160,24 @@ def usable_placements(
 def _tools(settings: ProbeSettings, model: Any, tokenizer: Any, rows: Sequence[PromptRow], *, conversational: bool) -> ProbeTools:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device)
-    # As in a run: a CPU samples faster from a half-precision copy than under autocast.
-    on_cpu = device is None or device.type == "cpu"
-    sampler = TransformersSampler(
-        model=half_precision_copy(model, COMPUTE) if on_cpu else model,
-        eos_token_ids=eos_token_ids(tokenizer, model, conversational=conversational),
-        pad_token_id=tokenizer.pad_token_id,
-        batch_size=settings.generation_batch_size,
-        autocast_dtype=None if on_cpu else COMPUTE,
-    )
     ids = [prompt_ids(tokenizer, row.prompt) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
+    layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
     context = getattr(model.config, "max_position_embeddings", None)
+    # As in a run: a CPU is faster with a half-precision copy than under autocast.
+    on_cpu = device is None or device.type == "cpu"
+    policy, autocast_dtype = (half_precision_copy(model, COMPUTE), None) if on_cpu else (model, COMPUTE)
     return ProbeTools(
         tokenizer=tokenizer,
-        sampler=sampler,
-        logprobs=functools.partial(
-            score_completions,
-            model,
-            layout=choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest),
+        sampler=TransformersSampler(
+            model=policy,
+            eos_token_ids=eos_token_ids(tokenizer, model, conversational=conversational),
             pad_token_id=tokenizer.pad_token_id,
-            autocast_dtype=COMPUTE,
+            batch_size=settings.generation_batch_size,
+            autocast_dtype=autocast_dtype,
+        ),
+        logprobs=functools.partial(
+            score_completions, policy, layout=layout, pad_token_id=tokenizer.pad_token_id, autocast_dtype=autocast_dtype
         ),
         rewards=None if settings.reward == "contrast" else resolve_rewards(settings.reward, None),
         max_prompt_length=None if context is None else context - settings.max_completion_length,
@@ -204,6 +201,7 @@ def print_probe(console: Console, found: Probe, bank: InstructionBank, settings:
     )
     say()
     console.print(_reward_table(found, settings.reward, many=many))
+    say()
     console.print(_answers_table(found, many=many))
     plain = found.pairs[0].plain
     say(
@@ -224,9 +222,7 @@ def print_probe(console: Console, found: Probe, bank: InstructionBank, settings:
 
 
 def _table(title: str, *, many: bool) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     table.add_column("#", justify="right", no_wrap=True)
     if many:
         table.add_column("placement", no_wrap=True)
@@ -239,8 +235,8 @@ def _first_cells(pair: PairProbe, *, many: bool) -> list[str]:
 
 def _reward_table(found: Probe, reward: str, *, many: bool) -> Table:
     table = _table(f"mean reward ({printable(reward)[-40:]}) under each instruction", many=many)
-    width = 13 if many else 25
-    table.add_column("+ / − instruction", no_wrap=True, width=width)
+    width = 15 if many else 27
+    table.add_column("instructions")  # the only column that gives way when numbers are long
     for heading in ("+", "plain", "−", "gap"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("95 % interval", no_wrap=True)
@@ -249,7 +245,7 @@ def _reward_table(found: Probe, reward: str, *, many: bool) -> Table:
         gap = pair.gap
         table.add_row(
             *_first_cells(pair, many=many),
-            Text(shortened(InstructionPair(str(pair.positive.instruction), str(pair.negative.instruction)), width)),
+            Text(shortened(pair.positive.instruction or "", pair.negative.instruction or "", width), no_wrap=True, overflow="ellipsis"),
             *(_number(v) for v in (pair.positive.reward, pair.plain.reward, pair.negative.reward, None if gap is None else gap.delta)),
             "–" if gap is None else f"{_number(gap.low)} … {_number(gap.high)}",
             Text(pair.verdict, style=VERDICT_STYLES[pair.verdict]),
@@ -258,7 +254,7 @@ def _reward_table(found: Probe, reward: str, *, many: bool) -> Table:
 
 
 def _answers_table(found: Probe, *, many: bool) -> Table:
-    table = _table("the answers: positive / negative", many=many)
+    table = _table("the answers, under the positive/negative instruction", many=many)
     for heading in ("d", "inverted", "leaks", "blank", "tokens", "cut", "likelihood"):
         table.add_column(heading, justify="right", no_wrap=True)
     for pair in found.pairs:
@@ -267,11 +263,11 @@ def _answers_table(found: Probe, *, many: bool) -> Table:
             *_first_cells(pair, many=many),
             _number(pair.cohens_d),
             "–" if pair.inversion_rate is None else f"{pair.inversion_rate:.0%}",
-            f"{100 * good.leaks:.0f} / {bad.leaks:.0%}",
-            f"{100 * good.blanks:.0f} / {bad.blanks:.0%}",
-            f"{good.mean_length:.0f} / {bad.mean_length:.0f}",
-            f"{100 * good.clipped:.0f} / {bad.clipped:.0%}",
-            f"{good.logprob:.2f} / {bad.logprob:.2f}",
+            f"{100 * good.leaks:.0f}/{bad.leaks:.0%}",
+            f"{100 * good.blanks:.0f}/{bad.blanks:.0%}",
+            f"{good.mean_length:.0f}/{bad.mean_length:.0f}",
+            f"{100 * good.clipped:.0f}/{bad.clipped:.0%}",
+            f"{good.logprob:.2f}/{bad.logprob:.2f}",
         )
     return table
 
@@ -286,9 +282,9 @@ def _in_full(number: int, pair: InstructionPair) -> Table:
     return grid
 
 
-def shortened(pair: InstructionPair, width: int) -> str:
+def shortened(positive: str, negative: str, width: int) -> str:
     """The two instructions from their first differing word to their last, each cut to its half of `width` characters."""
-    good, bad = printable(pair.positive).split(), printable(pair.negative).split()
+    good, bad = printable(positive).split(), printable(negative).split()
     while good and bad and good[0] == bad[0]:
         good, bad = good[1:], bad[1:]
     while good and bad and good[-1] == bad[-1]:
