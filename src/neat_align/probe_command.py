@@ -45,6 +45,7 @@ LEAKY = 0.2
 # Nats per token. At this distance the default logistic loss (beta 2) has 2σ(−2) = 24 % of the gradient that a pair has whose two
 # answers are equally likely: the policy would not have written such a negative anyway.
 UNLIKELY = 1.0
+WORKING: tuple[Verdict, ...] = ("strong", "works")
 # What a run computes in by default.
 COMPUTE = torch.bfloat16
 VERDICT_STYLES: dict[Verdict, str] = {
@@ -196,7 +197,7 @@ def print_probe(console: Console, found: Probe, bank: InstructionBank, settings:
 
     say(
         f"bank {bank.name} on {settings.model}: {len(found.prompt_ids)} prompts of {settings.dataset_name}, "
-        f"{settings.samples} answers under each instruction",
+        f"{settings.samples} answer{'s' * (settings.samples > 1)} to each under every instruction",
         "bold",
     )
     say()
@@ -218,7 +219,10 @@ def print_probe(console: Console, found: Probe, bank: InstructionBank, settings:
         say(f"{placement} was left out: {why}", "yellow")
     for line in remarks(found, settings):
         say(line)
-    console.print("\n".join(next_steps(found, settings)), markup=False, highlight=False, soft_wrap=True)
+    what, command = next_steps(found, settings)
+    say(f"next: {what}")
+    if command is not None:
+        console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(title: str, *, many: bool) -> Table:
@@ -329,7 +333,7 @@ def remarks(found: Probe, settings: ProbeSettings) -> list[str]:
 
 def _placement_line(placement: PlacementProbe, found: Probe) -> str:
     mine = [p for p in found.pairs if p.placement == placement.placement]
-    good = sum(p.verdict in ("strong", "works") for p in mine)
+    good = sum(p.verdict in WORKING for p in mine)
     line = f"{placement.placement}: {good} of {len(mine)} pairs work"
     if placement.gap is None:
         return line
@@ -341,24 +345,23 @@ def _placement_line(placement: PlacementProbe, found: Probe) -> str:
     return line
 
 
-def next_steps(found: Probe, settings: ProbeSettings) -> list[str]:
-    """The command to train with, at the placement with the largest mean gap, or what to change when no pair works."""
+def next_steps(found: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
+    """What to do, and the command to train with at the placement with the largest mean gap; no command when no pair works."""
     best = found.placements[0].placement
     mine = sorted((p for p in found.pairs if p.placement == best), key=lambda p: p.number)
-    good = [p.number for p in mine if p.verdict in ("strong", "works")]
+    good = [p.number for p in mine if p.verdict in WORKING]
     rest = [p.number for p in mine if p.number not in good]
     if not good:
-        where = "with any placement" if settings.placement == "all" else f"with placement {best}"
-        other = "" if settings.placement == "all" else "--placement all, "
-        return [
-            f"next: do not train with this bank: no pair moves {settings.reward} upwards {where}.",
-            f"Try {other}stronger wording, another --reward, or more --prompts.",
-        ]
-    lines = []
+        where, other = f"with placement {best}", "--placement all, "
+        if settings.placement == "all":
+            where, other = "where this bank works best", ""
+        return (
+            f"do not train: no pair raises {settings.reward} {where}. Try {other}other wording, another --reward, or more --prompts.",
+            None,
+        )
+    what = "every pair works; train with the bank:"
     if rest:
-        lines += [f"next: drop {_pairs(rest)} from a copy of the bank ({len(good)} left), then train with it:"]
-    else:
-        lines += ["next: every pair works; train with the bank:"]
+        what = f"drop {_pairs(rest)} from a copy of the bank ({len(good)} left), then train with the copy:"
     options = {
         "model_name_or_path": settings.model,
         "dataset_name": settings.dataset_name,
@@ -370,7 +373,7 @@ def next_steps(found: Probe, settings: ProbeSettings) -> list[str]:
         "output_dir": "runs/mine",
     }
     words = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
-    return [*lines, " \\\n    ".join(["  neat-align train", *_filled(words, 74)])]
+    return what, " \\\n    ".join(["  neat-align train", *_filled(words, 74)])
 
 
 def _pairs(numbers: Sequence[int]) -> str:
