@@ -295,21 +295,20 @@ def test_the_result_does_not_depend_on_the_batch_and_likelihoods_are_the_models(
     found = probe_bank(rows(), TWO, params(), model_tools())
     other = probe_bank(rows(), TWO, params(), model_tools(batch_size=5))
     assert [p.gaps for p in found.pairs] == [p.gaps for p in other.pairs]
-    # The plain side from the plain model: log-softmax of a whole forward pass, a sequence at a time.
+    # Log-softmax of a whole forward pass, a sequence at a time; the prompt is the plain one whatever the answer was written under.
     model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).eval()
-    means = []
-    for row in rows():
-        ids = prompt_ids(TOKENIZER, row.prompt)
-        seeds = [completion_seed(0, PROBE_ROUND, row.id, "probe", i) for i in range(2)]
-        drawn = TransformersSampler(model, eos_token_ids=(EOS,), pad_token_id=PAD).sample(
-            [SampleRequest(tuple(ids), seed) for seed in seeds], SAMPLING
-        )
-        for sample in drawn:
-            whole = torch.tensor([[*ids, *sample.token_ids]])
-            with torch.no_grad():
-                logps = model(whole).logits.log_softmax(-1)[0, len(ids) - 1 : -1]
-            means.append(float(logps.gather(-1, torch.tensor(sample.token_ids)[:, None]).mean()))
-    assert found.pairs[0].plain.logprob == pytest.approx(sum(means) / len(means), abs=1e-5)
+    sampler = TransformersSampler(model, eos_token_ids=(EOS,), pad_token_id=PAD)
+    for answers, instruction in ((found.pairs[0].plain, None), (found.pairs[0].negative, found.pairs[0].negative.instruction)):
+        means = []
+        for row in rows():
+            ids = prompt_ids(TOKENIZER, row.prompt)
+            asked = ids if instruction is None else prompt_ids(TOKENIZER, *instructed(row.prompt, instruction, "user_suffix"))
+            seeds = [completion_seed(0, PROBE_ROUND, row.id, "probe", i) for i in range(2)]
+            for sample in sampler.sample([SampleRequest(tuple(asked), seed) for seed in seeds], SAMPLING):
+                with torch.no_grad():
+                    logps = model(torch.tensor([[*ids, *sample.token_ids]])).logits.log_softmax(-1)[0, len(ids) - 1 : -1]
+                means.append(float(logps.gather(-1, torch.tensor(sample.token_ids)[:, None]).mean()))
+        assert answers.logprob == pytest.approx(sum(means) / len(means), abs=1e-5)
 
 
 def test_the_contrast_scores_each_pair_with_itself() -> None:
