@@ -288,6 +288,13 @@ def end_of_turn_id(tokenizer: Any, *, conversational: bool) -> int:
     return int(tokenizer.eos_token_id if written is None else tokenizer.convert_tokens_to_ids(written))
 
 
+def eos_token_ids(tokenizer: Any, model: Any, *, conversational: bool) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's eos, the template's end of a turn, and the model's own list."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    turn_end = end_of_turn_id(tokenizer, conversational=conversational)
+    return tuple(sorted({tokenizer.eos_token_id, turn_end, *([listed] if isinstance(listed, int) else listed or [])}))
+
+
 def _control_tokens(tokenizer: Any) -> list[str]:
     """Special tokens, and added tokens that the chat template writes (Qwen's `<think>`)."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
