@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from neat_align.demo.model import demo_model_path
-from neat_align.run_record import commit, versions
+from neat_align.run_record import commit, cpu_name, versions
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 GIB = 2**30
@@ -130,8 +130,7 @@ def facts() -> dict[str, Any]:
     found: dict[str, Any] = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     with contextlib.suppress(PackageNotFoundError):
         found["versions"]["trl"] = version("trl")
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    found["machine"] = {"cpu": cpu, "threads": torch.get_num_threads()}
+    found["machine"] = {"cpu": cpu_name(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         found["machine"]["gpu"] = torch.cuda.get_device_name()
     return found

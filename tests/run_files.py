@@ -12,8 +12,9 @@ from typing import Any
 from neat_align.evaluation import Evaluation, compare
 from neat_align.groups import Completion, CompletionGroup, Origin, Prompt, groups_to_table
 from neat_align.report_input import RoundFacts
-from neat_align.round_metrics import distinct_n, round_metrics
+from neat_align.round_metrics import round_metrics
 from neat_align.storage import append_json_line, sha256_of, write_json, write_table
+from neat_align.text_metrics import distinct_n
 from pages import BREAKOUT, HOSTILE
 
 ORIGINS: tuple[Origin, ...] = ("positive", "positive", "negative", "negative", "chosen", "rejected")

@@ -6,10 +6,13 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow, load_rows, rows_from_dataset, to_conversation
@@ -53,7 +56,7 @@ def demo_rows(split: str) -> list[PromptRow]:
     return rows_from_dataset([{k: v for k, v in r.items() if k != "split"} for r in records if r["split"] == split], name="demo prompts")
 
 
-def build_trainer(settings: RunSettings, config: NEATConfig) -> NEATTrainer:
+def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling."""
     if not settings.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
@@ -76,6 +79,7 @@ def build_trainer(settings: RunSettings, config: NEATConfig) -> NEATTrainer:
         config,
         train_dataset=rows,
         eval_dataset=held_out or None,
+        callbacks=list(callbacks),
         peft_config=peft_config,
         judge_funcs=settings.judge_funcs or None,
     )

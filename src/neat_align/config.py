@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from neat_align.errors import ConfigError
 
-RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo")
+RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
 PLACEMENTS = ("system", "user_suffix", "affix")
 
@@ -66,6 +66,13 @@ class NEATConfig(TrainingArguments):
     use_human_completions: bool = field(
         default=True, metadata={"help": "Add the data's own `chosen` and `rejected` answers to each group where there are any."}
     )
+    negative_source: str = field(
+        default="instruction",
+        metadata={
+            "help": "Where negatives come from: `instruction`, the model's own answers under the negative instruction, or `other_prompts`, "
+            "its good answers to other prompts (an ablation; needs rank_by origin or origin_then_reward)."
+        },
+    )
     negative_policy: str = field(
         default="current",
         metadata={
@@ -105,14 +112,24 @@ class NEATConfig(TrainingArguments):
     )
     rank_by: str = field(
         default="reward",
-        metadata={"help": "`reward`, or `origin` (positive and chosen above plain above negative and rejected) for runs without a reward."},
+        metadata={
+            "help": "`reward`; `origin` (positive and chosen above plain above negative and rejected) for runs without a reward; or "
+            "`origin_then_reward` (negative and rejected below all others whatever their reward, else by reward)."
+        },
     )
     reward_margin: float = field(
         default=0.0, metadata={"help": "Completion i ranks above j when its reward is higher by more than this, in reward units."}
     )
 
     # ---- objective ----
-    ranking_loss: str = field(default="logistic", metadata={"help": "hinge (RRHF, SLiC), logistic (SimPO's form), listwise (PRO), or dpo."})
+    ranking_loss: str = field(
+        default="logistic",
+        metadata={"help": "hinge (RRHF, SLiC), logistic (SimPO's form), listwise (PRO), dpo, or none (the LM loss alone: RAFT)."},
+    )
+    pair_selection: str = field(
+        default="all",
+        metadata={"help": "Which pairs of a group are ranked: `all`, or `best_worst`, the best against the worst (DPO's)."},
+    )
     hinge_margin: float | None = field(
         default=None,
         metadata={"help": "Margin m of the hinge, in nats per token (nats when length_power is 0). Only with hinge; 0 when unset."},
@@ -134,6 +151,13 @@ class NEATConfig(TrainingArguments):
     lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss on the best completion."})
     lm_on_bad_origins: bool = field(
         default=False, metadata={"help": "Let a negative or rejected completion be the language-modelling target when it is the best."}
+    )
+    lm_on_cut_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a completion that was cut at max_completion_length be the language-modelling target, without an end of turn. "
+            "Otherwise the target must have ended by itself, which favours short answers where most are cut."
+        },
     )
     negative_penalty: str = field(
         default="none", metadata={"help": "Bounded penalty on negatives rewarded below the group's median: none, unlikelihood, or npo."}
@@ -178,7 +202,9 @@ class NEATConfig(TrainingArguments):
         _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
         _check_choice("negative_penalty", self.negative_penalty, NEGATIVE_PENALTIES)
         _check_choice("instruction_placement", self.instruction_placement, PLACEMENTS)
-        _check_choice("rank_by", self.rank_by, ("reward", "origin"))
+        _check_choice("rank_by", self.rank_by, ("reward", "origin", "origin_then_reward"))
+        _check_choice("pair_selection", self.pair_selection, ("all", "best_worst"))
+        _check_choice("negative_source", self.negative_source, ("instruction", "other_prompts"))
         _check_choice("negative_policy", self.negative_policy, ("current", "initial"))
         _check_choice("generation_copy", self.generation_copy, ("auto", "always", "never"))
         _check_choice("pair_reduction", self.pair_reduction, ("mean", "sum"))
@@ -200,7 +226,7 @@ class NEATConfig(TrainingArguments):
     def resolved_beta(self) -> float:
         """`beta`, or the default of the chosen ranking loss."""
         # dpo's own 0.1 is for summed log-probabilities; on means it would hardly ever saturate.
-        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": 0.1 if self.length_power == 0 else 2.0, "hinge": 1.0}
+        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": 0.1 if self.length_power == 0 else 2.0, "hinge": 1.0, "none": 1.0}
         return defaults[self.ranking_loss] if self.beta is None else self.beta
 
     @property
@@ -256,8 +282,14 @@ def _check_ignored(c: NEATConfig) -> None:
     """Refuse options that the chosen mode would silently ignore."""
     if c.hinge_margin is not None and c.ranking_loss != "hinge":
         raise ConfigError(f"hinge_margin is set but ranking_loss is {c.ranking_loss}: remove it, or use ranking_loss: hinge")
-    if c.beta is not None and c.ranking_loss == "hinge":
-        raise ConfigError("beta is set but the hinge loss has none: remove it (the hinge's scale is hinge_margin)")
+    if c.beta is not None and c.ranking_loss in ("hinge", "none"):
+        raise ConfigError(f"beta is set but ranking_loss {c.ranking_loss} has none: remove it (the hinge's scale is hinge_margin)")
+    if c.ranking_loss == "none" and c.lm_weight == 0:
+        raise ConfigError("ranking_loss is none and lm_weight is 0: nothing would be learned; set one of them")
+    if c.ranking_loss == "none" and c.pair_selection != "all":
+        raise ConfigError("pair_selection is set but ranking_loss is none: no pair is ranked; remove it")
+    if c.lm_weight == 0 and (c.lm_on_bad_origins or c.lm_on_cut_completions):
+        raise ConfigError("lm_on_bad_origins or lm_on_cut_completions is set but lm_weight is 0: there is no language-modelling target")
     if c.gamma is not None and c.ranking_loss != "logistic":
         raise ConfigError(f"gamma is set but ranking_loss is {c.ranking_loss}: only logistic has a target margin")
     if (c.negative_penalty == "none") != (c.negative_weight == 0):
@@ -266,6 +298,10 @@ def _check_ignored(c: NEATConfig) -> None:
         raise ConfigError("negative_penalty is set but num_negative is 0: there would be nothing to penalise")
     if c.npo_beta is not None and c.negative_penalty != "npo":
         raise ConfigError(f"npo_beta is set but negative_penalty is {c.negative_penalty}: remove it, or use negative_penalty: npo")
+    if c.negative_penalty != "none" and c.pair_selection != "all":
+        raise ConfigError("negative_penalty looks at whole groups and pair_selection: best_worst trains on two of each: use one of the two")
+    if c.negative_source == "other_prompts":
+        _check_other_prompts(c)
     if c.negative_policy == "initial" and c.num_negative == 0:
         raise ConfigError("negative_policy is initial but num_negative is 0: remove it, or sample negatives")
     if c.max_kl is not None and c.drift_prompts == 0:
@@ -283,3 +319,15 @@ def _check_ignored(c: NEATConfig) -> None:
         raise ConfigError("dataloader_drop_last would throw sampled groups away: set it to false")
     if c.label_smoothing_factor:
         raise ConfigError("label_smoothing_factor has no meaning in NEAT's losses: set it to 0")
+
+
+def _check_other_prompts(c: NEATConfig) -> None:
+    if c.num_negative == 0:
+        raise ConfigError("negative_source is other_prompts but num_negative is 0: remove it, or ask for negatives")
+    if c.rank_by == "reward":
+        raise ConfigError(
+            "negative_source is other_prompts and rank_by is reward: a good answer to another prompt may well have a high reward, so it "
+            "would be no negative; set rank_by: origin_then_reward (or origin)"
+        )
+    if c.negative_policy == "initial":
+        raise ConfigError("negative_policy is initial but negative_source is other_prompts: the current policy writes those; remove one")

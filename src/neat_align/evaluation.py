@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, cast
 
@@ -13,12 +13,12 @@ import torch
 from neat_align.data import PromptRow
 from neat_align.expand import answer_ids, score_texts
 from neat_align.groups import Polarity, Prompt
-from neat_align.logprobs import Reference, exact_drift, score_completions
+from neat_align.logprobs import Drift, Reference, exact_drift, score_completions
 from neat_align.packing import Layout
 from neat_align.prompts import InstructionBank, completion_seed, draw_pair, instructed, prompt_ids
 from neat_align.rewards import NamedReward
-from neat_align.round_metrics import distinct_n
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.text_metrics import distinct_n, is_refusal, repetition
 
 # Rounds count from 0; evaluation draws its seeds apart from every round's.
 EVAL_ROUND = -1
@@ -37,7 +37,6 @@ class EvalTools:
     placement: str
     sampling: SamplingParams
     layout: Layout
-    batch_size: int
     pad_token_id: int
     autocast_dtype: torch.dtype | None
     reference: Reference | None = None
@@ -49,7 +48,9 @@ class Evaluation:
 
     `perplexity` is exp of the mean negative log-likelihood a token of the data's `chosen` answers under the plain prompt;
     `kl` and `entropy` are exact, on the plain samples, in nats per token, KL to the start policy; `contrast` is the mean
-    reward under the positive and the negative instruction (and plain). None where there is nothing to measure.
+    reward under the positive and the negative instruction (and plain). `repetition` and `refusals` are those of
+    `text_metrics`; `pair_accuracy` is 1 where the policy prefers the data's `chosen` answer to its `rejected` one (mean
+    log-probability a token), 0 where not, 0.5 for equal ones. None, or an empty list, where there is nothing to measure.
     """
 
     prompt_ids: list[str]
@@ -64,6 +65,10 @@ class Evaluation:
     kl: float | None
     entropy: float | None
     contrast: dict[str, float]
+    kl_by_prompt: list[float] = field(default_factory=list)
+    repetition: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)
+    pair_accuracy: list[float | None] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
         """The means, as logged under `eval_`. What was not measured is left out."""
@@ -73,6 +78,9 @@ class Evaluation:
             "completions/mean_length": fmean(self.lengths),
             "completions/clipped_ratio": fmean(self.clipped),
             "distinct2": self.distinct2,
+            "repetition": mean_of(self.repetition),
+            "refusals": mean_of(self.refusals),
+            "pair_accuracy": mean_of(self.pair_accuracy),
             "perplexity": self.perplexity,
             "kl": self.kl,
             "entropy": self.entropy,
@@ -111,6 +119,7 @@ def evaluate_policy(
     first = len(tools.rewards)
     judges = {judge.name: _by_prompt([c[first + i] for c in scored.components], samples_per_prompt) for i, judge in enumerate(tools.judges)}
     drift = _drift(flat_rows, plain, tools)
+    answers_likelihood = _human_logprobs(rows, tools)
     variety = distinct_n(texts)  # NaN when no answer has two words
     contrast_rewards = {"plain": mean_of(scored.rewards)}
     polarities: tuple[Polarity, ...] = ("positive", "negative") if contrast and tools.rewards else ()
@@ -124,13 +133,17 @@ def evaluate_policy(
         completions=[texts[i : i + samples_per_prompt] for i in range(0, len(texts), samples_per_prompt)],
         rewards=_by_prompt(list(scored.rewards), samples_per_prompt),
         judges=judges,
-        lengths=[float(v or 0) for v in _by_prompt([float(len(s.token_ids)) for s in plain], samples_per_prompt)],
-        clipped=[float(v or 0) for v in _by_prompt([float(s.finish_reason == "length") for s in plain], samples_per_prompt)],
+        lengths=_floats(_by_prompt([float(len(s.token_ids)) for s in plain], samples_per_prompt)),
+        clipped=_floats(_by_prompt([float(s.finish_reason == "length") for s in plain], samples_per_prompt)),
         distinct2=None if math.isnan(variety) else variety,
-        perplexity=reference_perplexity(rows, tools),
-        kl=drift[0] if drift is not None else None,
-        entropy=drift[1] if drift is not None else None,
+        perplexity=_perplexity(answers_likelihood),
+        kl=drift.kl_per_token if drift is not None else None,
+        entropy=drift.entropy_per_token if drift is not None else None,
         contrast={k: v for k, v in contrast_rewards.items() if v is not None},
+        kl_by_prompt=_kl_by_prompt(drift, samples_per_prompt) if drift is not None else [],
+        repetition=_floats(_by_prompt([repetition(t) for t in texts], samples_per_prompt)),
+        refusals=_floats(_by_prompt([float(is_refusal(t)) for t in texts], samples_per_prompt)),
+        pair_accuracy=_pair_accuracy(answers_likelihood),
     )
 
 
@@ -141,6 +154,16 @@ def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
 
 def _by_prompt(values: Sequence[float | None], n: int) -> list[float | None]:
     return [mean_of(values[i : i + n]) for i in range(0, len(values), n)]
+
+
+def _floats(values: Sequence[float | None]) -> list[float]:
+    return [float(v or 0) for v in values]
+
+
+def _kl_by_prompt(drift: Drift, n: int) -> list[float]:
+    """KL a token of each prompt's samples together."""
+    starts = range(0, len(drift.kl), n)
+    return [sum(drift.kl[i : i + n]) / max(sum(drift.tokens[i : i + n]), 1) for i in starts]
 
 
 def _sample(
@@ -170,29 +193,42 @@ def _sample(
     return tools.sampler.sample(requests, tools.sampling, progress=report)
 
 
-def reference_perplexity(rows: Sequence[PromptRow], tools: EvalTools) -> float | None:
-    """exp(mean NLL a token) of the `chosen` answers, end-of-turn token included, all tokens weighted alike; None without."""
-    with_answer = [(row, row.chosen) for row in rows if row.chosen is not None]
-    if not with_answer:
-        return None
-    prompts = [prompt_ids(tools.tokenizer, row.prompt) for row, _ in with_answer]
+# Per-token log-probabilities of a row's chosen and rejected answer, in nats; None where the row has none.
+_AnswerLogprobs = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+
+
+def _human_logprobs(rows: Sequence[PromptRow], tools: EvalTools) -> list[_AnswerLogprobs]:
+    """The data's own answers under the plain prompt, end-of-turn token included."""
+    given = [(r, side, text) for r, row in enumerate(rows) for side, text in enumerate((row.chosen, row.rejected)) if text is not None]
+    prompts = [prompt_ids(tools.tokenizer, rows[r].prompt) for r, _, _ in given]
     # A model with learned positions cannot read past its context; what does not fit is left out of the mean.
     context = cast("Any", tools.model).config.max_position_embeddings
     room = [context - len(ids) for ids in prompts]
-    answers = [answer_ids(row, text, tools.tokenizer, n)[0] for (row, text), n in zip(with_answer, room, strict=True)]
+    answers = [answer_ids(rows[r], text, tools.tokenizer, n)[0] for (r, _, text), n in zip(given, room, strict=True)]
     logps = score_completions(
-        tools.model,
-        prompts,
-        answers,
-        layout=tools.layout,
-        pad_token_id=tools.pad_token_id,
-        autocast_dtype=tools.autocast_dtype,
+        tools.model, prompts, answers, layout=tools.layout, pad_token_id=tools.pad_token_id, autocast_dtype=tools.autocast_dtype
     )
-    flat = [v for row in logps for v in row]
-    return math.exp(-fmean(flat))
+    found = {(r, side): row for (r, side, _), row in zip(given, logps, strict=True)}
+    return [(found.get((r, 0)), found.get((r, 1))) for r in range(len(rows))]
 
 
-def _drift(rows: Sequence[PromptRow], samples: Sequence[Sample], tools: EvalTools) -> tuple[float, float] | None:
+def _perplexity(answers: Sequence[_AnswerLogprobs]) -> float | None:
+    """exp(mean NLL a token) of the `chosen` answers, all tokens weighted alike; None without."""
+    flat = [v for chosen, _ in answers if chosen is not None for v in chosen]
+    return math.exp(-fmean(flat)) if flat else None
+
+
+def _pair_accuracy(answers: Sequence[_AnswerLogprobs]) -> list[float | None]:
+    def verdict(chosen: tuple[float, ...] | None, rejected: tuple[float, ...] | None) -> float | None:
+        if not chosen or not rejected:
+            return None
+        gap = fmean(chosen) - fmean(rejected)
+        return 0.5 if gap == 0 else float(gap > 0)
+
+    return [verdict(*pair) for pair in answers]
+
+
+def _drift(rows: Sequence[PromptRow], samples: Sequence[Sample], tools: EvalTools) -> Drift | None:
     if tools.reference is None:
         return None
     return exact_drift(
@@ -200,8 +236,8 @@ def _drift(rows: Sequence[PromptRow], samples: Sequence[Sample], tools: EvalTool
         tools.reference,
         [prompt_ids(tools.tokenizer, row.prompt) for row in rows],
         [s.token_ids for s in samples],
+        layout=tools.layout,
         pad_token_id=tools.pad_token_id,
-        batch_size=tools.batch_size,
         autocast_dtype=tools.autocast_dtype,
     )
 

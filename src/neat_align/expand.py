@@ -24,6 +24,7 @@ from neat_align.groups import (
     CompletionGroup,
     Origin,
     Polarity,
+    RankBy,
     groups_to_table,
     ordered_pairs,
     rank_keys,
@@ -54,10 +55,11 @@ class ExpandParams:
     use_human_completions: bool
     placement: str
     sampling: SamplingParams
-    rank_by: Literal["reward", "origin"]
+    rank_by: RankBy
     reward_margin: float
     max_prompt_length: int
     min_pair_fraction: float = 0.0
+    negative_source: Literal["instruction", "other_prompts"] = "instruction"
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:
         """How many completions of each origin are sampled, good ones first (of two equal texts the first is kept)."""
@@ -223,15 +225,18 @@ def _sample(
 ) -> list[CompletionGroup]:
     plain_ids = [_checked_prompt_ids(row, params, tools) for row in rows]
     plans: list[tuple[int, Polarity, int, str | None, SampleRequest]] = []
-    for r, row in enumerate(rows):
-        pair = draw_pair(tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=row.id)
+    for r in range(len(rows)):
         for polarity, count in params.counts():
-            instruction = {"positive": pair.positive, "negative": pair.negative, "plain": None}[polarity]
+            asked, written_as, first = _writer(r, rows, polarity, params)
+            if asked is None or not count:
+                continue
+            pair = draw_pair(tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=asked.id)
+            instruction = {"positive": pair.positive, "negative": pair.negative, "plain": None}[written_as]
             ids = plain_ids[r]
-            if instruction is not None and count:
-                ids = tuple(prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, params.placement)))
+            if instruction is not None:
+                ids = tuple(prompt_ids(tools.tokenizer, *instructed(asked.prompt, instruction, params.placement)))
             for index in range(count):
-                seed = completion_seed(params.seed, round_index, row.id, polarity, index)
+                seed = completion_seed(params.seed, round_index, asked.id, written_as, first + index)
                 plans.append((r, polarity, index, instruction, SampleRequest(ids, seed)))
     finished = 0
 
@@ -269,6 +274,17 @@ def _sample(
         for r, row in enumerate(rows):
             completions[r] += human_completions(row, tools.tokenizer, params.sampling.max_new_tokens)
     return [CompletionGroup(row.id, row.prompt, plain_ids[r], tuple(completions[r])) for r, row in enumerate(rows)]
+
+
+def _writer(r: int, rows: Sequence[PromptRow], polarity: Polarity, params: ExpandParams) -> tuple[PromptRow | None, Polarity, int]:
+    """Whose prompt a completion of row `r` answers, under which instruction, and the first index that its seeds count from.
+
+    Its own, but for negatives from other prompts: those are the next row's good answers, drawn beside the ones that row
+    keeps. A row that is alone has nobody to take them from.
+    """
+    if polarity != "negative" or params.negative_source == "instruction":
+        return rows[r], polarity, 0
+    return (rows[(r + 1) % len(rows)] if len(rows) > 1 else None), "positive", params.num_positive
 
 
 def _checked_prompt_ids(row: PromptRow, params: ExpandParams, tools: ExpandTools) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
@@ -21,12 +21,16 @@ Polarity: TypeAlias = Literal["positive", "negative", "plain"]
 FinishReason: TypeAlias = Literal["stop", "length"]
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[Message]
+RankBy: TypeAlias = Literal["reward", "origin", "origin_then_reward"]
+PairSelection: TypeAlias = Literal["all", "best_worst"]
 
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
 # What `rank_by: origin` means: a larger number is better; equal numbers make no pair.
 ORIGIN_RANK: dict[Origin, int] = {"positive": 2, "chosen": 2, "plain": 1, "negative": 0, "rejected": 0}
 # Origins that were written to be bad; never the target of the language-modelling loss by default.
 BAD_ORIGINS: frozenset[Origin] = frozenset({"negative", "rejected"})
+ORIGIN_STEP = 1.0
+"""How far `rank_by: origin_then_reward` puts the best bad completion below the worst good one, in reward units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,24 @@ class CompletionGroup:
     completions: tuple[Completion, ...]
 
 
-def rank_keys(group: CompletionGroup, rank_by: Literal["reward", "origin"]) -> list[float | None]:
-    """The number by which each completion is ranked, higher is better; None takes part in no pair."""
+def rank_keys(group: CompletionGroup, rank_by: RankBy) -> list[float | None]:
+    """The number by which each completion is ranked, higher is better; None takes part in no pair.
+
+    For `origin_then_reward` the rewards of negative and rejected completions are shifted down together until the best of
+    them stands `ORIGIN_STEP` below the worst of the others.
+    """
     if rank_by == "origin":
         return [float(ORIGIN_RANK[c.origin]) for c in group.completions]
-    return [c.reward for c in group.completions]
+    keys = [c.reward for c in group.completions]
+    if rank_by == "reward":
+        return keys
+    is_bad = [c.origin in BAD_ORIGINS for c in group.completions]
+    good = [k for k, bad in zip(keys, is_bad, strict=True) if k is not None and not bad]
+    low = [k for k, bad in zip(keys, is_bad, strict=True) if k is not None and bad]
+    if not good or not low:
+        return keys
+    shift = min(good) - ORIGIN_STEP - max(low)
+    return [k + shift if k is not None and bad else k for k, bad in zip(keys, is_bad, strict=True)]
 
 
 def ordered_pairs(keys: Sequence[float | None], margin: float) -> list[tuple[int, int]]:
@@ -79,19 +96,37 @@ def ordered_pairs(keys: Sequence[float | None], margin: float) -> list[tuple[int
     return [(i, j) for i, a in present for j, b in present if a - b > margin]
 
 
-def best_index(group: CompletionGroup, keys: Sequence[float | None], *, allow_bad_origins: bool = False) -> int | None:
+def best_index(
+    group: CompletionGroup, keys: Sequence[float | None], *, allow_bad_origins: bool = False, allow_cut: bool = False
+) -> int | None:
     """Index of the language-modelling target y*: of the completions that ended by themselves, the one with the highest key.
 
-    `keys` are `rank_keys`. Completions of negative or rejected origin are eligible only with `allow_bad_origins`; cut ones
-    and ones without a key never are. Ties go to the earlier completion. None when nothing is eligible.
+    `keys` are `rank_keys`. Completions of negative or rejected origin are eligible only with `allow_bad_origins`, cut ones
+    only with `allow_cut` (they have no end of turn, so they teach nothing about where to stop); ones without a key never
+    are. Ties go to the earlier completion. None when nothing is eligible.
     """
     best: int | None = None
     best_key = -math.inf
     for i, (c, key) in enumerate(zip(group.completions, keys, strict=True)):
-        eligible = c.finish_reason == "stop" and (allow_bad_origins or c.origin not in BAD_ORIGINS)
+        eligible = (allow_cut or c.finish_reason == "stop") and (allow_bad_origins or c.origin not in BAD_ORIGINS)
         if eligible and key is not None and key > best_key:
             best, best_key = i, key
     return best
+
+
+def extremes(keys: Sequence[float | None], margin: float) -> tuple[int, int] | None:
+    """Indices of the best and the worst key, the earlier one where several are equal; None when they are within `margin`."""
+    present = [(i, k) for i, k in enumerate(keys) if k is not None]
+    if not present:
+        return None
+    best, worst = max(present, key=lambda pair: pair[1]), min(present, key=lambda pair: pair[1])
+    return (best[0], worst[0]) if best[1] - worst[1] > margin else None
+
+
+def kept_completions(group: CompletionGroup, indices: Iterable[int | None]) -> CompletionGroup:
+    """The group with only these completions, in their order; the first one where none is named, since a group is never empty."""
+    wanted = {i for i in indices if i is not None} or {0}
+    return replace(group, completions=tuple(c for i, c in enumerate(group.completions) if i in wanted))
 
 
 # ---- Arrow -----------------------------------------------------------------------------------------------------------
@@ -190,7 +225,7 @@ def read_groups(path: str | Path) -> list[CompletionGroup]:
 # ---- Exports ---------------------------------------------------------------------------------------------------------
 
 
-def ranked_rows(groups: Iterable[CompletionGroup], *, rank_by: Literal["reward", "origin"] = "reward") -> list[dict[str, Any]]:
+def ranked_rows(groups: Iterable[CompletionGroup], *, rank_by: RankBy = "reward") -> list[dict[str, Any]]:
     """One row a group: `prompt`, `completions`, `rewards`, `origins`, best first (PRO's and RRHF's shape)."""
     rows = []
     for g in groups:
@@ -207,19 +242,14 @@ def ranked_rows(groups: Iterable[CompletionGroup], *, rank_by: Literal["reward",
     return rows
 
 
-def preference_rows(
-    groups: Iterable[CompletionGroup], *, margin: float = 0.0, rank_by: Literal["reward", "origin"] = "reward"
-) -> list[dict[str, Any]]:
+def preference_rows(groups: Iterable[CompletionGroup], *, margin: float = 0.0, rank_by: RankBy = "reward") -> list[dict[str, Any]]:
     """One row a group: best against worst, in TRL's preference format. Groups without such a pair are left out."""
     rows = []
     for g in groups:
-        keyed = [(key, c) for key, c in zip(rank_keys(g, rank_by), g.completions, strict=True) if key is not None]
-        if not keyed:
+        ends = extremes(rank_keys(g, rank_by), margin)
+        if ends is None:
             continue
-        best_key, best = max(keyed, key=lambda pair: pair[0])
-        worst_key, worst = min(keyed, key=lambda pair: pair[0])
-        if best_key - worst_key <= margin:
-            continue
+        best, worst = (g.completions[i] for i in ends)
         chosen: Any = best.text
         rejected: Any = worst.text
         if not isinstance(g.prompt, str):

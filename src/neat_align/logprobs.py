@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 HEAD_CHUNK = 512
 # Tokens that go through the model at once when it only scores.
 SCORING_TOKENS = 4096
+# The same for padded rows whose logits are held.
+PADDED_DRIFT_TOKENS = 1024
 # Completions of one prompt that are scored in one packed group.
 SCORING_GROUP = 32
 # Opens the start policy: a frozen copy, or the trained model with its adapter switched off.
@@ -137,6 +140,19 @@ def score_completions(
 
     `max_tokens` go through the model at once. In the packed layout completions of equal prompts share one.
     """
+    device = next(model.parameters()).device
+    scored: dict[int, tuple[float, ...]] = {}
+    for members, rows in _scoring_batches(prompts, completions, layout, pad_token_id, max_tokens):
+        with inference(model, autocast_dtype):
+            logps = completion_logprobs(model, rows.to(device)).tolist()
+        scored.update({i: tuple(row[: len(completions[i])]) for i, row in zip(members, logps, strict=True)})
+    return [scored[i] for i in range(len(prompts))]
+
+
+def _scoring_batches(
+    prompts: Sequence[TokenIds], completions: Sequence[TokenIds], layout: Layout, pad_token_id: int, max_tokens: int
+) -> Iterator[tuple[list[int], Rows]]:
+    """Batches of rows for passes without a gradient, each with the indices of its completions, in the order of its rows."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
         # Padded rows are all their own group: any number of them makes a batch.
@@ -145,19 +161,12 @@ def score_completions(
     # A prompt with very many completions is cut, so that its batch stays near the budget.
     groups = [group[start : start + SCORING_GROUP] for group in groups for start in range(0, len(group), SCORING_GROUP)]
     sizes = [tokens_in(len(prompts[group[0]]), [len(completions[i]) for i in group], layout) for group in groups]
-    device = next(model.parameters()).device
-    scored: dict[int, tuple[float, ...]] = {}
-    with inference(model, autocast_dtype):
-        for batch in fill_in_order(sizes, max_tokens):
-            members = [i for g in batch for i in groups[g]]
-            rows: Rows
-            if layout == "packed":
-                rows = pack_rows([prompts[groups[g][0]] for g in batch], [[completions[i] for i in groups[g]] for g in batch])
-            else:
-                rows = pad_rows([prompts[i] for i in members], [completions[i] for i in members], pad_token_id)
-            logps = completion_logprobs(model, rows.to(device)).tolist()
-            scored.update({i: tuple(row[: len(completions[i])]) for i, row in zip(members, logps, strict=True)})
-    return [scored[i] for i in range(len(prompts))]
+    for batch in fill_in_order(sizes, max_tokens):
+        members = [i for g in batch for i in groups[g]]
+        if layout == "packed":
+            yield members, pack_rows([prompts[groups[g][0]] for g in batch], [[completions[i] for i in groups[g]] for g in batch])
+        else:
+            yield members, pad_rows([prompts[i] for i in members], [completions[i] for i in members], pad_token_id)
 
 
 def choose_layout(model: torch.nn.Module, prompts: Sequence[TokenIds], *, pad_token_id: int, longest: int) -> Layout:
@@ -200,32 +209,74 @@ def _is_quantised(model: torch.nn.Module) -> bool:
     return getattr(unwrapped(model).config, "quantization_config", None) is not None
 
 
+@dataclass(frozen=True)
+class Drift:
+    """KL(π ‖ π_start) and the entropy of π over the whole vocabulary, in nats, summed over the tokens of each completion."""
+
+    kl: tuple[float, ...]
+    entropy: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def kl_per_token(self) -> float:
+        """Mean over all tokens, in nats; 0 without any."""
+        return sum(self.kl) / max(sum(self.tokens), 1)
+
+    @property
+    def entropy_per_token(self) -> float:
+        """Mean over all tokens, in nats; 0 without any."""
+        return sum(self.entropy) / max(sum(self.tokens), 1)
+
+
 def exact_drift(
     model: torch.nn.Module,
     reference: Reference,
     prompts: Sequence[TokenIds],
     completions: Sequence[TokenIds],
     *,
+    layout: Layout,
     pad_token_id: int,
-    batch_size: int,
     autocast_dtype: torch.dtype | None,
-) -> tuple[float, float]:
-    """KL(π ‖ π_start) and the entropy of π, both in nats per token.
+    max_tokens: int | None = None,
+) -> Drift:
+    """How far the policy is from the start policy at each token of `completions`, without the variance of an estimate.
 
-    Over the whole vocabulary at each token of `completions`, mean over tokens. With completions sampled from π on the
-    plain prompt the first is the drift from the start policy, without the variance of an estimate from sampled tokens.
+    With completions sampled from π on the plain prompt the KL is the drift. `max_tokens` go through a model at once; by
+    default few in padded rows, whose logits are held.
     """
-    kl, entropy, tokens = 0.0, 0.0, 0
+    budget = max_tokens or (SCORING_TOKENS if layout == "packed" else PADDED_DRIFT_TOKENS)
+    kl, entropy = [0.0] * len(completions), [0.0] * len(completions)
     device = next(model.parameters()).device
-    for part in parts(len(prompts), batch_size):
-        rows = pad_rows(prompts[part], completions[part], pad_token_id).to(device)
+    for members, batch in _scoring_batches(prompts, completions, layout, pad_token_id, budget):
+        rows = batch.to(device)
         with inference(model, autocast_dtype):
-            logits = completion_logits(model, rows)[rows.completion_mask]
+            inputs = _head_inputs(model, rows)
         with reference() as start_policy, inference(start_policy, autocast_dtype):
-            ref_logits = completion_logits(start_policy, rows)[rows.completion_mask]
-        for chunk in parts(len(logits), HEAD_CHUNK):
-            logp, ref_logp = logits[chunk].float().log_softmax(-1), ref_logits[chunk].float().log_softmax(-1)
-            kl += float((logp.exp() * (logp - ref_logp)).sum())
-            entropy -= float((logp.exp() * logp).sum())
-        tokens += len(logits)
-    return kl / max(tokens, 1), entropy / max(tokens, 1)
+            ref_inputs = _head_inputs(start_policy, rows)
+        owners = [i for i in members for _ in completions[i]]
+        size = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, device)
+        for part in parts(len(owners), size):
+            with inference(model, autocast_dtype):
+                logp = _head_outputs(model, inputs[part], rows).float().log_softmax(-1)
+            with reference() as start_policy, inference(start_policy, autocast_dtype):
+                ref_logp = _head_outputs(start_policy, ref_inputs[part], rows).float().log_softmax(-1)
+            p = logp.exp()
+            gaps, surprises = (p * (logp - ref_logp)).sum(-1).tolist(), (p * logp).sum(-1).tolist()
+            for owner, gap, surprise in zip(owners[part], gaps, surprises, strict=True):
+                kl[owner] += gap
+                entropy[owner] -= surprise
+    return Drift(tuple(kl), tuple(entropy), tuple(map(len, completions)))
+
+
+def _head_inputs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "predicted width"]:
+    """What the logits of each completion token are made from: states in packed rows, in padded rows the logits themselves."""
+    if isinstance(rows, PackedRows):
+        return completion_states(model, rows)
+    return completion_logits(model, rows)[rows.completion_mask]
+
+
+def _head_outputs(model: torch.nn.Module, inputs: Float[Tensor, "n width"], rows: Rows) -> Float[Tensor, "n vocab"]:
+    if isinstance(rows, PackedRows):
+        head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+        return _logit_tail(model)(head(inputs))
+    return inputs

@@ -69,6 +69,18 @@ def preferred_pairs(keys: Float[Tensor, "groups k"], present: Bool[Tensor, "grou
     return (keys[:, :, None] - keys[:, None, :] > margin) & both
 
 
+def best_against_worst(keys: Float[Tensor, "groups k"], present: Bool[Tensor, "groups k"], margin: float) -> Bool[Tensor, "groups k k"]:
+    """One pair a group: its best completion above its worst, the earlier one where several are equal (DPO's, SimPO's data).
+
+    No pair where the two keys are within `margin`. `keys` and `present` are those of `preferred_pairs`.
+    """
+    best = torch.where(present, keys, -math.inf).argmax(dim=-1)
+    worst = torch.where(present, keys, math.inf).argmin(dim=-1)
+    slots = torch.arange(keys.shape[-1], device=keys.device)
+    chosen = (slots == best[:, None])[:, :, None] & (slots == worst[:, None])[:, None, :]
+    return chosen & preferred_pairs(keys, present, margin)
+
+
 # ---- ranking losses --------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +274,7 @@ def active_pairs(
         hinge                   m + ℓ_j − ℓ_i > 0
         logistic                σ(−(β(ℓ_i − ℓ_j) − γ)) > `ACTIVE_WEIGHT`
         listwise, dpo           the same with γ = 0
+        none                    never
 
     The sigmoid is the pair's gradient as a share of β; in `listwise`, where the losers of one winner share a gradient,
     it is what the pair would have alone, an upper bound. For `dpo` hand in log-ratios, `scores - ref_scores`. What a
@@ -274,7 +287,9 @@ def active_pairs(
         return (torch.sigmoid(gamma - beta * gaps) > ACTIVE_WEIGHT) & pairs
     if ranking_loss in ("listwise", "dpo"):
         return (torch.sigmoid(-beta * gaps) > ACTIVE_WEIGHT) & pairs
-    raise ValueError(f"ranking_loss is {ranking_loss!r}; it must be hinge, logistic, listwise or dpo")
+    if ranking_loss == "none":
+        return torch.zeros_like(pairs)
+    raise ValueError(f"ranking_loss is {ranking_loss!r}; it must be hinge, logistic, listwise, dpo or none")
 
 
 def ranking_accuracy(scores: Float[Tensor, "groups k"], pairs: Bool[Tensor, "groups k k"]) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from neat_align.groups import ORIGINS, CompletionGroup, best_index, rank_keys
+from neat_align.groups import ORIGINS, CompletionGroup, RankBy, best_index, rank_keys
 
 T = TypeVar("T")
 TokenIds: TypeAlias = Sequence[int]
@@ -251,8 +251,9 @@ def collate_groups(
     groups: Sequence[CompletionGroup],
     *,
     pad_token_id: int,
-    rank_by: Literal["reward", "origin"],
+    rank_by: RankBy,
     lm_on_bad_origins: bool,
+    lm_on_cut: bool = False,
     layout: Layout = "padded",
 ) -> GroupBatch:
     """One batch from several groups of any sizes."""
@@ -275,7 +276,7 @@ def collate_groups(
             present[g, k] = True
             if key is not None:
                 keys[g, k] = key
-        best = best_index(group, group_keys, allow_bad_origins=lm_on_bad_origins)
+        best = best_index(group, group_keys, allow_bad_origins=lm_on_bad_origins, allow_cut=lm_on_cut)
         if best is not None:
             best_row[g] = first_row + best
         first_row += len(group.completions)

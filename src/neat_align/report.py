@@ -10,9 +10,9 @@ import math
 import random
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, cast
 
-from neat_align.groups import BAD_ORIGINS, ORIGINS, Origin, rank_keys
+from neat_align.groups import BAD_ORIGINS, ORIGINS, Origin, RankBy, rank_keys
 from neat_align.report_charts import Series, chart
 from neat_align.report_groups import FEW_PROMPTS, distributions, instruction_rows, prompt_means, spread_of_mean
 from neat_align.report_input import RunFacts, number, read_run
@@ -172,7 +172,7 @@ def sample_groups(run: RunFacts) -> list[dict[str, Any]]:
         return []
     groups = list(run.rounds[-1].groups)
     picked = sorted(random.Random(f"{run.record.get('seed')}/groups").sample(range(len(groups)), min(SHOWN_GROUPS, len(groups))))
-    rank_by: Literal["reward", "origin"] = "origin" if run.config.get("rank_by") == "origin" else "reward"
+    rank_by = cast("RankBy", run.config.get("rank_by", "reward"))
     shown = []
     for group in (groups[i] for i in picked):
         keys = rank_keys(group, rank_by)

@@ -8,16 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 
 from neat_align.groups import BAD_ORIGINS, ORIGINS, Completion, CompletionGroup
-
-
-def distinct_n(texts: Iterable[str], n: int = 2) -> float:
-    """Share of distinct word n-grams among all word n-grams of the texts together (Li et al., 2016); NaN without any."""
-    grams: Counter[tuple[str, ...]] = Counter()
-    for text in texts:
-        words = text.lower().split()
-        grams.update(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    total = sum(grams.values())
-    return len(grams) / total if total else math.nan
+from neat_align.text_metrics import distinct_n
 
 
 def inversion_rate(groups: Iterable[CompletionGroup]) -> float:

@@ -45,6 +45,13 @@ def commit() -> str | None:
     return described.stdout.strip() or None
 
 
+def cpu_name() -> str:
+    """What the system calls its processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
+
+
 def fingerprint(rows: Sequence[PromptRow]) -> str:
     """SHA-256 over the rows' ids, prompts and answers, in order."""
     digest = hashlib.sha256()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -56,6 +56,15 @@ def parse(arguments: Sequence[str], config_file: Path | None) -> tuple[RunSettin
     if unknown:
         raise ConfigError(f"{unknown[0]!r} belongs to no option: options are written --name value")
     return settings, config
+
+
+def settings_from(values: Mapping[str, Any]) -> tuple[RunSettings, NEATConfig]:
+    """Settings from plain options, as a recipe holds them; numbers that YAML reads as text ("1e-5") are numbers here, too."""
+    known = {f.name for c in (RunSettings, NEATConfig) for f in dataclasses.fields(c) if f.init}
+    for name in values:
+        if name not in known:
+            raise ConfigError(_unknown(str(name), known, "the settings"))
+    return parse(_as_arguments(dict(values), []), None)
 
 
 def _parser() -> HfArgumentParser:

@@ -17,7 +17,7 @@ from torch import Tensor
 from neat_align import objective
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
-from neat_align.groups import ORIGINS
+from neat_align.groups import ORIGINS, PairSelection
 from neat_align.packing import GroupBatch
 
 
@@ -26,6 +26,7 @@ class ObjectiveParams:
     """The objective's settings, resolved: every number is there, whether or not the chosen loss reads it."""
 
     ranking_loss: str
+    pair_selection: PairSelection
     reward_margin: float
     hinge_margin: float
     beta: float
@@ -55,6 +56,7 @@ def objective_params(config: NEATConfig) -> ObjectiveParams:
     """The objective's settings of a configuration."""
     return ObjectiveParams(
         ranking_loss=config.ranking_loss,
+        pair_selection=cast("PairSelection", config.pair_selection),
         reward_margin=config.reward_margin,
         hinge_margin=config.hinge_margin or 0.0,
         beta=config.resolved_beta,
@@ -72,7 +74,8 @@ def objective_params(config: NEATConfig) -> ObjectiveParams:
 
 def pairs_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k k"]:
     """Which completion ranks above which."""
-    return objective.preferred_pairs(b.keys, b.present & ~b.keys.isnan(), p.reward_margin)
+    select = objective.best_against_worst if p.pair_selection == "best_worst" else objective.preferred_pairs
+    return select(b.keys, b.present & ~b.keys.isnan(), p.reward_margin)
 
 
 def penalised_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k"]:
@@ -96,6 +99,8 @@ def ranking_losses(
     scores: Float[Tensor, "groups k"], ref_scores: Float[Tensor, "groups k"], pairs: Bool[Tensor, "groups k k"], p: ObjectiveParams
 ) -> Float[Tensor, " groups"]:
     """The chosen ranking loss of each group, from scores in nats (per token, with length_power 1)."""
+    if p.ranking_loss == "none":
+        return scores.sum(dim=-1) * 0.0  # with a gradient, which is 0
     if p.ranking_loss == "hinge":
         return objective.hinge_loss(scores, pairs, margin=p.hinge_margin, reduction=p.reduction)
     if p.ranking_loss == "logistic":

@@ -31,14 +31,14 @@ from neat_align.drift import drift_ratios, limit_passed, measure_drift
 from neat_align.errors import CollapseError, ConfigError, DataError
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
-from neat_align.groups import CompletionGroup, Polarity, Prompt
+from neat_align.groups import CompletionGroup, Polarity, Prompt, RankBy, best_index, extremes, kept_completions, rank_keys
 from neat_align.logprobs import choose_layout, completion_logprobs, score_completions
 from neat_align.objective import total_loss
 from neat_align.packing import GroupBatch, Layout, collate_groups, fill_budget, padding_fraction, tokens_in
 from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
 from neat_align.precision import autocast, check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
-from neat_align.prompts import check_template, draw_pair, end_of_turn_id, instructed, load_bank, prompt_ids
+from neat_align.prompts import check_template, draw_pair, eos_token_ids, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
 from neat_align.round_callback import RoundCallback, RoundDataset
 from neat_align.run_record import write_run_record
@@ -49,8 +49,6 @@ from neat_align.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# Rows per forward pass where logits of the whole vocabulary are kept.
-DRIFT_ROWS = 16
 # Groups that `log_completions` prints every round.
 SHOWN_GROUPS = 2
 
@@ -117,8 +115,8 @@ class NEATTrainer(Trainer):
         check_trainable_weights(policy)
         self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes)
         self.judges = self._resolve(judge_funcs, None, None)
-        if args.rank_by == "reward" and not self.rewards:
-            raise ConfigError("rank_by is reward but reward_funcs is empty: give a reward function, or set rank_by: origin")
+        if args.rank_by != "origin" and not self.rewards:
+            raise ConfigError(f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set rank_by: origin")
         self.objective_params = objective_params(args)
         self.rounds = RoundDataset(min(args.prompts_per_round, len(self.rows)))
         self.last_evaluation: Evaluation | None = None
@@ -175,9 +173,7 @@ class NEATTrainer(Trainer):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the tokenizer's eos, the template's end of a turn, and the model's own list."""
-        listed = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
-        turn_end = end_of_turn_id(self._tokenizer, conversational=self.conversational)
-        return tuple(sorted({self._tokenizer.eos_token_id, turn_end, *([listed] if isinstance(listed, int) else listed or [])}))
+        return eos_token_ids(self._tokenizer, self.policy, conversational=self.conversational)
 
     @property
     def _tokenizer(self) -> Any:
@@ -247,7 +243,8 @@ class NEATTrainer(Trainer):
             use_human_completions=a.use_human_completions,
             placement=a.instruction_placement,
             sampling=self.sampling_params,
-            rank_by=cast("Literal['reward', 'origin']", a.rank_by),
+            rank_by=cast("RankBy", a.rank_by),
+            negative_source=cast("Literal['instruction', 'other_prompts']", a.negative_source),
             reward_margin=a.reward_margin,
             max_prompt_length=a.max_prompt_length,
             min_pair_fraction=a.min_pair_fraction,
@@ -265,7 +262,6 @@ class NEATTrainer(Trainer):
             placement=self.args.instruction_placement,
             sampling=self.sampling_params,
             layout=self.layout,
-            batch_size=min(DRIFT_ROWS, self.args.generation_batch_size),
             pad_token_id=self._tokenizer.pad_token_id,
             autocast_dtype=self.autocast_dtype,
             reference=self.reference if with_reference else None,
@@ -375,18 +371,31 @@ class NEATTrainer(Trainer):
 
     def _collate(self, groups: list[CompletionGroup]) -> dict[str, list[GroupBatch]]:
         """Groups as micro-batches under the token budget."""
+        groups = [self.trained_part(g) for g in groups]
         sizes = [tokens_in(len(g.prompt_ids), [len(c.token_ids) for c in g.completions], self.layout) for g in groups]
         # Sharded models step in lockstep: one forward pass on every rank.
         budget = sum(sizes) if self._is_sharded else self.args.max_tokens_per_micro_batch
         bins = fill_budget(sizes, budget)
         return {"groups": [self._batch([groups[i] for i in members]) for members in bins]}
 
+    def trained_part(self, group: CompletionGroup) -> CompletionGroup:
+        """The group without completions that no term of the loss reads."""
+        a = self.args
+        only_lm = a.ranking_loss == "none" and a.negative_penalty == "none" and a.kl_weight == 0
+        if a.pair_selection == "all" and not only_lm:
+            return group
+        keys = rank_keys(group, cast("RankBy", a.rank_by))
+        best = best_index(group, keys, allow_bad_origins=a.lm_on_bad_origins, allow_cut=a.lm_on_cut_completions) if a.lm_weight else None
+        pair = extremes(keys, a.reward_margin) if a.pair_selection == "best_worst" else None
+        return kept_completions(group, (best, *(pair or ())))
+
     def _batch(self, groups: Sequence[CompletionGroup]) -> GroupBatch:
         return collate_groups(
             groups,
             pad_token_id=self._tokenizer.pad_token_id,
-            rank_by=cast("Literal['reward', 'origin']", self.args.rank_by),
+            rank_by=cast("RankBy", self.args.rank_by),
             lm_on_bad_origins=self.args.lm_on_bad_origins,
+            lm_on_cut=self.args.lm_on_cut_completions,
             layout=self.layout,
         )
 

@@ -1,0 +1,325 @@
+"""`neat-align compare`: several methods on one model and one data set, at equal budget; a table, a page, a result file.
+
+Runs are made one after the other and kept in folders of their own, so that a comparison that was interrupted goes on where it
+stopped, and a method or a seed can be added later. Rounds that two runs would sample alike (the first round of the same seed and
+way of sampling: the policy has not moved yet) are sampled once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from neat_align.commands import build_trainer
+from neat_align.comparison import Point, Run, summarise
+from neat_align.comparison_report import write_comparison_report
+from neat_align.comparison_spec import BASE, CompareSpec, Method, parse_spec, strength_name
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError
+from neat_align.expand import read_round
+from neat_align.packing import tokens_in
+from neat_align.run_record import commit, cpu_name, fingerprint, versions
+from neat_align.settings import RunSettings, recipe_path, settings_from
+from neat_align.storage import read_json, write_json
+from neat_align.trainer import NEATTrainer
+
+FORMAT = 1
+# Held-out prompts whose answers are kept for the page.
+EXAMPLES = 40
+# Training metrics whose means over a round stand in the result file: what the diagnosis of negatives needs.
+_DIAGNOSIS = ("ranking/", "logps/", "loss/", "grad_norm", "contrast/", "removed/", "reward/", "sampling/", "completions/")
+
+
+@dataclass(frozen=True)
+class _Job:
+    method: Method
+    strength: Mapping[str, Any]
+    seed: int
+    folder: Path
+
+
+def read_spec(path: Path) -> CompareSpec:
+    """The comparison in a YAML file, or in a shipped one of that name. Raises ConfigError."""
+    shipped = recipe_path(path.stem)
+    if not path.is_file() and path.parent.name in ("", "recipes") and shipped.is_file():
+        path = shipped
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in shipped.parent.glob("compare-*.yaml")))
+        raise ConfigError(f"there is no comparison at {path}; these ship: {names}")
+    try:
+        return parse_spec(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+
+
+def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:
+    """Make every run that is not there yet, then the table, `comparison.json` and `comparison.html` in `out`."""
+    configs = {m.name: settings_from(spec.options(m, spec.strengths[0], spec.seeds[0])) for m in spec.methods}
+    _check_budget({name: config for name, (_, config) in configs.items() if name != BASE})
+    jobs = [
+        _Job(m, strength, seed, out / "runs" / m.name / strength_name(strength).replace("/", "_") / f"seed{seed}")
+        for seed in spec.seeds
+        for m in spec.methods
+        if m.name != BASE
+        for strength in spec.strengths
+    ]
+    console.print(f"{spec.name}: {len(spec.methods) - 1} methods, {len(jobs)} runs into {out}", markup=False, soft_wrap=True)
+    starts = {seed: _start(spec, seed, out / "runs" / BASE / f"seed{seed}") for seed in spec.seeds}
+    runs: list[Run] = []
+    took: list[float] = []
+    for i, job in enumerate(jobs, start=1):
+        begun, was_there = time.monotonic(), (job.folder / "points.json").is_file()
+        run = _run(spec, job, starts[job.seed], out / "shared-rounds")
+        runs.append(run)
+        if not was_there:
+            took.append(time.monotonic() - begun)
+        _say(console, i, len(jobs), run, took)
+    result = _result(spec, starts, runs, configs)
+    write_json(out / "comparison.json", result)
+    write_json(out / "examples.json", _examples(starts, runs, spec))
+    write_comparison_report(out)
+    return result
+
+
+def _check_budget(configs: Mapping[str, NEATConfig]) -> None:
+    counts = {name: c.num_generations for name, c in configs.items()}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise ConfigError(
+            f"the methods do not sample the same number of completions a prompt ({said}), so their budgets are not equal: change "
+            "num_positive, num_negative and num_plain under methods until the sums agree"
+        )
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+class _EvaluateRounds(TrainerCallback):
+    """Evaluates the policy after every round and keeps the evaluation as a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trainer: NEATTrainer | None = None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A round is over."""
+        assert self.trainer is not None
+        path = self.folder / f"evaluation-{round(state.epoch)}.json"
+        if not path.is_file():
+            self.trainer.evaluate()
+            assert self.trainer.last_evaluation is not None
+            write_json(path, self.trainer.last_evaluation.to_json())
+
+
+def _build(spec: CompareSpec, method: Method, strength: Mapping[str, Any], seed: int, folder: Path) -> NEATTrainer:
+    settings, config = settings_from({**spec.options(method, strength, seed), "output_dir": str(folder)})
+    callback = _EvaluateRounds(folder)
+    trainer = build_trainer(settings, config, callbacks=[callback])
+    if not trainer.eval_rows:
+        raise ConfigError("a comparison needs held-out prompts: set holdout or eval_dataset_name under settings")
+    callback.trainer = trainer
+    return trainer
+
+
+def _start(spec: CompareSpec, seed: int, folder: Path) -> Point:
+    """The start policy's evaluation with a seed."""
+    path = folder / "evaluation-0.json"
+    base = spec.methods[0]
+    if not path.is_file():
+        trainer = _build(spec, base, {}, seed, folder)
+        _check_key(folder, spec.options(base, {}, seed), trainer)
+        trainer.evaluate()
+        assert trainer.last_evaluation is not None
+        write_json(path, trainer.last_evaluation.to_json())
+    return Point(0, read_json(path))
+
+
+def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path) -> Run:
+    """A run, made or read."""
+    name, options = strength_name(job.strength), spec.options(job.method, job.strength, job.seed)
+    done = job.folder / "points.json"
+    if not done.is_file():
+        begun = time.monotonic()
+        trainer = _build(spec, job.method, job.strength, job.seed, job.folder)
+        _check_key(job.folder, options, trainer)
+        resume = (job.folder / "rounds").exists()
+        cached = shared / _first_round_key(trainer)
+        if not resume and cached.is_dir():
+            first = trainer.round_folder(0)
+            shutil.copytree(cached, first)
+            resume = True
+        trainer.train(resume_from_checkpoint=True if resume else None)
+        if not cached.is_dir():
+            shutil.copytree(trainer.round_folder(0), cached)
+        rounds = sorted(int(p.stem.rpartition("-")[2]) for p in job.folder.glob("evaluation-*.json"))
+        facts = {"rounds": rounds, "seconds": time.monotonic() - begun, "trained_tokens": _trained_tokens(trainer)}
+        write_json(done, {**facts, "training": [_round_means(job.folder, r) for r in rounds], "stopped": trainer.stopped_because})
+        for checkpoint in job.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # the run is over, and its policy has been evaluated
+    else:
+        _check_key(job.folder, options, None)
+    facts = read_json(done)
+    points = [
+        Point(r, read_json(job.folder / f"evaluation-{r}.json"), training)
+        for r, training in zip(facts["rounds"], facts["training"], strict=True)
+    ]
+    return Run(job.method.name, name, job.seed, start, tuple(points), facts["seconds"], facts["trained_tokens"])
+
+
+def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | None) -> None:
+    """Refuse to mix a run with what an earlier comparison left in its folder under other settings."""
+    path = folder / "options.json"
+    key = json.loads(json.dumps({k: v for k, v in options.items() if v is not None}, default=str))
+    if path.is_file():
+        found = read_json(path)
+        was = found["options"]
+        changed = [f"{k} was {was.get(k)!r} and is {key.get(k)!r}" for k in sorted({*was, *key}) if was.get(k) != key.get(k)]
+        if trainer is not None and found["data"] != _data_key(trainer):
+            changed.append("the data changed")
+        if changed:
+            raise ConfigError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Choose another --output_dir, or delete it")
+    elif trainer is not None:
+        write_json(path, {"options": key, "data": _data_key(trainer)})
+
+
+def _data_key(trainer: NEATTrainer) -> list[str]:
+    return [fingerprint(trainer.rows), fingerprint(trainer.eval_rows)]
+
+
+def _first_round_key(trainer: NEATTrainer) -> str:
+    """What decides a first round, as a name: two runs of one comparison with the same one sample the same first round."""
+    decides = {
+        "params": asdict(trainer.expand_params()),
+        "bank": asdict(trainer.bank),
+        "rewards": [[r.name, r.weight] for r in trainer.rewards],
+        "groups": len(trainer.rounds),
+        "data": _data_key(trainer),
+    }
+    return sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _trained_tokens(trainer: NEATTrainer) -> int:
+    total = 0
+    for folder in sorted((trainer.output_dir / "rounds").iterdir()):
+        made = read_round(folder)
+        for group in made.groups if made is not None else ():
+            part = trainer.trained_part(group)
+            total += tokens_in(len(part.prompt_ids), [len(c.token_ids) for c in part.completions], trainer.layout)
+    return total
+
+
+def _round_means(folder: Path, number: int) -> dict[str, float]:
+    """Means of the training metrics that were logged in a round (counted from 1)."""
+    sums: dict[str, list[float]] = {}
+    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        begins = "round" in line and line["round"] == number - 1
+        if begins or ("loss" in line and number - 1 < line.get("epoch", -1) <= number):
+            for name, value in line.items():
+                if name.startswith(_DIAGNOSIS) and isinstance(value, int | float):
+                    sums.setdefault(name, []).append(float(value))
+    return {name: fmean(values) for name, values in sorted(sums.items())}
+
+
+# ---- result ----------------------------------------------------------------------------------------------------------
+
+
+def _result(
+    spec: CompareSpec, starts: Mapping[int, Point], runs: Sequence[Run], configs: Mapping[str, tuple[RunSettings, NEATConfig]]
+) -> dict[str, Any]:
+    settings, config = next(iter(configs.values()))
+    trained = next(c for name, (_, c) in configs.items() if name != BASE)
+    rounds = int(trained.num_train_epochs)
+    groups = rounds * trained.prompts_per_round
+    held_out = len(next(iter(starts.values())).evaluation["prompts"])
+    per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
+    budget = {
+        "rounds": rounds,
+        "prompts_per_round": trained.prompts_per_round,
+        "completions_per_prompt": trained.num_generations,
+        "sampled_completions": groups * trained.num_generations,
+        "optimizer_steps": rounds * -(-trained.prompts_per_round // per_step),
+        "held_out_prompts": held_out,
+        "samples_per_prompt": config.num_eval_generations,
+    }
+    return {
+        "format": FORMAT,
+        "name": spec.name,
+        "model": settings.model_name_or_path,
+        "dataset": Path(settings.dataset_name).name,
+        "seeds": list(spec.seeds),
+        "rewards": settings.reward_funcs,
+        "judges": settings.judge_funcs,
+        "budget": budget,
+        "settings": {k: v for k, v in spec.settings.items() if k not in ("model_name_or_path", "dataset_name", "output_dir")},
+        "methods": [{"name": m.name, "description": m.description, "settings": dict(m.settings)} for m in spec.methods],
+        **summarise(starts, runs, [m.name for m in spec.methods], spec.kl_target),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
+    }
+
+
+def _examples(starts: Mapping[int, Point], runs: Sequence[Run], spec: CompareSpec) -> list[dict[str, Any]]:
+    """Answers of every method's last policy to some held-out prompts, with the first seed."""
+    seed = spec.seeds[0]
+    last = {BASE: starts[seed]} | {r.method: r.points[-1] for r in reversed(runs) if r.seed == seed and r.points}
+    rows = []
+    for i, prompt in enumerate(starts[seed].evaluation["prompts"][:EXAMPLES]):
+        order = [m.name for m in spec.methods if m.name in last]
+        answers = {m: last[m].evaluation["completions"][i][0] for m in order}
+        rows.append({"prompt": prompt, "answers": answers, "rewards": {m: last[m].evaluation["rewards"][i] for m in order}})
+    return rows
+
+
+def _say(console: Console, i: int, total: int, run: Run, took: Sequence[float]) -> None:
+    last = run.points[-1]
+    left = f", about {fmean(took) * (total - i) / 60:.0f} min left" if took and i < total else ""
+    rewards = [v for v in last.evaluation["rewards"] if v is not None]
+    reward = f"reward {fmean(rewards):.2f}, " if rewards else ""
+    mark = f"  COLLAPSED: {run.collapsed}" if run.collapsed else ""
+    words = f"[{i}/{total}] {run.method} ({run.strength}) seed {run.seed}: {reward}KL {last.kl:.3f}, {run.seconds:.0f} s{left}{mark}"
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """The comparison as a table of at most 80 columns; a rich renderable. Changes are against the start policy."""
+    judge = next(iter(result["judges"]), None)
+    target = result["kl_target"]
+    equal = f"at KL {target:.3g}" if target else "at equal KL"
+    table = Table(title=f"{result['name']}: change over base, 95 % interval", title_justify="left", padding=(0, 1, 0, 0))
+    for heading in ("method", "reward", judge or "", f"{judge or 'reward'} {equal}", "KL", "ppl", "len"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
+    for row in result["table"]:
+        at, kl = row["at_budget"], row["at_equal_kl"] or {}
+        name = f"{row['method']} (collapsed {row['collapsed']}/{row['runs']})" if row["collapsed"] else row["method"]
+        key = f"judges/{judge}" if judge else "reward"
+        cells = [_change(at.get("reward")), _change(at.get(key)) if judge else "", _change(kl.get(key))]
+        cells += [f"{at['kl']['mean']:.3f}" if at else "", _ratio(at.get("perplexity")), _ratio(at.get("mean_length"))]
+        table.add_row(name, *cells)
+    return table
+
+
+def _change(fact: Mapping[str, Any] | None) -> str:
+    if not fact:
+        return "–"
+    return f"{fact['delta']:+.3f}\n[{fact['low']:+.3f}, {fact['high']:+.3f}]" if "delta" in fact else f"{fact['mean']:.3f}"
+
+
+def _ratio(fact: Mapping[str, Any] | None) -> str:
+    return f"{fact['ratio'] - 1:+.1%}" if fact and "ratio" in fact else "–"

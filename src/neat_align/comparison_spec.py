@@ -1,0 +1,140 @@
+"""What a comparison is made of: methods, strengths, seeds, one common set of settings. Read from YAML, checked before it runs.
+
+name: demo
+settings: {…}                        # any options of `neat-align train`, the same for all
+seeds: [0, 1, 2]
+strengths: [{learning_rate: 1e-4}]   # optional: every method is run at each
+kl_target: 0.02                      # optional: nats per token at which methods are compared
+methods:                             # in the order of the table
+  base:                              # a shipped method as it is …
+  neat: {learning_rate: 2.0e-4}      # … or with changes …
+  mine: {like: neat, beta: 4.0}      # … or a new one that begins as another
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neat_align.errors import ConfigError
+
+BASE = "base"
+_KEYS = ("name", "settings", "seeds", "strengths", "methods", "kl_target")
+# What one comparison must not change from method to method: the policy, the data, what is judged, and the budget.
+_COMMON = (
+    *("model_name_or_path", "dataset_name", "dataset_limit", "holdout", "eval_dataset_name", "reward_funcs", "judge_funcs", "output_dir"),
+    *("num_train_epochs", "prompts_per_round", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
+    *("temperature", "top_p", "top_k", "num_eval_generations", "num_eval_prompts", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to train: its changes to the common settings. `base` is the start policy and has none."""
+
+    name: str
+    description: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompareSpec:
+    """A comparison: every method but `base` is trained at every strength with every seed. `methods` begin with `base`."""
+
+    name: str
+    settings: Mapping[str, Any]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    strengths: tuple[Mapping[str, Any], ...] = ({},)
+    kl_target: float | None = None
+
+    def options(self, method: Method, strength: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """All options of one run; a strength's win over a method's, a method's over the common ones."""
+        return {**self.settings, **method.settings, **strength, "seed": seed}
+
+
+def strength_name(strength: Mapping[str, Any]) -> str:
+    """A strength in words, for tables and folders."""
+    return ",".join(f"{k}={v}" for k, v in strength.items()) or "as set"
+
+
+def shipped_methods() -> dict[str, Method]:
+    """The methods of methods.yaml."""
+    raw = yaml.safe_load((files("neat_align") / "methods.yaml").read_text(encoding="utf-8"))
+    return {name: Method(name, m["description"], m.get("settings", {})) for name, m in raw.items()}
+
+
+def parse_spec(raw: Any, where: str) -> CompareSpec:
+    """A comparison from plain data. Raises ConfigError that names `where` and what to change."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} holds {type(raw).__name__}; a comparison is a mapping with {', '.join(_KEYS)}")
+    for key in raw:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(_KEYS)}; options of train go under settings"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+    seeds, strengths, methods = raw.get("seeds", [0]), raw.get("strengths") or [{}], raw.get("methods")
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of different whole numbers")
+    if not isinstance(strengths, list) or not all(isinstance(s, dict) for s in strengths):
+        raise ConfigError(f"{where}: strengths is {strengths!r}; it must be a list of mappings, such as [{{learning_rate: 1e-4}}]")
+    if not isinstance(methods, dict) or not methods:
+        raise ConfigError(f"{where}: methods is {methods!r}; it must be a mapping of names, such as {{base: , neat: }}")
+    if not isinstance(raw.get("settings"), dict):
+        raise ConfigError(f"{where}: settings is {raw.get('settings')!r}; it must hold the options of train that all methods share")
+    known = shipped_methods()
+    parsed: dict[str, Method] = {BASE: known[BASE]}
+    for name, changes in methods.items():
+        parsed[str(name)] = _method(str(name), changes, known | parsed, where)
+    spec = CompareSpec(
+        name=str(raw.get("name") or Path(where).stem),
+        settings=raw["settings"],
+        methods=tuple(parsed.values()),
+        seeds=tuple(seeds),
+        strengths=tuple(strengths),
+        kl_target=raw.get("kl_target"),
+    )
+    _check_common(spec, where)
+    return spec
+
+
+def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) -> Method:
+    changes = {} if changes is None else changes
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{where}: method {name!r} is {changes!r}; give a mapping of options, or nothing for the shipped one")
+    changes = dict(changes)
+    like, description = str(changes.pop("like", name)), changes.pop("description", None)
+    if like not in known:
+        near = difflib.get_close_matches(like, known, n=1)
+        raise ConfigError(
+            f"{where}: there is no method {like!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Shipped: {', '.join(known)}. "
+            "A method of your own says which one it begins as: {like: neat, …}"
+        )
+    if name == BASE and changes:
+        raise ConfigError(f"{where}: base is the start policy and is not trained; it takes no options ({', '.join(changes)})")
+    begun = known[like]
+    words = description or (begun.description if not changes or like == name else f"{like} with {strength_name(changes)}")
+    return Method(name, words, {**begun.settings, **changes})
+
+
+def _check_common(spec: CompareSpec, where: str) -> None:
+    for method in spec.methods:
+        changed = [k for k in method.settings if k in _COMMON]
+        if changed:
+            raise ConfigError(
+                f"{where}: method {method.name!r} sets {', '.join(changed)}, which must be equal for all: put it under settings"
+            )
+    for strength in spec.strengths:
+        changed = [k for k in strength if k in _COMMON]
+        if changed:
+            raise ConfigError(f"{where}: a strength sets {', '.join(changed)}, which must be equal for all: put it under settings")
+    if len(spec.methods) < 2:
+        raise ConfigError(f"{where}: methods names only base: add a method to compare it with")
+    if spec.kl_target is not None and not (isinstance(spec.kl_target, float | int) and spec.kl_target > 0):
+        raise ConfigError(f"{where}: kl_target is {spec.kl_target!r}; it must be a number above 0, in nats per token, or unset")
