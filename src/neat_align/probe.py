@@ -14,13 +14,14 @@ from typing import Any, Literal, TypeAlias
 from neat_align.data import PromptRow
 from neat_align.errors import ConfigError, DataError
 from neat_align.evaluation import PairedDifference, mean_of, paired_bootstrap
-from neat_align.expand import LogprobFunction, Progress, score_texts
+from neat_align.expand import LogprobFunction, Progress
 from neat_align.groups import Completion, CompletionGroup, Polarity, Prompt
 from neat_align.leaks import leaks_instruction
 from neat_align.prompts import InstructionBank, InstructionPair, Placement, completion_seed, instructed, prompt_ids
 from neat_align.rewards import ContrastReward, NamedReward
 from neat_align.round_metrics import inversion_rate
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.score_stage import score_texts
 
 Verdict: TypeAlias = Literal["strong", "works", "no contrast", "reversed", "too few"]
 
