@@ -31,7 +31,7 @@ from neat_align.groups import (
     read_groups,
 )
 from neat_align.leaks import leaks_instruction
-from neat_align.prompts import InstructionBank, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
+from neat_align.prompts import InstructionBank, answer_text_ids, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
 from neat_align.rewards import NamedReward, score
 from neat_align.round_metrics import round_metrics
 from neat_align.sampling import Sampler, SampleRequest, SamplingParams
@@ -304,10 +304,11 @@ def answer_ids(row: PromptRow, text: str, tokenizer: Any, max_length: int) -> tu
     """
     if isinstance(row.prompt, str) and row.prompt and not row.prompt[-1].isspace() and text and not text[0].isspace():
         text = " " + text
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    conversational = not isinstance(row.prompt, str)
+    ids = answer_text_ids(tokenizer, text, conversational=conversational)
     if len(ids) + 1 > max_length:
         return tuple(ids[:max_length]), "length"
-    return (*ids, end_of_turn_id(tokenizer, conversational=not isinstance(row.prompt, str))), "stop"
+    return (*ids, end_of_turn_id(tokenizer, conversational=conversational)), "stop"
 
 
 def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[Completion]:
