@@ -45,7 +45,7 @@ def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
         if not isinstance(row.prompt, str) and any(m["role"] == "system" for m in row.prompt):
             _check_system_turn_is_kept(row, prompt_text(tokenizer, row.prompt))
     except PromptError as error:
-        raise PromptError(f"{row.where}: prompt: {error}") from error
+        raise PromptError(f"{row.where}: prompt: {error} (change this row, or drop it)") from error
     return len(ids)
 
 

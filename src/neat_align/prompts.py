@@ -326,9 +326,7 @@ def _apply(tokenizer: Any, messages: list[Message], *, add_generation_prompt: bo
         return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **kwargs)
     except Exception as error:  # a template is somebody's program and can raise anything
         roles = ", ".join(m["role"] for m in messages)
-        raise PromptError(
-            f"the chat template of {_name(tokenizer)} failed on a conversation with the turns {roles} ({error}): use other roles, or another model"
-        ) from error
+        raise PromptError(f"the chat template of {_name(tokenizer)} failed on a conversation with the turns {roles}: {error}") from error
 
 
 def _check_messages(messages: list[Message]) -> list[Message]:

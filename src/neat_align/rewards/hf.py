@@ -61,9 +61,12 @@ class ModelReward:
 
     @classmethod
     def from_name(cls, name: str, tokenizer: Any = None, *, batch_size: int = 16, bf16: bool = False) -> ModelReward:
-        """Load a model by hub name or folder. OSError when there is no such model."""
-        _check_num_labels(name, AutoConfig.from_pretrained(name))
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", output_loading_info=True)
+        """Load a model by hub name or folder, from safetensors only and without code of its own. OSError or ValueError when there
+        is no such model."""
+        _check_num_labels(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
         missing = sorted(info["missing_keys"])
         if missing:
             raise RewardError(
@@ -149,7 +152,7 @@ def _check_num_labels(name: str, config: Any) -> None:
 
 def _tokenizer_for(name: str, source: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RewardError(
             f"the tokenizer of the reward model {name!r} cannot be loaded from {source!r}: pass it as its reward processing class"
