@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,20 +34,23 @@ from neat_align.comparison_spec import parse_spec
 from neat_align.data import PromptRow, load_rows
 from neat_align.errors import CollapseError, ConfigError, DataError, NEATError, PromptError, RewardError
 from neat_align.expand import ExpandParams, ExpandTools, answer_ids, expand
-from neat_align.groups import Completion, CompletionGroup, groups_to_table, read_groups
+from neat_align.groups import Completion, CompletionGroup, Origin, read_groups
 from neat_align.policy import load_policy
 from neat_align.prompts import InstructionBank, InstructionPair, load_bank, prompt_ids
 from neat_align.report import write_report
 from neat_align.rewards import NamedReward, resolve_rewards, score
+from neat_align.rewards.hf import ModelReward
 from neat_align.sampling import Sample, SampleRequest, SamplingParams, TransformersSampler
 from neat_align.settings import parse
-from neat_align.storage import sha256_of, write_json, write_table
+from test_report import write_round
 from tiny import CHATML, IM_END, save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 USER = {"role": "user", "content": "What do you say?"}
 SYSTEM = {"role": "system", "content": "You are terse."}
 TALK = [{"prompt": [{"role": "user", "content": f"What do you say to number {i}?"}]} for i in range(4)]
+ORIGINS: tuple[tuple[Origin, float], ...] = (("positive", 1.0), ("negative", 0.0))
+LOGPROBS: dict[str, Any] = {"policy_logprobs": (-1.0, -1.0), "ref_logprobs": (-1.0, -1.0)}
 HOSTILE = "NUL \0 and 👩‍👩‍👧 and <|im_end|>"
 NO_SYSTEM = CHATML.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")
 RAISES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
@@ -88,7 +90,7 @@ def expecting(feed: Callable[[Path], Any], expected: Any) -> Callable[[Path], No
 
 
 def count_e(prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Any], **columns: Any) -> list[float]:
-    return [float(c[0]["content"].count("e")) for c in completions]
+    return [c[0]["content"].count("e") + 0.01 * len(c[0]["content"]) for c in completions]
 
 
 def config(folder: Path, **changes: Any) -> NEATConfig:
@@ -223,9 +225,9 @@ def hostile_ids_stay_inside_the_run(folder: Path) -> None:
     outside = {p for p in folder.rglob("*") if (folder / "run") not in (p, *p.parents)}
     trainer(rows, min_pair_fraction=0.0)(folder).make_round(0)
     assert {p for p in folder.rglob("*") if (folder / "run") not in (p, *p.parents)} == outside
-    assert not list(folder.parent.glob("[0-9]"))
     names = {p.relative_to(folder / "run").as_posix() for p in (folder / "run").rglob("*")}
     assert {"rounds/00000/groups.parquet", "rounds/00000/manifest.json"} <= names
+    assert not {"0", "1", "2", "3"} & {name.rpartition("/")[2] for name in names}
 
 
 def special_tokens_in_user_text(folder: Path) -> None:
@@ -237,6 +239,18 @@ def special_tokens_in_user_text(folder: Path) -> None:
     assert TOKENIZER.decode(ids[:-1]) == row.chosen
     plain, _ = answer_ids(row, "It ends a turn.", TOKENIZER, 100)
     assert list(plain[:-1]) == TOKENIZER("It ends a turn.", add_special_tokens=False)["input_ids"]
+
+
+def special_tokens_in_what_a_reward_model_reads(folder: Path) -> None:
+    """An answer that writes a turn of its own is one turn to a judge with a template, and one text to a judge without."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for tokenizer in (tiny_tokenizer(), tiny_tokenizer("none")):
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **shape, num_labels=1, pad_token_id=0))
+        judge = ModelReward(model, tokenizer)
+        honest, hostile = (judge._encode(0, "Hi", f"I am good.{end}").ids for end in ("", IM_END))
+        end = tokenizer.eos_token_id
+        assert hostile.count(end) == honest.count(end)
+        assert len(hostile) > len(honest)
 
 
 class Says:
@@ -284,18 +298,12 @@ def round_trip(folder: Path) -> None:
     (row,) = lines({"prompt": [{"role": "user", "content": HOSTILE}], "chosen": HOSTILE + "!"})(folder)
     assert (row.prompt, row.chosen) == ([{"role": "user", "content": HOSTILE}], HOSTILE + "!")
     answers = tuple(
-        Completion(
-            origin, 0, f"{HOSTILE} {r}", (1, 2), "stop", None, 1, -1.0, reward=r, reward_components=(r,), policy_logprobs=(-1.0, -1.0)
-        )
-        for origin, r in (("positive", 1.0), ("negative", 0.0))
+        Completion(origin, 0, f"{HOSTILE} {r}", (1, 2), "stop", origin, 1, -1.0, reward=r, reward_components=(r,), **LOGPROBS)
+        for origin, r in ORIGINS
     )
     group = CompletionGroup("id \0 👩‍👩‍👧", row.prompt, (1, 2, 3), answers)
-    where = folder / "run" / "rounds" / "00000"
-    write_table(where / "groups.parquet", groups_to_table([group], ["r"]))
-    assert list(read_groups(where / "groups.parquet")) == [group]
-    assert pa.table({"a": [HOSTILE]}).to_pylist() == [{"a": HOSTILE}]
-    facts = {"format": 1, "round": 0, "groups": 1, "prompts": 1, "next_position": 1, "reward_names": ["r"], "metrics": {}}
-    write_json(where / "manifest.json", facts | {"groups_sha256": sha256_of(where / "groups.parquet")})
+    write_round(folder / "run" / "rounds" / "00000", 0, [group])
+    assert list(read_groups(folder / "run" / "rounds" / "00000" / "groups.parquet")) == [group]
     page = write_report(folder / "run").read_text(encoding="utf-8")
     assert "👩‍👩‍👧" in page
     assert "\0" not in page
@@ -486,6 +494,7 @@ ROWS = (
     Row("fp16 on the CPU", without_accelerator(fp16=True), ConfigError, ("fp16 is true and the run is on the CPU", "remove fp16")),
     Row("fp16 beside bf16", without_accelerator(fp16=True, bf16=True), ConfigError, ("fp16 and bf16 are both true", "set bf16 to false")),
     Row("special tokens inside user text", special_tokens_in_user_text, None),
+    Row("special tokens in what a reward model reads", special_tokens_in_what_a_reward_model_reads, None),
     Row("empty completions", empty_completions, CollapseError, ("0 of 1 prompts", "try another reward"), samples=True),
     Row("blank human answers", lines({"prompt": "x", "chosen": " "}), None, ("1 of 1 rows have a blank chosen or rejected", "bad.jsonl:1")),
     Row("reward NaN", rewarded(1.0, math.nan), RewardError, ("'broken' returned nan, for row 1", "return a finite number, or None")),

@@ -51,9 +51,11 @@ def load_policy(name: str, *, revision: str | None = None, trust_remote_code: bo
     safetensors only. Raises ConfigError for what is no causal language model, is incomplete, or comes with code of its own.
     """
     check_source(name, revision, trust_remote_code)
-    if find_adapter_config_file(name, revision=revision) is None:
-        return _load_model(name, revision, trust_remote_code)
-    return _load_adapter(name, revision, trust_remote_code)
+    try:
+        adapter = find_adapter_config_file(name, revision=revision)
+    except _LOAD_ERRORS as error:
+        raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
+    return (_load_model if adapter is None else _load_adapter)(name, revision, trust_remote_code)
 
 
 def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -138,7 +140,7 @@ def _advice(name: str, error: BaseException) -> str:
         return "it comes with Python of its own, which is not run unless trust_remote_code is true (read the code first)"
     if "Unrecognized configuration class" in said:
         return "its type has no causal language model in transformers: name a model that continues text (Llama, Qwen, …)"
-    if "safetensors" in said:
+    if "safetensors" in said and ("no file named" in said or "not appear to have" in said):
         return f"{said}. Weights are read from safetensors only: {_CONVERT}"
     return f"{said}: check the name, or download the model again if its files are damaged"
 
