@@ -495,7 +495,7 @@ ROWS = (
     Row("fp16 beside bf16", without_accelerator(fp16=True, bf16=True), ConfigError, ("fp16 and bf16 are both true", "set bf16 to false")),
     Row("special tokens inside user text", special_tokens_in_user_text, None),
     Row("special tokens in what a reward model reads", special_tokens_in_what_a_reward_model_reads, None),
-    Row("empty completions", empty_completions, CollapseError, ("0 of 1 prompts", "try another reward"), samples=True),
+    Row("empty completions", empty_completions, CollapseError, ("0 of 1 prompts", "4 empty answers were left out"), samples=True),
     Row("blank human answers", lines({"prompt": "x", "chosen": " "}), None, ("1 of 1 rows have a blank chosen or rejected", "bad.jsonl:1")),
     Row("reward NaN", rewarded(1.0, math.nan), RewardError, ("'broken' returned nan, for row 1", "return a finite number, or None")),
     Row("reward +inf", rewarded(math.inf, 1.0), RewardError, ("'broken' returned inf, for row 0", "return a finite number")),

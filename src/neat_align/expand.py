@@ -145,7 +145,7 @@ def expand(
         everything += groups
         kept += [g for g in groups if _has_pair(g, params)]
         used += take
-    _check_pairs(len(kept), len(everything), params)
+    _check_pairs(len(kept), len(everything), params, removed)
     names = [r.name for r in tools.rewards]
     metrics = round_metrics(everything, kept, removed, names)
     groups_file = folder / "groups.parquet"
@@ -401,11 +401,11 @@ def _has_pair(group: CompletionGroup, params: ExpandParams) -> bool:
     return bool(ordered_pairs(rank_keys(group, params.rank_by), params.reward_margin))
 
 
-def _check_pairs(kept: int, tried: int, params: ExpandParams) -> None:
+def _check_pairs(kept: int, tried: int, params: ExpandParams, removed: Counter[str]) -> None:
     if kept == 0 or kept < params.min_pair_fraction * tried:
         raise CollapseError(
             f"{kept} of {tried} prompts gave two completions whose rewards differ by more than "
-            f"reward_margin={params.reward_margin}: there is too little to rank. Either the reward does not tell these answers "
+            f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left out): there is too little to rank. Either the reward does not tell these answers "
             "apart (try another reward, or a smaller margin), or the policy no longer obeys the negative instruction "
             "(negative_policy: initial, or fewer rounds); the last checkpoint is kept"
         )
