@@ -405,7 +405,8 @@ def _check_pairs(kept: int, tried: int, params: ExpandParams, removed: Counter[s
     if kept == 0 or kept < params.min_pair_fraction * tried:
         raise CollapseError(
             f"{kept} of {tried} prompts gave two completions whose rewards differ by more than "
-            f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left out): there is too little to rank. Either the reward does not tell these answers "
+            f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left out): there is too little to rank. "
+            "Either the reward does not tell these answers "
             "apart (try another reward, or a smaller margin), or the policy no longer obeys the negative instruction "
             "(negative_policy: initial, or fewer rounds); the last checkpoint is kept"
         )
