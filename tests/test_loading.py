@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORBIDDEN = (
     r"yaml\.(?:full_|unsafe_)?load(?:_all)?\(",
     r"weights_only\s*=\s*False",
-    r"\bpickle\b",
+    r"(?:import|from) pickle\b|\bpickle\.",
     r"trust_remote_code\s*=\s*True",
     r"(?<![\w.])eval\(",
     r"(?<![\w.])exec\(",

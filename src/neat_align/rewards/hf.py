@@ -62,8 +62,8 @@ class ModelReward:
 
     @classmethod
     def from_name(cls, name: str, tokenizer: Any = None, *, batch_size: int = 16, bf16: bool = False) -> ModelReward:
-        """Load a model by hub name or folder, from safetensors only and without code of its own. OSError or ValueError when there
-        is no such model."""
+        """Load a model by hub name or folder. OSError when there is no such model."""
+        # No code that comes with a model is run, and no pickle is read.
         _check_num_labels(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
