@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file, find_adapter_config_file
 
 from neat_align.errors import ConfigError
@@ -61,7 +62,7 @@ def load_policy(name: str, *, revision: str | None = None, trust_remote_code: bo
 def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     try:
         if trust_remote_code:
-            _check_code_is_its_own(name, revision)
+            _check_code_is_its_own(name, PreTrainedConfig.get_config_dict(name, revision=revision)[0])
         check_causal(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code), name)
         load: Any = AutoModelForCausalLM.from_pretrained
         model, info = load(
@@ -118,10 +119,10 @@ def _load_adapter(name: str, revision: str | None, trust_remote_code: bool) -> P
     return cast("PreTrainedModel", merged)
 
 
-def _check_code_is_its_own(name: str, revision: str | None) -> None:
-    """Refuse code that lies in another repository than the model: the model's revision does not pin it."""
-    raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    for reference in cast("dict[str, Any]", raw.get("auto_map", {})).values():
+def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse code that lies in another repository than the model or tokenizer: the model's revision does not pin it."""
+    code = settings.get("auto_map") or {}
+    for reference in code.values() if isinstance(code, Mapping) else [code]:
         for one in reference if isinstance(reference, list | tuple) else [reference]:
             repository, mark, _ = str(one).partition("--")
             if mark and repository != name:
@@ -150,7 +151,11 @@ def load_tokenizer(model: Any, tokenizer: Any = None, *, revision: str | None = 
     if tokenizer is None:
         name = model.config.name_or_path
         try:
+            if trust_remote_code:
+                _check_code_is_its_own(name, get_tokenizer_config(name, revision=revision))
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        except ConfigError:
+            raise
         except _LOAD_ERRORS as error:
             raise ConfigError(
                 f"the tokenizer of {name or type(model).__name__} cannot be loaded ({' '.join(str(error).split())[:300]}): save it beside "
