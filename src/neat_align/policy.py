@@ -136,14 +136,14 @@ def _advice(name: str, error: BaseException) -> str:
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         return f"it holds pickled weights ({next(folder.glob('*.bin')).name}), and weights are read from safetensors only: {_CONVERT}"
-    said = " ".join(str(error).split())[:400]
+    said = " ".join(str(error).split())
     if "trust_remote_code" in said:
         return "it comes with Python of its own, which is not run unless trust_remote_code is true (read the code first)"
     if "Unrecognized configuration class" in said:
         return "its type has no causal language model in transformers: name a model that continues text (Llama, Qwen, …)"
     if "safetensors" in said and ("no file named" in said or "not appear to have" in said):
-        return f"{said}. Weights are read from safetensors only: {_CONVERT}"
-    return f"{said}: check the name, or download the model again if its files are damaged"
+        return f"{said[:400]}. Weights are read from safetensors only: {_CONVERT}"
+    return f"{said[:400]}: check the name, or download the model again if its files are damaged"
 
 
 def load_tokenizer(model: Any, tokenizer: Any = None, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
