@@ -20,6 +20,7 @@ from neat_align.comparison_spec import parse_spec
 from neat_align.data import load_rows
 from neat_align.errors import ConfigError, DataError, NEATError, PromptError
 from neat_align.prompts import load_bank
+from neat_align.settings import RunSettings, parse, read_recipe
 from neat_align.yaml_files import read_yaml
 
 # The time an example may take; generous, because the machine may be busy, and far below a reader that hangs.
@@ -150,8 +151,6 @@ def test_any_plain_data_as_a_comparison(raw: dict[str, Any]) -> None:
 @FUZZ
 @given(raw=st.binary(max_size=300) | mutated([RECIPE]))
 def test_any_bytes_in_a_recipe(tmp_path: Path, raw: bytes) -> None:
-    from neat_align.settings import RunSettings, read_recipe
-
     path = tmp_path / "fuzzed.yaml"
     path.write_bytes(raw)
     known = {*RunSettings.__dataclass_fields__, "learning_rate", "num_train_epochs"}
@@ -162,8 +161,6 @@ def test_any_bytes_in_a_recipe(tmp_path: Path, raw: bytes) -> None:
 @given(raw=mutated([RECIPE]))
 def test_any_recipe_as_settings(tmp_path: Path, raw: bytes) -> None:
     """The whole way: what can be read also becomes settings, or a ConfigError (which may speak of an option, not of the file)."""
-    from neat_align.settings import parse
-
     path = tmp_path / "fuzzed.yaml"
     path.write_bytes(raw)
     holds(lambda: parse(["--output_dir", str(tmp_path / "run")], path), ConfigError, "")
