@@ -28,15 +28,16 @@ from neat_align.checkpoints import newest_complete
 from neat_align.config import NEATConfig
 from neat_align.data import PromptRow, is_conversational, rows_from_dataset
 from neat_align.drift import drift_ratios, limit_passed, measure_drift
-from neat_align.errors import CollapseError, ConfigError, DataError
+from neat_align.errors import CollapseError, ConfigError
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
 from neat_align.groups import CompletionGroup, Polarity, Prompt, RankBy, best_index, extremes, kept_completions, rank_keys
 from neat_align.logprobs import choose_layout, completion_logprobs, score_completions
 from neat_align.objective import total_loss
 from neat_align.packing import GroupBatch, Layout, collate_groups, fill_budget, padding_fraction, tokens_in
-from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
+from neat_align.policy import check_policy, disable_dropout, load_policy, load_tokenizer, start_policy
 from neat_align.precision import autocast, check_trainable_weights, half_precision_copy
+from neat_align.preflight import check_group_size, check_prompts
 from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, eos_token_ids, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, check_tokens, resolve_rewards
@@ -105,8 +106,9 @@ class NEATTrainer(Trainer):
         self.conversational = is_conversational(self.rows)
         if args.num_positive or args.num_negative:
             check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
-        check_context(policy, args.max_prompt_length, args.max_completion_length)
-        _check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
+        check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
+        check_group_size(self.rows, args)
+        check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
         self.given_reference = ref_model is not None and ref_model is not policy
         set_seed(args.seed)  # a new adapter is drawn at random
         self.reference, policy = start_policy(policy, peft_config, ref_model)
@@ -550,20 +552,3 @@ def _as_rows(dataset: Any, name: str) -> list[PromptRow]:
     if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
         return cast("list[PromptRow]", dataset)
     return rows_from_dataset(dataset, name=name)
-
-
-def _check_prompts(rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool) -> None:
-    """Refuse over-long prompts before anything is sampled, and say when text prompts bypass a chat template."""
-    lengths = [(row, len(prompt_ids(tokenizer, row.prompt))) for row in rows]
-    long = [(row, n) for row, n in lengths if n > max_prompt_length]
-    if long:
-        named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
-        raise DataError(
-            f"{len(long)} prompts are longer than max_prompt_length={max_prompt_length} tokens: {named}. Raise it (the "
-            "model's context allowing), or drop the rows; prompts are never cut"
-        )
-    if not conversational and tokenizer.chat_template:
-        logger.warning(
-            "the prompts are text and the tokenizer has a chat template: they are used as they are, without it. For a chat "
-            "model give messages, or pass --as_conversations true"
-        )

@@ -114,7 +114,9 @@ def _load_model(name: str, tokenizer: Any) -> RewardFunction:
 
     try:
         return ModelReward.from_name(name, tokenizer)
-    except OSError as error:
+    except RewardError:
+        raise
+    except (OSError, ValueError) as error:
         raise RewardError(
             f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), no https:// URL, not of the form "
             f"'package.module:function', and could not be loaded as a sequence-classification model: {error}"
