@@ -197,8 +197,8 @@ class NEATConfig(TrainingArguments):
     alarm_ratio: float = field(
         default=2.0,
         metadata={
-            "help": "Warn when the mean length or the entropy of plain answers is more than this many times its value at the start, or less "
-            "than that part of it; 0 turns it off, else above 1."
+            "help": "Warn when the mean length or the entropy of plain answers is more than this many times its value at the start, or "
+            "less than that part of it; 0 turns it off, else above 1."
         },
     )
 

@@ -36,9 +36,8 @@ class Rounds(Protocol):
         """True when a signal asked for the end."""
         ...
 
-    @property
-    def steps_per_round(self) -> int:
-        """Optimizer steps in a round."""
+    def at_round_end(self) -> bool:
+        """True when the last step was a round's last."""
         ...
 
 
@@ -81,7 +80,7 @@ class RoundCallback(TrainerCallback):
         forget whether drift passed a limit."""
         if self.trainer.asked_to_stop():
             control.should_save = True
-        if control.should_save and state.global_step % self.trainer.steps_per_round == 0:
+        if control.should_save and self.trainer.at_round_end():
             control.should_save, self.owes_save = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

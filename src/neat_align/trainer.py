@@ -260,6 +260,10 @@ class NEATTrainer(GroupTrainer):
         groups_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return -(-len(self.rounds) // int(groups_per_step))
 
+    def at_round_end(self) -> bool:
+        """Whether the last step was a round's last."""
+        return int(self.state.global_step) % self.steps_per_round == 0
+
     def make_round(self, index: int) -> Round:
         """Sample, score and rank a round with the current policy, or read it when it is finished on disk."""
         position = next_position(self.round_folder(index - 1)) if index > 0 else 0
