@@ -17,8 +17,9 @@ import torch
 from transformers import TrainerCallback
 
 from neat_align import CollapseError, ConfigError, NEATTrainer
-from neat_align.checkpoints import MARKER, is_complete
+from neat_align.checkpoints import MARKER, is_complete, mark_complete
 from neat_align.errors import RunInterrupted, SaveError
+from neat_align.logprobs import completion_logprobs
 from neat_align.run_lock import one_writer
 from neat_align.sampling import TransformersSampler
 from test_trainer import TOKENIZER, count_e, logged, trainer, weights
@@ -80,7 +81,7 @@ def assert_as(whole: tuple[Path, dict[str, torch.Tensor]], t: NEATTrainer) -> No
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("point", [3, 9, 16, 24, 33])
+@pytest.mark.parametrize("point", [2, 8, 15, 22, 28])
 def test_a_crash_beside_any_rename_loses_nothing(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, point: int, before: bool
 ) -> None:
@@ -213,7 +214,7 @@ def test_sigterm_in_any_stage_ends_with_a_complete_checkpoint(
     assert "--resume true" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == handler
     assert t.state.global_step == step
-    assert [p.name for p in tmp_path.glob("checkpoint-*") if is_complete(p)][-1:] == ([f"checkpoint-{step}"] if step else [])
+    assert [p.name for p in sorted(tmp_path.glob("checkpoint-*")) if is_complete(p)][-1:] == ([f"checkpoint-{step}"] if step else [])
     monkeypatch.setattr(TransformersSampler, "sample", sample)
     again = small(tmp_path)
     again.train(resume_from_checkpoint=True)
@@ -374,8 +375,8 @@ def test_what_is_not_finite_names_its_prompts_and_changes_no_weight(tmp_path: Pa
         if what == "loss":
             monkeypatch.setattr("neat_align.group_trainer.total_loss", lambda terms, **_: terms.ranking * float("nan"))
         else:
-            real = __import__("neat_align.logprobs").logprobs.completion_logprobs
-            monkeypatch.setattr("neat_align.group_trainer.completion_logprobs", lambda m, rows: real(m, rows) - float("inf"))
+            infinite = float("inf")
+            monkeypatch.setattr("neat_align.group_trainer.completion_logprobs", lambda m, rows: completion_logprobs(m, rows) - infinite)
         return compute(model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(t, "compute_loss", poisoned)

@@ -26,7 +26,7 @@ from neat_align.errors import ConfigError, NEATError, RunInterrupted, SaveError
 from neat_align.expand import set_aside_round
 from neat_align.guards import Alarms
 from neat_align.rewards import NamedReward
-from neat_align.run_lock import one_writer
+from neat_align.run_lock import LOCK, one_writer
 from neat_align.run_record import check_same_run, record_changes, write_run_record
 from neat_align.signals import StopRequest, interrupted, listening
 from neat_align.storage import cut_to, read_json, size_of
@@ -53,6 +53,7 @@ class DurableTrainer(Trainer):
         self._bookmark: Bookmark | None = None
         self._opened: list[Any] | None = None
         self._is_writer = False
+        self._lock_was_there = False
 
     def run_key(self) -> dict[str, Any]:
         """What this run may not change when it goes on."""
@@ -125,6 +126,7 @@ class DurableTrainer(Trainer):
             yield
             return
         with contextlib.ExitStack() as held:
+            self._lock_was_there = (self.output_dir / LOCK).exists()
             self.on_main(lambda: held.enter_context(one_writer(self.output_dir)), "while it asked for the run directory")
             self._is_writer = True
             try:
@@ -153,7 +155,10 @@ class DurableTrainer(Trainer):
         started = any((out / name).exists() for name in ("rounds", "run.json"))
         if not resume and started:
             raise ConfigError(f"{out} already holds a run: pass resume_from_checkpoint=True to go on with it, or another output_dir")
-        if resume is True and not started and not self._was_prepared():
+        # Killed before its first step, a run has its key or first evaluation, or only its lock.
+        prepared = self._lock_was_there or any((out / name).exists() for name in ("run-key.json", "evaluation-before.json"))
+        if resume is True and not started and not prepared:
+            (out / LOCK).unlink()  # or the next attempt would take this one for a run
             raise ConfigError(f"{out} holds no run to resume: leave resume_from_checkpoint out to start one")
         changes = check_same_run(out, self.run_key(), allow_changes=self.args.allow_changes)
         checkpoint: Path | None = None
@@ -164,7 +169,7 @@ class DurableTrainer(Trainer):
                 raise ConfigError(f"{checkpoint} cannot be resumed from: {why}. resume_from_checkpoint=True takes the newest complete one")
         elif resume:
             checkpoint = checkpoint_to_resume(out)
-        cut_to(out / "metrics.jsonl", self._metrics_bytes(checkpoint))
+        cut_to(out / "metrics.jsonl", self._metrics_bytes(checkpoint, prepared=prepared))
         if changes:
             step = step_of(checkpoint)
             record_changes(out, self.args, step, changes)
@@ -175,11 +180,7 @@ class DurableTrainer(Trainer):
                     set_aside_round(folder, "it was sampled by another policy")
         return None if checkpoint is None else str(checkpoint), bool(changes)
 
-    def _was_prepared(self) -> bool:
-        # The lock of this very attempt is there; one of an earlier attempt that got no further has nothing to go on with.
-        return any((self.output_dir / name).exists() for name in ("run-key.json", "evaluation-before.json"))
-
-    def _metrics_bytes(self, checkpoint: Path | None) -> int:
+    def _metrics_bytes(self, checkpoint: Path | None, *, prepared: bool) -> int:
         """How much of metrics.jsonl was written before the place that the run goes on from."""
         everything = size_of(self.output_dir / "metrics.jsonl")
         if checkpoint is not None:
@@ -190,7 +191,7 @@ class DurableTrainer(Trainer):
         if (self.output_dir / "run.json").is_file():
             return int(read_json(self.output_dir / "run.json").get("metrics_bytes", everything))
         # Before training there is only the first evaluation, whose file is written after its line.
-        return everything if (self.output_dir / "evaluation-before.json").is_file() or not self._was_prepared() else 0
+        return 0 if prepared and not (self.output_dir / "evaluation-before.json").is_file() else everything
 
     # ---- training ----
 

@@ -78,6 +78,7 @@ FREE_OPTIONS = frozenset(
         *("generation_batch_size", "max_tokens_per_micro_batch", "torch_empty_cache_steps"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        *("dataloader_persistent_workers", "dataloader_in_order"),
         *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_accumulation_steps"),
         *("include_num_input_tokens_seen", "restore_callback_states_from_checkpoint", "do_train", "do_eval", "do_predict"),
         *("resume_from_checkpoint", "local_rank", "allow_changes", "alarm_logp_drop", "alarm_ratio"),
