@@ -276,7 +276,7 @@ def test_a_full_disk_while_saving_leaves_the_older_checkpoint(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     target = "neat_align.durable_trainer.mark_complete" if where == "marker" else "torch.save"
-    real: Callable[..., Any] = torch.save if where == "optimizer" else __import__("neat_align.checkpoints").checkpoints.mark_complete
+    real: Callable[..., Any] = mark_complete if where == "marker" else torch.save
     saves = 0
 
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -392,7 +392,7 @@ def test_what_is_not_finite_names_its_prompts_and_changes_no_weight(tmp_path: Pa
 def test_a_policy_that_is_not_finite_writes_no_round(tmp_path: Path) -> None:
     model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER)
     model.get_output_embeddings().weight.data[5, 0] = float("nan")
-    with pytest.raises(CollapseError, match=r"log-probability of \d+ completions is not finite; prompts "):
+    with pytest.raises(CollapseError, match=r"not finite while it samples.*; prompts "):
         small(tmp_path, model=model, drift_prompts=0, prefix_sharing="off").train()
     assert not list(tmp_path.rglob("samples-*.parquet"))
 

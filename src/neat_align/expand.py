@@ -31,7 +31,7 @@ from neat_align.groups import (
     rank_keys,
     read_groups,
 )
-from neat_align.guards import not_finite
+from neat_align.guards import name_list, not_finite
 from neat_align.leaks import leaks_instruction
 from neat_align.prompts import InstructionBank, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
 from neat_align.rewards import NamedReward, score
@@ -290,6 +290,9 @@ def _sample(
         if progress is not None:
             progress("sample", finished, len(plans))
 
+    def names(numbers: Sequence[int]) -> str:
+        return name_list([rows[plans[n][0]].id for n in numbers])
+
     def check(numbers: Sequence[int], samples: Sequence[Sample]) -> None:
         _refuse_non_finite("log-probability", [rows[plans[n][0]].id for n in numbers], [s.logprob for s in samples])
 
@@ -307,7 +310,7 @@ def _sample(
     drawn: dict[int, Sample] = {}
     for sampler, mine in shares:
         shards = SampleShards(work, tools.shard_size)
-        drawn |= shards.draw(sampler, mine, params.sampling, check=check, between=tools.between_shards, progress=report)
+        drawn |= shards.draw(sampler, mine, params.sampling, check=check, names=names, between=tools.between_shards, progress=report)
     for number, (r, polarity, index, instruction, request) in enumerate(plans):
         sample = drawn[number]
         text = tools.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()

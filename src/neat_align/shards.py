@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from neat_align.errors import CollapseError
 from neat_align.groups import CompletionGroup, groups_to_table, read_groups
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
 from neat_align.storage import write_table
@@ -54,12 +55,14 @@ class SampleShards:
         params: SamplingParams,
         *,
         check: Callable[[Sequence[int], Sequence[Sample]], None],
+        names: Callable[[Sequence[int]], str],
         between: Callable[[], None],
         progress: Callable[[int], None],
     ) -> dict[int, Sample]:
         """A sample for each numbered request: read where it is there, else drawn, checked and written a shard at a time.
 
-        `between` is called before every shard; what it raises ends the work with all finished shards kept.
+        `between` is called before every shard; what it raises ends the work with all finished shards kept. `names` says whose
+        requests those are, for messages.
         """
         found = self.read({number for number, _ in numbered})
         progress(len(found))
@@ -70,8 +73,11 @@ class SampleShards:
             if not missing:
                 continue
             between()
-            samples = sampler.sample([request for _, request in missing], params, progress=progress)
             numbers = [number for number, _ in missing]
+            try:
+                samples = sampler.sample([request for _, request in missing], params, progress=progress)
+            except CollapseError as error:
+                raise CollapseError(f"{error}; prompts {names(numbers)}") from error
             check(numbers, samples)
             self.write(numbers, samples)
             found.update(zip(numbers, samples, strict=True))
