@@ -28,7 +28,7 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv demo bench test test-all lint type format lock clean
+.PHONY: help venv demo compare bench test test-all lint type format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
+
+compare: $(DEMO_READY) ## NEAT against other methods at equal budget and equal KL (under 30 minutes on two cores)
+	$(BIN)/neat-align compare --config recipes/compare-demo.yaml
 
 format: $(DEV_READY) ## Rewrite the files in the house style
 	$(BIN)/ruff check --fix .

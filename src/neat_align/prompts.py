@@ -28,7 +28,7 @@ from neat_align.groups import Message, Prompt
 
 Placement: TypeAlias = Literal["system", "user_suffix", "affix"]
 
-SHIPPED_BANKS = ("harmlessness", "helpfulness", "honesty", "politeness")
+SHIPPED_BANKS = ("harmlessness", "helpfulness", "honesty", "politeness", "sentiment")
 
 _BANK_KEYS = ("name", "description", "source", "pairs")
 _PAIR_KEYS = ("positive", "negative")
@@ -286,6 +286,13 @@ def end_of_turn_id(tokenizer: Any, *, conversational: bool) -> int:
     after = str(_apply(tokenizer, turns, add_generation_prompt=False, tokenize=False)).rpartition(answer)[2].lstrip()
     written = next((token for token in _control_tokens(tokenizer) if after.startswith(token)), None)
     return int(tokenizer.eos_token_id if written is None else tokenizer.convert_tokens_to_ids(written))
+
+
+def eos_token_ids(tokenizer: Any, model: Any, *, conversational: bool) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's eos, the template's end of a turn, and the model's own list."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    turn_end = end_of_turn_id(tokenizer, conversational=conversational)
+    return tuple(sorted({tokenizer.eos_token_id, turn_end, *([listed] if isinstance(listed, int) else listed or [])}))
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:

@@ -36,7 +36,7 @@ from neat_align.packing import Layout
 from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
 from neat_align.precision import check_trainable_weights, half_precision_copy
 from neat_align.progress import RoundProgressCallback, stage_bars
-from neat_align.prompts import check_template, draw_pair, end_of_turn_id, instructed, load_bank, prompt_ids
+from neat_align.prompts import check_template, draw_pair, eos_token_ids, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
 from neat_align.round_callback import RoundCallback, RoundDataset
 from neat_align.run_record import fingerprint, run_key, text_fingerprint, weights_fingerprint
@@ -157,9 +157,7 @@ class NEATTrainer(GroupTrainer):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the tokenizer's eos, the template's end of a turn, and the model's own list."""
-        listed = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
-        turn_end = end_of_turn_id(self._tokenizer, conversational=self.conversational)
-        return tuple(sorted({self._tokenizer.eos_token_id, turn_end, *([listed] if isinstance(listed, int) else listed or [])}))
+        return eos_token_ids(self._tokenizer, self.policy, conversational=self.conversational)
 
     def _resolve(self, funcs: Any, weights: Sequence[float] | None, processing_classes: Any) -> Any:
         if funcs is None:
