@@ -100,7 +100,10 @@ def _train(trainer: NEATTrainer, settings: RunSettings) -> dict[str, Any]:
     before = evaluation_before(trainer) if trainer.eval_rows else None
     trainer.train(resume_from_checkpoint=resume)
     out = trainer.output_dir
-    write_folder(out / "model", lambda folder: trainer.save_model(str(folder)))
+    if trainer.args.world_size == 1:
+        write_folder(out / "model", lambda folder: trainer.save_model(str(folder)))
+    else:  # all processes save parts of it into one folder
+        trainer.save_model(str(out / "model"))
     result: dict[str, Any] = {}
     if before is not None:
         trainer.evaluate(metric_key_prefix="after")

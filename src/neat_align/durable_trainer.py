@@ -155,9 +155,9 @@ class DurableTrainer(Trainer):
         started = any((out / name).exists() for name in ("rounds", "run.json"))
         if not resume and started:
             raise ConfigError(f"{out} already holds a run: pass resume_from_checkpoint=True to go on with it, or another output_dir")
-        # Killed before its first step, a run has its key or first evaluation, or only its lock.
-        prepared = self._lock_was_there or any((out / name).exists() for name in ("run-key.json", "evaluation-before.json"))
-        if resume is True and not started and not prepared:
+        # Killed before its first step, a run has its key, or only its lock.
+        has_key = (out / "run-key.json").is_file()
+        if resume is True and not (started or has_key or self._lock_was_there):
             (out / LOCK).unlink()  # or the next attempt would take this one for a run
             raise ConfigError(f"{out} holds no run to resume: leave resume_from_checkpoint out to start one")
         changes = check_same_run(out, self.run_key(), allow_changes=self.args.allow_changes)
@@ -169,7 +169,7 @@ class DurableTrainer(Trainer):
                 raise ConfigError(f"{checkpoint} cannot be resumed from: {why}. resume_from_checkpoint=True takes the newest complete one")
         elif resume:
             checkpoint = checkpoint_to_resume(out)
-        cut_to(out / "metrics.jsonl", self._metrics_bytes(checkpoint, prepared=prepared))
+        cut_to(out / "metrics.jsonl", self._metrics_bytes(checkpoint, has_key=has_key))
         if changes:
             step = step_of(checkpoint)
             record_changes(out, self.args, step, changes)
@@ -180,7 +180,7 @@ class DurableTrainer(Trainer):
                     set_aside_round(folder, "it was sampled by another policy")
         return None if checkpoint is None else str(checkpoint), bool(changes)
 
-    def _metrics_bytes(self, checkpoint: Path | None, *, prepared: bool) -> int:
+    def _metrics_bytes(self, checkpoint: Path | None, *, has_key: bool) -> int:
         """How much of metrics.jsonl was written before the place that the run goes on from."""
         everything = size_of(self.output_dir / "metrics.jsonl")
         if checkpoint is not None:
@@ -191,7 +191,7 @@ class DurableTrainer(Trainer):
         if (self.output_dir / "run.json").is_file():
             return int(read_json(self.output_dir / "run.json").get("metrics_bytes", everything))
         # Before training there is only the first evaluation, whose file is written after its line.
-        return 0 if prepared and not (self.output_dir / "evaluation-before.json").is_file() else everything
+        return 0 if has_key and not (self.output_dir / "evaluation-before.json").is_file() else everything
 
     # ---- training ----
 
@@ -220,6 +220,7 @@ class DurableTrainer(Trainer):
                 except RunInterrupted:
                     # Loggers and bars are closed as at any other end.
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
+                    self.is_in_train = False
                     raise
             self.leave_if_asked("after training had finished")
             return output

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set
 from neat_align.browse import render_group
 from neat_align.checkpoints import is_complete
 from neat_align.config import NEATConfig
-from neat_align.data import PromptRow, is_conversational, rows_from_dataset
+from neat_align.data import is_conversational
 from neat_align.drift import drift_ratios, limit_passed, measure_drift
 from neat_align.durable_trainer import LeaveCallback
-from neat_align.errors import ConfigError, DataError, RunInterrupted
+from neat_align.errors import ConfigError, RunInterrupted
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, next_position, read_round, set_aside_if_damaged
 from neat_align.group_trainer import GroupTrainer
@@ -43,6 +43,7 @@ from neat_align.run_record import fingerprint, run_key, text_fingerprint, weight
 from neat_align.sampling import Room, Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
 from neat_align.signals import interrupted
 from neat_align.storage import read_json, write_json
+from neat_align.trainer_input import as_rows, check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,8 @@ class NEATTrainer(GroupTrainer):
         args = NEATConfig(output_dir="neat-run") if args is None else args
         if train_dataset is None:
             raise ConfigError("NEATTrainer needs a train_dataset with prompts")
-        self.rows = _as_rows(train_dataset, "train_dataset")
-        self.eval_rows = _as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else []
+        self.rows = as_rows(train_dataset, "train_dataset")
+        self.eval_rows = as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else []
         if args.num_eval_prompts is not None:
             self.eval_rows = self.eval_rows[: args.num_eval_prompts]
         policy = load_policy(model) if isinstance(model, str) else model
@@ -99,7 +100,7 @@ class NEATTrainer(GroupTrainer):
         if args.num_positive or args.num_negative:
             check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
         check_context(policy, args.max_prompt_length, args.max_completion_length)
-        _check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
+        check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
         self.given_reference = ref_model is not None and ref_model is not policy
         set_seed(args.seed)  # a new adapter is drawn at random
         self.reference, policy = start_policy(policy, peft_config, ref_model)
@@ -316,7 +317,6 @@ class NEATTrainer(GroupTrainer):
             self.measure_start()
         elif step % self.steps_per_round == 0 and self.rounds_ended < step // self.steps_per_round and self._bookmark is not None:
             self.end_round()  # a callback asked for this checkpoint before the round's end
-        self.leave_if_asked(f"before step {step + 1}")
 
     def begin_round(self) -> None:
         """Make this round's groups and swap them into the training data."""
@@ -326,6 +326,7 @@ class NEATTrainer(GroupTrainer):
             # Only now is the policy the one that a damaged round would be made again with.
             self.on_main(lambda: set_aside_if_damaged(self.round_folder(index)), f"before round {index + 1}")
         try:
+            self.leave_if_asked(f"before round {index + 1}")
             made = self.make_round(index)
             self.leave_if_asked(f"after round {index + 1} was made")
         except RunInterrupted:
@@ -389,7 +390,6 @@ class NEATTrainer(GroupTrainer):
                 "held-out data": fingerprint(self.eval_rows),
                 "rewards": [[r.name, r.weight] for r in self.rewards],
                 "judges": [j.name for j in self.judges],
-                "sampling": asdict(self.sampling_params),
                 "processes": self.args.world_size,
             },
         )
@@ -400,7 +400,7 @@ class NEATTrainer(GroupTrainer):
         """Sample and judge the current policy on held-out rows (plain prompt); `last_evaluation` keeps the whole of it."""
         if ignore_keys is not None:
             raise ConfigError("ignore_keys has no meaning in NEATTrainer.evaluate: it samples instead of collecting outputs")
-        rows = _as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_rows
+        rows = as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_rows
         if not rows:
             raise ConfigError("there is nothing to evaluate on: pass an eval_dataset with held-out prompts")
         with stage_bars("evaluate", bool(self.args.disable_tqdm)) as bars:
@@ -436,29 +436,3 @@ class _StartSampler:
         """One `Sample` a request, in order."""
         with self.trainer.reference() as model:
             return self.trainer._sampler(model).sample(requests, params, progress=progress)
-
-
-# ---- building blocks -------------------------------------------------------------------------------------------------
-
-
-def _as_rows(dataset: Any, name: str) -> list[PromptRow]:
-    if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
-        return cast("list[PromptRow]", dataset)
-    return rows_from_dataset(dataset, name=name)
-
-
-def _check_prompts(rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool) -> None:
-    """Refuse over-long prompts before anything is sampled, and say when text prompts bypass a chat template."""
-    lengths = [(row, len(prompt_ids(tokenizer, row.prompt))) for row in rows]
-    long = [(row, n) for row, n in lengths if n > max_prompt_length]
-    if long:
-        named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
-        raise DataError(
-            f"{len(long)} prompts are longer than max_prompt_length={max_prompt_length} tokens: {named}. Raise it (the "
-            "model's context allowing), or drop the rows; prompts are never cut"
-        )
-    if not conversational and tokenizer.chat_template:
-        logger.warning(
-            "the prompts are text and the tokenizer has a chat template: they are used as they are, without it. For a chat "
-            "model give messages, or pass --as_conversations true"
-        )
