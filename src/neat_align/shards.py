@@ -66,10 +66,10 @@ class SampleShards:
         """
         found = self.read({number for number, _ in numbered})
         progress(len(found))
-        # Equal prompts stand together, so that they meet in a batch.
+        # Prompts of a length stand together, and equal ones meet in a batch; within a shard the sampler orders them itself.
         order = sorted(numbered, key=lambda n: (-len(n[1].prompt_ids), n[1].prompt_ids))
         for _, shard in even_shards(order, self.size):
-            missing = [(number, request) for number, request in shard if number not in found]
+            missing = sorted((item for item in shard if item[0] not in found), key=lambda item: item[0])
             if not missing:
                 continue
             between()
