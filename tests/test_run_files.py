@@ -19,7 +19,7 @@ from neat_align.checkpoints import MARKER, checkpoint_to_resume, is_complete, ma
 from neat_align.errors import ConfigError, RunInterrupted, SaveError
 from neat_align.guards import Alarms
 from neat_align.run_lock import LOCK, one_writer
-from neat_align.run_record import check_same_run, key_changes
+from neat_align.run_record import check_same_run, keep_key, key_changes
 from neat_align.shards import even_shards
 from neat_align.signals import StopRequest, interrupted, listening
 from neat_align.storage import cut_to, write_folder
@@ -215,12 +215,14 @@ def test_shards_are_as_few_as_the_size_allows_and_alike() -> None:
 def test_changes_are_said_one_a_line_and_can_be_allowed(tmp_path: Path) -> None:
     key: dict[str, Any] = {"processes": 1, "options": {"seed": 1, "beta": 2.0}}
     assert check_same_run(tmp_path, key, allow_changes=False) == []
+    keep_key(tmp_path, key)
     now = {"processes": 2, "new part": "not compared", "options": {"seed": 1, "beta": 3.0, "new_option": 1}}
     with pytest.raises(ConfigError) as error:
         check_same_run(tmp_path, now, allow_changes=False)
     assert "\n  processes was 1 and is 2\n  beta was 2.0 and is 3.0\n" in str(error.value)
     assert "--allow_changes true" in str(error.value)
     assert check_same_run(tmp_path, now, allow_changes=True) == ["processes was 1 and is 2", "beta was 2.0 and is 3.0"]
+    keep_key(tmp_path, now)
     assert check_same_run(tmp_path, now, allow_changes=False) == []
     assert key_changes({}, now) == []
 

@@ -27,7 +27,7 @@ from neat_align.expand import set_aside_round
 from neat_align.guards import Alarms
 from neat_align.rewards import NamedReward
 from neat_align.run_lock import LOCK, one_writer
-from neat_align.run_record import check_same_run, record_changes, write_run_record
+from neat_align.run_record import check_same_run, keep_key, record_changes, write_run_record
 from neat_align.signals import StopRequest, interrupted, listening
 from neat_align.storage import cut_to, read_json, size_of
 
@@ -160,7 +160,8 @@ class DurableTrainer(Trainer):
         if resume is True and not (started or has_key or self._lock_was_there):
             (out / LOCK).unlink()  # or the next attempt would take this one for a run
             raise ConfigError(f"{out} holds no run to resume: leave resume_from_checkpoint out to start one")
-        changes = check_same_run(out, self.run_key(), allow_changes=self.args.allow_changes)
+        key = self.run_key()
+        changes = check_same_run(out, key, allow_changes=self.args.allow_changes)
         checkpoint: Path | None = None
         if isinstance(resume, str):
             checkpoint = Path(resume)
@@ -178,6 +179,7 @@ class DurableTrainer(Trainer):
             for folder in sorted((out / "rounds").glob("[0-9]*")):
                 if folder.name.isdigit() and int(folder.name) >= later:
                     set_aside_round(folder, "it was sampled by another policy")
+        keep_key(out, key)
         return None if checkpoint is None else str(checkpoint), bool(changes)
 
     def _metrics_bytes(self, checkpoint: Path | None, *, has_key: bool) -> int:

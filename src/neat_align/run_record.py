@@ -120,7 +120,7 @@ def key_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool) -> list[str]:
-    """Compare a run's key with the one in its folder, or write it. Gives the changes that were allowed.
+    """Compare a run's key with the one in its folder, where there is one. Gives the changes that were allowed.
 
     Raises ConfigError with the differences: rounds, first evaluation and optimizer state would be of another experiment.
     """
@@ -134,9 +134,14 @@ def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool
         )
     if changes:
         logger.warning("going on with other settings than the run began with: %s", "; ".join(changes))
-    if changes or not path.is_file():
-        write_json(path, key)
     return changes
+
+
+def keep_key(output_dir: Path, key: dict[str, Any]) -> None:
+    """Write the run's key, once what its changes ask for is done: until then the next attempt finds them again."""
+    path = output_dir / "run-key.json"
+    if not path.is_file() or read_json(path) != key:
+        write_json(path, key)
 
 
 def write_run_record(
