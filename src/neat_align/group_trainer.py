@@ -207,16 +207,18 @@ class GroupTrainer(DurableTrainer):
     def check_step(self) -> None:
         """Raise CollapseError on every process when one has a loss, log-probability or gradient that is not finite, before
         the optimizer step."""
-        found = self._not_finite
+        found, severity = self._not_finite, 2
         scaler = self.accelerator.scaler
         # fp16's loss scaling expects gradients that overflow, and skips such steps itself.
         if not found and (scaler is None or not scaler.is_enabled()):
             bad = non_finite_gradient(self.policy.named_parameters(), self.state.global_step + 1)
             if bad is not None:
-                found = [f"{bad}; prompts {name_list([g.prompt_id for groups in self._sub_steps for g in groups])}"]
-        if not self.agree(int(bool(found))):
+                found, severity = [f"{bad}; prompts {name_list([g.prompt_id for groups in self._sub_steps for g in groups])}"], 1
+        worst = self.agree(severity if found else 0)
+        if not worst:
             return
-        everywhere = gather_object(found)
+        # One process's loss breaks the gradient of all: the cause is named, not who shared it.
+        everywhere = gather_object(found if severity == worst else [])
         raise CollapseError(
             f"{'; '.join(everywhere)}. No weight was changed by it, and the last checkpoint is untouched. Look at the learning rate "
             "and at the rewards of these prompts"
