@@ -19,6 +19,7 @@ from neat_align.data import PromptRow, load_rows, rows_from_dataset, to_conversa
 from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
 from neat_align.evaluation import Evaluation, compare
+from neat_align.policy import load_policy, load_tokenizer
 from neat_align.report import write_report
 from neat_align.run_record import commit, versions
 from neat_align.settings import RunSettings
@@ -61,8 +62,10 @@ def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence
     """The trainer of a run, with everything checked that can be checked before sampling."""
     if not settings.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
-    model = demo_model_path() if settings.model_name_or_path == "demo" else settings.model_name_or_path
     rows, held_out = load_data(settings)
+    name = demo_model_path() if settings.model_name_or_path == "demo" else settings.model_name_or_path
+    model = load_policy(name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(model, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
     peft_config = None
     if settings.use_peft:
         from peft import LoraConfig
@@ -80,6 +83,7 @@ def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence
         config,
         train_dataset=rows,
         eval_dataset=held_out or None,
+        processing_class=tokenizer,
         callbacks=list(callbacks),
         peft_config=peft_config,
         judge_funcs=settings.judge_funcs or None,
@@ -88,6 +92,8 @@ def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence
 
 def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     """Evaluate, train, evaluate again; write the model, result.json and the report. Returns the result."""
+    if not settings.resume and config.process_index == 0:
+        _check_empty(Path(str(config.output_dir)))
     trainer = build_trainer(settings, config)
     with listening(trainer.stop), trainer.writing():
         return _train(trainer, settings)
@@ -126,6 +132,18 @@ def _train(trainer: NEATTrainer, settings: RunSettings) -> dict[str, Any]:
     write_json(out / "result.json", result)
     write_report(out)
     return result
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse to write a run among what is there already: nothing could tell the two apart later."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir is {folder}, which is a file: choose a folder")
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if found:
+        raise ConfigError(
+            f"output_dir is {folder}, which is not empty ({', '.join(found[:4])}): choose another one, or pass --resume true to go on with "
+            "the run in it"
+        )
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:

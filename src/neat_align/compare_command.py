@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -36,6 +35,7 @@ from neat_align.run_record import commit, cpu_name, fingerprint, versions
 from neat_align.settings import RunSettings, recipe_path, settings_from
 from neat_align.storage import read_json, write_folder, write_json
 from neat_align.trainer import NEATTrainer
+from neat_align.yaml_files import read_yaml
 
 FORMAT = 1
 # Held-out prompts whose answers are kept for the page.
@@ -60,10 +60,7 @@ def read_spec(path: Path) -> CompareSpec:
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in shipped.parent.glob("compare-*.yaml")))
         raise ConfigError(f"there is no comparison at {path}; these ship: {names}")
-    try:
-        return parse_spec(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return parse_spec(read_yaml(path, ConfigError).value, str(path))
 
 
 def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:

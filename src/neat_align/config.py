@@ -6,7 +6,8 @@ only when a command needs it. Field help texts are what `neat-align train --help
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
@@ -16,6 +17,8 @@ from neat_align.errors import ConfigError
 RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
 PLACEMENTS = ("system", "user_suffix", "affix")
+# A field's type as it is written here (text) and as transformers has it (an object), and what reads it from text.
+_NUMBERS = {"int": int, "int | None": int, "float": float, "float | None": float}
 
 
 @dataclass
@@ -32,6 +35,10 @@ class NEATConfig(TrainingArguments):
     bf16: bool = field(
         default=True,
         metadata={"help": "Compute in bf16 autocast. Trainable weights stay fp32 (bf16 weights do not move at small learning rates)."},
+    )
+    use_cpu: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Train on the CPU; unset: where there is no accelerator. False: an error where there is none."},
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to checkpoint: `epoch` is after every round."})
@@ -215,9 +222,12 @@ class NEATConfig(TrainingArguments):
     log_completions: bool = field(default=False, metadata={"help": "Print a few groups of every round to the terminal."})
 
     def __post_init__(self) -> None:
-        # TrainingArguments refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        _read_numbers(self)
+        _choose_device(self)
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"{error}: correct the value") from error
         _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
         _check_choice("negative_penalty", self.negative_penalty, NEGATIVE_PENALTIES)
         _check_choice("instruction_placement", self.instruction_placement, PLACEMENTS)
@@ -256,6 +266,44 @@ class NEATConfig(TrainingArguments):
         return 0.1 if self.length_power == 0 else 1.0
 
 
+def _read_numbers(c: NEATConfig) -> None:
+    """Numbers that came as text become numbers (YAML reads 1e-5, without a dot, as text); one that is not finite is refused."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        type_name = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+        kind = _NUMBERS.get(type_name) or _NUMBERS.get(str(f.type))
+        if isinstance(value, str) and kind is not None:
+            try:
+                value = kind(value)
+            except ValueError:
+                what = "whole number" if kind is int else "number"
+                raise ConfigError(f"{f.name} is {value!r}; it must be a {what}, such as {kind(1)}: correct it") from None
+            setattr(c, f.name, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name} is {value}; it must be a finite number: correct it, or leave it out")
+
+
+def _choose_device(c: NEATConfig) -> None:
+    """Settle `use_cpu`, and refuse what the device cannot do. (TrainingArguments refuses bf16 on a machine without an
+    accelerator unless it is told that the CPU is meant.)"""
+    found = torch.accelerator.is_available()
+    if c.use_cpu is False and not found:
+        raise ConfigError(
+            f"use_cpu is false, which asks for an accelerator, and torch {torch.__version__} sees none on this machine: leave use_cpu "
+            "out to train on the CPU, or install the torch build for your hardware"
+        )
+    c.use_cpu = c.use_cpu or not found
+    if c.fp16 and c.bf16:
+        raise ConfigError("fp16 and bf16 are both true, and bf16 is by default: set bf16 to false too, or remove fp16")
+    if c.fp16 and c.use_cpu:
+        raise ConfigError("fp16 is true and the run is on the CPU, where its loss scaling does not work: remove fp16 (bf16 works there)")
+    if c.bf16 and torch.cuda.is_available() and not c.use_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"bf16 is true (it is by default), and {torch.cuda.get_device_name()} cannot compute in it: set bf16 to false, and fp16 to "
+            "true if memory is short"
+        )
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -276,6 +324,12 @@ def _check_numbers(c: NEATConfig) -> None:
     for name in not_negative:
         if getattr(c, name) < 0:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must not be negative")
+    for name in ("seed", "data_seed"):
+        value = getattr(c, name)
+        if value is not None and not 0 <= value < 2**32:
+            raise ConfigError(f"{name} is {value}; it must be a whole number from 0 to {2**32 - 1}")
+    if "\0" in str(c.output_dir):
+        raise ConfigError(f"output_dir is {c.output_dir!r}, which holds a NUL character, and no path can: remove it")
     if c.learning_rate < 0:
         raise ConfigError(f"learning_rate is {c.learning_rate}; it must not be negative")
     if c.temperature <= 0:
@@ -297,6 +351,11 @@ def _check_numbers(c: NEATConfig) -> None:
         raise ConfigError(f"num_train_epochs is {c.num_train_epochs}; it is the number of rounds, a whole number of 1 or more")
     if c.num_generations < 1:
         raise ConfigError("num_positive, num_negative and num_plain are all 0: nothing would be sampled; set at least one")
+    if c.num_generations == 1 and not c.use_human_completions:
+        raise ConfigError(
+            "num_positive, num_negative and num_plain add up to 1 and use_human_completions is false: one completion a prompt leaves "
+            "nothing to rank; ask for two or more"
+        )
 
 
 def _check_ignored(c: NEATConfig) -> None:

@@ -33,7 +33,7 @@ from neat_align.groups import (
 )
 from neat_align.guards import name_list, not_finite
 from neat_align.leaks import leaks_instruction
-from neat_align.prompts import InstructionBank, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
+from neat_align.prompts import InstructionBank, answer_text_ids, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
 from neat_align.rewards import NamedReward, score
 from neat_align.round_metrics import round_metrics
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
@@ -180,7 +180,7 @@ def expand(
         everything += groups
         kept += [g for g in groups if _has_pair(g, params)]
         used += take
-    _check_pairs(len(kept), len(everything), params)
+    _check_pairs(len(kept), len(everything), params, removed)
     names = [r.name for r in tools.rewards]
     metrics = round_metrics(everything, kept, removed, names)
     groups_file = folder / "groups.parquet"
@@ -360,10 +360,11 @@ def answer_ids(row: PromptRow, text: str, tokenizer: Any, max_length: int) -> tu
     """
     if isinstance(row.prompt, str) and row.prompt and not row.prompt[-1].isspace() and text and not text[0].isspace():
         text = " " + text
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    conversational = not isinstance(row.prompt, str)
+    ids = answer_text_ids(tokenizer, text, conversational=conversational)
     if len(ids) + 1 > max_length:
         return tuple(ids[:max_length]), "length"
-    return (*ids, end_of_turn_id(tokenizer, conversational=not isinstance(row.prompt, str))), "stop"
+    return (*ids, end_of_turn_id(tokenizer, conversational=conversational)), "stop"
 
 
 def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[Completion]:
@@ -468,11 +469,12 @@ def _has_pair(group: CompletionGroup, params: ExpandParams) -> bool:
     return bool(ordered_pairs(rank_keys(group, params.rank_by), params.reward_margin))
 
 
-def _check_pairs(kept: int, tried: int, params: ExpandParams) -> None:
+def _check_pairs(kept: int, tried: int, params: ExpandParams, removed: Counter[str]) -> None:
     if kept == 0 or kept < params.min_pair_fraction * tried:
         raise CollapseError(
             f"{kept} of {tried} prompts gave two completions whose rewards differ by more than "
-            f"reward_margin={params.reward_margin}: there is too little to rank. Either the reward does not tell these answers "
+            f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left out): there is too little to rank. "
+            "Either the reward does not tell these answers "
             "apart (try another reward, or a smaller margin), or the policy no longer obeys the negative instruction "
             "(negative_policy: initial, or fewer rounds); the last checkpoint is kept"
         )

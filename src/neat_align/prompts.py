@@ -21,10 +21,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-import yaml
-
 from neat_align.errors import PromptError
 from neat_align.groups import Message, Prompt
+from neat_align.yaml_files import YamlDocument, parse_yaml, read_yaml
 
 Placement: TypeAlias = Literal["system", "user_suffix", "affix"]
 
@@ -67,7 +66,7 @@ def load_bank(name_or_path: str) -> InstructionBank:
     """
     if name_or_path in SHIPPED_BANKS:
         text = resources.files("neat_align").joinpath("banks", f"{name_or_path}.yaml").read_text("utf-8")
-        return _parse_bank(text, f"{name_or_path}.yaml")
+        return _parse_bank(parse_yaml(text, f"{name_or_path}.yaml", PromptError), f"{name_or_path}.yaml")
     path = Path(name_or_path).expanduser()
     looks_like_path = path.suffix in (".yaml", ".yml") or "/" in name_or_path or os.sep in name_or_path
     if not looks_like_path and not path.is_file():
@@ -77,23 +76,16 @@ def load_bank(name_or_path: str) -> InstructionBank:
             f"there is no instruction bank {name_or_path!r}.{hint} Shipped banks: {', '.join(SHIPPED_BANKS)}. "
             "For a bank of your own, give the path of its .yaml file"
         )
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: an instruction bank must be UTF-8 text: {error}") from error
-    except OSError as error:
+    if not path.exists():
         raise PromptError(
-            f"{path}: the instruction bank cannot be read ({error.strerror}). Give the path of a YAML file, or one of the "
-            f"shipped names: {', '.join(SHIPPED_BANKS)}"
-        ) from error
-    return _parse_bank(text, str(path))
+            f"{path}: the instruction bank cannot be read (no such file). Give the path of a YAML file, or one of the shipped names: "
+            f"{', '.join(SHIPPED_BANKS)}"
+        )
+    return _parse_bank(read_yaml(path, PromptError), str(path))
 
 
-def _parse_bank(text: str, where: str) -> InstructionBank:
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PromptError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+def _parse_bank(document: YamlDocument, where: str) -> InstructionBank:
+    raw = document.value
     if not isinstance(raw, dict):
         raise PromptError(f"{where}: a bank is a mapping with the keys {', '.join(_BANK_KEYS)}; this file is a {type(raw).__name__}")
     _check_keys(raw, _BANK_KEYS, where)
@@ -269,6 +261,25 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> li
         prompt,
         chat_template=template,
         neat_assistant_prefix=assistant_prefix,
+        tokenize=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
+    )
+    return [int(i) for i in cast("Sequence[int]", ids)]
+
+
+def answer_text_ids(tokenizer: Any, text: str, *, conversational: bool) -> list[int]:
+    """The ids of an answer's text, without what ends its turn. In a conversation, what looks like a control token stays text;
+    beside a text prompt it is meant."""
+    if not conversational or not any(token in text for token in _control_tokens(tokenizer)):
+        return _encode(tokenizer, text, add_special_tokens=False)
+    # The template is kept, unused, because its literals say which added tokens are control tokens.
+    template = "{% if false %}" + tokenizer.get_chat_template() + "{% endif %}{{ neat_answer }}"
+    ids = _apply(
+        tokenizer,
+        [{"role": "user", "content": ""}],
+        chat_template=template,
+        neat_answer=text,
         tokenize=True,
         return_dict=False,
         sanitize_control_tokens=True,

@@ -33,8 +33,9 @@ from neat_align.group_trainer import GroupTrainer
 from neat_align.groups import Polarity, Prompt, RankBy
 from neat_align.logprobs import choose_layout, score_completions
 from neat_align.packing import Layout
-from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
+from neat_align.policy import check_policy, disable_dropout, load_policy, load_tokenizer, start_policy
 from neat_align.precision import check_trainable_weights, half_precision_copy
+from neat_align.preflight import as_rows, check_group_size, check_prompts
 from neat_align.progress import RoundProgressCallback, stage_bars
 from neat_align.prompts import check_template, draw_pair, eos_token_ids, instructed, load_bank, prompt_ids
 from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
@@ -43,7 +44,6 @@ from neat_align.run_record import fingerprint, run_key, text_fingerprint, weight
 from neat_align.sampling import Room, Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
 from neat_align.signals import interrupted
 from neat_align.storage import read_json, write_json
-from neat_align.trainer_input import as_rows, check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,8 @@ class NEATTrainer(GroupTrainer):
         self.conversational = is_conversational(self.rows)
         if args.num_positive or args.num_negative:
             check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
-        check_context(policy, args.max_prompt_length, args.max_completion_length)
+        check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
+        check_group_size(self.rows, args)
         check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
         self.given_reference = ref_model is not None and ref_model is not policy
         set_seed(args.seed)  # a new adapter is drawn at random

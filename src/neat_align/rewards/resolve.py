@@ -105,7 +105,9 @@ def _load_model(name: str, tokenizer: Any) -> RewardFunction:
 
     try:
         return ModelReward.from_name(name, tokenizer)
-    except OSError as error:
+    except RewardError:
+        raise
+    except (OSError, ValueError) as error:
         raise RewardError(
             f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), not of the form 'package.module:function', "
             f"and could not be loaded as a sequence-classification model: {error}"
