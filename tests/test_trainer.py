@@ -284,6 +284,7 @@ def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again
         seen.append(sampled[0].stat().st_mtime_ns)
         return count_e(prompts, completions, completion_ids)
 
+    watching.__name__ = "broken"  # the same server, up again
     trainer(tmp_path, reward=watching).train(resume_from_checkpoint=True)
     fresh = trainer(tmp_path / "fresh")
     fresh.train()
@@ -445,7 +446,7 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
         ({"num_positive": 0, "num_negative": 0}, "nothing would be sampled"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"hinge_margin": 1.0}, "hinge_margin is set but ranking_loss is logistic"),
-        ({"ranking_loss": "hinge", "beta": 1.0}, "beta is set but the hinge loss has none"),
+        ({"ranking_loss": "hinge", "beta": 1.0}, "beta is set but ranking_loss hinge has none"),
         ({"ranking_loss": "dpo", "gamma": 1.0}, "gamma is set but ranking_loss is dpo"),
         ({"negative_penalty": "npo"}, "set both, or neither"),
         ({"negative_weight": 1.0}, "set both, or neither"),

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
 from neat_align.evaluation import Evaluation, compare
 from neat_align.policy import load_policy, load_tokenizer
-from neat_align.redaction import redacted
 from neat_align.report import write_report
-from neat_align.run_record import commit, fingerprint, versions
+from neat_align.run_record import commit, versions
 from neat_align.settings import RunSettings
-from neat_align.storage import read_json, write_json
+from neat_align.signals import listening
+from neat_align.storage import read_json, write_folder, write_json
 from neat_align.trainer import NEATTrainer
 
 
@@ -92,26 +92,33 @@ def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence
 
 def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     """Evaluate, train, evaluate again; write the model, result.json and the report. Returns the result."""
-    started = time.monotonic()
     if not settings.resume and config.process_index == 0:
         _check_empty(Path(str(config.output_dir)))
     trainer = build_trainer(settings, config)
-    known = _check_same_run(trainer, settings)
+    with listening(trainer.stop), trainer.writing():
+        return _train(trainer, settings)
+
+
+def _train(trainer: NEATTrainer, settings: RunSettings) -> dict[str, Any]:
+    started = time.monotonic()
+    resume = True if settings.resume else None
+    trainer.open_run(resume)  # before an evaluation is paid for
     before = evaluation_before(trainer) if trainer.eval_rows else None
-    # A run that stopped before its first round has nothing that the trainer could resume.
-    nothing_yet = known and not (trainer.output_dir / "rounds").exists()
-    trainer.train(resume_from_checkpoint=True if settings.resume and not nothing_yet else None)
+    trainer.train(resume_from_checkpoint=resume)
     out = trainer.output_dir
-    trainer.save_model(str(out / "model"))
+    if trainer.args.world_size == 1:
+        write_folder(out / "model", lambda folder: trainer.save_model(str(folder)))
+    else:  # all processes save parts of it into one folder
+        trainer.save_model(str(out / "model"))
     result: dict[str, Any] = {}
     if before is not None:
         trainer.evaluate(metric_key_prefix="after")
         after = trainer.last_evaluation
         assert after is not None
         write_json(out / "evaluation-after.json", after.to_json())
-        result = compare(before, after, seed=config.seed)
+        result = compare(before, after, seed=trainer.args.seed)
     result |= {
-        "seed": config.seed,
+        "seed": trainer.args.seed,
         "rounds": trainer.state.global_step // trainer.steps_per_round,
         "steps": trainer.state.global_step,
         "stopped_because": trainer.stopped_because,
@@ -137,33 +144,6 @@ def _check_empty(folder: Path) -> None:
             f"output_dir is {folder}, which is not empty ({', '.join(found[:4])}): choose another one, or pass --resume true to go on with "
             "the run in it"
         )
-
-
-def _check_same_run(trainer: NEATTrainer, settings: RunSettings) -> bool:
-    """Refuse to go on with a run that was started with another model, data, reward or way of sampling.
-
-    Its rounds and its first evaluation would be of another experiment, and the difference between before and after would
-    compare two things that cannot be compared. Gives whether there was such a run.
-    """
-    key = {
-        "model": settings.model_name_or_path,
-        "training data": fingerprint(trainer.rows),
-        "held-out data": fingerprint(trainer.eval_rows),
-        "rewards": [[r.name, r.weight] for r in trainer.rewards],
-        "judges": [j.name for j in trainer.judges],
-        "sampling": asdict(trainer.sampling_params),
-        "seed": trainer.args.seed,
-        "samples per held-out prompt": trainer.args.num_eval_generations,
-    }
-    path = trainer.output_dir / "run-key.json"
-    if path.is_file():
-        found = read_json(path)
-        changed = [f"{name} was {found.get(name)!r} and is {value!r}" for name, value in redacted(key).items() if found.get(name) != value]
-        if changed:
-            raise ConfigError(f"{trainer.output_dir} holds a run with other settings: {'; '.join(changed)}. Choose another output_dir")
-        return True
-    write_json(path, redacted(key))
-    return False
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:
@@ -204,7 +184,8 @@ def expand(settings: RunSettings, config: NEATConfig, output: Path, form: str) -
             f"{trainer.output_dir} holds a finished expansion: delete it, choose another --output, or pass --resume true to write "
             "the same groups out again"
         )
-    made = trainer.make_round(0)
+    with listening(trainer.stop), trainer.writing():
+        made = trainer.make_round(0)
     if form == "groups":
         write_table(output, groups_to_table(made.groups, [r.name for r in trainer.rewards]))
         written = len(made.groups)
@@ -225,7 +206,8 @@ def expand(settings: RunSettings, config: NEATConfig, output: Path, form: str) -
 def evaluate(settings: RunSettings, config: NEATConfig) -> None:
     """Sample and judge the model on the held-out prompts; print the means and keep the whole as JSON."""
     trainer = build_trainer(settings, config)
-    metrics = trainer.evaluate()
+    with trainer.writing():
+        metrics = trainer.evaluate()
     assert trainer.last_evaluation is not None
     path = trainer.output_dir / "evaluation.json"
     write_json(path, trainer.last_evaluation.to_json())

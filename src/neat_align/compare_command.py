@@ -34,7 +34,7 @@ from neat_align.packing import tokens_in
 from neat_align.redaction import redacted
 from neat_align.run_record import commit, cpu_name, fingerprint, versions
 from neat_align.settings import RunSettings, recipe_path, settings_from
-from neat_align.storage import read_json, write_json
+from neat_align.storage import read_json, write_folder, write_json
 from neat_align.trainer import NEATTrainer
 from neat_align.yaml_files import read_yaml
 
@@ -157,12 +157,11 @@ def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path) -> Run:
         resume = (job.folder / "rounds").exists()
         cached = shared / _first_round_key(trainer)
         if not resume and cached.is_dir():
-            first = trainer.round_folder(0)
-            shutil.copytree(cached, first)
+            write_folder(trainer.round_folder(0), lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
             resume = True
         trainer.train(resume_from_checkpoint=True if resume else None)
         if not cached.is_dir():
-            shutil.copytree(trainer.round_folder(0), cached)
+            write_folder(cached, lambda new: shutil.copytree(trainer.round_folder(0), new, dirs_exist_ok=True))
         rounds = sorted(int(p.stem.rpartition("-")[2]) for p in job.folder.glob("evaluation-*.json"))
         facts = {"rounds": rounds, "seconds": time.monotonic() - begun, "trained_tokens": _trained_tokens(trainer)}
         write_json(done, {**facts, "training": [_round_means(job.folder, r) for r in rounds], "stopped": trainer.stopped_because})

@@ -203,11 +203,30 @@ class NEATConfig(TrainingArguments):
         default=0.1, metadata={"help": "Stop when fewer than this share of a round's prompts give a pair to rank."}
     )
 
+    alarm_logp_drop: float = field(
+        default=0.5,
+        metadata={
+            "help": "Warn when the mean log-probability of the best answers falls this far below the run's first step, in nats per token; "
+            "0 turns it off."
+        },
+    )
+    alarm_ratio: float = field(
+        default=2.0,
+        metadata={
+            "help": "Warn when the mean length or the entropy of plain answers is more than this many times its value at the start, or "
+            "less than that part of it; 0 turns it off, else above 1."
+        },
+    )
+
     # ---- evaluation and output ----
     num_eval_generations: int = field(default=1, metadata={"help": "Plain samples per held-out prompt."})
     num_eval_prompts: int | None = field(default=None, metadata={"help": "Evaluate on the first this many held-out prompts; None is all."})
     evaluate_contrast: bool = field(
         default=True, metadata={"help": "Evaluation also samples under the positive and the negative instruction."}
+    )
+    allow_changes: bool = field(
+        default=False,
+        metadata={"help": "Resume although options, data, model or number of processes changed; run.json records what did."},
     )
     log_completions: bool = field(default=False, metadata={"help": "Print a few groups of every round to the terminal."})
 
@@ -313,7 +332,7 @@ def _check_numbers(c: NEATConfig) -> None:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must be 1 or more")
     not_negative = (
         *("num_positive", "num_negative", "num_plain", "top_k", "reward_margin", "lm_weight", "negative_weight", "kl_weight"),
-        *("length_power", "drift_prompts", "min_distinct2_ratio", "min_pair_fraction"),
+        *("length_power", "drift_prompts", "min_distinct2_ratio", "min_pair_fraction", "alarm_logp_drop", "alarm_ratio"),
     )
     for name in not_negative:
         if getattr(c, name) < 0:
@@ -341,6 +360,8 @@ def _check_numbers(c: NEATConfig) -> None:
         raise ConfigError(f"npo_beta is {c.npo_beta}; it must be above 0")
     if c.max_kl is not None and c.max_kl <= 0:
         raise ConfigError(f"max_kl is {c.max_kl}; it must be above 0, or unset")
+    if 0 < c.alarm_ratio <= 1:
+        raise ConfigError(f"alarm_ratio is {c.alarm_ratio}; it must be above 1, or 0 to turn the alarm off")
     if c.num_train_epochs < 1 or c.num_train_epochs != int(c.num_train_epochs):
         raise ConfigError(f"num_train_epochs is {c.num_train_epochs}; it is the number of rounds, a whole number of 1 or more")
     if c.num_generations < 1:

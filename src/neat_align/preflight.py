@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from neat_align.config import NEATConfig
-from neat_align.data import PromptRow
+from neat_align.data import PromptRow, rows_from_dataset
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.prompts import prompt_ids, prompt_text
 
 logger = logging.getLogger(__name__)
+
+
+def as_rows(dataset: Any, name: str) -> list[PromptRow]:
+    """The rows of a `datasets.Dataset` or any iterable of rows; `name` is what a message calls them."""
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
+        return cast("list[PromptRow]", dataset)
+    return rows_from_dataset(dataset, name=name)
 
 
 def check_prompts(rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool) -> None:
