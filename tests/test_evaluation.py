@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from neat_align.evaluation import (
     evaluate_policy,
     mean_of,
     paired_bootstrap,
-    reference_perplexity,
     win_rate,
 )
 from neat_align.logprobs import exact_drift
@@ -68,7 +68,6 @@ def tools(policy: PreTrainedModel, **changes: Any) -> EvalTools:
         placement="user_suffix",
         sampling=SamplingParams(max_new_tokens=6),
         layout="packed",
-        batch_size=3,
         pad_token_id=PAD,
         autocast_dtype=None,
     )
@@ -327,34 +326,86 @@ def test_drift_is_on_the_plain_samples_and_only_with_a_start_policy() -> None:
     evaluate_policy(rows(), tools(policy, sampler=Kept()), seed=0, contrast=False)
     prompts = [prompt_ids(TOKENIZER, row.prompt) for row in rows()]
     expected = exact_drift(
-        policy, reference_to(start), prompts, [s.token_ids for s in drawn], pad_token_id=PAD, batch_size=9, autocast_dtype=None
+        policy, reference_to(start), prompts, [s.token_ids for s in drawn], layout="padded", pad_token_id=PAD, autocast_dtype=None
     )
-    assert expected[0] > 0.1
-    assert (found.kl, found.entropy) == pytest.approx(expected, rel=1e-4)
+    assert expected.kl_per_token > 0.1
+    assert (found.kl, found.entropy) == pytest.approx((expected.kl_per_token, expected.entropy_per_token), rel=1e-4)
+    assert found.kl_by_prompt == pytest.approx([kl / n for kl, n in zip(expected.kl, expected.tokens, strict=True)], rel=1e-4)
     same = evaluate_policy(rows(), tools(policy, reference=reference_to(policy)), seed=0, contrast=False)
     assert same.kl == 0
+    assert same.kl_by_prompt == [0.0] * 4
+    assert without.kl_by_prompt == []
+
+
+def test_a_prompts_kl_is_over_the_tokens_of_all_its_samples() -> None:
+    """Samples of unlike length: their tokens count alike, so the prompt's number is no mean of its samples' numbers."""
+    policy, start, texts = model(0), model(1), ["one", "one two three four", "five six", "seven"]
+    given = iter(texts)
+    t = tools(policy, sampler=Scripted(lambda _: next(given)), reference=reference_to(start))
+    found = evaluate_policy(rows(2), t, seed=0, samples_per_prompt=2, contrast=False)
+    prompts = [prompt_ids(TOKENIZER, row.prompt) for row in rows(2) for _ in range(2)]
+    answers = [[*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS] for text in texts]
+    d = exact_drift(policy, reference_to(start), prompts, answers, layout="padded", pad_token_id=PAD, autocast_dtype=None)
+    by_prompt = [(d.kl[i] + d.kl[i + 1]) / (len(answers[i]) + len(answers[i + 1])) for i in (0, 2)]
+    assert found.kl_by_prompt == pytest.approx(by_prompt, rel=1e-4)
+    assert found.kl == pytest.approx(sum(d.kl) / sum(map(len, answers)), rel=1e-4)
+
+
+def test_what_answers_say_of_themselves_is_a_mean_over_a_prompts_samples() -> None:
+    texts = iter(["a b c a b c", "I\u2019m sorry, but no.", "one two three", "As an AI I pass."])
+    found = evaluate_policy(rows(2), tools(model(), sampler=Scripted(lambda _: next(texts))), seed=0, samples_per_prompt=2, contrast=False)
+    # Trigrams of the first: abc bca cab abc, one of four repeats.
+    assert found.repetition == [0.125, 0.0]
+    assert found.refusals == [0.5, 0.5]
+    assert (found.summary()["repetition"], found.summary()["refusals"]) == (0.0625, 0.5)
+
+
+# ---- the data's own answers ------------------------------------------------------------------------------------------
+
+
+def answer_logprobs(policy: torch.nn.Module, row: PromptRow, text: str) -> list[float]:
+    """Log-probabilities of an answer and its end, one row alone."""
+    prompt = prompt_ids(TOKENIZER, row.prompt)
+    answer = [*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS]
+    with torch.no_grad():
+        logps = policy(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return [float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(answer)]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_preferred_answer_is_the_likelier_one_a_token(layout: Any) -> None:
+    policy = model().eval()
+    pairs = [("Good.", "No"), ("No", "Good."), ("Same.", "Same."), ("Alone.", None), (None, "Alone.")]
+    given = [replace(row, chosen=c, rejected=r) for row, (c, r) in zip(rows(5), pairs, strict=True)]
+    found = evaluate_policy(given, tools(policy, layout=layout), seed=0, contrast=False)
+    means = [fmean(answer_logprobs(policy, given[0], text)) for text in ("Good.", "No")]
+    sums = [sum(answer_logprobs(policy, given[0], text)) for text in ("Good.", "No")]
+    assert (means[0] > means[1]) != (sums[0] > sums[1]), "the test needs a pair that means and sums order differently"
+    first = float(means[0] > means[1])
+    assert found.pair_accuracy[:2] == [first, 1 - first]
+    assert found.pair_accuracy[2:] == [0.5, None, None]
+    assert found.summary()["pair_accuracy"] == pytest.approx(0.5)
+    assert found.perplexity == pytest.approx(evaluate_policy(given[:4], tools(policy), seed=0, contrast=False).perplexity)  # chosen alone
 
 
 # ---- perplexity ------------------------------------------------------------------------------------------------------
 
 
+def perplexity(given: list[PromptRow], t: EvalTools) -> float | None:
+    return evaluate_policy(given, replace(t, sampler=Scripted(lambda _: "Hello.")), seed=0, contrast=False).perplexity
+
+
 def test_perplexity_is_over_all_tokens_of_the_chosen_answers_and_their_end() -> None:
     policy = model().eval()
-    nll: list[float] = []
-    for row in rows():
-        prompt = prompt_ids(TOKENIZER, row.prompt)
-        answer = [*TOKENIZER(row.chosen, add_special_tokens=False)["input_ids"], EOS]
-        with torch.no_grad():
-            logps = policy(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-        nll += [-float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(answer)]
-    assert reference_perplexity(rows(), tools(policy)) == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    nll = [-v for row in rows() for v in answer_logprobs(policy, row, str(row.chosen))]
+    assert perplexity(rows(), tools(policy)) == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
 
 
 def test_rows_without_a_chosen_answer_are_left_out_of_perplexity() -> None:
     policy, all_rows = model(), rows()
     some = [replace(row, chosen=None) if i % 2 else row for i, row in enumerate(all_rows)]
-    assert reference_perplexity(some, tools(policy)) == pytest.approx(reference_perplexity(all_rows[::2], tools(policy)))
-    assert reference_perplexity([replace(row, chosen=None) for row in all_rows], tools(policy)) is None
+    assert perplexity(some, tools(policy)) == pytest.approx(perplexity(all_rows[::2], tools(policy)))
+    assert perplexity([replace(row, chosen=None, rejected="Bad.") for row in all_rows], tools(policy)) is None
 
 
 def test_a_long_answer_is_not_cut_in_perplexity() -> None:
@@ -362,7 +413,7 @@ def test_a_long_answer_is_not_cut_in_perplexity() -> None:
     policy = model()
     long = replace(row, chosen="I am glad to help. " * 10)  # far beyond max_new_tokens
     cut = replace(row, chosen="I am glad")
-    assert reference_perplexity([long], tools(policy)) != pytest.approx(reference_perplexity([cut], tools(policy)), rel=1e-3)
+    assert perplexity([long], tools(policy)) != pytest.approx(perplexity([cut], tools(policy)), rel=1e-3)
 
 
 def test_text_prompts_have_a_space_before_the_answer() -> None:
@@ -370,8 +421,8 @@ def test_text_prompts_have_a_space_before_the_answer() -> None:
     row = PromptRow("a", "Human: Hi\n\nAssistant:", "Hello.", None, {}, "x:1")
     written = replace(row, chosen=" Hello.")
     t = tools(policy, tokenizer=PLAIN)
-    assert reference_perplexity([row], t) == reference_perplexity([written], t)
-    assert reference_perplexity([replace(row, prompt="Human: Hi\n\nAssistant: ")], t) != reference_perplexity([row], t)
+    assert perplexity([row], t) == perplexity([written], t)
+    assert perplexity([replace(row, prompt="Human: Hi\n\nAssistant: ")], t) != perplexity([row], t)
 
 
 # ---- summary ---------------------------------------------------------------------------------------------------------
@@ -380,13 +431,17 @@ def test_text_prompts_have_a_space_before_the_answer() -> None:
 def test_the_summary_leaves_out_what_was_not_measured() -> None:
     bare = an_evaluation(rewards=[None] * 4, judges={"judge": [None] * 4}, distinct2=None, perplexity=None, contrast={})
     assert bare.summary() == {"completions/mean_length": 2.5, "completions/clipped_ratio": 0.25}
-    full = an_evaluation(kl=0.0, entropy=1.0).summary()
+    measured = {"kl": 0.0, "entropy": 1.0, "repetition": [0.0, 0.5], "refusals": [1.0, 0.0], "pair_accuracy": [1.0, None, 0.0, 1.0]}
+    full = an_evaluation(**measured).summary()
     assert full == {
         "reward": pytest.approx(7 / 3),
         "judges/judge": 0.5,
         "completions/mean_length": 2.5,
         "completions/clipped_ratio": 0.25,
         "distinct2": 0.5,
+        "repetition": 0.25,
+        "refusals": 0.5,
+        "pair_accuracy": pytest.approx(2 / 3),
         "perplexity": 10.0,
         "kl": 0.0,
         "entropy": 1.0,
@@ -405,3 +460,10 @@ def test_answers_of_no_two_words_can_still_be_written_down(tmp_path: Path, text:
     assert Evaluation(**read_json(tmp_path / "e.json")) == found
     write_json(tmp_path / "r.json", compare(found, found))
     assert read_json(tmp_path / "r.json")["distinct2_after"] is None
+
+
+def test_an_evaluation_file_of_an_earlier_version_is_still_read() -> None:
+    new = {"kl_by_prompt", "repetition", "refusals", "pair_accuracy"}
+    old = {k: v for k, v in an_evaluation().to_json().items() if k not in new}
+    assert new & set(an_evaluation().summary()) == set()
+    assert Evaluation(**old) == an_evaluation()

@@ -15,7 +15,7 @@ import torch
 from neat_align.data import PromptRow, rows_from_dataset
 from neat_align.errors import CollapseError, DataError, RewardError
 from neat_align.expand import ExpandParams, ExpandTools, Round, answer_ids, expand, human_completions, prompt_at, read_round
-from neat_align.groups import read_groups, reward_names_of
+from neat_align.groups import ranked_rows, read_groups, reward_names_of
 from neat_align.logprobs import score_completions
 from neat_align.prompts import InstructionBank, InstructionPair, completion_seed, instructed, prompt_ids
 from neat_align.rewards import NamedReward
@@ -562,6 +562,72 @@ def test_ranking_by_origin_needs_no_reward(tmp_path: Path) -> None:
         run(conversations(3), tmp_path / "reward", tools(Scripted(numbered), None))
     with pytest.raises(CollapseError):  # one origin alone has nothing below it
         run(conversations(3), tmp_path / "one", tools(Scripted(numbered), None), params(rank_by="origin", num_negative=0, num_plain=0))
+
+
+# ---- negatives from other prompts ------------------------------------------------------------------------------------
+
+OTHERS: dict[str, Any] = {
+    "negative_source": "other_prompts",
+    "rank_by": "origin_then_reward",
+    "num_plain": 0,
+    "use_human_completions": False,
+}
+
+
+def test_negatives_from_other_prompts_are_the_next_rows_further_good_answers(tmp_path: Path) -> None:
+    """What row r is given as negatives is what row r + 1 would have said as its third and fourth positive."""
+    rows, sampler, wide = conversations(3), Counting(model_sampler()), Counting(model_sampler())
+    made = run(rows, tmp_path / "others", tools(sampler), params(**OTHERS))
+    more = run(rows, tmp_path / "wide", tools(wide), params(num_positive=4, num_negative=0, num_plain=0, use_human_completions=False))
+    assert len(sampler.requests) == len(wide.requests) == 3 * 4
+    assert [g.prompt_id for g in made.groups] == [g.prompt_id for g in more.groups]
+    for r, g in enumerate(made.groups):
+        donor = more.groups[(r + 1) % 3]
+        negatives = [c for c in g.completions if c.origin == "negative"]
+        assert [c.index for c in negatives] == [0, 1]
+        for c, d in zip(negatives, donor.completions[2:], strict=True):
+            assert replace(c, origin="positive", index=d.index, sampling_logprob=None) == replace(d, sampling_logprob=None)
+            assert c.sampling_logprob == pytest.approx(d.sampling_logprob, abs=1e-4)
+            assert c.instruction == BANK.pairs[0].positive
+        assert [c for c in g.completions if c.origin == "positive"] == list(more.groups[r].completions[:2])
+        assert g.prompt_ids == tuple(prompt_ids(TOKENIZER, next(row for row in rows if row.id == g.prompt_id).prompt))
+    asked = [TOKENIZER.decode(r.prompt_ids) for r in sampler.requests]
+    assert all("very kind" in text for text in asked)
+    assert len({r.seed for r in sampler.requests}) == 12
+
+
+def test_negatives_from_other_prompts_come_last(tmp_path: Path) -> None:
+    # The reward likes the others' answers best of all.
+    made = run(conversations(3), tmp_path, tools(Scripted(numbered), lambda completions, **_: [float(i) for i in range(len(completions))]),
+               params(**OTHERS))  # fmt: skip
+    for row, g in zip(ranked_rows(made.groups, rank_by="origin_then_reward"), made.groups, strict=True):
+        assert row["origins"] == ["positive", "positive", "negative", "negative"]
+        assert max(row["rewards"][:2]) < max(row["rewards"][2:])
+        assert g.prompt == row["prompt"]
+
+
+def test_a_prompt_that_is_alone_has_nobody_to_take_negatives_from(tmp_path: Path) -> None:
+    sampler = Counting(model_sampler())
+    made = run(conversations(1), tmp_path, tools(sampler), params(**OTHERS), num_groups=1)
+    assert [c.origin for g in made.groups for c in g.completions] == ["positive", "positive"]
+    assert len(sampler.requests) == 2
+
+
+def test_an_interrupted_round_of_others_negatives_is_taken_up_and_never_mixed_with_ones_own(tmp_path: Path) -> None:
+    rows, p = conversations(3), params(**OTHERS)
+    expected = run(rows, tmp_path / "whole", tools(model_sampler()), p)
+
+    def away(**_: Any) -> list[float]:
+        raise ConnectionError("away")
+
+    for folder in ("cut", "changed"):
+        sampler = Counting(model_sampler())
+        with pytest.raises(Exception, match="away"):
+            run(rows, tmp_path / folder, tools(sampler, away), p if folder == "cut" else replace(p, negative_source="instruction"))
+        calls = sampler.calls
+        assert run(rows, tmp_path / folder, tools(sampler), p) == expected
+        assert (sampler.calls == calls) == (folder == "cut")
+        assert files_of(tmp_path / folder) == files_of(tmp_path / "whole")
 
 
 # ---- human answers ---------------------------------------------------------------------------------------------------

@@ -11,14 +11,18 @@ from hypothesis import strategies as st
 
 from neat_align.errors import DataError
 from neat_align.groups import (
+    BAD_ORIGINS,
+    ORIGIN_STEP,
     ORIGINS,
     Completion,
     CompletionGroup,
     Origin,
     Prompt,
     best_index,
+    extremes,
     groups_from_table,
     groups_to_table,
+    kept_completions,
     ordered_pairs,
     preference_rows,
     rank_keys,
@@ -190,6 +194,105 @@ def test_the_target_follows_the_keys_and_not_the_rewards() -> None:
     assert best_index(g, rank_keys(g, "origin")) == 1
 
 
+@pytest.mark.parametrize(
+    ("completions", "expected", "with_bad_origins"),
+    [
+        ([completion("plain", 9.0, finish_reason="length"), completion("plain", 1.0)], 0, 0),
+        ([completion("plain", 1.0), completion("plain", 1.0, finish_reason="length")], 0, 0),  # a tie goes to the earlier
+        ([completion("plain", None, finish_reason="length"), completion("plain", 1.0)], 1, 1),
+        ([completion("negative", 9.0, finish_reason="length"), completion("plain", 1.0, finish_reason="length")], 1, 0),
+        ([completion("rejected", 9.0, finish_reason="length")], None, 0),
+    ],
+)
+def test_cut_completions_are_targets_only_when_allowed(
+    completions: list[Completion], expected: int | None, with_bad_origins: int | None
+) -> None:
+    g = group(*completions)
+    keys = rank_keys(g, "reward")
+    assert best_index(g, keys, allow_cut=True) == expected
+    assert best_index(g, keys, allow_bad_origins=True, allow_cut=True) == with_bad_origins
+    ended = [i for i, c in enumerate(completions) if c.finish_reason == "stop"]
+    assert best_index(g, keys, allow_bad_origins=True) == (ended[0] if ended else None)
+
+
+def test_bad_origins_stand_one_step_below_the_others_by_hand() -> None:
+    """Worst of the good −2, best of the bad 5: the bad go down by 8, to at most −3. What abstained stays out."""
+    g = group(
+        completion("positive", 1.0),
+        completion("negative", 3.0),
+        completion("chosen", -2.0),
+        completion("rejected", 5.0),
+        completion("plain", None),
+        completion("negative", None),
+        completion("negative", 4.5),
+    )
+    assert rank_keys(g, "origin_then_reward") == [1.0, -5.0, -2.0, -3.0, None, None, -3.5]
+    assert rank_keys(g, "reward") == [1.0, 3.0, -2.0, 5.0, None, None, 4.5]
+
+
+@pytest.mark.parametrize("origins", [("positive", "plain", "chosen"), ("negative", "rejected", "negative")])
+def test_one_kind_of_origin_alone_is_ranked_by_reward(origins: tuple[Origin, ...]) -> None:
+    g = group(*(completion(origin, reward) for origin, reward in zip(origins, (2.0, None, -1.0), strict=True)))
+    assert rank_keys(g, "origin_then_reward") == [2.0, None, -1.0]
+    abstained = group(*g.completions, completion("negative" if origins[0] == "positive" else "plain", None))
+    assert rank_keys(abstained, "origin_then_reward") == [2.0, None, -1.0, None]
+    assert rank_keys(group(), "origin_then_reward") == []
+
+
+@given(st.lists(st.tuples(st.sampled_from(ORIGINS), st.none() | st.integers(-40, 40).map(lambda n: n / 4)), max_size=7))
+def test_origin_comes_first_and_reward_decides_within_it(drawn: list[tuple[Origin, float | None]]) -> None:
+    g = group(*(completion(*d) for d in drawn))
+    keys = rank_keys(g, "origin_then_reward")
+    assert [k is None for k in keys] == [reward is None for _, reward in drawn]
+    good = [(k, r) for k, (o, r) in zip(keys, drawn, strict=True) if o not in BAD_ORIGINS and k is not None]
+    bad = [(k, r) for k, (o, r) in zip(keys, drawn, strict=True) if o in BAD_ORIGINS and k is not None]
+    assert all(k == r for k, r in good)
+    if good and bad:
+        assert max(k for k, _ in bad) == min(k for k, _ in good) - ORIGIN_STEP
+    for a, ra in bad:  # quarters are exact: so are the differences
+        assert all(a - b == ra - rb for b, rb in bad)
+
+
+# ---- best and worst --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "margin", "expected"),
+    [
+        ([2.0, 5.0, 1.0], 0.0, (1, 2)),
+        ([5.0, 1.0, 5.0, 1.0], 0.0, (0, 1)),  # of equal ones the earlier
+        ([None, 5.0, None, 1.0], 0.0, (1, 3)),
+        ([3.0, 1.0], 2.0, None),  # a gap of exactly the margin is a near-tie
+        ([3.0, 1.0], 1.9, (0, 1)),
+        ([2.0, 2.0], 0.0, None),
+        ([2.0], 0.0, None),
+        ([None, 2.0], 0.0, None),
+        ([None, None], 0.0, None),
+        ([], 0.0, None),
+    ],
+)
+def test_the_best_against_the_worst(keys: list[float | None], margin: float, expected: tuple[int, int] | None) -> None:
+    assert extremes(keys, margin) == expected
+
+
+@given(st.lists(st.none() | st.integers(-3, 3).map(float), max_size=7), st.sampled_from([0.0, 1.0, 2.5]))
+def test_extremes_are_the_widest_of_the_ordered_pairs(keys: list[float | None], margin: float) -> None:
+    pairs = ordered_pairs(keys, margin)
+    # Widest first; of equally wide ones the earliest winner, then the earliest loser.
+    widest = sorted(pairs, key=lambda p: (-(keys[p[0]] or 0.0) + (keys[p[1]] or 0.0), p))
+    assert extremes(keys, margin) == (widest[0] if widest else None)
+
+
+def test_kept_completions_stay_in_order_and_a_group_is_never_empty() -> None:
+    g = group(*(completion("plain", float(i)) for i in range(4)))
+    assert kept_completions(g, (3, 1, None, 1)).completions == (g.completions[1], g.completions[3])
+    assert kept_completions(g, (None, 2)).completions == (g.completions[2],)
+    for nothing in ((), (None, None)):
+        assert kept_completions(g, nothing).completions == (g.completions[0],)
+    kept = kept_completions(g, (0,))
+    assert (kept.prompt_id, kept.prompt, kept.prompt_ids) == (g.prompt_id, g.prompt, g.prompt_ids)
+
+
 # ---- exports ---------------------------------------------------------------------------------------------------------
 
 
@@ -239,3 +342,38 @@ def test_groups_without_a_gap_above_the_margin_make_no_preference() -> None:
     ]
     assert [r["chosen"] for r in preference_rows(groups)] == ["kept"]
     assert preference_rows(groups, margin=0.5) == []
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(ORIGINS), st.none() | st.integers(-3, 3).map(float)), max_size=6),
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from(["reward", "origin", "origin_then_reward"]),
+)
+def test_a_preference_is_one_of_the_ordered_pairs_and_the_widest(drawn: list[Any], margin: float, rank_by: Any) -> None:
+    g = group(*(completion(o, r, text=str(i)) for i, (o, r) in enumerate(drawn)))
+    keys = rank_keys(g, rank_by)
+    pairs = ordered_pairs(keys, margin)
+    rows = preference_rows([g], margin=margin, rank_by=rank_by)
+    assert bool(rows) == bool(pairs)
+    for row in rows:
+        best, worst = int(row["chosen"]), int(row["rejected"])
+        assert (best, worst) in pairs
+        present = [k for k in keys if k is not None]
+        assert (keys[best], keys[worst]) == (max(present), min(present))
+        assert (best, worst) == (keys.index(max(present)), keys.index(min(present)))
+        assert (row["chosen_reward"], row["rejected_origin"]) == (drawn[best][1], drawn[worst][0])
+
+
+def test_bad_origins_come_last_in_an_export_by_origin_then_reward() -> None:
+    g = group(
+        completion("negative", 9.0, text="n9"),
+        completion("positive", 0.0, text="p0"),
+        completion("rejected", 8.0, text="r8"),
+        completion("plain", 1.0, text="x1"),
+        completion("positive", None, text="none"),
+    )
+    (row,) = ranked_rows([g], rank_by="origin_then_reward")
+    assert row["completions"] == ["x1", "p0", "n9", "r8", "none"]
+    assert row["rewards"] == [1.0, 0.0, 9.0, 8.0, None]  # as they were given, not shifted
+    (preferred,) = preference_rows([g], rank_by="origin_then_reward")
+    assert (preferred["chosen"], preferred["rejected"]) == ("x1", "r8")

@@ -4,16 +4,16 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, Qwen2MoeConfig
+from transformers import Gemma2Config, PreTrainedModel, Qwen2MoeConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from neat_align import logprobs
-from neat_align.logprobs import choose_layout, completion_logits, completion_logprobs, exact_drift, score_completions
+from neat_align.logprobs import Drift, choose_layout, completion_logits, completion_logprobs, exact_drift, score_completions
 from neat_align.packing import Layout, pad_rows
 from tiny import FAMILIES, Family, random_model, tiny_model
 
@@ -269,60 +269,119 @@ def test_a_model_that_disagrees_is_padded_and_says_so_once(caplog: pytest.LogCap
 
 # ---- drift -----------------------------------------------------------------------------------------------------------
 
+LAYOUTS: tuple[Layout, ...] = ("packed", "padded")
+
 
 @contextlib.contextmanager
 def opened(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     yield model
 
 
-def drift(model: torch.nn.Module, start: torch.nn.Module, batch_size: int = 3) -> tuple[float, float]:
-    return exact_drift(model, lambda: opened(start), PROMPTS, COMPLETIONS, pad_token_id=PAD, batch_size=batch_size, autocast_dtype=None)
+def drift(model: torch.nn.Module, start: torch.nn.Module, layout: Layout = "packed", max_tokens: int | None = None) -> Drift:
+    return exact_drift(
+        *(model, lambda: opened(start), PROMPTS, COMPLETIONS),
+        layout=layout,
+        pad_token_id=PAD,
+        autocast_dtype=None,
+        max_tokens=max_tokens,
+    )
 
 
-def by_hand(model: torch.nn.Module, start: torch.nn.Module) -> tuple[float, float]:
+def by_hand(model: torch.nn.Module, start: torch.nn.Module) -> tuple[list[float], list[float]]:
+    """KL and entropy of each completion, summed over its tokens and over the vocabulary in float64."""
     kls, entropies = [], []
     with torch.no_grad():
         for p, c in zip(PROMPTS, COMPLETIONS, strict=True):
             policy, ref = one_row(model, p, c).double(), one_row(start, p, c).double()
+            gaps, surprises = [], []
             for t in range(len(c)):
                 probabilities = policy[t].exp().tolist()
-                kls.append(math.fsum(q * (a - b) for q, a, b in zip(probabilities, policy[t].tolist(), ref[t].tolist(), strict=True)))
-                entropies.append(-math.fsum(q * a for q, a in zip(probabilities, policy[t].tolist(), strict=True)))
-    return math.fsum(kls) / len(kls), math.fsum(entropies) / len(entropies)
+                gaps += [q * (a - b) for q, a, b in zip(probabilities, policy[t].tolist(), ref[t].tolist(), strict=True)]
+                surprises += [-q * a for q, a in zip(probabilities, policy[t].tolist(), strict=True)]
+            kls.append(math.fsum(gaps))
+            entropies.append(math.fsum(surprises))
+    return kls, entropies
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_drift_is_the_full_kl_and_entropy_a_token(family: Family, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 5)
-    start = model_of(family)
+def moved(start: PreTrainedModel) -> PreTrainedModel:
+    """A copy some way off."""
     model = copy.deepcopy(start)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-    kl, entropy = drift(model, start, batch_size)
-    expected_kl, expected_entropy = by_hand(model, start)
-    assert expected_kl > 0.01
-    assert kl == pytest.approx(expected_kl, abs=1e-5)
-    assert entropy == pytest.approx(expected_entropy, abs=1e-5)
+    return model
+
+
+def assert_is(found: Drift, model: torch.nn.Module, start: torch.nn.Module) -> None:
+    kls, entropies = by_hand(model, start)
+    assert found.kl == pytest.approx(kls, abs=1e-5)
+    assert found.entropy == pytest.approx(entropies, abs=1e-5)
+    assert found.tokens == tuple(map(len, COMPLETIONS))
+    assert found.kl_per_token == pytest.approx(sum(kls) / 12, abs=1e-5)
+    assert found.entropy_per_token == pytest.approx(sum(entropies) / 12, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("max_tokens", [1, 25, None])
+def test_drift_is_the_full_kl_and_entropy_of_each_completion(
+    family: Family, layout: Layout, max_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "chunk_rows", lambda *_: 5)  # chunks end inside completions
+    start = model_of(family)
+    model = moved(start)
+    found = drift(model, start, layout, max_tokens)
+    assert found.kl_per_token > 0.01
+    assert_is(found, model, start)
     # The direction: from the policy to the start, not back.
-    assert abs(by_hand(start, model)[0] - expected_kl) > 1e-4
-    assert drift(start, model, batch_size)[0] == pytest.approx(by_hand(start, model)[0], abs=1e-5)
+    assert abs(sum(by_hand(start, model)[0]) - sum(found.kl)) > 1e-4
+    assert_is(drift(start, model, layout, max_tokens), start, model)
 
 
-def test_a_policy_has_not_drifted_from_itself() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drift_of_a_family_that_caps_its_logits(layout: Layout) -> None:
+    """Gemma2: packed rows take the head apart, so what comes after it must be put back. Uncapped logits drift further."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    start = random_model(Gemma2Config(vocab_size=VOCAB, **shape, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.2)).eval()
+    model = moved(start)
+    found = drift(model, start, layout)
+    assert_is(found, model, start)
+    for m in (model, start):
+        m.config.final_logit_softcapping = None
+    assert abs(drift(model, start, layout).kl_per_token - found.kl_per_token) > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_completions_of_one_prompt_keep_their_own_drift(layout: Layout) -> None:
+    """In packed rows they share a prompt and are batched out of order; each number must come back to its own completion."""
+    start = model_of("llama")
+    model = moved(start)
+    prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[0], PROMPTS[0]]
+    options: dict[str, Any] = {"layout": layout, "pad_token_id": PAD, "autocast_dtype": None}
+    together = exact_drift(model, lambda: opened(start), prompts, COMPLETIONS, **options)
+    for i, (prompt, completion) in enumerate(zip(prompts, COMPLETIONS, strict=True)):
+        alone = exact_drift(model, lambda: opened(start), [prompt], [completion], **options)
+        assert together.kl[i] == pytest.approx(alone.kl[0], abs=1e-5)
+        assert together.entropy[i] == pytest.approx(alone.entropy[0], abs=1e-5)
+    assert len({round(v, 4) for v in together.kl}) == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_policy_has_not_drifted_from_itself(layout: Layout) -> None:
     model = model_of("llama").train()
-    kl, entropy = drift(model, model)
-    assert kl == 0
-    assert entropy > 0.1
+    found = drift(model, model, layout)
+    assert found.kl_per_token == 0
+    assert found.entropy_per_token > 0.1
     assert model.training
 
 
-def test_drift_of_an_adapter_from_the_model_below_it() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
+def test_drift_of_an_adapter_from_the_model_below_it(layout: Layout, targets: list[str]) -> None:
     base = model_of("llama")
     start = copy.deepcopy(base)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
     model.eval()
 
     @contextlib.contextmanager
@@ -330,20 +389,36 @@ def test_drift_of_an_adapter_from_the_model_below_it() -> None:
         with model.disable_adapter():
             yield model
 
-    def measured() -> tuple[float, float]:
-        return exact_drift(model, adapter_off, PROMPTS, COMPLETIONS, pad_token_id=PAD, batch_size=2, autocast_dtype=None)
+    def measured() -> Drift:
+        return exact_drift(model, adapter_off, PROMPTS, COMPLETIONS, layout=layout, pad_token_id=PAD, autocast_dtype=None, max_tokens=30)
 
-    assert measured()[0] == 0  # an untrained adapter adds nothing
+    assert measured().kl_per_token == 0  # an untrained adapter adds nothing
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data = 0.5 * torch.randn(p.shape, generator=generator)
-    expected = by_hand(model, start)
-    assert expected[0] > 0.01
-    assert measured() == pytest.approx(expected, abs=1e-5)
+    found = measured()
+    assert found.kl_per_token > 0.01
+    assert_is(found, model, start)
+    assert model.get_model_status().enabled is True
     assert any(p.requires_grad for p in model.parameters())
 
 
-def test_no_tokens_no_drift() -> None:
+def test_drift_holds_few_tokens_at_once_where_their_logits_are_held() -> None:
     model = model_of("llama")
-    assert exact_drift(model, lambda: opened(model), [], [], pad_token_id=PAD, batch_size=2, autocast_dtype=None) == (0.0, 0.0)
+    prompts, completions = [[5] * 100] * 30, [[7] * 4] * 30
+    fed: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].numel()))
+    exact_drift(model, lambda: opened(model), prompts, completions, layout="padded", pad_token_id=PAD, autocast_dtype=None)
+    assert max(fed) <= logprobs.PADDED_DRIFT_TOKENS
+    fed.clear()
+    exact_drift(model, lambda: opened(model), prompts, completions, layout="packed", pad_token_id=PAD, autocast_dtype=None)
+    assert fed == [100 + 30 * 3] * 2  # one copy of the prompt, once for each policy
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_tokens_no_drift(layout: Layout) -> None:
+    model = model_of("llama")
+    found = exact_drift(model, lambda: opened(model), [], [], layout=layout, pad_token_id=PAD, autocast_dtype=None)
+    assert found == Drift((), (), ())
+    assert (found.kl_per_token, found.entropy_per_token) == (0.0, 0.0)

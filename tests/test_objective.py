@@ -122,6 +122,40 @@ def test_absent_keys_never_pair(garbage):
     assert objective.preferred_pairs(keys, present, 0.0).nonzero().tolist() == [[0, 0, 2]]
 
 
+def test_best_against_worst_by_hand():
+    """5, 1, 5, 1, none: the first 5 above the first 1, and nothing else. A gap of 4 is a near-tie at margin 4."""
+    keys = tensor([[5.0, 1.0, 5.0, 1.0, NAN]])
+    assert objective.best_against_worst(keys, ~keys.isnan(), 3.9).nonzero().tolist() == [[0, 0, 1]]
+    assert not objective.best_against_worst(keys, ~keys.isnan(), 4.0).any()
+
+
+@given(
+    st.lists(st.lists(st.tuples(reward, st.booleans()), min_size=1, max_size=6), min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.5, 1.0, 2.5]),
+    st.sampled_from([NAN, INF, -INF, 1e30]),
+)
+@example([[(None, True)], [(1.0, False), (2.0, True)]], 0.0, INF)
+@quick
+def test_best_against_worst_is_that_of_the_group_file(drawn, margin, garbage):
+    """A batch of unlike groups: absent slots hold garbage, abstentions NaN; at most one pair a group, and one of `preferred_pairs`."""
+    width = max(len(g) for g in drawn)
+    keys, present = torch.full((len(drawn), width), garbage, dtype=torch.float64), torch.zeros(len(drawn), width, dtype=torch.bool)
+    wanted = []
+    for g, members in enumerate(drawn):
+        # A slot that is not there does not count, whatever its key says.
+        given_keys = [r if there else None for r, there in members]
+        for k, (r, there) in enumerate(members):
+            present[g, k] = there and r is not None
+            if there:
+                keys[g, k] = NAN if r is None else r
+        ends = groups.extremes(given_keys, margin)
+        wanted += [] if ends is None else [[g, *ends]]
+    found = objective.best_against_worst(keys, present, margin)
+    assert found.nonzero().tolist() == wanted
+    assert not (found & ~objective.preferred_pairs(keys, present, margin)).any()
+    assert bool((found.flatten(1).sum(-1) == objective.preferred_pairs(keys, present, margin).flatten(1).any(-1)).all())
+
+
 # ---- ranking losses: by hand -----------------------------------------------------------------------------------------
 
 
@@ -541,6 +575,7 @@ def test_active_pairs_by_hand():
     assert active("logistic") == [(0, 1), (1, 2)]
     assert active("logistic", gamma=1.0) == [(0, 1), (0, 2), (1, 2)]
     assert active("listwise", gamma=1.0) == active("dpo", gamma=1.0) == [(0, 1), (1, 2)]
+    assert active("none") == []
     with pytest.raises(ValueError, match="ranking_loss is 'pairwise'"):
         active("pairwise")
 
@@ -595,6 +630,7 @@ def test_nothing_waits_for_the_device():
     found = [objective.completion_scores(logps, mask, 1.0), objective.lm_loss(logps, mask), objective.kl_k3(logps, logps, mask)]
     found += [objective.unlikelihood_penalty(logps, mask), objective.npo_penalty(found[0], found[0], beta=0.1)]
     assert all(loss.shape == (6,) and loss.device.type == "meta" for loss in found)
+    assert objective.best_against_worst(scores, yes, 0.0).shape == (2, 3, 3)
     assert objective.penalised(scores, yes, yes).shape == (2, 3)
     assert objective.active_pairs(scores, pairs, ranking_loss="hinge", margin=0.0, beta=1.0, gamma=0.0).shape == (2, 3, 3)
     assert all(x.shape == () for x in objective.ranking_accuracy(scores, pairs))

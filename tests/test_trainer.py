@@ -403,8 +403,9 @@ def test_ranking_by_origin_needs_no_reward(tmp_path: Path) -> None:
     t.train()
     step = next(line for line in logged(tmp_path) if "loss" in line)
     assert step["loss/ranking"] > 0
-    with pytest.raises(ConfigError, match="rank_by is reward but reward_funcs is empty"):
-        trainer(tmp_path / "b", reward=None)
+    for rank_by in ("reward", "origin_then_reward"):
+        with pytest.raises(ConfigError, match=f"rank_by is {rank_by} but reward_funcs is empty"):
+            trainer(tmp_path / "b", reward=None, rank_by=rank_by)
 
 
 def test_the_contrast_reward_needs_no_reward_model(tmp_path: Path) -> None:
@@ -439,7 +440,10 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ranking_loss": "margin"}, "ranking_loss is 'margin'; it must be one of hinge, logistic, listwise, dpo"),
+        ({"ranking_loss": "margin"}, "ranking_loss is 'margin'; it must be one of hinge, logistic, listwise, dpo, none"),
+        ({"pair_selection": "random"}, "pair_selection is 'random'; it must be one of all, best_worst"),
+        ({"negative_source": "web"}, "negative_source is 'web'; it must be one of instruction, other_prompts"),
+        ({"rank_by": "length"}, "rank_by is 'length'; it must be one of reward, origin, origin_then_reward"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"num_train_epochs": 0}, "number of rounds"),
         ({"num_train_epochs": 1.5}, "number of rounds"),
@@ -447,6 +451,26 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"hinge_margin": 1.0}, "hinge_margin is set but ranking_loss is logistic"),
         ({"ranking_loss": "hinge", "beta": 1.0}, "beta is set but ranking_loss hinge has none"),
+        ({"ranking_loss": "none", "beta": 1.0}, "beta is set but ranking_loss none has none"),
+        ({"ranking_loss": "none", "gamma": 1.0}, "gamma is set but ranking_loss is none"),
+        ({"ranking_loss": "none", "hinge_margin": 1.0}, "hinge_margin is set but ranking_loss is none"),
+        ({"ranking_loss": "none", "lm_weight": 0.0}, "ranking_loss is none and lm_weight is 0: nothing would be learned"),
+        ({"ranking_loss": "none", "pair_selection": "best_worst"}, "pair_selection is set but ranking_loss is none: no pair is ranked"),
+        ({"lm_weight": 0.0, "lm_on_bad_origins": True}, "lm_weight is 0: there is no language-modelling target"),
+        ({"lm_weight": 0.0, "lm_on_cut_completions": True}, "lm_weight is 0: there is no language-modelling target"),
+        (
+            {"negative_penalty": "unlikelihood", "negative_weight": 0.1, "pair_selection": "best_worst"},
+            "negative_penalty looks at whole groups and pair_selection: best_worst trains on two of each",
+        ),
+        (
+            {"negative_source": "other_prompts", "rank_by": "origin_then_reward", "num_negative": 0},
+            "negative_source is other_prompts but num_negative is 0",
+        ),
+        ({"negative_source": "other_prompts"}, "negative_source is other_prompts and rank_by is reward: a good answer to another prompt"),
+        (
+            {"negative_source": "other_prompts", "rank_by": "origin", "negative_policy": "initial"},
+            "negative_policy is initial but negative_source is other_prompts: the current policy writes those",
+        ),
         ({"ranking_loss": "dpo", "gamma": 1.0}, "gamma is set but ranking_loss is dpo"),
         ({"negative_penalty": "npo"}, "set both, or neither"),
         ({"negative_weight": 1.0}, "set both, or neither"),
@@ -463,6 +487,16 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         config(tmp_path, **changes)
+
+
+def test_the_new_ways_to_train_are_allowed_together(tmp_path: Path) -> None:
+    c = config(tmp_path, ranking_loss="none", lm_on_cut_completions=True, num_negative=0)
+    assert c.resolved_beta == 1.0
+    assert not c.needs_reference
+    config(tmp_path, ranking_loss="none", lm_weight=1.0, negative_penalty="npo", negative_weight=0.1)
+    config(tmp_path, ranking_loss="dpo", pair_selection="best_worst", lm_weight=0.0, kl_weight=0.1)
+    for rank_by in ("origin", "origin_then_reward"):
+        config(tmp_path, negative_source="other_prompts", rank_by=rank_by)
 
 
 def test_lengths_over_the_context_are_refused(tmp_path: Path) -> None:

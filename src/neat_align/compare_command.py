@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,7 @@ from neat_align.comparison import Point, Run, summarise
 from neat_align.comparison_report import write_comparison_report
 from neat_align.comparison_spec import BASE, CompareSpec, Method, parse_spec, strength_name
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
+from neat_align.errors import CollapseError, ConfigError
 from neat_align.expand import read_round
 from neat_align.packing import tokens_in
 from neat_align.redaction import redacted
@@ -67,7 +67,7 @@ def read_spec(path: Path) -> CompareSpec:
 def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:
     """Make every run that is not there yet, then the table, `comparison.json` and `comparison.html` in `out`."""
     configs = {m.name: settings_from(spec.options(m, spec.strengths[0], spec.seeds[0])) for m in spec.methods}
-    _check_budget({name: config for name, (_, config) in configs.items() if name != BASE})
+    _check_budget(spec)
     jobs = [
         _Job(m, strength, seed, out / "runs" / m.name / strength_name(strength).replace("/", "_") / f"seed{seed}")
         for seed in spec.seeds
@@ -93,8 +93,13 @@ def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:
     return result
 
 
-def _check_budget(configs: Mapping[str, NEATConfig]) -> None:
-    counts = {name: c.num_generations for name, c in configs.items()}
+def _check_budget(spec: CompareSpec) -> None:
+    """Every run's options are looked at before the first one begins, which may be hours before the last."""
+    counts = {}
+    for method in spec.methods:
+        for strength in spec.strengths if method.name != BASE else ():
+            name = f"{method.name} ({strength_name(strength)})" if strength else method.name
+            counts[name] = settings_from(spec.options(method, strength, spec.seeds[0]))[1].num_generations
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise ConfigError(
@@ -137,7 +142,9 @@ def _start(spec: CompareSpec, seed: int, folder: Path) -> Point:
     """The start policy's evaluation with a seed."""
     path = folder / "evaluation-0.json"
     base = spec.methods[0]
-    if not path.is_file():
+    if path.is_file():
+        _check_key(folder, spec.options(base, {}, seed), None)
+    else:
         trainer = _build(spec, base, {}, seed, folder)
         _check_key(folder, spec.options(base, {}, seed), trainer)
         trainer.evaluate()
@@ -148,33 +155,48 @@ def _start(spec: CompareSpec, seed: int, folder: Path) -> Point:
 
 def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path) -> Run:
     """A run, made or read."""
-    name, options = strength_name(job.strength), spec.options(job.method, job.strength, job.seed)
+    options = spec.options(job.method, job.strength, job.seed)
     done = job.folder / "points.json"
-    if not done.is_file():
+    if done.is_file():
+        _check_key(job.folder, options, None)
+    else:
         begun = time.monotonic()
         trainer = _build(spec, job.method, job.strength, job.seed, job.folder)
         _check_key(job.folder, options, trainer)
-        resume = (job.folder / "rounds").exists()
-        cached = shared / _first_round_key(trainer)
-        if not resume and cached.is_dir():
-            write_folder(trainer.round_folder(0), lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
-            resume = True
-        trainer.train(resume_from_checkpoint=True if resume else None)
-        if not cached.is_dir():
-            write_folder(cached, lambda new: shutil.copytree(trainer.round_folder(0), new, dirs_exist_ok=True))
+        broke = _train(trainer, shared)
         rounds = sorted(int(p.stem.rpartition("-")[2]) for p in job.folder.glob("evaluation-*.json"))
         facts = {"rounds": rounds, "seconds": time.monotonic() - begun, "trained_tokens": _trained_tokens(trainer)}
-        write_json(done, {**facts, "training": [_round_means(job.folder, r) for r in rounds], "stopped": trainer.stopped_because})
+        facts |= {"training": [_round_means(job.folder, r) for r in rounds], "stopped": trainer.stopped_because, "broke": broke}
+        write_json(done, facts)
         for checkpoint in job.folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # the run is over, and its policy has been evaluated
-    else:
-        _check_key(job.folder, options, None)
     facts = read_json(done)
     points = [
         Point(r, read_json(job.folder / f"evaluation-{r}.json"), training)
         for r, training in zip(facts["rounds"], facts["training"], strict=True)
     ]
-    return Run(job.method.name, name, job.seed, start, tuple(points), facts["seconds"], facts["trained_tokens"])
+    run = Run(job.method.name, strength_name(job.strength), job.seed, start, tuple(points), broke=facts.get("broke"))
+    return replace(run, seconds=facts["seconds"], trained_tokens=facts["trained_tokens"])
+
+
+def _train(trainer: NEATTrainer, shared: Path) -> str | None:
+    """Train, from a first round that another run has sampled where there is one; why training broke down, or None.
+
+    A method that breaks down is a result of the comparison like any other. Everything else stops the comparison.
+    """
+    resume = (trainer.output_dir / "rounds").exists()
+    first, cached = trainer.round_folder(0), shared / _first_round_key(trainer)
+    if not resume and cached.is_dir():
+        write_folder(first, lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
+        resume = True
+    try:
+        trainer.train(resume_from_checkpoint=True if resume else None)
+    except CollapseError as error:
+        return str(error)
+    finally:
+        if not cached.is_dir() and read_round(first) is not None:
+            write_folder(cached, lambda new: shutil.copytree(first, new, dirs_exist_ok=True))
+    return None
 
 
 def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | None) -> None:
@@ -220,15 +242,22 @@ def _trained_tokens(trainer: NEATTrainer) -> int:
 
 
 def _round_means(folder: Path, number: int) -> dict[str, float]:
-    """Means of the training metrics that were logged in a round (counted from 1)."""
-    sums: dict[str, list[float]] = {}
+    """Means of the training metrics that were logged in a round (counted from 1).
+
+    A run that was interrupted has logged some steps twice: they count once, as they were last.
+    """
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
     for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        begins = "round" in line and line["round"] == number - 1
-        if begins or ("loss" in line and number - 1 < line.get("epoch", -1) <= number):
-            for name, value in line.items():
-                if name.startswith(_DIAGNOSIS) and isinstance(value, int | float):
-                    sums.setdefault(name, []).append(float(value))
+        if "round" in line and line["round"] == number - 1:
+            lines["round", line["step"]] = line
+        elif "loss" in line and number - 1 < line.get("epoch", -1) <= number:
+            lines["loss", line["step"]] = line
+    sums: dict[str, list[float]] = {}
+    for line in lines.values():
+        for name, value in line.items():
+            if name.startswith(_DIAGNOSIS) and isinstance(value, int | float):
+                sums.setdefault(name, []).append(float(value))
     return {name: fmean(values) for name, values in sorted(sums.items())}
 
 
@@ -285,12 +314,14 @@ def _examples(starts: Mapping[int, Point], runs: Sequence[Run], spec: CompareSpe
 
 
 def _say(console: Console, i: int, total: int, run: Run, took: Sequence[float]) -> None:
-    last = run.points[-1]
     left = f", about {fmean(took) * (total - i) / 60:.0f} min left" if took and i < total else ""
-    rewards = [v for v in last.evaluation["rewards"] if v is not None]
-    reward = f"reward {fmean(rewards):.2f}, " if rewards else ""
+    facts = [f"{run.seconds:.0f} s{left}"]
+    if run.points:
+        last = run.points[-1]
+        rewards = [v for v in last.evaluation["rewards"] if v is not None]
+        facts = [*([f"reward {fmean(rewards):.2f}"] if rewards else []), f"KL {last.kl:.3f}", *facts]
     mark = f"  COLLAPSED: {run.collapsed}" if run.collapsed else ""
-    words = f"[{i}/{total}] {run.method} ({run.strength}) seed {run.seed}: {reward}KL {last.kl:.3f}, {run.seconds:.0f} s{left}{mark}"
+    words = f"[{i}/{total}] {run.method} ({run.strength}) seed {run.seed}: {', '.join(facts)}{mark}"
     console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -300,20 +331,20 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
     target = result["kl_target"]
     equal = f"at KL {target:.3g}" if target else "at equal KL"
     table = Table(title=f"{result['name']}: change over base, 95 % interval", title_justify="left", padding=(0, 1, 0, 0))
-    for heading in ("method", "reward", judge or "", f"{judge or 'reward'} {equal}", "KL", "ppl", "len"):
+    for heading in ("method", "reward", *([judge] if judge else []), f"{judge or 'reward'} {equal}", "KL", "ppl", "len"):
         table.add_column(heading, justify="left" if heading == "method" else "right", overflow="fold")
     for row in result["table"]:
         at, kl = row["at_budget"], row["at_equal_kl"] or {}
         name = f"{row['method']} (collapsed {row['collapsed']}/{row['runs']})" if row["collapsed"] else row["method"]
         key = f"judges/{judge}" if judge else "reward"
-        cells = [_change(at.get("reward")), _change(at.get(key)) if judge else "", _change(kl.get(key))]
+        cells = [_change(at.get("reward")), *([_change(at.get(key))] if judge else []), _change(kl.get(key))]
         cells += [f"{at['kl']['mean']:.3f}" if at else "", _ratio(at.get("perplexity")), _ratio(at.get("mean_length"))]
         table.add_row(name, *cells)
     return table
 
 
 def _change(fact: Mapping[str, Any] | None) -> str:
-    if not fact:
+    if not fact or (fact["mean"] if "delta" not in fact else fact["delta"]) is None:
         return "–"
     return f"{fact['delta']:+.3f}\n[{fact['low']:+.3f}, {fact['high']:+.3f}]" if "delta" in fact else f"{fact['mean']:.3f}"
 

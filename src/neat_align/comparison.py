@@ -64,7 +64,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One method at one strength with one seed. `start` is the start policy with the same seed; `points` are in order."""
+    """One method at one strength with one seed. `start` is the start policy with the same seed; `points` are in order.
+
+    `broke` says why training broke down before its last round (a loss that is not finite, nothing left to rank); None where
+    it did not.
+    """
 
     method: str
     strength: str
@@ -73,11 +77,12 @@ class Run:
     points: tuple[Point, ...]
     seconds: float = 0.0
     trained_tokens: int = 0
+    broke: str | None = None
 
     @property
     def collapsed(self) -> str | None:
-        """Why the run's last policy counts as collapsed, or None."""
-        return collapse_reason(self.points[-1], self.start) if self.points else None
+        """Why the run counts as collapsed, or None: its training broke down, or its last policy is far from the start's."""
+        return self.broke or (collapse_reason(self.points[-1], self.start) if self.points else None)
 
 
 def collapse_reason(point: Point, start: Point) -> str | None:
@@ -103,18 +108,21 @@ def collapse_reason(point: Point, start: Point) -> str | None:
 
 def bootstrap(
     table: NDArray[np.float64], statistic: str = "mean", lengths: NDArray[np.float64] | None = None
-) -> tuple[float, float, float]:
+) -> tuple[float | None, float | None, float | None]:
     """(value, low, high) of a [seeds, prompts] table of differences: 95 %, seeds and prompts both drawn with replacement.
 
     `statistic` is `mean`, or `intercept`: the difference at equal length, by least squares on `lengths` (differences of
-    length, of the same shape). NaN entries are left out.
+    length, of the same shape). NaN entries are left out; all three are None where there is nothing else.
     """
+    if np.isnan(table).all():
+        return None, None, None
     rng = np.random.default_rng(0)
     seeds, prompts = table.shape
     s = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
     p = rng.integers(prompts, size=(RESAMPLES, 1, prompts))
     if statistic == "mean":
-        value, draws = float(np.nanmean(table)), np.nanmean(table[s, p], axis=(1, 2))
+        value = float(_means(table.reshape(1, -1))[0])
+        draws = _means(table[s, p].reshape(RESAMPLES, -1))
     else:
         assert lengths is not None
         value = float(_intercepts(table.reshape(1, -1), lengths.reshape(1, -1))[0])
@@ -123,10 +131,16 @@ def bootstrap(
     return value, float(low), float(high)
 
 
+def _means(y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row by row, over what is there; NaN for a row without anything."""
+    there = (~np.isnan(y)).sum(axis=1)
+    return np.divide(np.nansum(y, axis=1), there, out=np.full(len(y), math.nan), where=there > 0)
+
+
 def _intercepts(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least squares y = a + b x, row by row; a."""
     x = np.where(np.isnan(y), math.nan, x)
-    mx, my = np.nanmean(x, axis=1), np.nanmean(y, axis=1)
+    mx, my = _means(x), _means(y)
     dx = x - mx[:, None]
     spread = np.nansum(dx**2, axis=1)
     slope = np.divide(np.nansum(dx * (y - my[:, None]), axis=1), spread, out=np.zeros_like(spread), where=spread > 0)
@@ -134,7 +148,7 @@ def _intercepts(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.fl
     return intercepts
 
 
-def _delta(table: NDArray[np.float64], mean: float | None = None) -> dict[str, float]:
+def _delta(table: NDArray[np.float64], mean: float | None = None) -> dict[str, float | None]:
     value, low, high = bootstrap(table)
     return {**({} if mean is None else {"mean": mean}), "delta": value, "low": low, "high": high}
 
@@ -284,14 +298,16 @@ def _against(
     return facts
 
 
-def _wins(other: Mapping[int, Point], mine: Mapping[int, Point]) -> dict[str, float] | None:
+def _wins(other: Mapping[int, Point], mine: Mapping[int, Point]) -> dict[str, float | None] | None:
     """Shares of held-out prompts on which the reward is higher, equal, lower; and the interval of the net share."""
     seeds = sorted(set(other) & set(mine))
     if not seeds:
         return None
     gap = _stack(mine, "reward", seeds) - _stack(other, "reward", seeds)
     signs = np.where(np.isnan(gap), math.nan, np.sign(gap))
-    counted = max(int((~np.isnan(signs)).sum()), 1)
+    counted = int((~np.isnan(signs)).sum())
+    if not counted:
+        return None
     _, low, high = bootstrap(signs)
     shares = {name: float((signs == value).sum()) / counted for name, value in (("win", 1), ("tie", 0), ("lose", -1))}
     return {**shares, "net_low": low, "net_high": high}

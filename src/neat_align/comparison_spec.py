@@ -84,12 +84,17 @@ def parse_spec(raw: Any, where: str) -> CompareSpec:
     seeds, strengths, methods = raw.get("seeds", [0]), raw.get("strengths") or [{}], raw.get("methods")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of different whole numbers of 0 or more")
-    if not isinstance(strengths, list) or not all(isinstance(s, dict) and _are_names(s) for s in strengths):
-        raise ConfigError(f"{where}: strengths is {strengths!r}; it must be a list of mappings, such as [{{learning_rate: 1e-4}}]")
+    if not isinstance(strengths, list) or not all(isinstance(s, dict) and _are_names(s) for s in strengths) or _repeats(strengths):
+        raise ConfigError(
+            f"{where}: strengths is {strengths!r}; it must be a list of different mappings, such as [{{learning_rate: 1e-4}}]"
+        )
     if not isinstance(methods, dict) or not methods:
         raise ConfigError(f"{where}: methods is {methods!r}; it must be a mapping of names, such as {{base: , neat: }}")
     if not isinstance(raw.get("settings"), dict) or not _are_names(raw["settings"]):
         raise ConfigError(f"{where}: settings is {raw.get('settings')!r}; it must hold the options of train that all methods share")
+    target = raw.get("kl_target")
+    if target is not None and not (type(target) in (int, float) and math.isfinite(target) and target > 0):
+        raise ConfigError(f"{where}: kl_target is {target!r}; it must be a number above 0, in nats per token, or unset")
     known = shipped_methods()
     parsed: dict[str, Method] = {BASE: known[BASE]}
     for name, changes in methods.items():
@@ -100,7 +105,7 @@ def parse_spec(raw: Any, where: str) -> CompareSpec:
         methods=tuple(parsed.values()),
         seeds=tuple(seeds),
         strengths=tuple(strengths),
-        kl_target=raw.get("kl_target"),
+        kl_target=target,
     )
     _check_common(spec, where)
     return spec
@@ -120,10 +125,18 @@ def _folder_name(name: Any, what: str) -> str:
     return str(name)
 
 
+def _repeats(strengths: list[dict[str, Any]]) -> bool:
+    """Whether two strengths would share a name, and with it a folder."""
+    return len({strength_name(s) for s in strengths}) < len(strengths)
+
+
 def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) -> Method:
     changes = {} if changes is None else changes
     if not isinstance(changes, dict) or not _are_names(changes):
         raise ConfigError(f"{where}: method {name!r} is {changes!r}; give a mapping of options, or nothing for the shipped one")
+    if name == BASE and changes.keys() - {"description"}:
+        told = ", ".join(k for k in changes if k != "description")
+        raise ConfigError(f"{where}: base is the start policy and is not trained; it takes no options ({told})")
     changes = dict(changes)
     like, description = str(changes.pop("like", name)), changes.pop("description", None)
     if description is not None and not isinstance(description, str):
@@ -131,11 +144,9 @@ def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) ->
     if like not in known:
         near = difflib.get_close_matches(like, known, n=1)
         raise ConfigError(
-            f"{where}: there is no method {like!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Shipped: {', '.join(known)}. "
+            f"{where}: there is no method {like!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(known)}. "
             "A method of your own says which one it begins as: {like: neat, …}"
         )
-    if name == BASE and changes:
-        raise ConfigError(f"{where}: base is the start policy and is not trained; it takes no options ({', '.join(changes)})")
     begun = known[like]
     words = description or (begun.description if not changes or like == name else f"{like} with {strength_name(changes)}")
     return Method(name, words, {**begun.settings, **changes})
@@ -154,7 +165,3 @@ def _check_common(spec: CompareSpec, where: str) -> None:
             raise ConfigError(f"{where}: a strength sets {', '.join(changed)}, which must be equal for all: put it under settings")
     if len(spec.methods) < 2:
         raise ConfigError(f"{where}: methods names only base: add a method to compare it with")
-    target: Any = spec.kl_target
-    is_number = isinstance(target, float | int) and not isinstance(target, bool)
-    if target is not None and not (is_number and math.isfinite(target) and target > 0):
-        raise ConfigError(f"{where}: kl_target is {spec.kl_target!r}; it must be a number above 0, in nats per token, or unset")

@@ -81,8 +81,8 @@ class GroupTrainer(DurableTrainer):
     def trained_part(self, group: CompletionGroup) -> CompletionGroup:
         """The group without completions that no term of the loss reads."""
         a = self.args
-        only_lm = a.ranking_loss == "none" and a.negative_penalty == "none" and a.kl_weight == 0
-        if a.pair_selection == "all" and not only_lm:
+        reads_all = a.kl_weight > 0 or a.negative_penalty != "none" or (a.pair_selection == "all" and a.ranking_loss != "none")
+        if reads_all:
             return group
         keys = rank_keys(group, cast("RankBy", a.rank_by))
         best = best_index(group, keys, allow_bad_origins=a.lm_on_bad_origins, allow_cut=a.lm_on_cut_completions) if a.lm_weight else None

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 REFUSAL_WINDOW = 160
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:really |very |so )?sorry,? but\b"
-    r"|i (?:can(?:not|'t)|won't|will not|am (?:not able|unable) to|'m (?:not able|unable) to) "
+    r"|i(?: can(?:not|'t)| won't| will not|(?: am|'m) (?:not able|unable) to) "
     r"(?:help|assist|answer|provide|support|engage|comply|fulfil|give|offer|discuss|do that)"
     r"|as an ai\b|(?:i|we) (?:do not|don't) (?:feel comfortable|condone)|it(?:'s| is) not (?:appropriate|ethical|right|okay) to"
     r"|i(?:'m| am) not (?:able|allowed|comfortable|going) to|i would rather not|i'd rather not)",

@@ -30,7 +30,7 @@ from neat_align.errors import ConfigError, RunInterrupted
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
 from neat_align.expand import ExpandParams, ExpandTools, Round, expand, next_position, read_round, set_aside_if_damaged
 from neat_align.group_trainer import GroupTrainer
-from neat_align.groups import Polarity, Prompt, RankBy
+from neat_align.groups import ORIGIN_STEP, Polarity, Prompt, RankBy
 from neat_align.logprobs import choose_layout, score_completions
 from neat_align.packing import Layout
 from neat_align.policy import check_policy, disable_dropout, load_policy, load_tokenizer, start_policy
@@ -113,6 +113,11 @@ class NEATTrainer(GroupTrainer):
         check_tokens([r.function for r in (*self.rewards, *self.judges)])
         if args.rank_by != "origin" and not self.rewards:
             raise ConfigError(f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set rank_by: origin")
+        if args.rank_by == "origin_then_reward" and args.reward_margin >= ORIGIN_STEP:
+            raise ConfigError(
+                f"reward_margin is {args.reward_margin} and rank_by is origin_then_reward, which puts the best bad completion "
+                f"{ORIGIN_STEP:g} below the worst good one: that would be no pair; set reward_margin below {ORIGIN_STEP:g}"
+            )
         self.start_run_state(args)
         self._start_fingerprint = weights_fingerprint(policy)
         self._room = Room()
