@@ -134,7 +134,8 @@ def bootstrap(
 def _means(y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Row by row, over what is there; NaN for a row without anything."""
     there = (~np.isnan(y)).sum(axis=1)
-    return np.divide(np.nansum(y, axis=1), there, out=np.full(len(y), math.nan), where=there > 0)
+    means: NDArray[np.float64] = np.divide(np.nansum(y, axis=1), there, out=np.full(len(y), math.nan), where=there > 0)
+    return means
 
 
 def _intercepts(y: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
