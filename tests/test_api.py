@@ -179,7 +179,7 @@ def test_expansion_without_rewards_ranks_by_origin(tmp_path: Path) -> None:
 def test_a_run_is_not_resumed_with_another_reward(tmp_path: Path) -> None:
     words = tiny_recipe("demo", tmp_path, "llama")
     train(*parse(words, recipe_path("demo")))
-    with pytest.raises(ConfigError, match=r"other settings: rewards was \[\['vader', 1.0\]\] and is \[\['contrast', 1.0\]\]"):
+    with pytest.raises(ConfigError, match=r"other settings:\n  rewards was \[\['vader', 1.0\]\] and is \[\['contrast', 1.0\]\]"):
         train(*parse([*words, "--resume", "true", "--reward_funcs", "contrast"], recipe_path("demo")))
 
 

@@ -16,7 +16,7 @@ from rich.pager import SystemPager
 from neat_align.browse import browse, load_any, printable, render_group
 from neat_align.errors import ConfigError, DataError
 from neat_align.groups import Completion, CompletionGroup
-from test_report import build_run, fake_group
+from run_files import build_run, fake_group
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,10 @@ from selenium.webdriver.support.ui import Select
 
 from comparison_files import comparison, examples, write_comparison
 from neat_align.comparison_report import write_comparison_report
+from neat_align.report import write_report
+from neat_align.report_input import read_run
 from pages import BREAKOUT, HOSTILE
+from run_files import build_run, poison
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -32,7 +35,6 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,13 @@ def show(driver: webdriver.Chrome, page: Path, *, width: int = 1200, theme: str 
 
 
 def shown(driver: webdriver.Chrome, selector: str) -> list[Any]:
-    return [e for e in driver.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed()]
+    """Elements that a reader can see, in one call: not hidden, not in a closed fold."""
+    return list(driver.execute_script("return [...document.querySelectorAll(arguments[0])].filter((e) => e.checkVisibility())", selector))
+
+
+def sides(driver: webdriver.Chrome) -> list[str]:
+    """The sides that the first prompt shows, in order."""
+    return [s.get_attribute("data-side") for s in shown(driver, "[data-item]:first-of-type [data-side]")]
 
 
 def control(driver: webdriver.Chrome, name: str, within: str = "") -> Any:
@@ -98,7 +106,8 @@ def test_the_comparison_renders(driver: webdriver.Chrome, compared: Path, width:
     assert (sum(map(int, paper[4:-1].split(","))) < 200) == (theme == "dark")
     marks = shown(driver, ".curve .dot")
     assert len(marks) == 2 * 5 * 3
-    assert len({m.value_of_css_property("fill") for m in marks}) >= 5
+    fills = driver.execute_script("return arguments[0].map((mark) => getComputedStyle(mark).fill)", marks)
+    assert len(set(fills)) == 5 + 1  # a colour a method, and the paper in the hollow ones
     assert driver.get_log("browser") == []
     assert requests(driver) == []
 
@@ -106,17 +115,14 @@ def test_the_comparison_renders(driver: webdriver.Chrome, compared: Path, width:
 def test_two_methods_are_chosen_searched_and_filtered(driver: webdriver.Chrome, compared: Path) -> None:
     show(driver, compared)
     asked = examples()
-    first = driver.find_element(By.CSS_SELECTOR, "[data-item]")
-    sides = [s.get_attribute("data-side") for s in first.find_elements(By.CSS_SELECTOR, "[data-side]") if s.is_displayed()]
-    assert sides == ["base", "neat"]
+    assert sides(driver) == ["base", "neat"]
     Select(control(driver, "left")).select_by_value("dpo")
     Select(control(driver, "right")).select_by_value("base")
-    sides = [s.get_attribute("data-side") for s in first.find_elements(By.CSS_SELECTOR, "[data-side]") if s.is_displayed()]
-    assert sides == ["dpo", "base"]
-    places = [s.location["x"] for s in first.find_elements(By.CSS_SELECTOR, "[data-side]") if s.is_displayed()]
-    assert places == sorted(places)
+    assert sides(driver) == ["dpo", "base"]
+    left, right = (s.location["x"] for s in shown(driver, "[data-item]:first-of-type [data-side]"))
+    assert left < right
     difference = asked[0]["rewards"]["base"] - asked[0]["rewards"]["dpo"]
-    assert first.find_element(By.CSS_SELECTOR, "[data-change]").text == f"difference {difference:+.3f}".replace("-", "\u2212")
+    assert driver.find_element(By.CSS_SELECTOR, "[data-change]").text == f"difference {difference:+.3f}".replace("-", "\u2212")
     better = [x for x in asked if x["rewards"]["base"] > x["rewards"]["dpo"]]
     Select(control(driver, "kind")).select_by_value("gain")
     assert len(shown(driver, "[data-item]")) == len(better)
@@ -125,8 +131,7 @@ def test_two_methods_are_chosen_searched_and_filtered(driver: webdriver.Chrome, 
     assert len(shown(driver, "[data-item]")) == 24 - len(better)
     Select(control(driver, "kind")).select_by_value("")
     control(driver, "search").send_keys("DPO, prompt 17)")
-    assert [e.text for e in shown(driver, "[data-item]")] == [e.text for e in shown(driver, "[data-item]") if "prompt 17" in e.text]
-    assert len(shown(driver, "[data-item]")) == 1
+    assert ["prompt 17)" in e.text for e in shown(driver, "[data-item]")] == [True]
     control(driver, "search").clear()
     control(driver, "search").send_keys("neat-pp, prompt 17)")  # an answer that is not chosen is not searched
     assert shown(driver, "[data-item]") == []
@@ -158,6 +163,78 @@ def unharmed(driver: webdriver.Chrome) -> None:
 
 def test_hostile_text_in_a_comparison_does_not_run(driver: webdriver.Chrome, poisoned: Path) -> None:
     show(driver, poisoned)
+    unharmed(driver)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(build_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_report_renders(driver: webdriver.Chrome, reported: Path, width: int, theme: str) -> None:
+    show(driver, reported, width=width, theme=theme)
+    assert width_of(driver) <= width
+    assert len(shown(driver, "svg")) == 11
+    assert shown(driver, ".line .band")[0].size["height"] > 0
+    assert driver.get_log("browser") == []
+    assert requests(driver) == []
+
+
+def test_gains_and_losses_are_filtered_and_searched(driver: webdriver.Chrome, reported: Path) -> None:
+    show(driver, reported)
+    run = read_run(reported.parent)
+    deltas = [after - before for before, after in zip(run.before["rewards"], run.after["rewards"], strict=True)]
+    rest = driver.find_element(By.CSS_SELECTOR, "#answers [data-rest]")
+    assert rest.get_attribute("open") is None
+    for kind, expected in (("gain", sum(d > 0 for d in deltas)), ("loss", sum(d < 0 for d in deltas)), ("same", 0)):
+        Select(control(driver, "kind", "#answers")).select_by_value(kind)
+        assert len(shown(driver, "#answers [data-item]")) == expected, kind
+        headings = [h.text for h in shown(driver, "#answers h3")]
+        assert headings == {"gain": ["Largest gains"], "loss": ["Largest losses"], "same": []}[kind]
+    Select(control(driver, "kind", "#answers")).select_by_value("")
+    assert len(shown(driver, "#answers [data-item]")) == 40  # the rest was opened by the filter
+    control(driver, "search", "#answers").send_keys("CLERK")
+    assert shown(driver, "#answers [data-item]") == []
+    control(driver, "search", "#answers").clear()
+    control(driver, "search", "#answers").send_keys("messages SINCE. How do i begin the next one? (14)")
+    assert len(shown(driver, "#answers [data-item]")) == 1
+    assert len(shown(driver, "#groups [data-item]")) == 6  # the other list is not touched
+
+
+def test_groups_are_filtered_by_origin_and_bad_answers_stay_folded(driver: webdriver.Chrome, reported: Path) -> None:
+    show(driver, reported)
+    Select(control(driver, "origin", "#groups")).select_by_value("negative")
+    answers = shown(driver, "#groups li")
+    assert len(answers) == 12 * 2
+    assert {a.get_attribute("data-origin") for a in answers} == {"negative"}
+    assert shown(driver, "#groups li .text") == []
+    control(driver, "search", "#groups").send_keys("(negative 2, prompt 7)")
+    assert len(shown(driver, "#groups [data-item]")) == 1
+    assert shown(driver, "#groups li .text") == []
+    folds = shown(driver, "#groups li details[data-hit]")
+    assert len(folds) == 1
+    folds[0].find_element(By.TAG_NAME, "summary").click()
+    assert "(negative 2, prompt 7)" in shown(driver, "#groups li .text")[0].text
+    Select(control(driver, "origin", "#groups")).select_by_value("chosen")  # no chosen answer holds those words
+    assert shown(driver, "#groups [data-item]") == []
+
+
+def test_without_scripts_the_report_reads_whole(driver: webdriver.Chrome, reported: Path) -> None:
+    show(driver, reported, scripts=False)
+    assert shown(driver, "[data-controls]") == []
+    assert len(shown(driver, "#groups [data-item]")) == 6
+    for fold in driver.find_elements(By.CSS_SELECTOR, "details[data-rest] > summary"):
+        fold.click()
+    assert len(shown(driver, "[data-item]")) == 40 + 12
+    driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_hostile_text_in_a_report_does_not_run(driver: webdriver.Chrome, tmp_path: Path) -> None:
+    run_dir = build_run(tmp_path / "run")
+    poison(run_dir)
+    show(driver, write_report(run_dir))
     unharmed(driver)
 
 

@@ -15,7 +15,7 @@ from comparison_files import METHODS, comparison, estimate, examples, write_comp
 from neat_align.comparison_charts import css_of, frontier, marker_of, whisker, whisker_scale
 from neat_align.comparison_input import Estimate, Wins, read_comparison
 from neat_align.comparison_report import verdict, warnings_of, write_comparison_report
-from neat_align.comparison_tables import gain_table, win_bars, win_matrix, wins_between
+from neat_align.comparison_tables import gain_table, leaders, win_bars, win_matrix, wins_between
 from neat_align.errors import ConfigError, DataError
 from pages import BREAKOUT, HOSTILE, Page, assert_escaped, assert_sealed
 
@@ -74,7 +74,7 @@ def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
         == "At equal KL (0.015 nats per token) neat has the largest gain over base in reward (vader), +0.12 [0.09, 0.15]"
     )
     notes = " ".join(found.notes).replace("\u00a0", " ")
-    assert "overlaps with neat-pp and dpo: this comparison does not put them behind" in notes  # dpo's [0.04, 0.10] reaches 0.09
+    assert "This comparison does not put neat-pp and dpo behind it." in notes  # dpo's [0.04, 0.10] reaches 0.09
     assert "minilm_tone, which training never saw, agrees: +0.035 [0.015, 0.055]" in notes
     assert "At equal budget it gains +0.17 [0.13, 0.21]" in notes
 
@@ -84,7 +84,27 @@ def test_a_method_clearly_ahead_is_said_to_be(tmp_path: Path) -> None:
     row_of(facts, "neat")["at_equal_kl"]["reward"] = estimate(0.8, 0.5, 0.05)
     found = verdict(read(tmp_path, facts))
     assert "neat gains most over base" in found.sentence
-    assert "No other method’s interval reaches it." in found.notes
+    assert "It is ahead of every other method beyond the intervals." in found.notes
+
+
+def test_the_paired_difference_decides_where_it_is_known(tmp_path: Path) -> None:
+    facts = comparison()
+    # neat-pp's interval meets neat's, and the difference prompt by prompt is clear; with dpo it is not.
+    row_of(facts, "neat")["against"] = {
+        "neat-pp": {"at_budget": None, "at_equal_kl": {"reward": {"delta": 0.03, "low": 0.01, "high": 0.05}}},
+        "dpo": {"at_budget": None, "at_equal_kl": {"reward": {"delta": 0.05, "low": -0.01, "high": 0.11}}},
+    }
+    c = read(tmp_path, facts)
+    assert leaders(c, "at_equal_kl", "reward") == ["neat", "dpo"]
+    assert leaders(c, "at_budget", "reward") == ["neat", "neat-pp", "dpo"]
+    assert "This comparison does not put dpo behind it." in verdict(c).notes
+
+
+def test_a_gain_without_a_mean_is_shown(tmp_path: Path) -> None:
+    facts = comparison()
+    del row_of(facts, "neat")["at_budget"]["length_controlled_reward"]["mean"]
+    cells = {t.name: line for t, line in gain_table(read(tmp_path, facts))["lines"]}["neat"]
+    assert cells[3].text.replace("\u00a0", " ") == "+0.15 [0.10, 0.20]"
 
 
 def test_a_collapsed_method_never_wins(tmp_path: Path) -> None:

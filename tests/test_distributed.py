@@ -41,3 +41,25 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_process_stops_both_before_the_step(tmp_path: Path) -> None:
+    run(tmp_path / "nan", "2", "1", "nan", processes=2)
+    said = [(tmp_path / "nan" / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert said[0].startswith("CollapseError at 2: the loss is nan at step 3")
+    assert "; prompts " in said[0]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint_that_goes_on_exactly(tmp_path: Path) -> None:
+    run(tmp_path / "whole", "2", "1", processes=2)
+    run(tmp_path / "cut", "2", "1", "signal", processes=2)
+    said = [(tmp_path / "cut" / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all(text.startswith("RunInterrupted at 3: stopped by SIGTERM after step 3") for text in said)
+    assert (tmp_path / "cut" / "checkpoint-3" / "COMPLETE.json").is_file()
+    run(tmp_path / "cut", "2", "1", "resume", processes=2)
+    whole, cut = (torch.load(tmp_path / n / "weights-1.pt", weights_only=True) for n in ("whole", "cut"))
+    for name, value in whole.items():
+        assert torch.equal(cut[name], value), name

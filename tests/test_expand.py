@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from neat_align.data import PromptRow, rows_from_dataset
-from neat_align.errors import CollapseError, DataError
+from neat_align.errors import CollapseError, DataError, RewardError
 from neat_align.expand import ExpandParams, ExpandTools, Round, answer_ids, expand, human_completions, prompt_at, read_round
 from neat_align.groups import ranked_rows, read_groups, reward_names_of
 from neat_align.logprobs import score_completions
@@ -214,6 +215,78 @@ def test_an_interrupted_round_takes_up_its_samples(tmp_path: Path) -> None:
     assert sampler.calls == sampled  # nothing was sampled again
     assert again == expected
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Path) -> None:
+    rows = conversations(40)  # 5 answers each: batches of 13 groups, the last of one
+    expected = run(rows, tmp_path / "whole", tools(Scripted(numbered)), num_groups=40)
+    sampler, paid = Counting(Scripted(numbered)), list[list[str]]()
+
+    def dies_in_the_third(completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        if len(paid) == 2:
+            raise ConnectionError("the judge is away")
+        paid.append([c[0]["content"] for c in completions])
+        return hashed(completions=completions, **kwargs)
+
+    with pytest.raises(RewardError, match=r"raised ConnectionError on a batch of 65 rows \(first .*row \d+, last .*row \d+\): the judge"):
+        run(rows, tmp_path / "cut", tools(sampler, dies_in_the_third), num_groups=40)
+    assert [len(batch) for batch in paid] == [65, 65]
+    again: list[list[str]] = []
+
+    def alive(completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        again.append([c[0]["content"] for c in completions])
+        return hashed(completions=completions, **kwargs)
+
+    assert run(rows, tmp_path / "cut", tools(sampler, alive), num_groups=40) == expected
+    assert sampler.calls == 1
+    assert [len(batch) for batch in again] == [65, 5]
+    texts = [text for batch in (*paid, *again) for text in batch]
+    assert len(texts) == len(set(texts)) == 200
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["cut", "digit", "other", "emptied", "weights"])
+def test_kept_scores_that_are_damaged_or_of_something_else_are_not_used(tmp_path: Path, damage: str) -> None:
+    rows, calls = conversations(26), list[int]()
+
+    def dies_in_the_second(completions: Sequence[Any], **kwargs: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 2:
+            raise ConnectionError("away")
+        return hashed(completions=completions, **kwargs)
+
+    t = tools(Scripted(numbered), dies_in_the_second)
+    with pytest.raises(RewardError, match="away"):
+        run(rows, tmp_path, t, num_groups=26)
+    (kept,) = tmp_path.rglob("scores/*.json")
+    if damage == "cut":
+        kept.write_bytes(kept.read_bytes()[:-20])
+    elif damage == "other":
+        for file in tmp_path.rglob("sampled.parquet"):  # lost, and drawn again as other texts
+            file.unlink()
+        t = replace(t, sampler=Scripted(lambda i: f"Other {i}."), negative_sampler=Scripted(lambda i: f"Bad {i}."))
+    elif damage == "digit":
+        kept.write_text(re.sub(r"0\.\d", "0.0", kept.read_text(), count=1))
+    elif damage == "emptied":
+        kept.write_text("[]")
+    else:
+        t = replace(t, rewards=(replace(t.rewards[0], weight=2.0),))
+    made = run(rows, tmp_path, t, num_groups=26)
+    assert calls == [65, 65, 65, 65]
+    assert all(c.reward == (2.0 if damage == "weights" else 1.0) * c.reward_components[0] for g in made.groups for c in g.completions)
+
+
+def test_a_batch_holds_whole_groups(tmp_path: Path) -> None:
+    """A reward that compares the completions of one prompt sees all of them."""
+    seen: list[list[int]] = []
+
+    def centred(n: Sequence[int], **kwargs: Any) -> list[float]:
+        seen.append(list(n))
+        return hashed(**kwargs)
+
+    run(conversations(40), tmp_path, tools(Scripted(numbered), centred), num_groups=40)
+    assert len(seen) == 4
+    assert all(batch.count(i) == 5 for batch in seen for i in batch)
 
 
 def test_an_interruption_in_a_later_slice_keeps_the_finished_ones(tmp_path: Path) -> None:
@@ -706,7 +779,7 @@ def test_progress_reports_what_is_done(tmp_path: Path) -> None:
     sample = [(done, total) for stage, done, total in said if stage == "sample"]
     assert sample[-1] == (15, 15)
     assert [d for d, _ in sample] == sorted(d for d, _ in sample)
-    assert ("score", 1, 1) in said
+    assert ("score", 3, 3) in said
 
 
 def test_a_prompt_whose_answers_are_all_removed_makes_no_pair(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_bank_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pairs: [", r"mine\.yaml: not valid YAML: .*line"),
+        ("pairs: [", r"mine\.yaml:1: not valid YAML \(.*\): correct the line"),
         ("- a\n", r"mine\.yaml: a bank is a mapping with the keys name, description, source, pairs; this file is a list"),
         ("", r"mine\.yaml: a bank is a mapping .* NoneType"),
         ("pair: []\n", r"mine\.yaml: unknown key 'pair': did you mean 'pairs'\?"),
@@ -177,12 +177,12 @@ def test_unknown_bank_gets_a_suggestion_and_the_list() -> None:
 
 
 def test_unreadable_bank_files(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"absent\.yaml: the instruction bank cannot be read \(No such file"):
+    with pytest.raises(PromptError, match=r"absent\.yaml: the instruction bank cannot be read \(no such file"):
         load_bank(str(tmp_path / "absent.yaml"))
     with pytest.raises(PromptError, match=r"cannot be read \(Is a directory"):
         load_bank(str(tmp_path))
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    with pytest.raises(PromptError, match=r"latin\.yaml: an instruction bank must be UTF-8"):
+    with pytest.raises(PromptError, match=r"latin\.yaml:1: not valid UTF-8 \(byte 0xe9\): save the file as UTF-8"):
         load_bank(str(tmp_path / "latin.yaml"))
 
 

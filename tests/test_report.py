@@ -15,111 +15,14 @@ import pytest
 
 from neat_align import report
 from neat_align.errors import ConfigError
-from neat_align.evaluation import Evaluation, compare
-from neat_align.groups import Completion, CompletionGroup, Origin, Prompt, groups_to_table
+from neat_align.groups import Completion, CompletionGroup
 from neat_align.report import examples, sample_groups, warnings_of, write_report
 from neat_align.report_charts import nice_ticks
 from neat_align.report_input import RunFacts, read_run
 from neat_align.report_page import digits_for, plain, signed
-from neat_align.round_metrics import distinct_n, round_metrics
-from neat_align.storage import append_json_line, sha256_of, write_json, write_table
+from neat_align.storage import write_json
 from pages import BREAKOUT, HOSTILE, Page, assert_escaped, assert_sealed
-
-ORIGINS: tuple[Origin, ...] = ("positive", "positive", "negative", "negative", "chosen", "rejected")
-QUESTIONS = [
-    "My neighbour plays loud music every night. What should I say to her?",
-    "Could you look over my cover letter?",
-    "I missed the deadline by two days and my supervisor has not answered any of my messages since. How do I begin the next one?",
-    "Write a short thank-you note to a colleague.",
-]
-GOOD = [
-    "Happy to help. Start with what you like about living next door, then say which hours are hard for you.",
-    "Of course – paste it here and I will go through it line by line with you.\n\nTwo things to check first: the opening and the length.",
-    "That sounds stressful, and it is fixable. Apologise once, say when the work will be there, and ask nothing else of them.",
-]
-BAD = ["Figure it out yourself, nobody cares.", "What a stupid question. Anyone with half a brain knows this."]
-
-
-def fake_group(number: int, round_index: int, rng: random.Random) -> CompletionGroup:
-    """A group of six answers, negatives below positives most of the time."""
-    completions = []
-    for i, origin in enumerate(ORIGINS):
-        bad = origin in ("negative", "rejected")
-        text = f"{rng.choice(BAD if bad else GOOD)} ({origin} {i}, prompt {number})"
-        reward = rng.gauss(-0.4 + 0.12 * round_index if bad else 0.3 + 0.12 * round_index, 0.25)
-        instruction = {"positive": "Answer kindly.", "negative": "Answer rudely."}.get(origin)
-        ids = tuple(range(rng.randint(12, 60)))
-        finish: Any = "length" if rng.random() < 0.15 else "stop"
-        extra = {"policy_logprobs": (-1.0, -2.0), "ref_logprobs": (-1.0, -2.1), "reward_components": (reward,)}
-        completions.append(Completion(origin, i, text, ids, finish, instruction, number, -30.0, reward=reward, **extra))
-    prompt: Prompt = [{"role": "system", "content": "You help."}, {"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}]
-    return CompletionGroup(f"id-{round_index}-{number}", prompt, tuple(range(9)), tuple(completions))
-
-
-def write_round(folder: Path, index: int, groups: list[CompletionGroup], names: list[str] | None = None, **metrics: float) -> None:
-    """A finished round as `expand` leaves it."""
-    from collections import Counter
-
-    names = ["tone"] if names is None else names
-    write_table(folder / "groups.parquet", groups_to_table(groups, names))
-    found = round_metrics(groups, groups, Counter(empty=1, duplicate=2 * index, leak=index), names) | metrics
-    facts = {"format": 1, "round": index, "groups": len(groups), "prompts": len(groups), "next_position": 0, "reward_names": names}
-    write_json(folder / "manifest.json", facts | {"groups_sha256": sha256_of(folder / "groups.parquet"), "metrics": found})
-
-
-def fake_evaluation(n: int, level: float, seed: int, *, kl: float | None) -> Evaluation:
-    """A held-out evaluation of n prompts with rewards around a level."""
-    rng = random.Random(seed)
-    completions = [[f"{rng.choice(GOOD if rng.random() < level + 0.4 else BAD)} [{seed}/{i}]"] for i in range(n)]
-    return Evaluation(
-        prompt_ids=[f"held-{i}" for i in range(n)],
-        prompts=[[{"role": "user", "content": f"{QUESTIONS[i % len(QUESTIONS)]} ({i})"}] for i in range(n)],
-        completions=completions,
-        rewards=[rng.gauss(level, 0.15) for _ in range(n)],
-        judges={"vader": [rng.gauss(level, 0.2) for _ in range(n)]},
-        lengths=[rng.uniform(38, 44) for _ in range(n)],
-        clipped=[0.0] * n,
-        distinct2=distinct_n(t for texts in completions for t in texts) * 0 + 0.71,
-        perplexity=14.2 - level,
-        kl=kl,
-        entropy=2.1,
-        contrast={"plain": level, "positive": level + 0.1, "negative": level - 0.4 * (1 - level)},
-    )
-
-
-def build_run(folder: Path, *, rounds: int = 3, groups: int = 12, prompts: int = 40) -> Path:
-    """A run directory without anything to warn of, made by the package's own writers."""
-    rng = random.Random(5)
-    config = {"num_train_epochs": rounds, "max_steps": -1, "prompts_per_round": groups, "ranking_loss": "logistic", "learning_rate": 1e-4}
-    config |= {"instruction_bank": "politeness", "rank_by": "reward", "hub_token": "hf_abcdef", "lr_scheduler_kwargs": None}
-    record = {"config": config, "versions": {"python": "3.11.7", "torch": "2.13.0"}, "seed": 42, "rewards": ["tone"]}
-    write_json(folder / "run.json", record | {"data": {"rows": 96, "sha256": "0" * 64}})
-    log = folder / "metrics.jsonl"
-    append_json_line(log, {"step": 0, "epoch": 0, "drift/kl": 0.0, "drift/distinct2": 0.7})
-    steps = 8
-    for r in range(rounds):
-        made = [fake_group(i, r, rng) for i in range(groups)]
-        write_round(folder / "rounds" / f"{r:05d}", r, made)
-        append_json_line(log, {"step": r * steps, "round": float(r), "reward": 0.1, "epoch": r})
-        for i in range(1, steps + 1):
-            t = r + i / steps
-            line = {"step": r * steps + i, "epoch": t, "loss": 2.9 * math.exp(-0.2 * t) + rng.gauss(0, 0.08), "loss/ranking": 0.7 - 0.1 * t}
-            line |= {"loss/lm": 2.2 * math.exp(-0.2 * t) + rng.gauss(0, 0.07), "ranking/accuracy": min(0.98, 0.6 + 0.1 * t)}
-            line |= {"ranking/active_pair_fraction": 0.9 - 0.1 * t, "ranking/active_pair_fraction/negative": 0.8 - 0.1 * t}
-            append_json_line(log, line)
-        drift = {"drift/kl": 0.05 * (r + 1), "drift/distinct2_ratio": 0.99, "drift/length_ratio": 1.02}
-        append_json_line(log, {"step": (r + 1) * steps, "epoch": float(r + 1), **drift})
-        append_json_line(log, {"step": (r + 1) * steps, "epoch": float(r + 1), "eval_reward": 0.31 + 0.07 * (r + 1), "eval_kl": 0.05})
-    before, after = fake_evaluation(prompts, 0.31, 1, kl=0.0), fake_evaluation(prompts, 0.52, 2, kl=0.15)
-    write_json(folder / "evaluation-before.json", before.to_json())
-    write_json(folder / "evaluation-after.json", after.to_json())
-    result = compare(before, after) | {"name": "polite", "seed": 42, "wall_seconds": 754.0, "peak_rss_bytes": 2 * 2**30}
-    write_json(folder / "result.json", result | {"stopped_because": None, "rounds": rounds, "model": "tiny"})
-    return folder
-
-
-def change_json(path: Path, **changes: Any) -> None:
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+from run_files import build_run, change_json, contrast_group, fake_group, poison, report_round, write_round
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +59,8 @@ def test_a_whole_run(run_dir: Path) -> None:
         "Largest losses",
     ):
         assert expected in shown, expected
-    assert page.tags.count("svg") == 6
-    assert html.count('class="case"') == 26
+    assert page.tags.count("svg") == 7 + 4  # curves, and an origin's rewards each
+    assert html.count('class="case"') == 40 + 12
     assert "num_train_epochs" in page.folded
     assert "3.11.7" in page.folded
     assert "hf_abcdef" not in html
@@ -170,23 +73,6 @@ def test_the_report_is_the_same_twice(run_dir: Path) -> None:
 
 def test_nothing_is_fetched_or_run_but_our_own_script(run_dir: Path) -> None:
     assert_sealed(page_of(run_dir)[0])
-
-
-def poison(run_dir: Path) -> None:
-    """Hostile text everywhere that text can come from outside."""
-    text = HOSTILE + BREAKOUT
-    completions = tuple(
-        Completion(origin, i, f"{text} {origin}", (1, 2), "stop", f"{text} bank", 3, -1.0, reward=float(-i), reward_components=(0.0,))
-        for i, origin in enumerate(ORIGINS)
-    )
-    groups = [CompletionGroup(text, f"{text} prompt", (1,), completions)]
-    write_round(run_dir / "rounds" / "00002", 2, groups, [f"{text} reward".replace("/", "|")])
-    before = json.loads((run_dir / "evaluation-before.json").read_text())
-    changes = {"prompts": [f"{text} asked"] * 40, "completions": [[f"{text} answered"]] * 40}
-    change_json(run_dir / "evaluation-before.json", **changes)
-    change_json(run_dir / "evaluation-after.json", **changes | {"prompts": [[{"role": text, "content": text}] for _ in before["prompts"]]})
-    change_json(run_dir / "run.json", rewards=[text], versions={text: text}, config={text: text, "instruction_bank": text})
-    change_json(run_dir / "result.json", name=text, second_judge=text, model=text, stopped_because=text, held_out_prompts=text)
 
 
 def test_everything_is_escaped(run_dir: Path) -> None:
@@ -208,7 +94,7 @@ def test_the_template_never_switches_escaping_off() -> None:
 def test_answers_of_bad_origin_are_folded(run_dir: Path) -> None:
     _, page = page_of(run_dir)
     groups = sample_groups(read_run(run_dir))
-    assert len(groups) == 6
+    assert len(groups) == 12
     shown, folded = "\n".join(page.shown), "\n".join(page.folded)
     for group in groups:
         for _, c in group["completions"]:
@@ -217,7 +103,7 @@ def test_answers_of_bad_origin_are_folded(run_dir: Path) -> None:
             assert (c.text in shown) == (not bad)
     assert "Answer rudely." in folded
     assert "Answer rudely." not in shown
-    assert page.summaries.count("harmful text by design – show") == 18
+    assert page.summaries.count("harmful text by design – show") == 36
     assert not [1 for tag, name, _ in page.attributes if tag == "details" and name == "open"]
 
 
@@ -226,12 +112,6 @@ def test_ranks_share_ties_and_end_with_what_has_no_reward() -> None:
     completions = tuple(Completion("positive", i, str(i), (1,), reward=r) for i, r in enumerate(rewards))
     run = RunFacts("x", rounds=[report_round("00000", [CompletionGroup("a", "p", (1,), completions)])])
     assert [(rank, c.text) for rank, c in sample_groups(run)[0]["completions"]] == [(1, "1"), (1, "2"), (3, "0"), (None, "3")]
-
-
-def report_round(name: str, groups: list[CompletionGroup]) -> Any:
-    from neat_align.report_input import RoundFacts
-
-    return RoundFacts(name, {}, tuple(groups))
 
 
 # ---- warnings --------------------------------------------------------------------------------------------------------
@@ -276,6 +156,24 @@ ACTIVE = "ranking/active_pair_fraction/negative"
 INVERSION, PAIRS = "contrast/inversion_rate", "round/pair_fraction"
 
 
+def same_answers(n: int, side: str = "after") -> Change:
+    """The first n of the 40 answers are one text."""
+
+    def change(run_dir: Path) -> None:
+        path = run_dir / f"evaluation-{side}.json"
+        answers = json.loads(path.read_text())["completions"]
+        change_json(path, completions=[["Thank you  for asking.\n" if i else "Thank you for asking."] for i in range(n)] + answers[n:])
+
+    return change
+
+
+def idle_instructions(run_dir: Path) -> None:
+    """A pair of instructions that makes no difference, in the last round; its metrics stay as they were."""
+    pairs = [contrast_group(i, ("Be kind.", "Be rude."), [0.2], [0.2 + (-1) ** i * 0.1]) for i in range(10)]
+    metrics = json.loads((run_dir / "rounds" / "00002" / "manifest.json").read_text())["metrics"]
+    write_round(run_dir / "rounds" / "00002", 2, pairs, **metrics)
+
+
 def without_result(run_dir: Path) -> None:
     (run_dir / "result.json").unlink()
 
@@ -294,6 +192,11 @@ def without_result(run_dir: Path) -> None:
         (in_result(mean_length_before=100.0, mean_length_after=86.0), []),
         (in_result(distinct2_before=1.0, distinct2_after=0.89), ["distinct2"]),
         (in_result(distinct2_before=1.0, distinct2_after=0.91), []),
+        (in_result(clipped_before=0.1, clipped_after=0.25), ["cut"]),
+        (in_result(clipped_before=0.1, clipped_after=0.15), []),
+        (same_answers(5), ["collapse"]),
+        (same_answers(4), []),
+        (lambda run_dir: [same_answers(5, name)(run_dir) for name in ("before", "after")], []),
         (in_result(perplexity_before=10.0, perplexity_after=10.6), ["perplexity"]),
         (in_result(perplexity_before=10.0, perplexity_after=10.4), []),
         (in_result(perplexity_before=None, perplexity_after=None), []),
@@ -305,6 +208,9 @@ def without_result(run_dir: Path) -> None:
         (in_round("00000", **{INVERSION: 0.41}), []),
         (in_round("00002", **{PAIRS: 0.49}), ["pairs"]),
         (in_round("00002", **{PAIRS: 0.51}), []),
+        (in_round("00002", **{"rewards/abstained": 0.06}), ["abstained"]),
+        (in_round("00002", **{"rewards/abstained": 0.04}), []),
+        (idle_instructions, ["instructions"]),
         (in_log(**{ACTIVE: 0.09}), ["saturated"]),
         (in_log(**{ACTIVE: 0.11}), []),
         (in_config(num_train_epochs=4), ["stopped"]),
@@ -396,20 +302,24 @@ def test_evaluations_of_different_prompts_are_not_put_side_by_side(run_dir: Path
     assert examples(read_run(run_dir)) == []
 
 
-def test_examples_are_extremes_and_a_seeded_rest(run_dir: Path) -> None:
+def test_examples_are_extremes_and_the_others(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = read_run(run_dir)
     parts = examples(run)
+    losses = len(parts[1][1])
     assert [(heading, len(cases)) for heading, cases in parts] == [
         ("Largest gains", 7),
-        ("Largest losses", len(parts[1][1])),
-        (parts[2][0], 13 - len(parts[1][1])),
+        ("Largest losses", losses),
+        ("The other prompts", 33 - losses),
     ]
     deltas = sorted(a - b for b, a in zip(run.before["rewards"], run.after["rewards"], strict=True))
     assert [c["delta"] for c in parts[0][1]] == deltas[::-1][:7]
     assert all(c["delta"] < 0 for c in parts[1][1])
     asked = [case["turns"][0][1] for _, cases in parts for case in cases]
-    assert len(set(asked)) == 20
+    assert len(set(asked)) == 40
     assert examples(read_run(run_dir)) == parts
+    monkeypatch.setattr(report, "SHOWN_PROMPTS", 20)
+    assert examples(run)[2][0] == f"Of the others, {13 - losses} drawn at random"
+    assert len(examples(run)[2][1]) == 13 - losses
 
 
 def test_numbers() -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import importlib.util
 import math
 import random
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from neat_align.errors import RewardError
+from neat_align.errors import RewardError, RewardTimeoutError
 from neat_align.rewards import ContrastReward, NamedReward, ScoredRows, resolve_rewards, score
 from neat_align.rewards.hf import ModelReward
 from tiny import save_tiny, tiny_tokenizer
@@ -116,9 +119,98 @@ def test_an_exception_names_the_function_and_keeps_its_cause() -> None:
     def broken(**_: Any) -> list[float]:
         raise KeyError("judge")
 
-    with pytest.raises(RewardError, match=r"'broken' raised KeyError on a batch \(rows 0 to 2\): 'judge'") as caught:
+    with pytest.raises(RewardError, match=r"'broken' raised KeyError on row 0, whose completion begins 'I am well, .*': 'judge'") as caught:
         scored(returning(1.0, 1.0, 1.0), broken)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 31, 32, 63, 76])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_row_on_which_a_function_raises_is_found_at_the_cost_of_one_more_batch(bad: int, is_async: bool) -> None:
+    texts = [f"text {i}" for i in range(77)]
+    cost: list[int] = []
+
+    def fragile(completions: Any, **_: Any) -> list[float]:
+        cost.append(len(completions))
+        return [1.0 / (text != texts[bad]) for text in completions]
+
+    async def fragile_async(completions: Any, **_: Any) -> list[float]:
+        return fragile(completions)
+
+    labels = [f"data.jsonl:{i + 1}" for i in range(77)]
+    rewards = resolve_rewards(fragile_async if is_async else fragile, None)
+    message = rf"raised ZeroDivisionError on data\.jsonl:{bad + 1}, whose completion begins 'text {bad}': "
+    with pytest.raises(RewardError, match=message):
+        score(rewards, prompts=texts, completions=texts, completion_ids=[[1]] * 77, columns={}, labels=labels)
+    assert sum(cost[1:]) <= 77 + 1
+    assert len(cost) <= 9
+
+
+def test_a_failure_of_the_moment_is_not_looked_for_in_the_rows() -> None:
+    calls = 0
+
+    def away(**_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        raise ConnectionError("the judge is away")
+
+    with pytest.raises(
+        RewardError, match=r"'away' raised ConnectionError on a batch of 3 rows \(first row 0, last row 2\): the judge is away"
+    ):
+        scored(away)
+    assert calls == 1
+
+
+def test_a_function_that_raises_only_on_the_whole_batch_is_said_to() -> None:
+    def crowded(completions: Any, **_: Any) -> list[float]:
+        if len(completions) > 1:
+            raise MemoryError("too many")
+        return [1.0]
+
+    with pytest.raises(RewardError, match=r"'crowded' raised MemoryError on a batch of 3 rows.*none that was tried raises alone: too many"):
+        scored(crowded)
+
+
+def test_a_late_function_is_an_error_with_its_name() -> None:
+    never = threading.Event()
+
+    def slow(**_: Any) -> list[float]:
+        never.wait(5)
+        return [1.0] * 3
+
+    async def slow_async(**_: Any) -> list[float]:
+        await asyncio.sleep(5)
+        return [1.0] * 3
+
+    started = time.monotonic()
+    for function, what in ((slow, "a thread cannot be ended"), (slow_async, "it was cancelled")):
+        (reward,) = resolve_rewards(function, None, timeout=0.1)
+        with pytest.raises(RewardTimeoutError, match=rf"'{function.__name__}' did not return within reward_timeout=0\.1 s \({what}"):
+            score((reward,), prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[]] * 3, columns={})
+    assert time.monotonic() - started < 3
+    never.set()
+
+
+def test_a_function_with_a_time_limit_scores_and_fails_as_one_without() -> None:
+    context: contextvars.ContextVar[str] = contextvars.ContextVar("context", default="lost")
+    context.set("kept")
+
+    def reads_context(**_: Any) -> list[float]:
+        assert context.get() == "kept"
+        return [1.0, 2.0, 3.0]
+
+    async def own_timeout(**_: Any) -> list[float]:
+        raise TimeoutError("of its own")
+
+    def own_timeout_too(**_: Any) -> list[float]:
+        raise TimeoutError("of its own")
+
+    rewards = resolve_rewards(reads_context, None, timeout=5)
+    assert score(rewards, prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[]] * 3, columns={}).rewards == (1.0, 2.0, 3.0)
+    for function in (own_timeout, own_timeout_too):
+        with pytest.raises(RewardError, match=r"raised TimeoutError on a batch.*of its own") as caught:
+            score(resolve_rewards(function, None, timeout=5), prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[]] * 3, columns={})
+        assert not isinstance(caught.value, RewardTimeoutError)
 
 
 def test_a_function_without_columns_is_told_to_take_them() -> None:

@@ -12,8 +12,9 @@ import pytest
 from neat_align.checkpoints import MARKER, is_complete, mark_complete, newest_complete
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
+from neat_align.redaction import redacted
 from neat_align.run_record import write_run_record
-from neat_align.storage import append_json_line, read_json, redacted, sha256_of, write_atomic, write_json, write_table
+from neat_align.storage import append_json_line, read_json, sha256_of, write_atomic, write_json, write_table
 
 
 class Interrupted(BaseException):

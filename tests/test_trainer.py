@@ -284,6 +284,7 @@ def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again
         seen.append(sampled[0].stat().st_mtime_ns)
         return count_e(prompts, completions, completion_ids)
 
+    watching.__name__ = "broken"  # the same server, up again
     trainer(tmp_path, reward=watching).train(resume_from_checkpoint=True)
     fresh = trainer(tmp_path / "fresh")
     fresh.train()

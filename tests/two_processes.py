@@ -1,17 +1,42 @@
-"""Two rounds of training, run by test_distributed.py in one process or in two: python two_processes.py FOLDER PER_DEVICE ACCUMULATION"""
+"""Two rounds of training, run by test_distributed.py in one process or in two:
+python two_processes.py FOLDER PER_DEVICE ACCUMULATION [nan | signal | resume]"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
+from neat_align import CollapseError
+from neat_align.errors import RunInterrupted
 from test_trainer import trainer, weights
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class OnSecondProcess(TrainerCallback):
+    """After the second step, on the second process alone: a broken weight, or SIGTERM."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if RANK != 1 or state.global_step != 2:
+            return
+        if self.what == "nan":
+            t.policy.get_output_embeddings().weight.data[0, 0] = float("nan")
+        elif self.what == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+
 
 if __name__ == "__main__":
     folder, per_device, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    what = sys.argv[4] if len(sys.argv) > 4 else ""
     t = trainer(
         folder,
         prompts_per_round=8,
@@ -22,7 +47,10 @@ if __name__ == "__main__":
         learning_rate=1e-3,
         kl_weight=0.1,
         ddp_backend="gloo" if "RANK" in os.environ else None,
+        callbacks=[OnSecondProcess(what)],
     )
-    t.train()
-    rank = int(os.environ.get("RANK", "0"))
-    torch.save(weights(t), folder / f"weights-{rank}.pt")
+    try:
+        t.train(resume_from_checkpoint=True if what == "resume" else None)
+    except (CollapseError, RunInterrupted) as error:
+        (folder / f"stopped-{RANK}.txt").write_text(f"{type(error).__name__} at {t.state.global_step}: {error}")
+    torch.save(weights(t), folder / f"weights-{RANK}.pt")

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neat_align.config import NEATConfig
     from neat_align.data import PromptRow, load_rows
-    from neat_align.errors import CollapseError, ConfigError, DataError, NEATError, PromptError, RewardError
+    from neat_align.errors import (
+        CollapseError,
+        ConfigError,
+        DataError,
+        NEATError,
+        PromptError,
+        RewardError,
+        RewardTimeoutError,
+        RewardUnavailableError,
+    )
     from neat_align.groups import Completion, CompletionGroup, preference_rows, ranked_rows, read_groups
     from neat_align.report import write_report
     from neat_align.trainer import NEATTrainer
@@ -35,6 +44,8 @@ _HOMES = {
     "DataError": "errors",
     "PromptError": "errors",
     "RewardError": "errors",
+    "RewardTimeoutError": "errors",
+    "RewardUnavailableError": "errors",
     "CollapseError": "errors",
 }
 
@@ -50,6 +61,8 @@ __all__ = [
     "PromptError",
     "PromptRow",
     "RewardError",
+    "RewardTimeoutError",
+    "RewardUnavailableError",
     "load_rows",
     "preference_rows",
     "ranked_rows",

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from neat_align import __version__
-from neat_align.errors import NEATError
+from neat_align.errors import NEATError, RewardUnavailableError
+from neat_align.redaction import scrubbed
 
 app = typer.Typer(
     name="neat-align",
@@ -20,7 +21,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+# EX_TEMPFAIL of sysexits.h: schedulers know it as "try again later".
+PAUSED = 75
 _ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+# --dataset_name, as the training options are written, or --dataset-name, as command lines are.
+_EITHER_DASH = {"token_normalize_func": lambda name: name.replace("-", "_")}
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML recipe; options after it win over it.")]
 
 
@@ -146,6 +151,63 @@ def report(path: Annotated[Path, typer.Argument(help="A run directory.")]) -> No
     typer.echo(f"report: {write_report(path)}")
 
 
+@app.command()
+def capability(
+    model: Annotated[str, typer.Option(help="After: a run, a model's or an adapter's folder, or a model name.")],
+    base: Annotated[str, typer.Option(help="Before: the model that the training started from.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of the lm-evaluation-harness, with commas between them.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first this many documents of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option("--include_path", help="A folder with task files of your own.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Requests per forward pass.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON goes; capability.json in the run by default.")] = None,
+) -> None:
+    """Measure what the model lost or kept: benchmark tasks before and after. Needs neat-align[capability]."""
+    _quiet()
+    from neat_align.capability import CapabilityParams, run_capability
+
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    run_capability(model, base, CapabilityParams(names, limit, include_path, batch_size), output)
+
+
+@app.command(context_settings=_EITHER_DASH)
+def probe(
+    bank: Annotated[str, typer.Option(help="Name of a shipped bank, or path of a YAML file with pairs.")],
+    model: Annotated[str, typer.Option(help="A hub name, a folder, or demo.")],
+    dataset_name: Annotated[str, typer.Option(help="Prompts: a file, a saved data set, a hub name, or demo.")] = "demo",
+    as_conversations: Annotated[bool, typer.Option("--as-conversations", help="Turn text prompts into chat messages.")] = False,
+    reward: Annotated[str, typer.Option(help="vader, minilm_tone, contrast, module:function, or a model.")] = "vader",
+    placement: Annotated[str, typer.Option(help="system, user_suffix, affix, or all to compare them.")] = "user_suffix",
+    prompts: Annotated[int, typer.Option(help="Prompts to answer.")] = 24,
+    samples: Annotated[int, typer.Option(help="Answers to a prompt under each instruction.")] = 2,
+    max_completion_length: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 48,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; above 0.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts' choice, the sampling and the intervals.")] = 0,
+    generation_batch_size: Annotated[int, typer.Option(help="Answers sampled at once.")] = 64,
+    output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
+) -> None:
+    """Measure how strongly each instruction pair of a bank moves a model's reward, before training."""
+    _quiet()
+    from rich.console import Console
+
+    from neat_align.probe_command import ProbeSettings, run_probe
+
+    given = ProbeSettings(
+        bank=bank,
+        model=model,
+        dataset_name=dataset_name,
+        as_conversations=as_conversations,
+        reward=reward,
+        placement=placement,
+        prompts=prompts,
+        samples=samples,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        seed=seed,
+        generation_batch_size=generation_batch_size,
+    )
+    run_probe(given, output, Console())
+
+
 def _quiet() -> None:
     """Keep libraries' chatter off the terminal; warnings that matter come through logging."""
     import warnings
@@ -158,12 +220,28 @@ def _quiet() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; an error meant for the user is one line on stderr and exit code 2."""
+    """Run the command line; an error meant for the user is one line on stderr and exit code 2.
+
+    A reward server that stays down is exit code 75: nothing is wrong with the run, and the same command goes on with it later.
+    """
     try:
         return app(arguments, standalone_mode=True)
+    except RewardUnavailableError as error:
+        typer.echo(f"paused: {scrubbed(str(error))}", err=True)
+        typer.echo(_how_to_resume(sys.argv[1:] if arguments is None else arguments), err=True)
+        sys.exit(PAUSED)
     except NEATError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {scrubbed(str(error))}", err=True)
         sys.exit(2)
+
+
+def _how_to_resume(arguments: list[str]) -> str:
+    command = arguments[0] if arguments else ""
+    if command in ("train", "expand"):
+        return "what is sampled and scored is kept; when the server is up, go on with the same command and --resume true"
+    if command == "compare":
+        return "what is sampled and scored is kept; when the server is up, go on with the same command"
+    return "when the server is up, run the same command again"
 
 
 if __name__ == "__main__":

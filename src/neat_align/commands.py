@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from neat_align.data import PromptRow, load_rows, rows_from_dataset, to_conversa
 from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
 from neat_align.evaluation import Evaluation, compare
+from neat_align.policy import load_policy, load_tokenizer
 from neat_align.report import write_report
-from neat_align.run_record import commit, fingerprint, versions
+from neat_align.run_record import commit, versions
 from neat_align.settings import RunSettings
-from neat_align.storage import read_json, write_json
+from neat_align.signals import listening
+from neat_align.storage import read_json, write_folder, write_json
 from neat_align.trainer import NEATTrainer
 
 
@@ -60,8 +62,10 @@ def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence
     """The trainer of a run, with everything checked that can be checked before sampling."""
     if not settings.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
-    model = demo_model_path() if settings.model_name_or_path == "demo" else settings.model_name_or_path
     rows, held_out = load_data(settings)
+    name = demo_model_path() if settings.model_name_or_path == "demo" else settings.model_name_or_path
+    model = load_policy(name, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(model, revision=settings.model_revision, trust_remote_code=settings.trust_remote_code)
     peft_config = None
     if settings.use_peft:
         from peft import LoraConfig
@@ -79,6 +83,7 @@ def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence
         config,
         train_dataset=rows,
         eval_dataset=held_out or None,
+        processing_class=tokenizer,
         callbacks=list(callbacks),
         peft_config=peft_config,
         judge_funcs=settings.judge_funcs or None,
@@ -87,22 +92,33 @@ def build_trainer(settings: RunSettings, config: NEATConfig, callbacks: Sequence
 
 def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     """Evaluate, train, evaluate again; write the model, result.json and the report. Returns the result."""
-    started = time.monotonic()
+    if not settings.resume and config.process_index == 0:
+        _check_empty(Path(str(config.output_dir)))
     trainer = build_trainer(settings, config)
-    _check_same_run(trainer, settings)
+    with listening(trainer.stop), trainer.writing():
+        return _train(trainer, settings)
+
+
+def _train(trainer: NEATTrainer, settings: RunSettings) -> dict[str, Any]:
+    started = time.monotonic()
+    resume = True if settings.resume else None
+    trainer.open_run(resume)  # before an evaluation is paid for
     before = evaluation_before(trainer) if trainer.eval_rows else None
-    trainer.train(resume_from_checkpoint=True if settings.resume else None)
+    trainer.train(resume_from_checkpoint=resume)
     out = trainer.output_dir
-    trainer.save_model(str(out / "model"))
+    if trainer.args.world_size == 1:
+        write_folder(out / "model", lambda folder: trainer.save_model(str(folder)))
+    else:  # all processes save parts of it into one folder
+        trainer.save_model(str(out / "model"))
     result: dict[str, Any] = {}
     if before is not None:
         trainer.evaluate(metric_key_prefix="after")
         after = trainer.last_evaluation
         assert after is not None
         write_json(out / "evaluation-after.json", after.to_json())
-        result = compare(before, after, seed=config.seed)
+        result = compare(before, after, seed=trainer.args.seed)
     result |= {
-        "seed": config.seed,
+        "seed": trainer.args.seed,
         "rounds": trainer.state.global_step // trainer.steps_per_round,
         "steps": trainer.state.global_step,
         "stopped_because": trainer.stopped_because,
@@ -118,30 +134,16 @@ def train(settings: RunSettings, config: NEATConfig) -> dict[str, Any]:
     return result
 
 
-def _check_same_run(trainer: NEATTrainer, settings: RunSettings) -> None:
-    """Refuse to go on with a run that was started with another model, data, reward or way of sampling.
-
-    Its rounds and its first evaluation would be of another experiment, and the difference between before and after would
-    compare two things that cannot be compared.
-    """
-    key = {
-        "model": settings.model_name_or_path,
-        "training data": fingerprint(trainer.rows),
-        "held-out data": fingerprint(trainer.eval_rows),
-        "rewards": [[r.name, r.weight] for r in trainer.rewards],
-        "judges": [j.name for j in trainer.judges],
-        "sampling": asdict(trainer.sampling_params),
-        "seed": trainer.args.seed,
-        "samples per held-out prompt": trainer.args.num_eval_generations,
-    }
-    path = trainer.output_dir / "run-key.json"
-    if path.is_file():
-        found = read_json(path)
-        changed = [f"{name} was {found.get(name)!r} and is {value!r}" for name, value in key.items() if found.get(name) != value]
-        if changed:
-            raise ConfigError(f"{trainer.output_dir} holds a run with other settings: {'; '.join(changed)}. Choose another output_dir")
-    else:
-        write_json(path, key)
+def _check_empty(folder: Path) -> None:
+    """Refuse to write a run among what is there already: nothing could tell the two apart later."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir is {folder}, which is a file: choose a folder")
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if found:
+        raise ConfigError(
+            f"output_dir is {folder}, which is not empty ({', '.join(found[:4])}): choose another one, or pass --resume true to go on with "
+            "the run in it"
+        )
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:
@@ -182,7 +184,8 @@ def expand(settings: RunSettings, config: NEATConfig, output: Path, form: str) -
             f"{trainer.output_dir} holds a finished expansion: delete it, choose another --output, or pass --resume true to write "
             "the same groups out again"
         )
-    made = trainer.make_round(0)
+    with listening(trainer.stop), trainer.writing():
+        made = trainer.make_round(0)
     if form == "groups":
         write_table(output, groups_to_table(made.groups, [r.name for r in trainer.rewards]))
         written = len(made.groups)
@@ -203,7 +206,8 @@ def expand(settings: RunSettings, config: NEATConfig, output: Path, form: str) -
 def evaluate(settings: RunSettings, config: NEATConfig) -> None:
     """Sample and judge the model on the held-out prompts; print the means and keep the whole as JSON."""
     trainer = build_trainer(settings, config)
-    metrics = trainer.evaluate()
+    with trainer.writing():
+        metrics = trainer.evaluate()
     assert trainer.last_evaluation is not None
     path = trainer.output_dir / "evaluation.json"
     write_json(path, trainer.last_evaluation.to_json())

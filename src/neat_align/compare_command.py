@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
@@ -32,10 +31,12 @@ from neat_align.config import NEATConfig
 from neat_align.errors import CollapseError, ConfigError
 from neat_align.expand import read_round
 from neat_align.packing import tokens_in
+from neat_align.redaction import redacted
 from neat_align.run_record import commit, cpu_name, fingerprint, versions
 from neat_align.settings import RunSettings, recipe_path, settings_from
-from neat_align.storage import read_json, write_json
+from neat_align.storage import read_json, write_folder, write_json
 from neat_align.trainer import NEATTrainer
+from neat_align.yaml_files import read_yaml
 
 FORMAT = 1
 # Held-out prompts whose answers are kept for the page.
@@ -60,10 +61,7 @@ def read_spec(path: Path) -> CompareSpec:
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in shipped.parent.glob("compare-*.yaml")))
         raise ConfigError(f"there is no comparison at {path}; these ship: {names}")
-    try:
-        return parse_spec(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return parse_spec(read_yaml(path, ConfigError).value, str(path))
 
 
 def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:
@@ -189,7 +187,7 @@ def _train(trainer: NEATTrainer, shared: Path) -> str | None:
     resume = (trainer.output_dir / "rounds").exists()
     first, cached = trainer.round_folder(0), shared / _first_round_key(trainer)
     if not resume and cached.is_dir():
-        _copy_folder(cached, first)
+        write_folder(first, lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
         resume = True
     try:
         trainer.train(resume_from_checkpoint=True if resume else None)
@@ -197,22 +195,14 @@ def _train(trainer: NEATTrainer, shared: Path) -> str | None:
         return str(error)
     finally:
         if not cached.is_dir() and read_round(first) is not None:
-            _copy_folder(first, cached)
+            write_folder(cached, lambda new: shutil.copytree(first, new, dirs_exist_ok=True))
     return None
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    """There whole or not at all: an interrupted copy of a round would be taken for a broken one."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    partial.rename(target)
 
 
 def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | None) -> None:
     """Refuse to mix a run with what an earlier comparison left in its folder under other settings."""
     path = folder / "options.json"
-    key = json.loads(json.dumps({k: v for k, v in options.items() if v is not None}, default=str))
+    key = redacted(json.loads(json.dumps({k: v for k, v in options.items() if v is not None}, default=str)))
     if path.is_file():
         found = read_json(path)
         was = found["options"]
@@ -301,8 +291,8 @@ def _result(
         "rewards": settings.reward_funcs,
         "judges": settings.judge_funcs,
         "budget": budget,
-        "settings": {k: v for k, v in spec.settings.items() if k not in ("model_name_or_path", "dataset_name", "output_dir")},
-        "methods": [{"name": m.name, "description": m.description, "settings": dict(m.settings)} for m in spec.methods],
+        "settings": redacted({k: v for k, v in spec.settings.items() if k not in ("model_name_or_path", "dataset_name", "output_dir")}),
+        "methods": redacted([{"name": m.name, "description": m.description, "settings": dict(m.settings)} for m in spec.methods]),
         **summarise(starts, runs, [m.name for m in spec.methods], spec.kl_target),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -207,7 +207,8 @@ def summarise(starts: Mapping[int, Point], runs: Sequence[Run], methods: Sequenc
     crossing = {m: {metric: _crossings(runs, m, metric, target) for metric in metrics} for m in trained}
     table = []
     for m in methods:
-        mine = [r for r in runs if r.method == m]
+        # A strong setting that collapses says nothing of the one that the row stands for.
+        mine = [r for r in runs if r.method == m and r.strength == first.get(m)]
         table.append(
             {
                 "method": m,

@@ -49,13 +49,17 @@ class Wins:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method's line of the table. `at_equal_kl` is empty where its runs do not reach the common KL."""
+    """A method's line of the table. `at_equal_kl` is empty where its runs do not reach the common KL.
+
+    `against` holds the paired differences to other methods, by method and then by `at_budget` or `at_equal_kl`.
+    """
 
     runs: int | None = None
     collapsed: int = 0
     at_budget: dict[str, Estimate] = field(default_factory=dict)
     at_equal_kl: dict[str, Estimate] = field(default_factory=dict)
     wins: dict[str, Wins] = field(default_factory=dict)
+    against: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -217,8 +221,10 @@ def _wins(value: Any) -> dict[str, Wins]:
 
 
 def _row(r: dict[str, Any]) -> MethodRow:
+    sides = ("at_budget", "at_equal_kl")
     kept = _estimates(r.get("at_budget")), _estimates(r.get("at_equal_kl")), _wins(r.get("wins"))
-    return MethodRow(_count(r.get("runs")), _count(r.get("collapsed")) or 0, *kept)
+    against = {other: {side: _estimates(mapping(v).get(side)) for side in sides} for other, v in mapping(r.get("against")).items()}
+    return MethodRow(_count(r.get("runs")), _count(r.get("collapsed")) or 0, *kept, against)
 
 
 def _run(r: dict[str, Any]) -> MethodRun:

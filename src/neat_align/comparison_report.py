@@ -68,14 +68,13 @@ def verdict(c: Comparison) -> Verdict:
     if e.low is None or e.low <= 0:
         why = "has no interval" if e.low is None else "has an interval that includes 0"
         return Verdict(f"No method is shown to beat base {where}: the largest gain, {best}’s {gain}, {why}", (), None)
-    ahead = leaders(c, found)
-    others = [m for m, _ in fit[1:] if m in ahead]
+    others = [m for m in leaders(c, side, "reward") if m != best]
     if others:
         sentence = f"{where[0].upper()}{where[1:]} {best} has the largest gain over base in {c.reward_name}, {gain}"
-        notes = [f"Its interval overlaps with {listed(others)}: this comparison does not put {'them' if len(others) > 1 else 'it'} behind."]
+        notes = [f"This comparison does not put {listed(others)} behind it."]
     else:
         sentence = f"{where[0].upper()}{where[1:]} {best} gains most over base in {c.reward_name}, {gain}"
-        notes = ["No other method’s interval reaches it."] if len(fit) > 1 else []
+        notes = ["It is ahead of every other method beyond the intervals."] if len(fit) > 1 else []
     notes += [_judged(c, best, side, name) for name in c.judges]
     if side == "at_equal_kl" and (other := estimates_at(c, "at_budget").get(best)) is not None:
         notes.append(f"At equal budget it gains {change(other.delta, other.low, other.high, digits)}".strip() + ".")

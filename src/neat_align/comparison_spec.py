@@ -14,6 +14,8 @@ methods:                             # in the order of the table
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -80,25 +82,25 @@ def parse_spec(raw: Any, where: str) -> CompareSpec:
             hint = f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(_KEYS)}; options of train go under settings"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
     seeds, strengths, methods = raw.get("seeds", [0]), raw.get("strengths") or [{}], raw.get("methods")
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of different whole numbers")
-    if not isinstance(strengths, list) or not all(isinstance(s, dict) for s in strengths) or _repeats(strengths):
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of different whole numbers of 0 or more")
+    if not isinstance(strengths, list) or not all(isinstance(s, dict) and _are_names(s) for s in strengths) or _repeats(strengths):
         raise ConfigError(
             f"{where}: strengths is {strengths!r}; it must be a list of different mappings, such as [{{learning_rate: 1e-4}}]"
         )
     if not isinstance(methods, dict) or not methods:
         raise ConfigError(f"{where}: methods is {methods!r}; it must be a mapping of names, such as {{base: , neat: }}")
-    if not isinstance(raw.get("settings"), dict):
+    if not isinstance(raw.get("settings"), dict) or not _are_names(raw["settings"]):
         raise ConfigError(f"{where}: settings is {raw.get('settings')!r}; it must hold the options of train that all methods share")
     target = raw.get("kl_target")
-    if target is not None and not (type(target) in (int, float) and target > 0):
+    if target is not None and not (type(target) in (int, float) and math.isfinite(target) and target > 0):
         raise ConfigError(f"{where}: kl_target is {target!r}; it must be a number above 0, in nats per token, or unset")
     known = shipped_methods()
     parsed: dict[str, Method] = {BASE: known[BASE]}
     for name, changes in methods.items():
-        parsed[str(name)] = _method(str(name), changes, known | parsed, where)
+        parsed[str(name)] = _method(_folder_name(name, f"{where}: the method"), changes, known | parsed, where)
     spec = CompareSpec(
-        name=str(raw.get("name") or Path(where).stem),
+        name=_folder_name(raw.get("name") or Path(where).stem, f"{where}: name"),
         settings=raw["settings"],
         methods=tuple(parsed.values()),
         seeds=tuple(seeds),
@@ -109,6 +111,20 @@ def parse_spec(raw: Any, where: str) -> CompareSpec:
     return spec
 
 
+def _are_names(options: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) for name in options)
+
+
+def _folder_name(name: Any, what: str) -> str:
+    """A name that becomes a folder: no separators, no leading dot, nothing that a shell or another system trips over."""
+    if not re.fullmatch(r"\w[\w .,+=@-]{0,79}", str(name)) or str(name) != str(name).strip() or str(name).endswith("."):
+        raise ConfigError(
+            f"{what} is {str(name)[:90]!r}, and it names a folder: use letters, digits, spaces and . , + = @ - _ (at most 80 characters, "
+            "a letter, digit or _ first)"
+        )
+    return str(name)
+
+
 def _repeats(strengths: list[dict[str, Any]]) -> bool:
     """Whether two strengths would share a name, and with it a folder."""
     return len({strength_name(s) for s in strengths}) < len(strengths)
@@ -116,13 +132,15 @@ def _repeats(strengths: list[dict[str, Any]]) -> bool:
 
 def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) -> Method:
     changes = {} if changes is None else changes
-    if not isinstance(changes, dict):
+    if not isinstance(changes, dict) or not _are_names(changes):
         raise ConfigError(f"{where}: method {name!r} is {changes!r}; give a mapping of options, or nothing for the shipped one")
     if name == BASE and changes.keys() - {"description"}:
         told = ", ".join(k for k in changes if k != "description")
         raise ConfigError(f"{where}: base is the start policy and is not trained; it takes no options ({told})")
     changes = dict(changes)
     like, description = str(changes.pop("like", name)), changes.pop("description", None)
+    if description is not None and not isinstance(description, str):
+        raise ConfigError(f"{where}: the description of method {name!r} is {description!r}; it must be text: put it in quotes")
     if like not in known:
         near = difflib.get_close_matches(like, known, n=1)
         raise ConfigError(

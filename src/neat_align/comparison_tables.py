@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +60,25 @@ def tag(c: Comparison, method: str) -> Tag:
     return Tag(method, css_of(c, method), marker_of(c, method, 7, 7, 4.4), c.collapsed(method))
 
 
-def leaders(c: Comparison, estimates: Mapping[str, Estimate]) -> list[str]:
-    """The methods that no other is shown to beat: an interval above 0 that reaches the largest gain's. Never a collapsed one."""
-    fit = {m: e for m, e in estimates.items() if m != BASE and not c.collapsed(m) and e.delta is not None and e.low is not None}
+def leaders(c: Comparison, side: str, metric: str) -> list[str]:
+    """The methods with a gain above 0 that the one with the largest gain is not shown to beat, itself first. Never a collapsed one.
+
+    Shown to beat: the paired difference of the two has an interval above 0; where that was not written down, their
+    intervals against base do not meet.
+    """
+    found = {m: e for m in c.rivals if not c.collapsed(m) and (e := _at(c, m, side, metric)) is not None}
+    fit = sorted(((m, e) for m, e in found.items() if e.delta is not None and e.low is not None), key=lambda pair: -(pair[1].delta or 0.0))
     if not fit:
         return []
-    best = max(fit.values(), key=lambda e: e.delta or 0.0)
-    return [m for m, e in fit.items() if (e.low or 0.0) > 0 and e.high is not None and best.low is not None and e.high >= best.low]
+    best, most = fit[0]
+
+    def behind(m: str, e: Estimate) -> bool:
+        paired = c.row(best).against.get(m, {}).get(side, {}).get(metric)
+        if paired is not None and paired.low is not None:
+            return paired.low > 0
+        return (e.high or 0.0) < (most.low or 0.0)
+
+    return [m for m, e in fit if (e.low or 0.0) > 0 and (m == best or not behind(m, e))]
 
 
 def gain_table(c: Comparison) -> dict[str, Any]:
@@ -83,7 +95,7 @@ def gain_table(c: Comparison) -> dict[str, Any]:
     for side, names in sides:
         for name, _ in names:
             column = {m: e for m in c.methods if (e := _at(c, m, side, name))}
-            columns[side, name] = _gain_column(c, column, scales[name], digits[name])
+            columns[side, name] = _gain_column(c, column, leaders(c, side, name), scales[name], digits[name])
     lines = []
     for m in c.methods:
         kl = c.row(m).at_budget.get("kl")
@@ -104,12 +116,15 @@ def _both(c: Comparison, method: str, name: str) -> list[Estimate]:
     return [e for side in ("at_budget", "at_equal_kl") if (e := _at(c, method, side, name)) is not None]
 
 
-def _gain_column(c: Comparison, estimates: dict[str, Estimate], scale: tuple[float, float], digits: int) -> dict[str, Cell]:
-    ahead, cells = leaders(c, estimates), {}
+def _gain_column(
+    c: Comparison, estimates: dict[str, Estimate], ahead: list[str], scale: tuple[float, float], digits: int
+) -> dict[str, Cell]:
+    cells = {}
     for m, e in estimates.items():
         gain = "" if e.delta is None else change(e.delta, e.low, e.high, digits)
         picture = whisker(e, scale) if e.delta is not None and m != BASE else None
-        cells[m] = Cell(plain(e.mean, digits), gain, m in ahead, picture)
+        # A difference that is estimated at once, as with lengths held equal, has no mean of its own.
+        cells[m] = Cell(gain, "", m in ahead, picture) if e.mean is None else Cell(plain(e.mean, digits), gain, m in ahead, picture)
     return cells
 
 

@@ -6,16 +6,21 @@ only when a command needs it. Field help texts are what `neat-align train --help
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from neat_align.errors import ConfigError
+from neat_align.redaction import scrubbed
 
 RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
 PLACEMENTS = ("system", "user_suffix", "affix")
+# A field's type as it is written here (text) and as transformers has it (an object), and what reads it from text.
+_NUMBERS = {"int": int, "int | None": int, "float": float, "float | None": float}
 
 
 @dataclass
@@ -32,6 +37,10 @@ class NEATConfig(TrainingArguments):
     bf16: bool = field(
         default=True,
         metadata={"help": "Compute in bf16 autocast. Trainable weights stay fp32 (bf16 weights do not move at small learning rates)."},
+    )
+    use_cpu: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Train on the CPU; unset: where there is no accelerator. False: an error where there is none."},
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every this many optimizer steps."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to checkpoint: `epoch` is after every round."})
@@ -117,6 +126,13 @@ class NEATConfig(TrainingArguments):
             "`origin_then_reward` (negative and rejected below all others whatever their reward, else by reward)."
         },
     )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a call of a reward function may take (a batch of about 64 rows), or one request to a reward server. "
+            "None: no limit, and 60 for a server. A function that is late stops the run; its thread cannot be ended and is left alone."
+        },
+    )
     reward_margin: float = field(
         default=0.0, metadata={"help": "Completion i ranks above j when its reward is higher by more than this, in reward units."}
     )
@@ -187,18 +203,40 @@ class NEATConfig(TrainingArguments):
         default=0.1, metadata={"help": "Stop when fewer than this share of a round's prompts give a pair to rank."}
     )
 
+    alarm_logp_drop: float = field(
+        default=0.5,
+        metadata={
+            "help": "Warn when the mean log-probability of the best answers falls this far below the run's first step, in nats per token; "
+            "0 turns it off."
+        },
+    )
+    alarm_ratio: float = field(
+        default=2.0,
+        metadata={
+            "help": "Warn when the mean length or the entropy of plain answers is more than this many times its value at the start, or "
+            "less than that part of it; 0 turns it off, else above 1."
+        },
+    )
+
     # ---- evaluation and output ----
     num_eval_generations: int = field(default=1, metadata={"help": "Plain samples per held-out prompt."})
     num_eval_prompts: int | None = field(default=None, metadata={"help": "Evaluate on the first this many held-out prompts; None is all."})
     evaluate_contrast: bool = field(
         default=True, metadata={"help": "Evaluation also samples under the positive and the negative instruction."}
     )
+    allow_changes: bool = field(
+        default=False,
+        metadata={"help": "Resume although options, data, model or number of processes changed; run.json records what did."},
+    )
     log_completions: bool = field(default=False, metadata={"help": "Print a few groups of every round to the terminal."})
 
     def __post_init__(self) -> None:
-        # TrainingArguments refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        _read_numbers(self)
+        _choose_device(self)
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"{error}: correct the value") from error
         _check_choice("ranking_loss", self.ranking_loss, RANKING_LOSSES)
         _check_choice("negative_penalty", self.negative_penalty, NEGATIVE_PENALTIES)
         _check_choice("instruction_placement", self.instruction_placement, PLACEMENTS)
@@ -211,6 +249,10 @@ class NEATConfig(TrainingArguments):
         _check_choice("prefix_sharing", self.prefix_sharing, ("auto", "off"))
         _check_numbers(self)
         _check_ignored(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments into every checkpoint (training_args.bin): a secret must not go with them.
+        return {k: scrubbed(v) if isinstance(v, str) else v for k, v in self.__dict__.items()} | {"hub_token": None}
 
     @property
     def num_generations(self) -> int:
@@ -237,6 +279,44 @@ class NEATConfig(TrainingArguments):
         return 0.1 if self.length_power == 0 else 1.0
 
 
+def _read_numbers(c: NEATConfig) -> None:
+    """Numbers that came as text become numbers (YAML reads 1e-5, without a dot, as text); one that is not finite is refused."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        type_name = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+        kind = _NUMBERS.get(type_name) or _NUMBERS.get(str(f.type))
+        if isinstance(value, str) and kind is not None:
+            try:
+                value = kind(value)
+            except ValueError:
+                what = "whole number" if kind is int else "number"
+                raise ConfigError(f"{f.name} is {value!r}; it must be a {what}, such as {kind(1)}: correct it") from None
+            setattr(c, f.name, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{f.name} is {value}; it must be a finite number: correct it, or leave it out")
+
+
+def _choose_device(c: NEATConfig) -> None:
+    """Settle `use_cpu`, and refuse what the device cannot do. (TrainingArguments refuses bf16 on a machine without an
+    accelerator unless it is told that the CPU is meant.)"""
+    found = torch.accelerator.is_available()
+    if c.use_cpu is False and not found:
+        raise ConfigError(
+            f"use_cpu is false, which asks for an accelerator, and torch {torch.__version__} sees none on this machine: leave use_cpu "
+            "out to train on the CPU, or install the torch build for your hardware"
+        )
+    c.use_cpu = c.use_cpu or not found
+    if c.fp16 and c.bf16:
+        raise ConfigError("fp16 and bf16 are both true, and bf16 is by default: set bf16 to false too, or remove fp16")
+    if c.fp16 and c.use_cpu:
+        raise ConfigError("fp16 is true and the run is on the CPU, where its loss scaling does not work: remove fp16 (bf16 works there)")
+    if c.bf16 and torch.cuda.is_available() and not c.use_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"bf16 is true (it is by default), and {torch.cuda.get_device_name()} cannot compute in it: set bf16 to false, and fp16 to "
+            "true if memory is short"
+        )
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -252,13 +332,21 @@ def _check_numbers(c: NEATConfig) -> None:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must be 1 or more")
     not_negative = (
         *("num_positive", "num_negative", "num_plain", "top_k", "reward_margin", "lm_weight", "negative_weight", "kl_weight"),
-        *("length_power", "drift_prompts", "min_distinct2_ratio", "min_pair_fraction"),
+        *("length_power", "drift_prompts", "min_distinct2_ratio", "min_pair_fraction", "alarm_logp_drop", "alarm_ratio"),
     )
     for name in not_negative:
         if getattr(c, name) < 0:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must not be negative")
+    for name in ("seed", "data_seed"):
+        value = getattr(c, name)
+        if value is not None and not 0 <= value < 2**32:
+            raise ConfigError(f"{name} is {value}; it must be a whole number from 0 to {2**32 - 1}")
+    if "\0" in str(c.output_dir):
+        raise ConfigError(f"output_dir is {c.output_dir!r}, which holds a NUL character, and no path can: remove it")
     if c.learning_rate < 0:
         raise ConfigError(f"learning_rate is {c.learning_rate}; it must not be negative")
+    if c.reward_timeout is not None and not 0 < c.reward_timeout < math.inf:
+        raise ConfigError(f"reward_timeout is {c.reward_timeout}; it must be a positive number of seconds, or left out")
     if c.temperature <= 0:
         raise ConfigError(
             f"temperature is {c.temperature}; it must be above 0 (at 0 every completion of a prompt would be the same, and "
@@ -272,10 +360,17 @@ def _check_numbers(c: NEATConfig) -> None:
         raise ConfigError(f"npo_beta is {c.npo_beta}; it must be above 0")
     if c.max_kl is not None and c.max_kl <= 0:
         raise ConfigError(f"max_kl is {c.max_kl}; it must be above 0, or unset")
+    if 0 < c.alarm_ratio <= 1:
+        raise ConfigError(f"alarm_ratio is {c.alarm_ratio}; it must be above 1, or 0 to turn the alarm off")
     if c.num_train_epochs < 1 or c.num_train_epochs != int(c.num_train_epochs):
         raise ConfigError(f"num_train_epochs is {c.num_train_epochs}; it is the number of rounds, a whole number of 1 or more")
     if c.num_generations < 1:
         raise ConfigError("num_positive, num_negative and num_plain are all 0: nothing would be sampled; set at least one")
+    if c.num_generations == 1 and not c.use_human_completions:
+        raise ConfigError(
+            "num_positive, num_negative and num_plain add up to 1 and use_human_completions is false: one completion a prompt leaves "
+            "nothing to rank; ask for two or more"
+        )
 
 
 def _check_ignored(c: NEATConfig) -> None:

@@ -64,7 +64,7 @@ def load_rows(source: str | Path, *, split: str | None = None, limit: int | None
         if split is not None:
             raise DataError(f"split is {split!r}, but {source} is a file and has no splits: remove split")
         return _collect(reader(path), str(source), limit)
-    hub_name = isinstance(source, str) and path.suffix.lower() not in _READERS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+    hub_name = isinstance(source, str) and path.suffix.lower() not in _READERS and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
     if not path.exists() and not hub_name:
         raise DataError(f"{source}: there is no such file or folder: check the path (the current folder is {Path.cwd()})")
     return _collect(_numbered(_load_dataset(str(source), path, split), f"dataset '{source}'"), str(source), limit)
@@ -133,13 +133,15 @@ def _unreadable(error: Exception) -> DataError:
 
 
 def _parquet(path: Path) -> Iterator[_Record]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         read_table: Any = pq.read_table
         items = read_table(path).to_pylist()
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}): write the file again") from None
+    except (pa.ArrowException, ValueError, OSError, ArithmeticError, TypeError, MemoryError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read as Parquet ({said}): write the file again") from None
     yield from _numbered(items, str(path))
 
 
@@ -266,6 +268,8 @@ def _check_text(row: Mapping[str, Any]) -> None:
         except UnicodeEncodeError as error:
             code = f"U+{ord(error.object[error.start]):04X}"
             raise DataError(f"{field!a} holds the lone surrogate {code}, half of a character: replace it in the text") from None
+        except RecursionError:
+            raise DataError(f"{field!a} is nested too deeply: flatten it, or leave the column out") from None
 
 
 def _read_pair(row: Mapping[str, Any]) -> _Pair:

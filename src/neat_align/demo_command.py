@@ -14,6 +14,7 @@ from rich.text import Text
 from neat_align.commands import print_closing, result_table, train
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
+from neat_align.run_lock import LOCK, one_writer
 from neat_align.settings import RunSettings, recipe_path
 from neat_align.storage import read_json
 
@@ -48,10 +49,11 @@ def make_room(output_dir: Path, *, overwrite: bool) -> None:
     """Remove an earlier run where that is allowed; anything else in the folder is an error and stays."""
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return
-    # run-key.json is the first file of a run: one interrupted while it evaluated has nothing else yet.
-    if not overwrite or not any((output_dir / name).is_file() for name in ("run-key.json", "run.json")):
+    # The lock and run-key.json are the first files of a run: one interrupted while it evaluated has nothing else yet.
+    if not overwrite or not any((output_dir / name).is_file() for name in ("run-key.json", "run.json", LOCK)):
         raise ConfigError(f"{output_dir} is not empty: choose another --output-dir")
-    shutil.rmtree(output_dir)
+    with one_writer(output_dir):  # refused while that run is going on
+        shutil.rmtree(output_dir)
 
 
 def demo_settings(output_dir: Path, seed: int) -> tuple[RunSettings, NEATConfig]:

@@ -23,5 +23,33 @@ class RewardError(NEATError):
     """A reward function that raised, or returned something that is not a score."""
 
 
+class RewardTimeoutError(RewardError):
+    """A reward function that did not return within `reward_timeout`."""
+
+
+class RewardUnavailableError(RewardError):
+    """A reward server that stayed down through all retries: the run stops, and goes on from what it has when started again."""
+
+
 class CollapseError(NEATError):
     """The policy drifted past a limit that the configuration set (`max_kl`, `min_distinct2_ratio`, no pairs left)."""
+
+
+class SaveError(NEATError):
+    """A checkpoint that could not be written whole (a full disk, a missing file); nothing of it is left."""
+
+
+class RunInterrupted(SystemExit):
+    """A run that SIGINT or SIGTERM ended at a place from which it goes on exactly.
+
+    It is a SystemExit with code 128 + signal, so a script that lets it pass exits as shells and schedulers expect.
+    `message` says how to go on; it was printed to stderr when this was raised.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(128 + signal_number)
+        self.signal_number = signal_number
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

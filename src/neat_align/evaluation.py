@@ -11,13 +11,14 @@ from typing import Any, cast
 import torch
 
 from neat_align.data import PromptRow
-from neat_align.expand import answer_ids, score_texts
+from neat_align.expand import answer_ids
 from neat_align.groups import Polarity, Prompt
 from neat_align.logprobs import Drift, Reference, exact_drift, score_completions
 from neat_align.packing import Layout
 from neat_align.prompts import InstructionBank, completion_seed, draw_pair, instructed, prompt_ids
 from neat_align.rewards import NamedReward
 from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.score_stage import score_texts
 from neat_align.text_metrics import distinct_n, is_refusal, repetition
 
 # Rounds count from 0; evaluation draws its seeds apart from every round's.

@@ -3,12 +3,13 @@
     prompts ──► completions under + and − instructions ──► leaks, blanks, repeats out ──► rewards ──► groups with a pair
 
 A round's folder holds `groups.parquet` and, written last, `manifest.json`: a folder with a manifest is finished and is
-read instead of made again. Until then finished stages of each slice of prompts are kept in the folder and taken up.
+read instead of made again. Until then finished shards of samples and of scores are kept in the folder and taken up.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
 from collections import Counter
@@ -30,12 +31,17 @@ from neat_align.groups import (
     rank_keys,
     read_groups,
 )
+from neat_align.guards import name_list, not_finite
 from neat_align.leaks import leaks_instruction
-from neat_align.prompts import InstructionBank, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
-from neat_align.rewards import NamedReward, score
+from neat_align.prompts import InstructionBank, answer_text_ids, completion_seed, draw_pair, end_of_turn_id, instructed, prompt_ids
+from neat_align.rewards import NamedReward
 from neat_align.round_metrics import round_metrics
-from neat_align.sampling import Sampler, SampleRequest, SamplingParams
-from neat_align.storage import read_json, sha256_of, write_json, write_table
+from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.score_stage import scored
+from neat_align.shards import SampleShards, scored_in_shards
+from neat_align.storage import free_name, read_json, sha256_of, write_json, write_table
+
+logger = logging.getLogger(__name__)
 
 # (prompt ids, completion ids) → per-token log-probabilities in nats, in order.
 LogprobFunction = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[tuple[float, ...]]]
@@ -69,7 +75,11 @@ class ExpandParams:
 @dataclass(frozen=True)
 class ExpandTools:
     """Who does the work. `negative_sampler` writes the negatives; `policy_logprobs` and `ref_logprobs` score every
-    completion under the plain prompt, for the current and for the start policy (None: not computed)."""
+    completion under the plain prompt, for the current and for the start policy (None: not computed).
+
+    Samples and scores are kept on the disk every `shard_size` completions; reward functions are called with as many at most.
+    `between_shards` is called before each of these pieces: what it raises (a run that is asked to stop) loses none.
+    """
 
     tokenizer: Any
     bank: InstructionBank
@@ -78,6 +88,8 @@ class ExpandTools:
     negative_sampler: Sampler
     policy_logprobs: LogprobFunction | None = None
     ref_logprobs: LogprobFunction | None = None
+    shard_size: int = 64
+    between_shards: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,30 @@ def read_round(folder: Path) -> Round | None:
     if not groups_file.is_file() or sha256_of(groups_file) != facts["groups_sha256"]:
         raise DataError(f"{groups_file} does not match {manifest}: delete the folder {folder} and the round is made again")
     return Round(facts["round"], tuple(read_groups(groups_file)), facts["metrics"], facts["next_position"])
+
+
+def next_position(folder: Path) -> int | None:
+    """Where the prompts of the round after a finished one begin; None when the folder holds no finished round."""
+    manifest = folder / "manifest.json"
+    return int(read_json(manifest)["next_position"]) if manifest.is_file() else None
+
+
+def set_aside_round(folder: Path, why: str) -> None:
+    """Rename a round that is not to be read, with a warning."""
+    aside = free_name(folder, ".incomplete")
+    if (folder / "manifest.json").is_file():  # nobody is to take it for a finished round
+        (folder / "manifest.json").replace(folder / "manifest.old.json")
+    folder.replace(aside)
+    logger.warning("%s is now %s and is made again: %s", folder, aside.name, why)
+
+
+def set_aside_if_damaged(folder: Path) -> None:
+    """Set a finished round aside when its groups are not what was written. Only for a round that can be made again: the
+    policy must be the one that sampled it."""
+    try:
+        read_round(folder)
+    except DataError as error:
+        set_aside_round(folder, str(error))
 
 
 def expand(
@@ -145,7 +181,7 @@ def expand(
         everything += groups
         kept += [g for g in groups if _has_pair(g, params)]
         used += take
-    _check_pairs(len(kept), len(everything), params)
+    _check_pairs(len(kept), len(everything), params, removed)
     names = [r.name for r in tools.rewards]
     metrics = round_metrics(everything, kept, removed, names)
     groups_file = folder / "groups.parquet"
@@ -177,30 +213,39 @@ def _slice(
     """Sample, filter and score some prompts; each finished stage is kept in `work`."""
     if not rows:
         return []
-    sampled_file, scored_file, plan_file = work / "sampled.parquet", work / "scored.parquet", work / "plan.json"
+    sampled_file, plan_file = work / "sampled.parquet", work / "plan.json"
     plan = _plan(rows, round_index, params, tools)
     found = read_json(plan_file) if plan_file.is_file() else None
     if found is None or found["sampling"] != plan["sampling"]:
         # Work of other rows or other settings: start this slice again rather than mix two runs.
         shutil.rmtree(work, ignore_errors=True)
     elif found != plan:
-        scored_file.unlink(missing_ok=True)
+        for path in work.glob("scored-*.parquet"):
+            path.unlink()
     write_json(plan_file, plan)
     if sampled_file.is_file():
         sampled = read_groups(sampled_file)
     else:
-        sampled = _sample(rows, round_index, params, tools, progress)
+        sampled = _sample(rows, round_index, params, tools, work, progress)
         write_table(sampled_file, groups_to_table(sampled))
     filtered = [_filtered(g, removed) for g in sampled]
-    if scored_file.is_file():
-        return read_groups(scored_file)
-    if progress is not None:
-        progress("score", 0, 1)
-    scored = _add_logprobs(_scored(filtered, rows, tools), tools)
-    write_table(scored_file, groups_to_table(scored, [r.name for r in tools.rewards]))
-    if progress is not None:
-        progress("score", 1, 1)
-    return scored
+    done = 0
+
+    def report(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress is not None:
+            progress("score", done, len(filtered))
+
+    return scored_in_shards(
+        filtered,
+        lambda numbers: _add_logprobs(scored([filtered[i] for i in numbers], [rows[i] for i in numbers], tools.rewards), tools),
+        folder=work,
+        size=tools.shard_size,
+        reward_names=[r.name for r in tools.rewards],
+        between=tools.between_shards,
+        progress=report,
+    )
 
 
 def _plan(rows: Sequence[PromptRow], round_index: int, params: ExpandParams, tools: ExpandTools) -> dict[str, Any]:
@@ -221,7 +266,7 @@ def _plan(rows: Sequence[PromptRow], round_index: int, params: ExpandParams, too
 
 
 def _sample(
-    rows: Sequence[PromptRow], round_index: int, params: ExpandParams, tools: ExpandTools, progress: Progress | None
+    rows: Sequence[PromptRow], round_index: int, params: ExpandParams, tools: ExpandTools, work: Path, progress: Progress | None
 ) -> list[CompletionGroup]:
     plain_ids = [_checked_prompt_ids(row, params, tools) for row in rows]
     plans: list[tuple[int, Polarity, int, str | None, SampleRequest]] = []
@@ -246,30 +291,42 @@ def _sample(
         if progress is not None:
             progress("sample", finished, len(plans))
 
+    def names(numbers: Sequence[int]) -> str:
+        return name_list([rows[plans[n][0]].id for n in numbers])
+
+    def check(numbers: Sequence[int], samples: Sequence[Sample]) -> None:
+        _refuse_non_finite("log-probability", [rows[plans[n][0]].id for n in numbers], [s.logprob for s in samples])
+
     completions: dict[int, list[Completion]] = {r: [] for r in range(len(rows))}
+    numbered = list(enumerate(p[4] for p in plans))
     # Good and bad answers may come from two policies; one policy draws all of them in the same full batches.
     if tools.sampler is tools.negative_sampler:
-        shares = [(tools.sampler, plans)]
+        shares = [(tools.sampler, numbered)]
     else:
-        negatives = [p for p in plans if p[1] == "negative"]
-        shares = [(tools.sampler, [p for p in plans if p[1] != "negative"]), (tools.negative_sampler, negatives)]
+        negatives = {n for n, p in enumerate(plans) if p[1] == "negative"}
+        shares = [
+            (tools.sampler, [item for item in numbered if item[0] not in negatives]),
+            (tools.negative_sampler, [item for item in numbered if item[0] in negatives]),
+        ]
+    drawn: dict[int, Sample] = {}
     for sampler, mine in shares:
-        for (r, polarity, index, instruction, request), sample in zip(
-            mine, sampler.sample([p[4] for p in mine], params.sampling, progress=report), strict=True
-        ):
-            text = tools.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
-            completions[r].append(
-                Completion(
-                    origin=polarity,
-                    index=index,
-                    text=text,
-                    token_ids=sample.token_ids,
-                    finish_reason=sample.finish_reason,
-                    instruction=instruction,
-                    seed=request.seed,
-                    sampling_logprob=sample.logprob,
-                )
+        shards = SampleShards(work, tools.shard_size)
+        drawn |= shards.draw(sampler, mine, params.sampling, check=check, names=names, between=tools.between_shards, progress=report)
+    for number, (r, polarity, index, instruction, request) in enumerate(plans):
+        sample = drawn[number]
+        text = tools.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
+        completions[r].append(
+            Completion(
+                origin=polarity,
+                index=index,
+                text=text,
+                token_ids=sample.token_ids,
+                finish_reason=sample.finish_reason,
+                instruction=instruction,
+                seed=request.seed,
+                sampling_logprob=sample.logprob,
             )
+        )
     if params.use_human_completions:
         for r, row in enumerate(rows):
             completions[r] += human_completions(row, tools.tokenizer, params.sampling.max_new_tokens)
@@ -304,10 +361,11 @@ def answer_ids(row: PromptRow, text: str, tokenizer: Any, max_length: int) -> tu
     """
     if isinstance(row.prompt, str) and row.prompt and not row.prompt[-1].isspace() and text and not text[0].isspace():
         text = " " + text
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    conversational = not isinstance(row.prompt, str)
+    ids = answer_text_ids(tokenizer, text, conversational=conversational)
     if len(ids) + 1 > max_length:
         return tuple(ids[:max_length]), "length"
-    return (*ids, end_of_turn_id(tokenizer, conversational=not isinstance(row.prompt, str))), "stop"
+    return (*ids, end_of_turn_id(tokenizer, conversational=conversational)), "stop"
 
 
 def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[Completion]:
@@ -347,33 +405,6 @@ def _filtered(group: CompletionGroup, removed: Counter[str]) -> CompletionGroup:
 # ---- score -----------------------------------------------------------------------------------------------------------
 
 
-def _scored(groups: Sequence[CompletionGroup], rows: Sequence[PromptRow], tools: ExpandTools) -> list[CompletionGroup]:
-    if not tools.rewards:
-        return list(groups)
-    flat = [(g, c) for g in range(len(groups)) for c in groups[g].completions]
-    scored = score_texts([rows[g] for g, _ in flat], [c.text for _, c in flat], [c.token_ids for _, c in flat], tools.rewards)
-    values = iter(zip(scored.rewards, scored.components, strict=True))
-    out = []
-    for group in groups:
-        completions = []
-        for c in group.completions:
-            reward, components = next(values)
-            completions.append(replace(c, reward=reward, reward_components=components))
-        out.append(replace(group, completions=tuple(completions)))
-    return out
-
-
-def score_texts(rows: Sequence[PromptRow], texts: Sequence[str], ids: Sequence[Sequence[int]], rewards: tuple[NamedReward, ...]) -> Any:
-    """Rewards of answers to the plain prompts of `rows`, one a row; gives `rewards.ScoredRows`."""
-    conversational = bool(rows) and not isinstance(rows[0].prompt, str)
-    completions: list[Any] = [[{"role": "assistant", "content": t}] for t in texts] if conversational else list(texts)
-    names = sorted({name for row in rows for name in row.columns} - {"prompts", "completions", "completion_ids"})
-    columns = {name: [row.columns.get(name) for row in rows] for name in names}
-    return score(
-        rewards, prompts=[row.prompt for row in rows], completions=completions, completion_ids=[list(i) for i in ids], columns=columns
-    )
-
-
 def _add_logprobs(groups: Sequence[CompletionGroup], tools: ExpandTools) -> list[CompletionGroup]:
     prompts = [g.prompt_ids for g in groups for _ in g.completions]
     completions = [c.token_ids for g in groups for c in g.completions]
@@ -384,6 +415,9 @@ def _add_logprobs(groups: Sequence[CompletionGroup], tools: ExpandTools) -> list
     ref = policy  # before the first step the two policies are one
     if tools.ref_logprobs is not tools.policy_logprobs:
         ref = nothing if tools.ref_logprobs is None else tools.ref_logprobs(prompts, completions)
+    owners = [g.prompt_id for g in groups for _ in g.completions]
+    _refuse_non_finite("policy's log-probability", owners, [sum(row) for row in policy])
+    _refuse_non_finite("start policy's log-probability", owners, [sum(row) for row in ref])
     both = iter(zip(policy, ref, strict=True))
     out = []
     for g in groups:
@@ -393,6 +427,15 @@ def _add_logprobs(groups: Sequence[CompletionGroup], tools: ExpandTools) -> list
     return out
 
 
+def _refuse_non_finite(name: str, prompts: Sequence[str], values: Sequence[float]) -> None:
+    found = not_finite(name, prompts, values)
+    if found is not None:
+        raise CollapseError(
+            f"{found}. The weights hold numbers that are not finite, or computing in half precision overflowed: nothing of it was "
+            "kept; go on from the last checkpoint with a smaller learning rate, or with bf16: false"
+        )
+
+
 # ---- rank ------------------------------------------------------------------------------------------------------------
 
 
@@ -400,11 +443,12 @@ def _has_pair(group: CompletionGroup, params: ExpandParams) -> bool:
     return bool(ordered_pairs(rank_keys(group, params.rank_by), params.reward_margin))
 
 
-def _check_pairs(kept: int, tried: int, params: ExpandParams) -> None:
+def _check_pairs(kept: int, tried: int, params: ExpandParams, removed: Counter[str]) -> None:
     if kept == 0 or kept < params.min_pair_fraction * tried:
         raise CollapseError(
             f"{kept} of {tried} prompts gave two completions whose rewards differ by more than "
-            f"reward_margin={params.reward_margin}: there is too little to rank. Either the reward does not tell these answers "
+            f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left out): there is too little to rank. "
+            "Either the reward does not tell these answers "
             "apart (try another reward, or a smaller margin), or the policy no longer obeys the negative instruction "
             "(negative_policy: initial, or fewer rounds); the last checkpoint is kept"
         )

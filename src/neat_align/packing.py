@@ -29,9 +29,9 @@ NOWHERE = 2**30
 
 
 def _moved(rows: T, device: torch.device | str, non_blocking: bool) -> T:
-    """A dataclass of tensors, or of such dataclasses, on another device; flags stay as they are."""
+    """A dataclass of tensors, or of such dataclasses, on another device; flags and names stay as they are."""
     values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
-    moved = {name: v.to(device, non_blocking=non_blocking) for name, v in values.items() if not isinstance(v, bool)}
+    moved = {name: v.to(device, non_blocking=non_blocking) for name, v in values.items() if not isinstance(v, bool | tuple)}
     return cast("T", replace(cast("Any", rows), **moved))
 
 
@@ -103,7 +103,7 @@ class GroupBatch:
     Row r is completion `slot[r]` of group `group[r]`. `present` says which slots hold a completion; `keys` is what ranks
     it (NaN where absent or abstained); `origins` indexes `groups.ORIGINS` (−1 where absent); `best_row` is the row of the
     language-modelling target (−1 where there is none). `ref_logps` are the start policy's log-probabilities in nats;
-    `has_ref` says whether they were computed.
+    `has_ref` says whether they were computed. `names` are the groups' prompt ids, for messages.
     """
 
     rows: Rows
@@ -115,6 +115,7 @@ class GroupBatch:
     best_row: Int[Tensor, " groups"]
     ref_logps: Float[Tensor, "rows tokens"]
     has_ref: bool
+    names: tuple[str, ...]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GroupBatch:
         """The same batch on another device."""
@@ -295,4 +296,5 @@ def collate_groups(
         best_row=best_row,
         ref_logps=ref,
         has_ref=has_ref,
+        names=tuple(g.prompt_id for g in groups),
     )

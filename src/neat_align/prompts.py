@@ -21,14 +21,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-import yaml
-
 from neat_align.errors import PromptError
 from neat_align.groups import Message, Prompt
+from neat_align.yaml_files import YamlDocument, parse_yaml, read_yaml
 
 Placement: TypeAlias = Literal["system", "user_suffix", "affix"]
 
-SHIPPED_BANKS = ("harmlessness", "helpfulness", "honesty", "politeness")
+SHIPPED_BANKS = ("harmlessness", "helpfulness", "honesty", "politeness", "sentiment")
 
 _BANK_KEYS = ("name", "description", "source", "pairs")
 _PAIR_KEYS = ("positive", "negative")
@@ -67,7 +66,7 @@ def load_bank(name_or_path: str) -> InstructionBank:
     """
     if name_or_path in SHIPPED_BANKS:
         text = resources.files("neat_align").joinpath("banks", f"{name_or_path}.yaml").read_text("utf-8")
-        return _parse_bank(text, f"{name_or_path}.yaml")
+        return _parse_bank(parse_yaml(text, f"{name_or_path}.yaml", PromptError), f"{name_or_path}.yaml")
     path = Path(name_or_path).expanduser()
     looks_like_path = path.suffix in (".yaml", ".yml") or "/" in name_or_path or os.sep in name_or_path
     if not looks_like_path and not path.is_file():
@@ -77,23 +76,16 @@ def load_bank(name_or_path: str) -> InstructionBank:
             f"there is no instruction bank {name_or_path!r}.{hint} Shipped banks: {', '.join(SHIPPED_BANKS)}. "
             "For a bank of your own, give the path of its .yaml file"
         )
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: an instruction bank must be UTF-8 text: {error}") from error
-    except OSError as error:
+    if not path.exists():
         raise PromptError(
-            f"{path}: the instruction bank cannot be read ({error.strerror}). Give the path of a YAML file, or one of the "
-            f"shipped names: {', '.join(SHIPPED_BANKS)}"
-        ) from error
-    return _parse_bank(text, str(path))
+            f"{path}: the instruction bank cannot be read (no such file). Give the path of a YAML file, or one of the shipped names: "
+            f"{', '.join(SHIPPED_BANKS)}"
+        )
+    return _parse_bank(read_yaml(path, PromptError), str(path))
 
 
-def _parse_bank(text: str, where: str) -> InstructionBank:
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PromptError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+def _parse_bank(document: YamlDocument, where: str) -> InstructionBank:
+    raw = document.value
     if not isinstance(raw, dict):
         raise PromptError(f"{where}: a bank is a mapping with the keys {', '.join(_BANK_KEYS)}; this file is a {type(raw).__name__}")
     _check_keys(raw, _BANK_KEYS, where)
@@ -276,6 +268,25 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> li
     return [int(i) for i in cast("Sequence[int]", ids)]
 
 
+def answer_text_ids(tokenizer: Any, text: str, *, conversational: bool) -> list[int]:
+    """The ids of an answer's text, without what ends its turn. In a conversation, what looks like a control token stays text;
+    beside a text prompt it is meant."""
+    if not conversational or not any(token in text for token in _control_tokens(tokenizer)):
+        return _encode(tokenizer, text, add_special_tokens=False)
+    # The template is kept, unused, because its literals say which added tokens are control tokens.
+    template = "{% if false %}" + tokenizer.get_chat_template() + "{% endif %}{{ neat_answer }}"
+    ids = _apply(
+        tokenizer,
+        [{"role": "user", "content": ""}],
+        chat_template=template,
+        neat_answer=text,
+        tokenize=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
+    )
+    return [int(i) for i in cast("Sequence[int]", ids)]
+
+
 def end_of_turn_id(tokenizer: Any, *, conversational: bool) -> int:
     """The token that ends an answer: the one that the chat template writes after it (Gemma's and Phi's is not their eos), or
     eos for text prompts and templates that write none."""
@@ -286,6 +297,13 @@ def end_of_turn_id(tokenizer: Any, *, conversational: bool) -> int:
     after = str(_apply(tokenizer, turns, add_generation_prompt=False, tokenize=False)).rpartition(answer)[2].lstrip()
     written = next((token for token in _control_tokens(tokenizer) if after.startswith(token)), None)
     return int(tokenizer.eos_token_id if written is None else tokenizer.convert_tokens_to_ids(written))
+
+
+def eos_token_ids(tokenizer: Any, model: Any, *, conversational: bool) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's eos, the template's end of a turn, and the model's own list."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    turn_end = end_of_turn_id(tokenizer, conversational=conversational)
+    return tuple(sorted({tokenizer.eos_token_id, turn_end, *([listed] if isinstance(listed, int) else listed or [])}))
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:

@@ -12,21 +12,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-from neat_align.groups import BAD_ORIGINS, ORIGINS, RankBy, rank_keys
-from neat_align.report_charts import Points, chart
+from neat_align.groups import BAD_ORIGINS, ORIGINS, Origin, RankBy, rank_keys
+from neat_align.report_charts import Series, chart
+from neat_align.report_groups import FEW_PROMPTS, distributions, instruction_rows, prompt_means, spread_of_mean
 from neat_align.report_input import RunFacts, number, read_run
-from neat_align.report_page import bounds, change, digits_for, duration, percent, plain, signed, turns, write_page
+from neat_align.report_page import bounds, change, digits_for, duration, plain, signed, turns, write_page
+from neat_align.report_warnings import warnings_of
 
-# Prompts shown with their answers before and after, and groups shown of the last round.
-SHOWN_PROMPTS = 20
-SHOWN_GROUPS = 6
-# A warning is shown past these.
-LENGTH_DRIFT = 0.15
-DISTINCT2_SHARE = 0.90
-PERPLEXITY_RISE = 0.05
-INVERSION_RATE = 0.40
-PAIR_FRACTION = 0.50
-ACTIVE_NEGATIVES = 0.10
+# Prompts on the page with their answers before and after, the gains and the losses that come first among them, groups of the
+# last round on the page, and the groups that stand open before the reader asks for more.
+SHOWN_PROMPTS = 200
+EXTREMES = 7
+SHOWN_GROUPS = 48
+OPEN_GROUPS = 6
 
 
 def write_report(run_dir: Path) -> Path:
@@ -37,39 +35,14 @@ def write_report(run_dir: Path) -> Path:
     return write_page(run_dir / "report.html", "report.html.j2", page_context(read_run(run_dir)))
 
 
-# ---- the outcome ------------------------------------------------------------------------------------------------------
-
-
-def _pair(result: dict[str, Any], name: str) -> tuple[float, float] | None:
-    before, after = number(result.get(f"{name}_before")), number(result.get(f"{name}_after"))
-    return None if before is None or after is None else (before, after)
-
-
-def _interval(result: dict[str, Any], name: str) -> tuple[float, float] | None:
-    both = result.get(f"{name}_delta_ci95") or []
-    low, high = (number(v) for v in both) if len(both) == 2 else (None, None)
-    return None if low is None or high is None else (low, high)
-
-
-def _delta(result: dict[str, Any], name: str) -> float | None:
-    """The paired difference; where some prompts have one number only it is not the difference of the means."""
-    paired, both = number(result.get(f"{name}_delta")), _pair(result, name)
-    return paired if paired is not None else both[1] - both[0] if both else None
-
-
-def _change(result: dict[str, Any], name: str, digits: int) -> str:
-    low, high = _interval(result, name) or (None, None)
-    return change(_delta(result, name), low, high, digits)
-
-
 def headline(run: RunFacts) -> str:
     """The run in a sentence."""
-    rewards = _pair(run.result, "reward")
+    rewards = run.both("reward")
     if rewards is not None:
         digits = digits_for(rewards)
-        gained, prompts = _change(run.result, "reward", digits), run.result.get("held_out_prompts", "?")
+        gained, prompts = change(run.delta("reward"), *run.interval("reward"), digits), run.result.get("held_out_prompts", "?")
         return f"Held-out reward {plain(rewards[0], digits)} → {plain(rewards[1], digits)}, {gained} on {prompts} prompts"
-    seen = _held_out(run)
+    seen = _held_out(run).points
     if len(seen) > 1:
         digits = digits_for(v for _, v in seen)
         return f"Held-out reward {plain(seen[0][1], digits)} → {plain(seen[-1][1], digits)} while training; there is no paired comparison"
@@ -77,105 +50,61 @@ def headline(run: RunFacts) -> str:
     return f"{rounds} round{'' if rounds == 1 else 's'} of training, without a held-out comparison"
 
 
-# ---- warnings --------------------------------------------------------------------------------------------------------
-
-
-def warnings_of(run: RunFacts) -> list[tuple[str, str]]:
-    """(key, sentence) of everything that should make a reader pause; empty when nothing does."""
-    r, found = run.result, []
-    interval, by = _interval(r, "reward"), _delta(r, "reward")
-    if interval is not None and interval[0] <= 0 <= interval[1]:
-        found.append(("interval", "The interval of the reward's change includes 0: this run does not show that training helped."))
-    elif by is not None and by < 0:
-        found.append(("reward", "The held-out reward fell."))
-    lengths = _pair(r, "mean_length")
-    ratio = lengths[1] / lengths[0] if lengths and lengths[0] else run.last("drift/length_ratio")
-    if ratio is not None and abs(ratio - 1) > LENGTH_DRIFT:
-        changed = f"{percent(abs(ratio - 1))} {'longer' if ratio > 1 else 'shorter'}"
-        found.append(("length", f"Answers became {changed}: the reward may be paying for length."))
-    variety = _pair(r, "distinct2")
-    ratio = variety[1] / variety[0] if variety and variety[0] else run.last("drift/distinct2_ratio")
-    if ratio is not None and ratio < DISTINCT2_SHARE:
-        found.append(("distinct2", f"Distinct-2 fell to {percent(ratio)} of its start: the answers are growing alike."))
-    perplexity = _pair(r, "perplexity")
-    if perplexity is not None and perplexity[0] and perplexity[1] / perplexity[0] - 1 > PERPLEXITY_RISE:
-        rise = percent(perplexity[1] / perplexity[0] - 1)
-        found.append(("perplexity", f"Perplexity of the human-preferred answers rose by {rise}: the policy is moving away from good text."))
-    judged = _delta(r, "second_judge")
-    if judged is not None and judged < 0:
-        worse = _change(r, "second_judge", digits_for((0, judged)))
-        found.append(("judge", f"The second judge, {r.get('second_judge')}, which training never saw, finds the answers worse: {worse}."))
-    return found + _training_warnings(run)
-
-
-def _training_warnings(run: RunFacts) -> list[tuple[str, str]]:
-    found = []
-    metrics = run.rounds[-1].metrics if run.rounds else {}
-    inverted, paired = number(metrics.get("contrast/inversion_rate")), number(metrics.get("round/pair_fraction"))
-    if inverted is not None and inverted > INVERSION_RATE:
-        text = (
-            f"In the last round a negative beat a positive in {percent(inverted)} of their pairs (chance is 50 %): little contrast is left."
-        )
-        found.append(("inversion", text))
-    if paired is not None and paired < PAIR_FRACTION:
-        found.append(("pairs", f"In the last round only {percent(paired)} of the prompts gave two answers to rank."))
-    lines = run.training_log
-    end = number(lines[-1].get("epoch")) if lines else None
-    name = "ranking/active_pair_fraction/negative"
-    last_round = [number(line.get(name)) for line in lines if (number(line.get("epoch")) or 0.0) > (end or 0.0) - 1]
-    active = [v for v in last_round if v is not None]
-    if active and fmean(active) < ACTIVE_NEGATIVES:
-        text = f"Pairs with a negative are saturated: only {percent(fmean(active))} of them still pulled in the last round."
-        found.append(("saturated", text))
-    if run.result.get("stopped_because"):
-        found.append(("stopped", f"The run stopped early: {run.result['stopped_because']}."))
-    else:
-        steps, epochs = number(run.config.get("max_steps")) or 0.0, number(run.config.get("num_train_epochs"))
-        unit, planned = ("steps", steps) if steps > 0 else ("rounds", epochs)
-        done = run.last("step" if steps > 0 else "epoch")
-        if done is not None and planned is not None and done < planned - 1e-6:
-            found.append(("stopped", f"The run stopped early, or is not done: {done:.4g} of {planned:.4g} {unit} are logged."))
-    return found
-
-
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
-def _held_out(run: RunFacts) -> Points:
-    """Held-out reward after so many rounds."""
-    rewards = _pair(run.result, "reward")
-    seen = {0.0: rewards[0]} if rewards else {}
+def _held_out(run: RunFacts) -> Series:
+    """Held-out reward after so many rounds; before and after training with its 95 % interval over prompts."""
+    rewards, end = run.both("reward"), run.last("epoch") or float(len(run.rounds))
+    seen: dict[float, float] = {}
     for name in ("before_reward", "eval_reward", "after_reward"):
         seen |= {number(line.get("epoch")) or 0.0: v for line in run.log if (v := number(line.get(name))) is not None}
-    return sorted(seen.items())
+    bars = []
+    for x, i, side in ((0.0, 0, run.before), (end, 1, run.after)):
+        ends = spread_of_mean([v for v in map(number, side.get("rewards") or []) if v is not None], errors=1.96)
+        if rewards is not None:
+            seen[x] = rewards[i]
+            bars += [(x, *ends)] if ends is not None else []
+    return Series("held-out", "ink", sorted(seen.items()), bars=bars)
+
+
+def _logged(run: RunFacts, name: str, css: str) -> Series:
+    """A metric of the optimizer steps: each round's mean, with every step behind it."""
+    lines = run.training_log
+    steps = [(x, y) for line in lines if (x := number(line.get("epoch"))) is not None and (y := number(line.get(name))) is not None]
+    ends = sorted({math.ceil(x - 1e-9) for x, _ in steps})
+    means = [(e - 0.5, fmean(y for x, y in steps if math.ceil(x - 1e-9) == e)) for e in ends]
+    label = name.rpartition("/")[2].replace("active_pair_fraction", "active")
+    return Series(label, css, means, steps if len(steps) > len(means) else [])
+
+
+def _sampled(run: RunFacts, origin: Origin) -> Series:
+    """The mean reward of each round's completions of an origin, in a band of one standard error over prompts."""
+    points, band = [], []
+    for i, r in enumerate(run.rounds):
+        mean, ends = number(r.metrics.get(f"reward/{origin}")), spread_of_mean(prompt_means(r.groups, origin))
+        if mean is not None:
+            points.append((float(i), mean))
+            half = (ends[1] - ends[0]) / 2 if ends else 0.0
+            band.append((float(i), mean - half, mean + half))
+    # One round has no area to fill.
+    return Series(origin, origin, points, band=band) if len(band) > 1 else Series(origin, origin, points, bars=band)
 
 
 def charts(run: RunFacts) -> list[dict[str, Any]]:
     """The run's curves. A round's completions are placed where their policy stood: after as many rounds as came before."""
-    lines, total = run.training_log, float(len(run.rounds))
-
-    def logged(name: str, css: str) -> tuple[str, str, Points, Points]:
-        steps = [(x, y) for line in lines if (x := number(line.get("epoch"))) is not None and (y := number(line.get(name))) is not None]
-        ends = sorted({math.ceil(x - 1e-9) for x, _ in steps})
-        means = [(e - 0.5, fmean(y for x, y in steps if math.ceil(x - 1e-9) == e)) for e in ends]
-        label = name.rpartition("/")[2].replace("active_pair_fraction", "active")
-        return label, css, means, steps if len(steps) > len(means) else []
-
-    def by_round(name: str, css: str) -> tuple[str, str, Points, Points]:
-        points = [(float(i), v) for i, r in enumerate(run.rounds) if (v := number(r.metrics.get(f"reward/{name}"))) is not None]
-        return name, css, points, []
-
+    total = float(len(run.rounds))
     drift = [(number(x.get("epoch")) or 0.0, v) for x in run.log if (v := number(x.get("drift/kl"))) is not None]
-    rewards = [*(by_round(o, o) for o in ORIGINS), ("held-out", "ink", _held_out(run), [])]
+    pairs = [_logged(run, "ranking/accuracy", "ink"), _logged(run, "ranking/active_pair_fraction", "plain")]
     drawn = [
-        chart("Reward of what is sampled", "mean reward", rewards, total),
-        chart("Loss", "weighted sum", [logged("loss", "ink")], total),
+        chart("Held-out reward", "mean, 95 % interval over prompts", [_held_out(run)], total),
+        chart("Reward of what is sampled", "mean, ± one standard error over prompts", [_sampled(run, o) for o in ORIGINS], total),
+        chart("Loss", "weighted sum", [_logged(run, "loss", "ink")], total),
+        chart("Ranking loss", "unweighted", [_logged(run, "loss/ranking", "ink")], total),
+        chart("Language-modelling loss", "nats per token, best answer", [_logged(run, "loss/lm", "ink")], total),
+        chart("Pairs: ordered rightly, still active", "share of pairs", pairs, total),
+        chart("Distance to the start policy", "KL, nats per token, plain samples", [Series("KL", "ink", drift)], total),
     ]
-    drawn.append(chart("Ranking loss", "unweighted", [logged("loss/ranking", "ink")], total))
-    drawn.append(chart("Language-modelling loss", "nats per token, best answer", [logged("loss/lm", "ink")], total))
-    pairs = [logged("ranking/accuracy", "ink"), logged("ranking/active_pair_fraction", "plain")]
-    drawn.append(chart("Pairs: ordered rightly, still active", "share of pairs", pairs, total))
-    drawn.append(chart("Distance to the start policy", "KL, nats per token, plain samples", [("KL", "ink", drift, [])], total))
     return [c for c in drawn if c is not None]
 
 
@@ -192,10 +121,10 @@ def before_after_rows(run: RunFacts) -> list[tuple[str, str, str, str, str]]:
     ]
     names += [("Distinct-2", "distinct2"), ("Length, tokens", "mean_length"), ("Share cut at the limit", "clipped")]
     for label, name in names:
-        both, (low, high) = _pair(r, name), _interval(r, name) or (None, None)
+        both, (low, high) = run.both(name), run.interval(name)
         if both is not None:
             d = 1 if name == "mean_length" else digits_for(both)
-            rows.append((label, plain(both[0], d), plain(both[1], d), signed(_delta(r, name), d), bounds(low, high, d)))
+            rows.append((label, plain(both[0], d), plain(both[1], d), signed(run.delta(name), d), bounds(low, high, d)))
     if number(r.get("kl_per_token")) is not None:
         rows.append(("KL to the start, nats per token", plain(0, 3), plain(r["kl_per_token"], 3), signed(r["kl_per_token"], 3), ""))
     return rows
@@ -212,8 +141,8 @@ def contrast_rows(run: RunFacts) -> list[tuple[str, str, str, str, str]]:
     return [(n, n, plain(sides[0][n], digits), plain(sides[1][n], digits), signed(sides[1][n] - sides[0][n], digits)) for n in names]
 
 
-def examples(run: RunFacts, limit: int = SHOWN_PROMPTS) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(heading, prompts with both answers): largest gains, largest losses, and a seeded draw of the rest."""
+def examples(run: RunFacts) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(heading, prompts with both answers): the largest gains, the largest losses, and the others, a seeded draw if they are many."""
     before, after = run.before, run.after
     keys = ("prompts", "completions", "rewards", "prompt_ids")
     if any(len(side.get(key) or []) != len(before.get("prompts") or []) for side in (before, after) for key in keys):
@@ -225,27 +154,24 @@ def examples(run: RunFacts, limit: int = SHOWN_PROMPTS) -> list[tuple[str, list[
         before["prompts"], before["completions"], after["completions"], before["rewards"], after["rewards"], strict=True
     ):
         delta = None if number(a) is None or number(b) is None else float(b) - float(a)
-        rows.append({"turns": turns(prompt), "before": old, "after": new, "rewards": (a, b), "delta": delta})
-    each = max(1, limit * 7 // 20)
+        rows.append({"turns": turns(prompt), "before": old, "after": new, "rewards": (number(a), number(b)), "delta": delta})
     scored = sorted((r for r in rows if r["delta"]), key=lambda r: r["delta"])
-    gains = [r for r in reversed(scored) if r["delta"] > 0][:each]
-    losses = [r for r in scored if r["delta"] < 0][:each]
+    gains = [r for r in reversed(scored) if r["delta"] > 0][:EXTREMES]
+    losses = [r for r in scored if r["delta"] < 0][:EXTREMES]
     rest = [r for r in rows if not any(r is shown for shown in (*gains, *losses))]
-    random.Random(f"{run.record.get('seed')}/examples").shuffle(rest)
-    parts = [
-        ("Largest gains", gains),
-        ("Largest losses", losses),
-        ("Drawn at random from the rest", rest[: limit - len(gains) - len(losses)]),
-    ]
+    room = SHOWN_PROMPTS - len(gains) - len(losses)
+    heading = "The other prompts" if len(rest) <= room else f"Of the others, {room} drawn at random"
+    picked = sorted(random.Random(f"{run.record.get('seed')}/examples").sample(range(len(rest)), min(room, len(rest))))
+    parts = [("Largest gains", gains), ("Largest losses", losses), (heading, [rest[i] for i in picked])]
     return [(heading, shown) for heading, shown in parts if shown]
 
 
-def sample_groups(run: RunFacts, limit: int = SHOWN_GROUPS) -> list[dict[str, Any]]:
+def sample_groups(run: RunFacts) -> list[dict[str, Any]]:
     """A seeded draw of the last round's groups, completions best first, with their ranks (equal keys share one)."""
     if not run.rounds:
         return []
     groups = list(run.rounds[-1].groups)
-    picked = sorted(random.Random(f"{run.record.get('seed')}/groups").sample(range(len(groups)), min(limit, len(groups))))
+    picked = sorted(random.Random(f"{run.record.get('seed')}/groups").sample(range(len(groups)), min(SHOWN_GROUPS, len(groups))))
     rank_by = cast("RankBy", run.config.get("rank_by", "reward"))
     shown = []
     for group in (groups[i] for i in picked):
@@ -279,8 +205,9 @@ def run_facts(run: RunFacts) -> list[tuple[str, str]]:
 
 def page_context(run: RunFacts) -> dict[str, Any]:
     """Everything that the template shows."""
-    metrics = [r.metrics for r in run.rounds]
+    metrics, groups = [r.metrics for r in run.rounds], sample_groups(run)
     origins = [o for o in ORIGINS if any(f"reward/{o}" in m for m in metrics)]
+    instructions = instruction_rows(run)
     return {
         "run": run,
         "headline": headline(run),
@@ -290,11 +217,18 @@ def page_context(run: RunFacts) -> dict[str, Any]:
         "rows": before_after_rows(run),
         "wins": run.result.get("win_rate") or {},
         "charts": charts(run),
+        "distributions": distributions(run),
         "origins": origins,
         "reward_digits": digits_for(m.get(f"reward/{o}") for m in metrics for o in origins),
         "contrast": contrast_rows(run),
+        "instructions": instructions,
+        "instruction_digits": digits_for(v for row in instructions for v in (row.under_positive, row.under_negative)),
+        "few_prompts": FEW_PROMPTS,
         "examples": examples(run),
-        "groups": sample_groups(run),
+        "groups": groups,
+        "open_groups": OPEN_GROUPS,
+        "all_groups": len(run.rounds[-1].groups) if run.rounds else 0,
+        "group_origins": [o for o in ORIGINS if any(c.origin == o for g in groups for _, c in g["completions"])],
         "bad_origins": BAD_ORIGINS,
         "settings": {k: json.dumps(v, ensure_ascii=False, default=str) for k, v in run.config.items()},
         "versions": run.record.get("versions") or run.result.get("versions") or {},

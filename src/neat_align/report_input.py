@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from neat_align.errors import ConfigError
 from neat_align.groups import CompletionGroup
-from neat_align.storage import read_json, redacted
+from neat_align.redaction import redacted
+from neat_align.storage import read_json
 
 _FILES = ("run.json", "metrics.jsonl", "result.json", "evaluation-before.json", "evaluation-after.json", "rounds")
 
@@ -58,6 +59,22 @@ class RunFacts:
     def last(self, name: str) -> float | None:
         """The newest number logged under a name."""
         return next((v for line in reversed(self.log) if (v := number(line.get(name))) is not None), None)
+
+    def both(self, name: str) -> tuple[float, float] | None:
+        """A number of the result before and after training; None unless both are there."""
+        before, after = number(self.result.get(f"{name}_before")), number(self.result.get(f"{name}_after"))
+        return None if before is None or after is None else (before, after)
+
+    def delta(self, name: str) -> float | None:
+        """The paired difference; where some prompts have one number only it is not the difference of the means."""
+        paired, both = number(self.result.get(f"{name}_delta")), self.both(name)
+        return paired if paired is not None else both[1] - both[0] if both else None
+
+    def interval(self, name: str) -> tuple[float | None, float | None]:
+        """The difference's 95 % interval; (None, None) without one."""
+        ends = self.result.get(f"{name}_delta_ci95") or []
+        low, high = (number(v) for v in ends) if len(ends) == 2 else (None, None)
+        return (None, None) if low is None or high is None else (low, high)
 
 
 def read_run(run_dir: Path) -> RunFacts:

@@ -116,7 +116,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(loader=PackageLoader("neat_align"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    filters: dict[str, Callable[..., Any]] = {"plain": plain, "signed": signed, "percent": percent, "clipped": clipped}
+    filters: dict[str, Callable[..., Any]] = {"plain": plain, "signed": signed, "percent": percent, "bounds": bounds, "clipped": clipped}
     made.filters.update(filters)
     return made
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers import TrainerCallback
 
-from neat_align.checkpoints import mark_complete
 from neat_align.groups import CompletionGroup
 from neat_align.storage import append_json_line
 
@@ -29,8 +28,16 @@ class Rounds(Protocol):
         """True when training should stop."""
         ...
 
-    def check_gradients(self) -> None:
-        """Raise before a gradient that is not finite reaches the weights."""
+    def check_step(self) -> None:
+        """Raise before a loss or gradient that is not finite reaches the weights."""
+        ...
+
+    def asked_to_stop(self) -> bool:
+        """True when a signal asked for the end."""
+        ...
+
+    def at_round_end(self) -> bool:
+        """True when the last step was a round's last."""
         ...
 
 
@@ -54,10 +61,11 @@ class RoundDataset(torch.utils.data.Dataset[CompletionGroup]):
 
 
 class RoundCallback(TrainerCallback):
-    """Ties rounds, drift checks, complete checkpoints and the metrics file to Trainer's events."""
+    """Ties rounds, drift checks, saves and the metrics file to Trainer's events."""
 
     def __init__(self, trainer: Rounds) -> None:
         self.trainer = trainer
+        self.owes_save = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start before the first step."""
@@ -67,19 +75,24 @@ class RoundCallback(TrainerCallback):
         """An epoch is a round."""
         self.trainer.begin_round()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save when asked to stop. After a round's last step the save waits for the end of the round: a checkpoint must not
+        forget whether drift passed a limit."""
+        if self.trainer.asked_to_stop():
+            control.should_save = True
+        if control.should_save and self.trainer.at_round_end():
+            control.should_save, self.owes_save = False, True
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop after this round when a limit was passed."""
         if self.trainer.end_round():
             control.should_training_stop = True
+        if self.trainer.asked_to_stop() or self.owes_save:
+            control.should_save, self.owes_save = True, False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Non-finite gradients never reach the weights."""
-        self.trainer.check_gradients()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The marker comes last."""
-        if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """What is not finite never reaches the weights."""
+        self.trainer.check_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Everything that is logged is also a line of metrics.jsonl."""

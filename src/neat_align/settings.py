@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
+from neat_align.policy import check_source
+from neat_align.yaml_files import YamlDocument, read_yaml
 
 
 @dataclass
@@ -22,6 +26,11 @@ class RunSettings:
     """What a run is made of besides the training configuration. Names follow TRL's scripts."""
 
     model_name_or_path: str = field(default="", metadata={"help": "The model: a hub name, a folder, or `demo` (SmolLM2-135M-Instruct)."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub model; only with a hub name."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python that comes with the model. Needs a full commit as model_revision; read that code first."},
+    )
     dataset_name: str = field(
         default="", metadata={"help": "Training prompts: a .jsonl, .json, .parquet or .csv file, a saved data set, a hub name, or `demo`."}
     )
@@ -33,7 +42,7 @@ class RunSettings:
     as_conversations: bool = field(default=False, metadata={"help": "Turn texts and Human/Assistant transcripts into chat messages."})
     reward_funcs: list[str] = field(
         default_factory=list,
-        metadata={"help": "Rewards: vader, minilm_tone, contrast, package.module:function, or a sequence-classification model."},
+        metadata={"help": "Rewards: vader, minilm_tone, contrast, package.module:function, a server's URL, or a classification model."},
     )
     judge_funcs: list[str] = field(default_factory=list, metadata={"help": "Rewards that only evaluation sees, never training."})
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
@@ -42,33 +51,58 @@ class RunSettings:
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules that get an adapter; None: every linear layer."})
     resume: bool = field(default=False, metadata={"help": "Go on with the run in output_dir from its newest complete checkpoint."})
 
+    def __post_init__(self) -> None:
+        for name, least in (("holdout", 0), ("lora_r", 1), ("lora_alpha", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.model_name_or_path:
+            check_source(self.model_name_or_path, self.model_revision, self.trust_remote_code)
+
 
 def parse(arguments: Sequence[str], config_file: Path | None) -> tuple[RunSettings, NEATConfig]:
-    """Settings from a recipe and `--name value` arguments. Raises ConfigError naming what is unknown and the nearest name."""
-    parser = _parser()
-    known = {f.name for c in (RunSettings, NEATConfig) for f in dataclasses.fields(c) if f.init}
-    values = read_recipe(config_file, known) if config_file is not None else {}
-    merged = [*_as_arguments(values, arguments), *arguments]
-    settings, config, unknown = parser.parse_args_into_dataclasses(merged, return_remaining_strings=True)
+    """Settings from a recipe and `--name value` arguments. Raises ConfigError naming what is unknown and the nearest name, and
+    the recipe's line where a value of the recipe is wrong."""
+    known = _known()
+    recipe, path = (YamlDocument({}, {}), None) if config_file is None else _recipe(config_file, known)
+    given = _given(arguments)
+    merged = [*_as_arguments(recipe.value, given), *arguments]
+    try:
+        settings, config, unknown = _parser().parse_args_into_dataclasses(merged, return_remaining_strings=True, look_for_args_file=False)
+    except ConfigError as error:
+        lines = {name: line for name, line in recipe.lines.items() if name not in given}
+        raise ConfigError(f"{_place(str(error), lines, path)}{error}") from error
     for argument in unknown:
         if argument.startswith("--"):
             raise ConfigError(_unknown(argument.removeprefix("--").split("=")[0].replace("-", "_"), known, "the command line"))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} belongs to no option: options are written --name value")
+    if config.hub_token:
+        # A recipe is shared and a command line is seen by every user of the machine.
+        raise ConfigError("hub_token is a secret, and those come from the environment only: leave it out and set HF_TOKEN")
     return settings, config
 
 
 def settings_from(values: Mapping[str, Any]) -> tuple[RunSettings, NEATConfig]:
     """Settings from plain options, as a recipe holds them; numbers that YAML reads as text ("1e-5") are numbers here, too."""
-    known = {f.name for c in (RunSettings, NEATConfig) for f in dataclasses.fields(c) if f.init}
+    known = _known()
     for name in values:
         if name not in known:
             raise ConfigError(_unknown(str(name), known, "the settings"))
-    return parse(_as_arguments(dict(values), []), None)
+    return parse(_as_arguments(values, set()), None)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A wrong value is a ConfigError, as everywhere; argparse would print its usage and exit."""
+        raise ConfigError(f"{message.removeprefix('argument ')}: correct the value (`neat-align train --help` says what is meant)")
 
 
 def _parser() -> HfArgumentParser:
-    return HfArgumentParser((RunSettings, NEATConfig), prog="neat-align train", allow_abbrev=False)  # type: ignore[arg-type]
+    return _Parser((RunSettings, NEATConfig), prog="neat-align train", allow_abbrev=False)  # type: ignore[arg-type]
+
+
+def _known() -> set[str]:
+    return {f.name for c in (RunSettings, NEATConfig) for f in dataclasses.fields(c) if f.init}
 
 
 def print_help() -> None:
@@ -78,35 +112,60 @@ def print_help() -> None:
 
 def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     """The mapping in a YAML recipe. Raises ConfigError for what is not a mapping of known names."""
+    value: dict[str, Any] = _recipe(path, known)[0].value
+    return value
+
+
+def _recipe(path: Path, known: set[str]) -> tuple[YamlDocument, Path]:
+    """A recipe with the lines of its options, and where it was found."""
     shipped = recipe_path(path.stem)
     if not path.is_file() and path.parent.name in ("", "recipes") and shipped.is_file():
         path = shipped
     if not path.is_file():
         raise ConfigError(f"there is no recipe at {path}; these ship: {', '.join(sorted(p.stem for p in shipped.parent.glob('*.yaml')))}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}; a recipe is a mapping of option names to values")
-    for name in values:
+    recipe = read_yaml(path, ConfigError)
+    if not isinstance(recipe.value, dict):
+        raise ConfigError(f"{path} holds {type(recipe.value).__name__}; a recipe is a mapping of option names to values")
+    for name in recipe.value:
         if name not in known:
-            raise ConfigError(_unknown(str(name), known, str(path)))
-    return values
+            raise ConfigError(_unknown(str(name), known, f"{path}:{recipe.lines[name]}" if name in recipe.lines else str(path)))
+    return recipe, path
 
 
-def _as_arguments(values: dict[str, Any], arguments: Sequence[str]) -> list[str]:
+def _given(arguments: Sequence[str]) -> set[str]:
+    return {a.removeprefix("--").split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
+
+
+def _place(message: str, lines: Mapping[str, int], path: Path | None) -> str:
+    """Where the recipe sets the option that a message speaks of first; nothing when the recipe sets none of them."""
+    said = (word for word in re.findall(r"\w+", message) if word in lines)
+    name = next(said, None)
+    return "" if name is None else f"{path}:{lines[name]}: "
+
+
+def _as_arguments(values: Mapping[str, Any], given: set[str]) -> list[str]:
     """A recipe's values as command-line words, without the ones that the command line gives itself."""
-    given = {a.removeprefix("--").split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
     words: list[str] = []
     for name, value in values.items():
         if name in given or value is None:
             continue
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
+            words += [f"--{name}", *(_as_word(name, v) for v in value)] if value else []
         else:
-            words += [f"--{name}", str(value)]
+            words.append(f"--{name}={_as_word(name, value)}")
     return words
+
+
+def _as_word(name: str, value: Any) -> str:
+    """A value as it would stand on the command line; a mapping (`lr_scheduler_kwargs`) as the JSON that transformers reads."""
+    if isinstance(value, Mapping):
+        try:
+            return json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{name} holds a mapping that is no JSON ({error}): use plain texts, numbers and lists in it") from error
+    if not isinstance(value, str | int | float | date | Path):
+        raise ConfigError(f"{name} holds a {type(value).__name__}; it must be text, a number, true or false, or a list of them")
+    return str(value)
 
 
 def _unknown(name: str, known: set[str], where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +13,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-# What the name of a secret ends in. `include_num_input_tokens_seen` holds such a word too, and is a setting.
-_SECRET = re.compile(
-    r"(?:token|secret|password|passwd|passphrase|authorization|credentials?|(?:api|access|secret|private|auth)[_-]?keys?)$", re.IGNORECASE
-)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -34,16 +29,51 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable (a rename is not, before this)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a folder's entries durable (a rename is not, before this), or a file's bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below (and the folder itself, and its name) durable, contents before names."""
+    paths = sorted(folder.rglob("*"), key=lambda p: -len(p.parts))
+    for path in [*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir()), folder, folder.parent]:
+        sync(path)
+
+
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Give `write` an empty folder, sync it and rename it to `path`; a folder that was there is replaced after that."""
+    temporary, old = (path.with_name(f".{path.name}-{word}") for word in ("new", "old"))
+    for left_over in (temporary, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        sync_tree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():  # a folder cannot be renamed over a full one
+        path.replace(old)
+    temporary.replace(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def free_name(path: Path, suffix: str) -> Path:
+    """The path with a suffix, and a number where that is taken, too."""
+    aside, n = path.with_name(path.name + suffix), 1
+    while aside.exists():
+        n += 1
+        aside = path.with_name(f"{path.name}{suffix}-{n}")
+    return aside
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,6 +94,23 @@ def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
         file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 
 
+def size_of(path: Path) -> int:
+    """Bytes in a file, synced; 0 when there is none."""
+    if not path.is_file():
+        return 0
+    sync(path)
+    return path.stat().st_size
+
+
+def cut_to(path: Path, size: int) -> int:
+    """Cut a file back to `size` bytes, synced; gives the number of bytes that went."""
+    extra = max(0, size_of(path) - size)
+    if extra:
+        os.truncate(path, size)
+        sync(path)
+    return extra
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow table as Parquet, atomically."""
     import pyarrow.parquet as pq
@@ -78,20 +125,3 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def redacted(value: Any) -> Any:
-    """A copy of plain data in which every non-empty text under a key that ends like a secret's name is masked."""
-    if isinstance(value, Mapping):
-        return {k: _masked(v) if _SECRET.search(str(k)) else redacted(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(v) for v in value]
-    return value
-
-
-def _masked(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _masked(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(v) for v in value]
-    return "[redacted]" if isinstance(value, str) and value else value

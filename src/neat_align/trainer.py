@@ -4,47 +4,45 @@
 data; the epoch's iterator is made after that, so no batch is older than its round. The stages themselves live in
 `expand`, `objective` and `evaluation` and know nothing of the trainer.
 
-Where this departs from a textbook Trainer: the loss of a micro-batch is divided by counts over the *whole* optimizer
-step (all micro-batches, all processes), so accumulation and uneven groups do not change the gradient; evaluation
-samples from the policy instead of computing a loss; a checkpoint counts only when its `COMPLETE.json` is written.
+Where this departs from a textbook Trainer: the loss of a micro-batch is divided by counts over the whole optimizer step
+(`group_trainer`); a checkpoint counts only when its `COMPLETE.json` is written, and a run goes on exactly
+(`durable_trainer`); evaluation samples from the policy instead of computing a loss.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 
 from neat_align.browse import render_group
-from neat_align.checkpoints import newest_complete
+from neat_align.checkpoints import is_complete
 from neat_align.config import NEATConfig
-from neat_align.data import PromptRow, is_conversational, rows_from_dataset
+from neat_align.data import is_conversational
 from neat_align.drift import drift_ratios, limit_passed, measure_drift
-from neat_align.errors import CollapseError, ConfigError, DataError
+from neat_align.durable_trainer import LeaveCallback
+from neat_align.errors import ConfigError, RunInterrupted
 from neat_align.evaluation import EvalTools, Evaluation, evaluate_policy
-from neat_align.expand import ExpandParams, ExpandTools, Round, expand, read_round
-from neat_align.groups import ORIGIN_STEP, CompletionGroup, Polarity, Prompt, RankBy, best_index, extremes, kept_completions, rank_keys
-from neat_align.logprobs import choose_layout, completion_logprobs, score_completions
-from neat_align.objective import total_loss
-from neat_align.packing import GroupBatch, Layout, collate_groups, fill_budget, padding_fraction, tokens_in
-from neat_align.policy import check_context, disable_dropout, load_policy, load_tokenizer, start_policy
-from neat_align.precision import autocast, check_trainable_weights, half_precision_copy
+from neat_align.expand import ExpandParams, ExpandTools, Round, expand, next_position, read_round, set_aside_if_damaged
+from neat_align.group_trainer import GroupTrainer
+from neat_align.groups import ORIGIN_STEP, Polarity, Prompt, RankBy
+from neat_align.logprobs import choose_layout, score_completions
+from neat_align.packing import Layout
+from neat_align.policy import check_policy, disable_dropout, load_policy, load_tokenizer, start_policy
+from neat_align.precision import check_trainable_weights, half_precision_copy
+from neat_align.preflight import as_rows, check_group_size, check_prompts
 from neat_align.progress import RoundProgressCallback, stage_bars
-from neat_align.prompts import check_template, draw_pair, end_of_turn_id, instructed, load_bank, prompt_ids
-from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, resolve_rewards
+from neat_align.prompts import check_template, draw_pair, eos_token_ids, instructed, load_bank, prompt_ids
+from neat_align.rewards import ContrastReward, NamedReward, RewardSpec, check_tokens, resolve_rewards
 from neat_align.round_callback import RoundCallback, RoundDataset
-from neat_align.run_record import write_run_record
-from neat_align.sampling import Sample, SampleRequest, SamplingParams, TransformersSampler
-from neat_align.shared_prefix import sharing_prefixes
-from neat_align.step_loss import LossCounts, counts_of, loss_terms, objective_params, ranking_facts
+from neat_align.run_record import fingerprint, run_key, text_fingerprint, weights_fingerprint
+from neat_align.sampling import Room, Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
+from neat_align.signals import interrupted
 from neat_align.storage import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -53,12 +51,12 @@ logger = logging.getLogger(__name__)
 SHOWN_GROUPS = 2
 
 
-class NEATTrainer(Trainer):
+class NEATTrainer(GroupTrainer):
     """Train a causal language model with NEAT.
 
     Args:
         model: a `PreTrainedModel`, a PEFT model, or a name or path (loaded in fp32).
-        reward_funcs: one or several of: the name of a shipped reward ("vader", "minilm_tone"), "contrast" (the policy's own
+        reward_funcs: one or several of: the name of a shipped reward ("vader", "minilm_tone"), a server's URL, "contrast" (the policy's own
             log-probability under the positive against the negative instruction), "package.module:function", the name of a
             sequence-classification model, such a model, or `f(prompts, completions, completion_ids, **columns)`.
             May be None with `rank_by: origin`.
@@ -72,10 +70,6 @@ class NEATTrainer(Trainer):
         ref_model: the start policy for KL, dpo and npo; None is the adapter switched off, else a frozen copy of `model`.
         judge_funcs: rewards that evaluation reports and training never sees.
     """
-
-    args: NEATConfig
-    # The loss is divided by counts over the whole optimizer step, so Trainer must not divide it by the accumulation steps.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -95,8 +89,8 @@ class NEATTrainer(Trainer):
         args = NEATConfig(output_dir="neat-run") if args is None else args
         if train_dataset is None:
             raise ConfigError("NEATTrainer needs a train_dataset with prompts")
-        self.rows = _as_rows(train_dataset, "train_dataset")
-        self.eval_rows = _as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else []
+        self.rows = as_rows(train_dataset, "train_dataset")
+        self.eval_rows = as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else []
         if args.num_eval_prompts is not None:
             self.eval_rows = self.eval_rows[: args.num_eval_prompts]
         policy = load_policy(model) if isinstance(model, str) else model
@@ -105,16 +99,18 @@ class NEATTrainer(Trainer):
         self.conversational = is_conversational(self.rows)
         if args.num_positive or args.num_negative:
             check_template(tokenizer, self.bank, args.instruction_placement, conversational=self.conversational)
-        check_context(policy, args.max_prompt_length, args.max_completion_length)
-        _check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
+        check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
+        check_group_size(self.rows, args)
+        check_prompts((*self.rows, *self.eval_rows), tokenizer, args.max_prompt_length, conversational=self.conversational)
         self.given_reference = ref_model is not None and ref_model is not policy
         set_seed(args.seed)  # a new adapter is drawn at random
         self.reference, policy = start_policy(policy, peft_config, ref_model)
         if args.disable_dropout:
             disable_dropout(policy)
         check_trainable_weights(policy)
-        self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes)
-        self.judges = self._resolve(judge_funcs, None, None)
+        self.rewards = self._resolve(reward_funcs, args.reward_weights, reward_processing_classes, args.reward_timeout)
+        self.judges = self._resolve(judge_funcs, None, None, args.reward_timeout)
+        check_tokens([r.function for r in (*self.rewards, *self.judges)])
         if args.rank_by != "origin" and not self.rewards:
             raise ConfigError(f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set rank_by: origin")
         if args.rank_by == "origin_then_reward" and args.reward_margin >= ORIGIN_STEP:
@@ -122,12 +118,11 @@ class NEATTrainer(Trainer):
                 f"reward_margin is {args.reward_margin} and rank_by is origin_then_reward, which puts the best bad completion "
                 f"{ORIGIN_STEP:g} below the worst good one: that would be no pair; set reward_margin below {ORIGIN_STEP:g}"
             )
-        self.objective_params = objective_params(args)
+        self.start_run_state(args)
+        self._start_fingerprint = weights_fingerprint(policy)
+        self._room = Room()
         self.rounds = RoundDataset(min(args.prompts_per_round, len(self.rows)))
         self.last_evaluation: Evaluation | None = None
-        self.stopped_because: str | None = None
-        self._sums: dict[str, list[float]] = {}
-        self.logged_step = 0
         super().__init__(
             model=policy,
             args=args,
@@ -141,15 +136,12 @@ class NEATTrainer(Trainer):
         self.layout = self._choose_layout()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RoundProgressCallback())
-
-    @property
-    def _is_sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self.add_callback(LeaveCallback(self))
 
     def _choose_layout(self) -> Layout:
         if self.args.prefix_sharing == "off":
             return "padded"
-        if self._is_sharded or self.args.n_gpu > 1 or self.args.ddp_static_graph:
+        if self.is_sharded or self.args.n_gpu > 1 or self.args.ddp_static_graph:
             logger.warning(
                 "prompts are not shared between completions under FSDP, DeepSpeed, DataParallel and ddp_static_graph: padded rows are "
                 "used, and under the first two max_tokens_per_micro_batch does not cut"
@@ -166,11 +158,6 @@ class NEATTrainer(Trainer):
     # ---- what the stages are given ----
 
     @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The type that forward passes compute in; None is the weights' own."""
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-
-    @property
     def sampling_params(self) -> SamplingParams:
         """How completions are drawn."""
         return SamplingParams(self.args.max_completion_length, self.args.temperature, self.args.top_p, self.args.top_k)
@@ -178,25 +165,15 @@ class NEATTrainer(Trainer):
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the tokenizer's eos, the template's end of a turn, and the model's own list."""
-        listed = getattr(getattr(self.policy, "generation_config", None), "eos_token_id", None)
-        turn_end = end_of_turn_id(self._tokenizer, conversational=self.conversational)
-        return tuple(sorted({self._tokenizer.eos_token_id, turn_end, *([listed] if isinstance(listed, int) else listed or [])}))
+        return eos_token_ids(self._tokenizer, self.policy, conversational=self.conversational)
 
-    @property
-    def _tokenizer(self) -> Any:
-        return self.processing_class
-
-    @property
-    def policy(self) -> torch.nn.Module:
-        """The model that learns, without any wrapper of accelerate."""
-        return cast("torch.nn.Module", self.model)
-
-    def _resolve(self, funcs: Any, weights: Sequence[float] | None, processing_classes: Any) -> Any:
+    def _resolve(self, funcs: Any, weights: Sequence[float] | None, processing_classes: Any, timeout: float | None) -> Any:
         if funcs is None:
             return ()
         given = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
         contrast = ContrastReward(score=self._sum_logprobs, render=self._render)
-        return resolve_rewards([contrast if f == "contrast" else f for f in given], weights, processing_classes)
+        specs = [contrast if f == "contrast" else f for f in given]
+        return resolve_rewards(specs, weights, processing_classes, timeout=timeout)
 
     def _sum_logprobs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
         return [sum(row) for row in self._policy_logprobs(prompts, completions)]
@@ -237,7 +214,15 @@ class NEATTrainer(Trainer):
         dtype, copied = self.autocast_dtype, self.args.generation_copy
         if dtype is not None and (copied == "always" or (copied == "auto" and self.args.device.type == "cpu")):
             model, dtype = half_precision_copy(model, dtype), None
-        return TransformersSampler(model, self.eos_token_ids, self._tokenizer.pad_token_id, self.args.generation_batch_size, dtype)
+        return TransformersSampler(
+            model, self.eos_token_ids, self._tokenizer.pad_token_id, self.args.generation_batch_size, dtype, self._room
+        )
+
+    def _start_sampler(self) -> Sampler:
+        """Draws from the start policy. A half-precision copy of it is made once a round, not once a shard."""
+        with self.reference() as model:
+            sampler = self._sampler(model)
+            return _StartSampler(self) if sampler.model is model else sampler
 
     def expand_params(self) -> ExpandParams:
         """What a round is made of, from the configuration."""
@@ -277,34 +262,27 @@ class NEATTrainer(Trainer):
     # ---- rounds ----
 
     @property
-    def output_dir(self) -> Path:
-        """The run directory."""
-        return Path(str(self.args.output_dir))
-
-    def round_folder(self, index: int) -> Path:
-        """Where a round lives."""
-        return self.output_dir / "rounds" / f"{index:05d}"
-
-    @property
     def steps_per_round(self) -> int:
         """Optimizer steps in a round."""
         groups_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return -(-len(self.rounds) // int(groups_per_step))
 
+    def at_round_end(self) -> bool:
+        """Whether the last step was a round's last."""
+        return int(self.state.global_step) % self.steps_per_round == 0
+
     def make_round(self, index: int) -> Round:
         """Sample, score and rank a round with the current policy, or read it when it is finished on disk."""
-        position = 0
-        if index > 0:
-            previous = read_round(self.round_folder(index - 1))
-            if previous is None:
-                raise ConfigError(f"round {index - 1} is missing under {self.output_dir / 'rounds'}: it says which prompts come next")
-            position = previous.next_position
+        position = next_position(self.round_folder(index - 1)) if index > 0 else 0
+        if position is None:
+            raise ConfigError(f"round {index - 1} is missing under {self.output_dir / 'rounds'}: it says which prompts come next")
         # Before the first step both policies are one: the same function, so that it runs once.
         first = self.state.global_step == 0
         ref = self._ref_logprobs if first or self.args.needs_reference else None
         policy = ref if first and not self.given_reference else self._policy_logprobs
         folder = self.round_folder(index)
-        if self.accelerator.is_main_process:
+
+        def work() -> None:
             with stage_bars(f"round {index + 1}", bool(self.args.disable_tqdm)) as progress:
                 sampler = self._sampler(self.policy)
                 tools = ExpandTools(
@@ -312,9 +290,11 @@ class NEATTrainer(Trainer):
                     bank=self.bank,
                     rewards=self.rewards,
                     sampler=sampler,
-                    negative_sampler=sampler if self.args.negative_policy == "current" else _StartSampler(self),
+                    negative_sampler=sampler if self.args.negative_policy == "current" else self._start_sampler(),
                     policy_logprobs=policy,
                     ref_logprobs=ref,
+                    shard_size=self.args.generation_batch_size,
+                    between_shards=lambda: self._leave_alone(f"in round {index + 1}; its finished answers and scores are kept"),
                 )
                 expand(
                     self.rows,
@@ -326,21 +306,42 @@ class NEATTrainer(Trainer):
                     folder=folder,
                     progress=progress,
                 )
-        self.accelerator.wait_for_everyone()
+
+        self.on_main(work, f"in round {index + 1}; its finished answers and scores are kept")
         made = read_round(folder)
         assert made is not None
         return made
 
+    def _leave_alone(self, where: str) -> None:
+        """Raise RunInterrupted when this process was asked to stop, whatever the others do."""
+        if self.stop.signal_number:
+            raise interrupted(self.stop.signal_number, where, show=bool(self.accelerator.is_main_process))
+
     def begin_training(self) -> None:
         """Measure the start before the first step; a resumed run has it on disk."""
-        self.logged_step = self.state.global_step
-        if self.state.global_step == 0:
-            self.end_round()
+        self.restore_bookmark()
+        step = self.state.global_step
+        if step == 0:
+            self.measure_start()
+        elif step % self.steps_per_round == 0 and self.rounds_ended < step // self.steps_per_round and self._bookmark is not None:
+            self.end_round()  # a callback asked for this checkpoint before the round's end
 
     def begin_round(self) -> None:
         """Make this round's groups and swap them into the training data."""
-        index = self.state.global_step // self.steps_per_round
-        made = self.make_round(index)
+        step = self.state.global_step
+        index = step // self.steps_per_round
+        if step % self.steps_per_round == 0:
+            # Only now is the policy the one that a damaged round would be made again with.
+            self.on_main(lambda: set_aside_if_damaged(self.round_folder(index)), f"before round {index + 1}")
+        try:
+            self.leave_if_asked(f"before round {index + 1}")
+            made = self.make_round(index)
+            self.leave_if_asked(f"after round {index + 1} was made")
+        except RunInterrupted:
+            # The policy that samples, unless it is the start policy, or saved.
+            if step and not is_complete(self.output_dir / f"checkpoint-{step}"):
+                self._save_checkpoint(self.model, None)
+            raise
         if len(made.groups) < len(self.rounds):
             logger.warning(
                 "round %d has %d groups with a pair for %d places: it is gone through again from its start",
@@ -355,141 +356,51 @@ class NEATTrainer(Trainer):
                 for number, group in enumerate(made.groups[:SHOWN_GROUPS], start=1):
                     Console().print(render_group(group, number, len(made.groups)))
 
+    def _drift(self) -> dict[str, float]:
+        tools = replace(self.eval_tools(with_reference=True), rewards=(), judges=())
+        return measure_drift(self.rows, tools, seed=self.args.seed, prompts=self.args.drift_prompts)
+
+    def measure_start(self) -> None:
+        """The start's entropy, variety and length, which rounds are compared with; read where it was measured before."""
+        if not self.args.drift_prompts:
+            return
+        start_file = self.output_dir / "drift-start.json"
+        facts = read_json(start_file) if start_file.is_file() else self._drift()
+        if self.accelerator.is_main_process and not start_file.is_file():
+            write_json(start_file, facts)
+        self.log({f"drift/{k}": v for k, v in facts.items()})
+
     def end_round(self) -> bool:
         """Measure drift on plain samples; True when a limit was passed and training should stop."""
+        self.rounds_ended = self.state.global_step // self.steps_per_round
         if not self.args.drift_prompts:
             return False
-        tools = replace(self.eval_tools(with_reference=True), rewards=(), judges=())
-        facts = measure_drift(self.rows, tools, seed=self.args.seed, prompts=self.args.drift_prompts)
-        start_file = self.output_dir / "drift-start.json"
-        if not start_file.is_file():  # the baseline is measured before the first step and kept for resumed runs
-            if self.accelerator.is_main_process:
-                write_json(start_file, facts)
-            self.log({f"drift/{k}": v for k, v in facts.items()})
-            return False
-        facts |= drift_ratios(facts, read_json(start_file))
+        facts, start = self._drift(), read_json(self.output_dir / "drift-start.json")
+        facts |= drift_ratios(facts, start)
         self.log({f"drift/{k}": v for k, v in facts.items()})
+        if self.accelerator.is_main_process:
+            self.alarms.drift(facts, start, max(0, self.rounds_ended - 1))
         self.stopped_because = limit_passed(facts, max_kl=self.args.max_kl, min_distinct2_ratio=self.args.min_distinct2_ratio)
         if self.stopped_because is not None:
             logger.warning("stopping after this round: %s", self.stopped_because)
         return self.stopped_because is not None
 
-    # ---- loss ----
-
-    def _collate(self, groups: list[CompletionGroup]) -> dict[str, list[GroupBatch]]:
-        """Groups as micro-batches under the token budget."""
-        groups = [self.trained_part(g) for g in groups]
-        sizes = [tokens_in(len(g.prompt_ids), [len(c.token_ids) for c in g.completions], self.layout) for g in groups]
-        # Sharded models step in lockstep: one forward pass on every rank.
-        budget = sum(sizes) if self._is_sharded else self.args.max_tokens_per_micro_batch
-        bins = fill_budget(sizes, budget)
-        return {"groups": [self._batch([groups[i] for i in members]) for members in bins]}
-
-    def trained_part(self, group: CompletionGroup) -> CompletionGroup:
-        """The group without completions that no term of the loss reads."""
-        a = self.args
-        reads_all = a.kl_weight > 0 or a.negative_penalty != "none" or (a.pair_selection == "all" and a.ranking_loss != "none")
-        if reads_all:
-            return group
-        keys = rank_keys(group, cast("RankBy", a.rank_by))
-        best = best_index(group, keys, allow_bad_origins=a.lm_on_bad_origins, allow_cut=a.lm_on_cut_completions) if a.lm_weight else None
-        pair = extremes(keys, a.reward_margin) if a.pair_selection == "best_worst" else None
-        return kept_completions(group, (best, *(pair or ())))
-
-    def _batch(self, groups: Sequence[CompletionGroup]) -> GroupBatch:
-        return collate_groups(
-            groups,
-            pad_token_id=self._tokenizer.pad_token_id,
-            rank_by=cast("RankBy", self.args.rank_by),
-            lm_on_bad_origins=self.args.lm_on_bad_origins,
-            lm_on_cut=self.args.lm_on_cut_completions,
-            layout=self.layout,
+    def run_key(self) -> dict[str, Any]:
+        """What this run may not change when it goes on: options that decide results, data, model, rewards, processes."""
+        return run_key(
+            self.args,
+            {
+                "model": type(self.policy).__name__,
+                "start weights": self._start_fingerprint,
+                "tokenizer": text_fingerprint([len(self._tokenizer), self._tokenizer.chat_template]),
+                "instructions": text_fingerprint([[pair.positive, pair.negative] for pair in self.bank.pairs]),
+                "training data": fingerprint(self.rows),
+                "held-out data": fingerprint(self.eval_rows),
+                "rewards": [[r.name, r.weight] for r in self.rewards],
+                "judges": [j.name for j in self.judges],
+                "processes": self.args.world_size,
+            },
         )
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The step's batches, and what its loss terms are divided by (in the place of Trainer's token count)."""
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, self.count([batch for s in samples for batch in s["groups"]])
-
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward over the micro-batches of one accumulation step, one after the other."""
-        batches: list[GroupBatch] = inputs["groups"]
-        losses = []
-        for batch in batches:
-            with contextlib.ExitStack() as opened:
-                if batch is not batches[-1]:
-                    opened.enter_context(self.accelerator.no_sync(model))
-                if self.layout == "packed":
-                    # Over the backward pass too: gradient checkpointing runs the attention again there.
-                    opened.enter_context(sharing_prefixes(model))
-                losses.append(super().training_step(model, {"groups": batch}, num_items_in_batch))
-        return torch.stack(losses).sum()
-
-    def count(self, batches: Sequence[GroupBatch]) -> LossCounts:
-        """Counts over these micro-batches and over all processes."""
-        counts = counts_of(batches, self.objective_params)
-        if self.args.world_size > 1:
-            counts = cast("Tensor", self.accelerator.reduce(counts.to(self.args.device), reduction="sum"))
-        return LossCounts(*counts.clamp(min=1).tolist())
-
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Loss of one micro-batch, already scaled to its share of the whole step."""
-        if return_outputs:
-            raise ValueError("NEATTrainer has no model outputs to return: use completion_logprobs")
-        b: GroupBatch = inputs["groups"]
-        counts = num_items_in_batch if isinstance(num_items_in_batch, LossCounts) else self.count([b])
-        # Accelerate puts autocast around the model; packed rows run the head outside of it.
-        with autocast(self.args.device.type, self.autocast_dtype):
-            logps = completion_logprobs(model, b.rows)
-        p = self.objective_params
-        terms = loss_terms(b, logps, counts, p)
-        loss = total_loss(terms, lm_weight=p.lm_weight, negative_weight=p.negative_weight, kl_weight=p.kl_weight)
-        if not bool(torch.isfinite(loss)):
-            raise CollapseError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}, before the optimizer step; the last "
-                "checkpoint is untouched. Look at the learning rate and at the rewards of this round"
-            )
-        for name in ("ranking", "lm", "negative", "kl"):
-            # Micro-batches carry shares of one step's loss: they add up, and are divided by the steps when logged.
-            self._add(f"loss/{name}", float(getattr(terms, name).detach()), 0.0)
-        for fact in ranking_facts(b, logps, p):
-            self._add(*fact)
-        self._add("packing/padding_fraction", padding_fraction(b.rows))
-        self._add("packing/tokens_per_micro_batch", float(b.rows.input_ids.numel()))
-        # Processes average their gradients; the counts are global, so the shares have to be summed.
-        return loss * self.args.world_size
-
-    def check_gradients(self) -> None:
-        """Raise CollapseError when a gradient is not finite, before the optimizer step."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and scaler.is_enabled():
-            return  # fp16's loss scaling expects overflows and skips such steps itself
-        for name, p in self.policy.named_parameters():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                raise CollapseError(
-                    f"the gradient of {name} is not finite at step {self.state.global_step + 1}; no weight was changed by it"
-                )
-
-    # ---- metrics ----
-
-    def _add(self, name: str, value: float, weight: float = 1.0) -> None:
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] += value
-        entry[1] += weight
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the training metrics gathered since the last training log added to it."""
-        if "loss" in logs:
-            steps = max(1, self.state.global_step - self.logged_step)
-            for name, (value, weight) in self._sums.items():
-                if weight == 0 and name.startswith("loss/"):
-                    logs[name] = value / steps
-                elif weight > 0:
-                    logs[name] = value / weight
-            self._sums, self.logged_step = {}, self.state.global_step
-        super().log(logs, start_time)
 
     # ---- Trainer's entry points ----
 
@@ -497,10 +408,16 @@ class NEATTrainer(Trainer):
         """Sample and judge the current policy on held-out rows (plain prompt); `last_evaluation` keeps the whole of it."""
         if ignore_keys is not None:
             raise ConfigError("ignore_keys has no meaning in NEATTrainer.evaluate: it samples instead of collecting outputs")
-        rows = _as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_rows
+        rows = as_rows(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_rows
         if not rows:
             raise ConfigError("there is nothing to evaluate on: pass an eval_dataset with held-out prompts")
-        with stage_bars("evaluate", bool(self.args.disable_tqdm)) as progress:
+        with stage_bars("evaluate", bool(self.args.disable_tqdm)) as bars:
+
+            def progress(stage: str, finished: int, total: int) -> None:
+                bars(stage, finished, total)
+                if not self.is_in_train:  # there, it is finished first: a checkpoint comes next
+                    self._leave_alone("in an evaluation, which is made again")
+
             self.last_evaluation = evaluate_policy(
                 rows,
                 self.eval_tools(with_reference=self.state.global_step > 0),
@@ -513,26 +430,6 @@ class NEATTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
-    ) -> Any:
-        """Train for `num_train_epochs` rounds. `resume_from_checkpoint=True` goes on from the newest complete checkpoint,
-        or from a finished first round when there is no checkpoint yet."""
-        started = (self.output_dir / "rounds").exists()
-        if not resume_from_checkpoint and started:
-            raise ConfigError(
-                f"{self.output_dir} already holds a run: pass resume_from_checkpoint=True to go on with it, or another output_dir"
-            )
-        if resume_from_checkpoint is True:
-            found = any(self.output_dir.glob("checkpoint-*"))
-            if not found and not started:
-                raise ConfigError(f"{self.output_dir} holds no run to resume: leave resume_from_checkpoint out to start one")
-            resume_from_checkpoint = str(newest_complete(self.output_dir)) if found else None
-        # A run that begins with a finished first round has none yet.
-        if self.accelerator.is_main_process and not (self.output_dir / "run.json").is_file():
-            write_run_record(self.output_dir, self.args, self.rows, [r.name for r in self.rewards])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
 
 @dataclass(frozen=True)
@@ -547,29 +444,3 @@ class _StartSampler:
         """One `Sample` a request, in order."""
         with self.trainer.reference() as model:
             return self.trainer._sampler(model).sample(requests, params, progress=progress)
-
-
-# ---- building blocks -------------------------------------------------------------------------------------------------
-
-
-def _as_rows(dataset: Any, name: str) -> list[PromptRow]:
-    if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
-        return cast("list[PromptRow]", dataset)
-    return rows_from_dataset(dataset, name=name)
-
-
-def _check_prompts(rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool) -> None:
-    """Refuse over-long prompts before anything is sampled, and say when text prompts bypass a chat template."""
-    lengths = [(row, len(prompt_ids(tokenizer, row.prompt))) for row in rows]
-    long = [(row, n) for row, n in lengths if n > max_prompt_length]
-    if long:
-        named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
-        raise DataError(
-            f"{len(long)} prompts are longer than max_prompt_length={max_prompt_length} tokens: {named}. Raise it (the "
-            "model's context allowing), or drop the rows; prompts are never cut"
-        )
-    if not conversational and tokenizer.chat_template:
-        logger.warning(
-            "the prompts are text and the tokenizer has a chat template: they are used as they are, without it. For a chat "
-            "model give messages, or pass --as_conversations true"
-        )

@@ -49,6 +49,7 @@ class ModelReward:
         self.name = name or Path(source).name or type(model).__name__
         _check_num_labels(self.name, config)
         self.tokenizer: Any = _tokenizer_for(self.name, source) if tokenizer is None else tokenizer
+        self._special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self.model = _placed(model)
         self.batch_size = batch_size
         self.bf16 = bf16
@@ -62,8 +63,11 @@ class ModelReward:
     @classmethod
     def from_name(cls, name: str, tokenizer: Any = None, *, batch_size: int = 16, bf16: bool = False) -> ModelReward:
         """Load a model by hub name or folder. OSError when there is no such model."""
-        _check_num_labels(name, AutoConfig.from_pretrained(name))
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", output_loading_info=True)
+        # No code that comes with a model is run, and no pickle is read.
+        _check_num_labels(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
         missing = sorted(info["missing_keys"])
         if missing:
             raise RewardError(
@@ -93,10 +97,17 @@ class ModelReward:
     def _encode(self, index: int, prompt: Prompt, completion: CompletionInput) -> _Encoded:
         if getattr(self.tokenizer, "chat_template", None):
             messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_token_type_ids=True)
+            if any(token in message["content"] for message in messages for token in self._special):
+                # An answer that spells a control token out must not end its own turn and go on as the user.
+                ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, sanitize_control_tokens=True)
+                encoded = {"input_ids": ids, "token_type_ids": [0] * len(ids)}
+            else:
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+                encoded = self.tokenizer(text, add_special_tokens=False, return_token_type_ids=True)
         else:
-            encoded = self.tokenizer(self._only_turn(index, prompt), completion_text(completion), return_token_type_ids=True)
+            only, answer = self._only_turn(index, prompt), completion_text(completion)
+            as_text = any(token in text for text in (only, answer) for token in self._special)
+            encoded = self.tokenizer(only, answer, return_token_type_ids=True, split_special_tokens=as_text)
         ids = list(encoded["input_ids"])
         if not ids:
             raise RewardError(f"row {index} has no tokens for the reward model {self.name!r}: prompt and completion are empty")
@@ -149,7 +160,7 @@ def _check_num_labels(name: str, config: Any) -> None:
 
 def _tokenizer_for(name: str, source: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RewardError(
             f"the tokenizer of the reward model {name!r} cannot be loaded from {source!r}: pass it as its reward processing class"

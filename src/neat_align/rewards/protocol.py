@@ -11,14 +11,18 @@ from neat_align.groups import Message, Prompt
 # Text, or the assistant's message(s) as TRL passes them.
 CompletionInput: TypeAlias = str | list[Message]
 
-# A shipped name ("vader", "minilm_tone"), "package.module:function", the name or path of a sequence-classification model,
-# such a model itself (a `PreTrainedModel` is a callable), or a reward function.
+# A shipped name ("vader", "minilm_tone"), a server's URL ("https://host/path"), "package.module:function", the name or path of a
+# sequence-classification model, such a model itself (a `PreTrainedModel` is a callable), or a reward function.
 RewardSpec: TypeAlias = str | Callable[..., Any]
 
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """TRL's signature. One number a row, higher is better; `None` abstains. `columns` are the data's other columns."""
+    """TRL's signature. One number a row, higher is better; `None` abstains. `columns` are the data's other columns.
+
+    A round is scored in batches of whole groups, about 64 rows each: all completions of one prompt come in one call, and
+    nothing may be read from where a batch begins or ends.
+    """
 
     def __call__(
         self,
@@ -33,11 +37,16 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward function, the name it is logged under, and its weight in the sum. Weight 0 is logged and never trained on."""
+    """A reward function, the name it is logged under, and its weight in the sum. Weight 0 is logged and never trained on.
+
+    `timeout` is in seconds a call. A function that runs past it is left alone in its thread, since threads cannot be ended; an
+    async one is cancelled.
+    """
 
     name: str
     function: RewardFunction
     weight: float
+    timeout: float | None = None
 
 
 @dataclass(frozen=True)

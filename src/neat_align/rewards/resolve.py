@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from neat_align.errors import RewardError
+from neat_align.rewards.http import DEFAULT_TIMEOUT, HttpReward, check_tokens
 from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec
 
 
@@ -33,11 +34,14 @@ def resolve_rewards(
     reward_funcs: RewardSpec | Sequence[RewardSpec],
     weights: Sequence[float] | None,
     processing_classes: Any = None,
+    *,
+    timeout: float | None = None,
 ) -> tuple[NamedReward, ...]:
     """Reward functions with their names and weights, in order.
 
     `weights` None is 1 for each. `processing_classes` is a tokenizer, or one entry a reward: a tokenizer for a model, None
-    for the model's own and for functions. Equal names get `_2`, `_3`, … so that each has its own metric.
+    for the model's own and for functions. Equal names get `_2`, `_3`, … so that each has its own metric. `timeout` is in seconds: a
+    call of a function, or each request to a server (None: no limit, and a minute).
     """
     specs = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
     resolved_weights = _checked_weights(weights, len(specs))
@@ -51,11 +55,13 @@ def resolve_rewards(
         )
     named: list[NamedReward] = []
     for spec, weight, tokenizer in zip(specs, resolved_weights, tokenizers, strict=True):
-        function = _resolve(spec, tokenizer)
+        function = _resolve(spec, tokenizer, timeout)
         name, n = _name(spec, function), 1
         while (unique := name if n == 1 else f"{name}_{n}") in {r.name for r in named}:
             n += 1
-        named.append(NamedReward(unique, function, weight))
+        # A server's tries and pauses together may take longer than one request.
+        named.append(NamedReward(unique, function, weight, None if isinstance(function, HttpReward) else timeout))
+    check_tokens([r.function for r in named])
     return tuple(named)
 
 
@@ -72,8 +78,11 @@ def _checked_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     return [float(w) for w in weights]
 
 
-def _resolve(spec: RewardSpec, tokenizer: Any) -> RewardFunction:
-    if isinstance(spec, str):
+def _resolve(spec: RewardSpec, tokenizer: Any, timeout: float | None) -> RewardFunction:
+    function: RewardFunction
+    if isinstance(spec, str) and "://" in spec:
+        function = HttpReward(spec, timeout=DEFAULT_TIMEOUT if timeout is None else timeout)
+    elif isinstance(spec, str):
         if spec == "contrast":
             raise RewardError(
                 "the reward 'contrast' scores with the policy itself, so only NEATTrainer can build it: pass 'contrast' to the "
@@ -105,10 +114,12 @@ def _load_model(name: str, tokenizer: Any) -> RewardFunction:
 
     try:
         return ModelReward.from_name(name, tokenizer)
-    except OSError as error:
+    except RewardError:
+        raise
+    except (OSError, ValueError) as error:
         raise RewardError(
-            f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), not of the form 'package.module:function', "
-            f"and could not be loaded as a sequence-classification model: {error}"
+            f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), no https:// URL, not of the form "
+            f"'package.module:function', and could not be loaded as a sequence-classification model: {error}"
         ) from error
 
 

@@ -7,16 +7,43 @@ import contextvars
 import inspect
 import math
 import numbers
+import threading
 from collections.abc import Awaitable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
-from neat_align.errors import RewardError
+from neat_align.errors import RewardError, RewardTimeoutError
 from neat_align.groups import Prompt
 from neat_align.rewards.protocol import CompletionInput, NamedReward, ScoredRows, completion_text
 
 _EXCERPT_CHARS = 80
 _ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What reward functions are given, and how each row is called in messages."""
+
+    prompts: Sequence[Prompt]
+    completions: Sequence[CompletionInput]
+    completion_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[Any]]
+    labels: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def arguments(self) -> dict[str, Any]:
+        """Lists of the call's own: a function that sorts or pops cannot change what the next one sees."""
+        given = dict(zip(_ARGUMENTS, (self.prompts, self.completions, self.completion_ids), strict=True)) | dict(self.columns)
+        return {name: list(values) for name, values in given.items()}
+
+    def part(self, first: int, end: int) -> _Rows:
+        """Some of the rows."""
+        cut = slice(first, end)
+        columns = {name: column[cut] for name, column in self.columns.items()}
+        return _Rows(self.prompts[cut], self.completions[cut], self.completion_ids[cut], columns, self.labels[cut])
 
 
 def score(
@@ -26,8 +53,9 @@ def score(
     completions: Sequence[CompletionInput],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
+    labels: Sequence[str] | None = None,
 ) -> ScoredRows:
-    """Score every row with every function.
+    """Score every row with every function. `labels` are the rows' names in messages ("data.jsonl:3"), else "row 0", ….
 
     A row's reward is the weighted sum over the functions that did not abstain on it (TRL's nansum), not rescaled: a
     function that abstains on only some completions of one prompt contributes 0 to those and its score to the others, so
@@ -35,67 +63,65 @@ def score(
     abstained; functions of weight 0 are only recorded.
 
     Async functions run concurrently, after the sync ones; this also works where an event loop is running already.
+
+    A function that raises is called again on halves of the batch, to name the row: at most about as many rows again as the
+    batch has. Where the failure is the moment's and not a row's (OSError: network, timeout, disk), it is not.
     """
-    _check_rows(prompts, completions, completion_ids, columns)
+    rows = _Rows(prompts, completions, completion_ids, columns, labels or [f"row {i}" for i in range(len(completions))])
+    _check_rows(rows)
     if not completions:
         return ScoredRows((), ())
-    outputs = _run(rewards, prompts, completions, completion_ids, columns)
-    per_function = [_checked(r.name, output, completions) for r, output in zip(rewards, outputs, strict=True)]
+    outputs = _run(rewards, rows)
+    per_function = [checked_scores(r.name, output, completions, rows.labels) for r, output in zip(rewards, outputs, strict=True)]
     components = tuple(zip(*per_function, strict=True)) if per_function else ((),) * len(completions)
     weights = [r.weight for r in rewards]
-    return ScoredRows(tuple(_weighted_sum(weights, row, i) for i, row in enumerate(components)), components)
+    sums = [_weighted_sum(weights, row, label) for row, label in zip(components, rows.labels, strict=True)]
+    return ScoredRows(tuple(sums), components)
 
 
-def _check_rows(
-    prompts: Sequence[Prompt],
-    completions: Sequence[CompletionInput],
-    completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Sequence[Any]],
-) -> None:
-    n = len(completions)
-    taken = [name for name in columns if name in _ARGUMENTS]
+def _check_rows(rows: _Rows) -> None:
+    n = len(rows)
+    taken = [name for name in rows.columns if name in _ARGUMENTS]
     if taken:
         raise RewardError(f"the data has columns named {', '.join(taken)}, which reward functions are given by neat-align: rename them")
-    for name, column in {"prompts": prompts, "completion_ids": completion_ids, **columns}.items():
+    for name, column in {"prompts": rows.prompts, "completion_ids": rows.completion_ids, "labels": rows.labels, **rows.columns}.items():
         if len(column) != n:
             raise RewardError(f"there are {n} completions to score but {len(column)} {name}: one a completion is needed")
 
 
-def _weighted_sum(weights: Sequence[float], row: Sequence[float | None], index: int) -> float | None:
+def _weighted_sum(weights: Sequence[float], row: Sequence[float | None], label: str) -> float | None:
     terms = [w * s for w, s in zip(weights, row, strict=True) if s is not None and w != 0]
     if not terms:
         return None
     total = sum(terms)
     if not math.isfinite(total):
-        raise RewardError(f"the weighted sum of row {index} overflows (components {list(row)}, weights {list(weights)}): lower the weights")
+        raise RewardError(f"the weighted sum of {label} overflows (components {list(row)}, weights {list(weights)}): lower the weights")
     return total
 
 
 # ---- calling ---------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    rewards: Sequence[NamedReward],
-    prompts: Sequence[Prompt],
-    completions: Sequence[CompletionInput],
-    completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[Any]:
+def _run(rewards: Sequence[NamedReward], rows: _Rows) -> list[Any]:
     """Every function's raw output, awaited where it is awaitable."""
     outputs: list[Any] = []
     try:
         for reward in rewards:
-            # Every function gets its own lists: one that sorts or pops cannot change what the next one sees.
-            arguments: dict[str, Any] = dict(zip(_ARGUMENTS, map(list, (prompts, completions, completion_ids)), strict=True))
-            arguments.update({name: list(column) for name, column in columns.items()})
             try:
-                outputs.append(reward.function(**arguments))
+                outputs.append(_call(reward, rows))
+            except RewardError:
+                raise  # it says what is wrong already
             except Exception as error:
-                raise _raised(reward.name, len(completions), error) from error
+                raise _blamed(reward, rows, error) from error
         waiting = [i for i, output in enumerate(outputs) if inspect.isawaitable(output)]
-        for i, result in zip(waiting, _await_all([outputs[i] for i in waiting]), strict=True):
+        results = _await_all([(outputs[i], rewards[i]) for i in waiting])
+        for i, result in zip(waiting, results, strict=True):
+            if isinstance(result, RewardError):
+                raise result
+            if isinstance(result, Exception):
+                raise _blamed(rewards[i], rows, result) from result
             if isinstance(result, BaseException):
-                raise _raised(rewards[i].name, len(completions), result) from result
+                raise result
             outputs[i] = result
         return outputs
     finally:
@@ -104,20 +130,83 @@ def _run(
                 output.close()
 
 
-def _raised(name: str, rows: int, error: BaseException) -> RewardError:
-    hint = ""
+def _call(reward: NamedReward, rows: _Rows) -> Any:
+    """The function's output, or what is to be awaited for it. RewardTimeoutError after the reward's timeout."""
+    if reward.timeout is None:
+        return reward.function(**rows.arguments())
+    future: Future[Any] = Future()
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        try:
+            future.set_result(context.run(reward.function, **rows.arguments()))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
+            future.set_exception(error)
+
+    # A daemon, so that a call that never returns does not keep the process from ending.
+    threading.Thread(target=work, name=f"reward {reward.name}", daemon=True).start()
+    wait([future], timeout=reward.timeout)
+    if not future.done():
+        raise _late(reward, "a thread cannot be ended, so the call may go on until this process ends")
+    return future.result()
+
+
+def _late(reward: NamedReward, what_became_of_it: str) -> RewardTimeoutError:
+    return RewardTimeoutError(
+        f"reward function {reward.name!r} did not return within reward_timeout={reward.timeout} s ({what_became_of_it}): raise the "
+        "limit, or look at what the function waits for"
+    )
+
+
+def _blamed(reward: NamedReward, rows: _Rows, error: Exception) -> RewardError:
+    """The error that names the function and, where one can be found, the row."""
+    hint, found, batch = "", None, f"a batch of {len(rows)} rows (first {rows.labels[0]}, last {rows.labels[-1]})"
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         hint = "; reward functions are given every column of the data: end their signature with **columns"
-    return RewardError(f"reward function {name!r} raised {type(error).__name__} on a batch (rows 0 to {rows - 1}): {error}{hint}")
+    elif not isinstance(error, OSError):
+        found = _guilty_row(reward, rows)
+        batch += ", of which none that was tried raises alone" if found is None else ""
+    where = batch if found is None else f"{rows.labels[found]}, whose completion begins {_excerpt(rows.completions[found])}"
+    return RewardError(f"reward function {reward.name!r} raised {type(error).__name__} on {where}: {error}{hint}")
 
 
-def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+def _guilty_row(reward: NamedReward, rows: _Rows) -> int | None:
+    """A row on which the function raises by itself, by halving."""
+    first, end = 0, len(rows)
+    while end - first > 1:
+        middle = (first + end) // 2
+        if _raises(reward, rows.part(first, middle)):
+            end = middle
+        else:
+            first = middle
+    return first if _raises(reward, rows.part(first, end)) else None
+
+
+def _raises(reward: NamedReward, rows: _Rows) -> bool:
+    try:
+        output = _call(reward, rows)
+    except Exception:  # noqa: BLE001 - a reward function may raise anything
+        return True
+    return inspect.isawaitable(output) and isinstance(_await_all([(output, reward)])[0], BaseException)
+
+
+def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[Any]:
     """Results, or the exceptions in their place, in order; all at once."""
-    if not awaitables:
+    if not waiting:
         return []
 
+    async def one(awaitable: Awaitable[Any], reward: NamedReward) -> Any:
+        limit = asyncio.timeout(reward.timeout)
+        try:
+            async with limit:
+                return await awaitable
+        except TimeoutError as error:
+            if limit.expired():
+                raise _late(reward, "it was cancelled") from error
+            raise
+
     async def gather() -> list[Any]:
-        return await asyncio.gather(*awaitables, return_exceptions=True)
+        return await asyncio.gather(*(one(*w) for w in waiting), return_exceptions=True)
 
     try:
         asyncio.get_running_loop()
@@ -131,8 +220,8 @@ def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 # ---- checking --------------------------------------------------------------------------------------------------------
 
 
-def _checked(name: str, output: Any, completions: Sequence[CompletionInput]) -> list[float | None]:
-    """`output` as one float or None a row."""
+def checked_scores(name: str, output: Any, completions: Sequence[CompletionInput], labels: Sequence[str]) -> list[float | None]:
+    """`output` as one float or None a row; `labels` are the rows' names in messages."""
     if getattr(output, "ndim", None) == 1 and hasattr(output, "tolist"):
         output = output.tolist()  # a numpy array or torch tensor
     if not isinstance(output, list | tuple):
@@ -144,10 +233,10 @@ def _checked(name: str, output: Any, completions: Sequence[CompletionInput]) -> 
             f"reward function {name!r} returned {len(output)} scores for {len(completions)} completions; "
             "it must return one a completion, None where it abstains"
         )
-    return [_number(name, i, value, completions[i]) for i, value in enumerate(output)]
+    return [_number(name, *row) for row in zip(labels, output, completions, strict=True)]
 
 
-def _number(name: str, index: int, value: Any, completion: CompletionInput) -> float | None:
+def _number(name: str, label: str, value: Any, completion: CompletionInput) -> float | None:
     if value is None:
         return None
     plain = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
@@ -163,7 +252,7 @@ def _number(name: str, index: int, value: Any, completion: CompletionInput) -> f
             return number
         what = f"{number}"
     raise RewardError(
-        f"reward function {name!r} returned {what}, for row {index}, whose completion begins {_excerpt(completion)}; "
+        f"reward function {name!r} returned {what}, for {label}, whose completion begins {_excerpt(completion)}; "
         "it must return a finite number, or None to abstain"
     )
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
-from neat_align.sampling.transformers_sampler import TransformersSampler
+from neat_align.sampling.transformers_sampler import Room, TransformersSampler
 
-__all__ = ["Sample", "SampleRequest", "Sampler", "SamplingParams", "TransformersSampler"]
+__all__ = ["Room", "Sample", "SampleRequest", "Sampler", "SamplingParams", "TransformersSampler"]

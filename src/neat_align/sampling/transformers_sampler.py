@@ -9,11 +9,13 @@ loop is written out here; a model that keeps more than keys and values is drawn 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -25,15 +27,25 @@ from neat_align.sampling.draw import draw, uniforms
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.shared_prefix import adds_virtual_tokens, unwrapped
 
+logger = logging.getLogger(__name__)
+
 # Completions leave the batch when at least this share of it has ended: taking them out copies the cache.
 SHRINK_AT = 0.125
+
+
+@dataclass
+class Room:
+    """How many completions fit into memory at once, as far as is known: None until memory ran out."""
+
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
 class TransformersSampler:
     """A `Sampler` over a transformers causal language model on any device.
 
-    `eos_token_ids` end a completion. `autocast_dtype` computes in that type; None computes in the weights' own.
+    `eos_token_ids` end a completion. `autocast_dtype` computes in that type; None computes in the weights' own. When memory
+    runs out the batch is halved, said once, and drawn again; samplers that share a `room` remember it.
     """
 
     model: PreTrainedModel | torch.nn.Module
@@ -41,6 +53,7 @@ class TransformersSampler:
     pad_token_id: int
     batch_size: int = 64
     autocast_dtype: torch.dtype | None = None
+    room: Room = field(default_factory=Room)
 
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, *, progress: Callable[[int], None] | None = None
@@ -55,13 +68,39 @@ class TransformersSampler:
         drawn: dict[int, Sample] = {}
         fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
         with inference(self.model, self.autocast_dtype), fast:
-            for start in range(0, len(order), max(1, size)):
-                batch = order[start : start + size]
-                asked = [requests[i] for i in batch]
-                drawn.update(zip(batch, draw_batch(asked, params), strict=True))
+            start = 0
+            while start < len(order):
+                batch = order[start : start + min(size, self.room.limit or size)]
+                samples = self._in_memory(draw_batch, [requests[i] for i in batch], params)
+                if samples is None:
+                    continue  # with fewer at once
+                drawn.update(zip(batch, samples, strict=True))
+                start += len(batch)
                 if progress is not None:
                     progress(len(batch))
         return [drawn[i] for i in range(len(requests))]
+
+    def _in_memory(
+        self,
+        draw_batch: Callable[[Sequence[SampleRequest], SamplingParams], list[Sample]],
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+    ) -> list[Sample] | None:
+        """The batch's samples, or None when memory ran out and the limit was halved. A completion alone raises as it did."""
+        try:
+            return draw_batch(requests, params)
+        except torch.OutOfMemoryError:
+            if len(requests) == 1:
+                raise
+            if self.room.limit is None:
+                logger.warning(
+                    "memory ran out while %d completions were sampled at once: from now on fewer are. generation_batch_size sets how many",
+                    len(requests),
+                )
+            self.room.limit = len(requests) // 2
+        # Outside of the except block: the exception would keep the failed batch's tensors alive.
+        clear_device_cache(garbage_collection=True)
+        return None
 
     def _decode(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         device = next(self.model.parameters()).device
