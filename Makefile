@@ -10,6 +10,8 @@
 PYTHON ?= python3
 # More arguments for pytest: make test ARGS='-k hinge -x'
 ARGS ?=
+# Tests run on one thread each, in this many processes; the slow ones one after the other, on all cores.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,10 +42,11 @@ demo: $(DEMO_READY) ## Align a small model on this machine's CPU, with a report
 	$(BIN)/neat-align demo
 
 test: $(DEV_READY) ## The default tests (under five minutes on two cores)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-all: $(DEV_READY) ## Every test, also those marked slow
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(DEV_READY) ## Style, formatting, and who imports whom
 	$(BIN)/ruff check .

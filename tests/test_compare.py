@@ -207,7 +207,7 @@ def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
     """Three times: while a first run's second round is scored, inside the second round of the next, and while it is evaluated."""
     out = place / "interrupted"
     steps = 0
-    check = NEATTrainer.check_gradients
+    check = NEATTrainer.check_step
 
     def stop_in_a_round(self: NEATTrainer) -> None:
         nonlocal steps
@@ -224,7 +224,7 @@ def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
     assert read_round(run_folder(out, "sft-best", 0) / "rounds" / "00001") is None
     monkeypatch.setitem(INTERRUPT, "rewards", None)
     with monkeypatch.context() as patched:
-        patched.setattr(NEATTrainer, "check_gradients", stop_in_a_round)
+        patched.setattr(NEATTrainer, "check_step", stop_in_a_round)
         with pytest.raises(KeyboardInterrupt):
             compared(spec(place), out)
     assert (run_folder(out, "sft-best", 0) / "points.json").is_file()
@@ -249,8 +249,8 @@ def test_a_copy_that_was_cut_short_is_not_taken_for_a_round(
     out = place / "cut"
     copytree = shutil.copytree
 
-    def cut_short(source: Path, target: Path) -> Path:
-        target.mkdir(parents=True)
+    def cut_short(source: Path, target: Path, dirs_exist_ok: bool = False) -> Path:
+        target.mkdir(parents=True, exist_ok=dirs_exist_ok)
         shutil.copyfile(source / "manifest.json", target / "manifest.json")
         raise KeyboardInterrupt
 

@@ -280,7 +280,7 @@ def test_at_equal_budget_a_method_is_its_first_strength_at_its_end() -> None:
     assert at["mean_length"] == pytest.approx({"mean": 15.0, "ratio": 1.5})
     assert at["clipped"] == {"mean": 0.5}
     assert at["pair_accuracy"] == {"mean": 0.5}
-    assert (table["a"]["runs"], table["a"]["collapsed"]) == (4, 0)
+    assert (table["a"]["runs"], table["a"]["collapsed"]) == (2, 0)  # two seeds at the first strength
 
 
 def test_base_has_means_and_no_differences() -> None:

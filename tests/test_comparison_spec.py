@@ -140,7 +140,7 @@ def test_files_that_are_not_there_or_no_yaml_are_refused(tmp_path: Path) -> None
         read_spec(tmp_path / "nothing.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
+    with pytest.raises(ConfigError, match=r"broken\.yaml:2: not valid YAML"):
         read_spec(broken)
 
 

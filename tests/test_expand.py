@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -218,7 +217,7 @@ def test_an_interrupted_round_takes_up_its_samples(tmp_path: Path) -> None:
 
 
 def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Path) -> None:
-    rows = conversations(40)  # 5 answers each: batches of 13 groups, the last of one
+    rows = conversations(40)  # 5 answers each: shards of 12 groups, the last of four
     expected = run(rows, tmp_path / "whole", tools(Scripted(numbered)), num_groups=40)
     sampler, paid = Counting(Scripted(numbered)), list[list[str]]()
 
@@ -228,9 +227,10 @@ def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Pa
         paid.append([c[0]["content"] for c in completions])
         return hashed(completions=completions, **kwargs)
 
-    with pytest.raises(RewardError, match=r"raised ConnectionError on a batch of 65 rows \(first .*row \d+, last .*row \d+\): the judge"):
+    with pytest.raises(RewardError, match=r"raised ConnectionError on a batch of 60 rows \(first .*row \d+, last .*row \d+\): the judge"):
         run(rows, tmp_path / "cut", tools(sampler, dies_in_the_third), num_groups=40)
-    assert [len(batch) for batch in paid] == [65, 65]
+    assert [len(batch) for batch in paid] == [60, 60]
+    drawn = sampler.calls
     again: list[list[str]] = []
 
     def alive(completions: Sequence[Any], **kwargs: Any) -> list[float]:
@@ -238,8 +238,8 @@ def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Pa
         return hashed(completions=completions, **kwargs)
 
     assert run(rows, tmp_path / "cut", tools(sampler, alive), num_groups=40) == expected
-    assert sampler.calls == 1
-    assert [len(batch) for batch in again] == [65, 5]
+    assert sampler.calls == drawn
+    assert [len(batch) for batch in again] == [60, 20]
     texts = [text for batch in (*paid, *again) for text in batch]
     assert len(texts) == len(set(texts)) == 200
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
@@ -247,7 +247,7 @@ def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Pa
 
 @pytest.mark.parametrize("damage", ["cut", "digit", "other", "emptied", "weights"])
 def test_kept_scores_that_are_damaged_or_of_something_else_are_not_used(tmp_path: Path, damage: str) -> None:
-    rows, calls = conversations(26), list[int]()
+    rows, calls = conversations(24), list[int]()
 
     def dies_in_the_second(completions: Sequence[Any], **kwargs: Any) -> list[float]:
         calls.append(len(completions))
@@ -257,22 +257,24 @@ def test_kept_scores_that_are_damaged_or_of_something_else_are_not_used(tmp_path
 
     t = tools(Scripted(numbered), dies_in_the_second)
     with pytest.raises(RewardError, match="away"):
-        run(rows, tmp_path, t, num_groups=26)
-    (kept,) = tmp_path.rglob("scores/*.json")
+        run(rows, tmp_path, t, num_groups=24)
+    (kept,) = tmp_path.rglob("scored-*.parquet")
     if damage == "cut":
         kept.write_bytes(kept.read_bytes()[:-20])
     elif damage == "other":
-        for file in tmp_path.rglob("sampled.parquet"):  # lost, and drawn again as other texts
+        for file in tmp_path.rglob("sample*.parquet"):  # lost, and drawn again as other texts
             file.unlink()
         t = replace(t, sampler=Scripted(lambda i: f"Other {i}."), negative_sampler=Scripted(lambda i: f"Bad {i}."))
     elif damage == "digit":
-        kept.write_text(re.sub(r"0\.\d", "0.0", kept.read_text(), count=1))
+        whole = bytearray(kept.read_bytes())
+        whole[len(whole) // 3] ^= 1
+        kept.write_bytes(whole)
     elif damage == "emptied":
-        kept.write_text("[]")
+        kept.write_bytes(b"")
     else:
         t = replace(t, rewards=(replace(t.rewards[0], weight=2.0),))
-    made = run(rows, tmp_path, t, num_groups=26)
-    assert calls == [65, 65, 65, 65]
+    made = run(rows, tmp_path, t, num_groups=24)
+    assert calls == [60, 60, 60, 60]
     assert all(c.reward == (2.0 if damage == "weights" else 1.0) * c.reward_components[0] for g in made.groups for c in g.completions)
 
 

@@ -114,7 +114,7 @@ def test_a_run_pauses_while_the_server_is_down_and_pays_for_nothing_twice(
         assert run_cli(tmp_path, "train", settings, "--resume", "true") == 75
     said = capsys.readouterr().err
     assert re.search(r"paused: the reward server 127\.0\.0\.1_\d+_score answered 503: given up on rows 0 to \d+ after 6 tries", said)
-    assert len(list((tmp_path / "run").rglob("scores/*.json"))) == 1
+    assert len(list((tmp_path / "run").rglob("scored-*.parquet"))) == 1
     with RewardServer(paused.down_after(1000), port=server.port):
         assert run_cli(tmp_path, "train", settings, "--resume", "true") == 0
     monkeypatch.undo()

@@ -421,8 +421,12 @@ def test_a_decoder_with_a_chat_template_scores_as_one_row_by_hand(kind: str, pad
 @pytest.mark.parametrize("pad", [0, 2, None])
 def test_rows_that_end_with_the_pad_token_do_not_depend_on_the_batch(pad: int | None) -> None:
     model, tokenizer = classifier("llama", pad), tiny_tokenizer("none")
+    end = [("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", pair="$A $B <|im_end|> <|im_end|>", special_tokens=end
+    )
     prompts, completions = rows_of(9)
-    completions = [c + "<|im_end|>" * (i % 3) for i, c in enumerate(completions)]
+    assert tokenizer(prompts[0], completions[0])["input_ids"][-2:] == [2, 2]
     expected = torch.tensor([by_hand(model, input_ids=tokenizer(p, c)["input_ids"]) for p, c in zip(prompts, completions, strict=True)])
     for batch_size in (1, 9):
         got = call(ModelReward(model, tokenizer, batch_size=batch_size), prompts, completions)

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -111,8 +112,11 @@ def save_tiny(path: Path, family: Family, *, template: Template = "chatml", seed
     `Qwen2Tokenizer`, which normalises text to NFC. For llama and gpt2 the two agree.
     """
     tokenizer = tiny_tokenizer(template)
-    tiny_model(family, len(tokenizer), seed, tokenizer=tokenizer).save_pretrained(path)
+    tiny_model(family, len(tokenizer), seed, tokenizer=tokenizer).save_pretrained(path)  # the model's type decides the tokenizer's
     tokenizer.save_pretrained(path)
+    # Qwen2's tokenizer adds a token of its own, for which the model needs a row.
+    size = max(AutoTokenizer.from_pretrained(path).get_vocab().values()) + 1
+    tiny_model(family, size, seed, tokenizer=tokenizer).save_pretrained(path)
     return path
 
 

@@ -164,7 +164,7 @@ class NEATConfig(TrainingArguments):
         default=1.0, metadata={"help": "Scores divide the summed log-probability by length to this power: 1 is the mean, 0 the sum."}
     )
     pair_reduction: str = field(default="mean", metadata={"help": "`mean` over a group's pairs, or `sum` (RRHF's form)."})
-    lm_weight: float = field(default=1.0, metadata={"help": "Weight of the language-modelling loss on the best completion."})
+    lm_weight: float = field(default=0.05, metadata={"help": "Weight of the language-modelling loss on the best completion."})
     lm_on_bad_origins: bool = field(
         default=False, metadata={"help": "Let a negative or rejected completion be the language-modelling target when it is the best."}
     )
@@ -184,7 +184,7 @@ class NEATConfig(TrainingArguments):
         metadata={"help": "Inverse temperature of the npo penalty (2404.05868). Only with npo. Unset: 0.1 on sums, 1 on means."},
     )
     kl_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the KL term: k3 estimate to the start policy on the group's own tokens, nats per token."}
+        default=1.0, metadata={"help": "Weight of the KL term: k3 estimate to the start policy on the group's own tokens, nats per token."}
     )
 
     # ---- limits: success can be collapse ----

@@ -219,7 +219,7 @@ def read_groups(path: str | Path) -> list[CompletionGroup]:
     """Groups of one Parquet file."""
     import pyarrow.parquet as pq
 
-    return groups_from_table(pq.read_table(path))
+    return groups_from_table(pq.read_table(path, page_checksum_verification=True))
 
 
 # ---- Exports ---------------------------------------------------------------------------------------------------------

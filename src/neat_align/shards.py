@@ -7,6 +7,7 @@ that an uninterrupted run would have made, to the bit.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams
 from neat_align.storage import write_table
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def even_shards(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
@@ -89,7 +91,7 @@ class SampleShards:
 
         found: dict[int, Sample] = {}
         for path in sorted(self.folder.glob("samples-*.parquet")):
-            for row in pq.read_table(path).to_pylist():
+            for row in _whole(path, lambda p: pq.read_table(p, page_checksum_verification=True).to_pylist()):
                 if row["request"] in wanted:
                     found[row["request"]] = Sample(tuple(row["token_ids"]), row["finish_reason"], row["logprob"])
         return found
@@ -107,6 +109,19 @@ class SampleShards:
         write_table(self.folder / f"samples-{numbers[0]:06d}.parquet", pa.table(columns))
 
 
+def _whole(path: Path, read: Callable[[Path], list[T]]) -> list[T]:
+    """What a kept shard holds; a damaged one holds nothing, and what it held is made again."""
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors and DataError are ValueErrors or OSErrors
+        logger.warning("%s is damaged and is made again (%s)", path, " ".join(str(error).split())[:200])
+        return []
+
+
+def _texts(group: CompletionGroup) -> list[tuple[str, int, str]]:
+    return [(c.origin, c.index, c.text) for c in group.completions]
+
+
 def scored_in_shards(
     groups: Sequence[CompletionGroup],
     score: Callable[[Sequence[int]], list[CompletionGroup]],
@@ -120,8 +135,10 @@ def scored_in_shards(
     """The groups with their scores: read where they are there, else made by `score` (given positions) and written, a shard
     of at most `size` completions at a time. Groups have unique prompt ids."""
     found: dict[str, CompletionGroup] = {}
+    texts = {g.prompt_id: _texts(g) for g in groups}
     for path in sorted(folder.glob("scored-*.parquet")):
-        found.update((g.prompt_id, g) for g in read_groups(path))
+        # Scores of other completions (samples that were lost and drawn again) are not these groups' scores.
+        found.update((g.prompt_id, g) for g in _whole(path, read_groups) if texts.get(g.prompt_id) == _texts(g))
     progress(sum(g.prompt_id in found for g in groups))
     for start, shard in group_shards(groups, size):
         missing = [start + i for i, g in enumerate(shard) if g.prompt_id not in found]

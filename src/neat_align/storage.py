@@ -115,7 +115,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow table as Parquet, atomically."""
     import pyarrow.parquet as pq
 
-    write_atomic(path, lambda file: pq.write_table(table, file, compression="zstd"))
+    write_atomic(path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
 
 
 def sha256_of(path: Path) -> str:
