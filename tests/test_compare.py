@@ -73,6 +73,7 @@ def raw_spec(place: Path, **changes: Any) -> dict[str, Any]:
         "evaluate_contrast": False,
         "learning_rate": 0.02,
         "lr_scheduler_type": "constant",
+        "kl_weight": 0.0,
         "drift_prompts": 0,
         "bf16": False,
         "disable_tqdm": True,
@@ -254,13 +255,26 @@ def test_a_copy_that_was_cut_short_is_not_taken_for_a_round(
         shutil.copyfile(source / "manifest.json", target / "manifest.json")
         raise KeyboardInterrupt
 
-    just_dpo = spec(place, methods={"dpo": None}, seeds=[0])
+    first = spec(place, methods={"sft-best": None}, seeds=[0])
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copytree", cut_short)
         with pytest.raises(KeyboardInterrupt):
-            compared(just_dpo, out)
+            compared(first, out)
+        assert not list((out / "shared-rounds").glob("[!.]*"))
+        copies: list[Path] = []
+
+        def cut_into_the_run(source: Path, target: Path, dirs_exist_ok: bool = False) -> Path:
+            copies.append(target)
+            return copytree(source, target, dirs_exist_ok=dirs_exist_ok) if len(copies) == 1 else cut_short(source, target, dirs_exist_ok)
+
+        # Now the copy is kept, and the one that the next method takes is cut short.
+        shutil.rmtree(out / "runs")
+        patched.setattr(shutil, "copytree", cut_into_the_run)
+        with pytest.raises(KeyboardInterrupt):
+            compared(spec(place, seeds=[0]), out)
+        assert len(copies) == 2
     assert shutil.copytree is copytree
-    assert timeless(compared(just_dpo, out)[0]["runs"]) == timeless(whole[1]["runs"][1:2])
+    assert timeless(compared(spec(place, seeds=[0]), out)[0]["runs"]) == timeless(whole[1]["runs"][:2])
 
 
 # ---- later -----------------------------------------------------------------------------------------------------------
