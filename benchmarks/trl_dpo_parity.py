@@ -163,6 +163,7 @@ def ours(base: Any, tokenizer: Any, rows: list[PromptRow], groups: Sequence[Comp
     """NEATTrainer on the pairs; `sharing` is its prefix_sharing."""
     with tempfile.TemporaryDirectory() as folder:
         config = NEATConfig(
+            kl_weight=0.0,
             **common(setting, folder),
             rank_by="origin",
             ranking_loss="dpo",

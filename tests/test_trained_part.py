@@ -28,9 +28,9 @@ def trainer(folder: Path, family: Family = "llama", **changes: Any) -> NEATTrain
         "max_prompt_length": 200,
         "max_completion_length": 10,
         "drift_prompts": 0,
+        "disable_tqdm": True,
         "lm_weight": 1.0,
         "kl_weight": 0.0,
-        "disable_tqdm": True,
     }
     config = NEATConfig(output_dir=str(folder), **settings | changes)
     rows = rows_from_dataset([{"prompt": [{"role": "user", "content": f"Number {i}?"}]} for i in range(2)])

@@ -52,6 +52,8 @@ def config(folder: Path, **changes: Any) -> NEATConfig:
         "drift_prompts": 0,
         "disable_tqdm": True,
         "seed": 1,
+        "lm_weight": 1.0,
+        "kl_weight": 0.0,
     }
     return NEATConfig(**{**settings, **changes})
 
