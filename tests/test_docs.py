@@ -43,7 +43,8 @@ def test_the_experiments_show_the_committed_comparisons() -> None:
     for path in sorted((ROOT / "docs" / "results").glob("compare-*.json")):
         for line in table("compare_table.py", str(path)):
             assert line in shown, path.name
-        assert re.fullmatch(r"[0-9a-f]{12}", json.loads(path.read_text(encoding="utf-8"))["commit"]), "a result must come from a clean commit"
+        commit = json.loads(path.read_text(encoding="utf-8"))["commit"]
+        assert re.fullmatch(r"[0-9a-f]{12}", commit), "a result must come from a clean commit"
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.json")), ids=lambda p: p.stem)
