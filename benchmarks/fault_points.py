@@ -82,7 +82,7 @@ STAGES = (
     (commands, "write_report", "while it writes the report"),
 )
 # Events that put something new on the disk.
-WRITES = ("open", "mkdir", "torch.save", "safetensors")
+WRITES = ("open", "torch.save", "safetensors")
 # Events of a file that is not under its name yet, or in a checkpoint without marker: only half of it may have reached the disk.
 TEARABLE = ("fsync", "torch.save done", "safetensors done")
 
