@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -258,14 +259,23 @@ def servers(b: Bench, fast: bool) -> Iterator[Try]:
         for good in (0,) if behaviour is None else (0, 4):
             server = fp.Server(b.port, None if behaviour is None else after(good, behaviour))
             work = partial(broken, b=b, codes=[code], server=server, before=impatient)
+            work = partial(alone, lock=b.base / "port.lock", work=work)
             yield Try(f"the reward server {name}", f"after {good} good answers", work)
     for name in ("says 429", "says 500", "hangs up"):
         work = partial(broken, b=b, codes=[0], server=fp.Server(b.port, but_for(3, SERVERS[name][0])))
+        work = partial(alone, lock=b.base / "port.lock", work=work)
         yield Try(f"the reward server {name} three times, then answers", "from the first request", work)
 
 
+def alone(folder: Path, lock: Path, work: Callable[[Path], str | None]) -> str | None:
+    """One try at a time: a reward's name holds the server's port, so that all of them need the same one."""
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        return work(folder)
+
+
 def impatient() -> None:
-    """Wait for a server a tenth of a second only; in a run that nobody compares times of."""
+    """Wait for a server for a moment only. Not an option: those may not change when the run goes on."""
     resolve.DEFAULT_TIMEOUT = 0.3
 
 
