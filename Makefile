@@ -31,7 +31,7 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv demo compare bench test test-all lint type audit format lock lock-hashes clean
+.PHONY: help venv demo compare bench faults test test-all lint type audit format lock lock-hashes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
+
+faults: $(DEV_READY) ## Break a tiny run in every way and go on with it: docs/reliability.md (about 300 tries)
+	$(BENCH)/faults.py --jobs 2 --json $(RESULTS)/faults.json
 
 compare: $(DEMO_READY) ## NEAT against other methods at equal budget and equal KL (under 30 minutes on two cores)
 	$(BIN)/neat-align compare --config recipes/compare-demo.yaml

@@ -95,6 +95,7 @@ def neat(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: str) -
         prompts_per_round=args.prompts,
         num_positive=args.k - args.k // 2,
         num_negative=args.k // 2,
+        num_plain=0,
         max_completion_length=args.completion,
         max_tokens_per_micro_batch=args.max_tokens,
         drift_prompts=0,

@@ -319,6 +319,7 @@ def main() -> None:
         "prompts_per_round": args.prompts,
         "num_positive": 2,
         "num_negative": 2,
+        "num_plain": 0,
         "max_completion_length": args.completion,
         "temperature": 0.7,
         "instruction_bank": "politeness",

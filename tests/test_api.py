@@ -116,7 +116,7 @@ def test_precedence_is_defaults_then_recipe_then_command_line(tmp_path: Path) ->
     settings, config = parse(["--prompts_per_round", "9", "--output_dir", str(tmp_path)], recipe)
     assert config.learning_rate == 1e-5
     assert config.prompts_per_round == 9
-    assert config.num_positive == 2
+    assert config.num_positive == 1
     assert settings.reward_funcs == ["vader", "contrast"]
     assert settings.use_peft is True
 

@@ -451,13 +451,13 @@ ROWS = (
     Row("lr NaN", setting(learning_rate=math.nan), ConfigError, ("learning_rate is nan", "finite number")),
     Row(
         "fewer than two completions",
-        setting(num_positive=1, num_negative=0, use_human_completions=False),
+        setting(num_positive=1, num_negative=0, num_plain=0, use_human_completions=False),
         ConfigError,
         ("num_positive, num_negative and num_plain add up to 1", "ask for two or more"),
     ),
     Row(
         "fewer than two completions with this data",
-        trainer(num_positive=1, num_negative=0),
+        trainer(num_positive=1, num_negative=0, num_plain=0),
         ConfigError,
         ("add up to 1 and no row has an answer of its own", "ask for two or more"),
     ),

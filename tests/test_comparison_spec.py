@@ -50,10 +50,10 @@ def test_methods_are_shipped_changed_or_begin_as_another() -> None:
     )
     by_name = {m.name: m for m in read.methods}
     assert by_name["dpo"] == shipped_methods()["dpo"]
-    assert by_name["neat"].settings == {"num_positive": 2, "num_negative": 2, "beta": 3.0}
+    assert by_name["neat"].settings == {"num_positive": 2, "num_negative": 2, "num_plain": 0, "beta": 3.0}
     # As neat is here, not as it ships.
-    assert by_name["mine"].settings == {"num_positive": 2, "num_negative": 2, "beta": 3.0, "gamma": 0.5}
-    assert by_name["yours"].settings == {"num_positive": 2, "num_negative": 2, "beta": 5.0, "gamma": 0.5}
+    assert by_name["mine"].settings == {"num_positive": 2, "num_negative": 2, "num_plain": 0, "beta": 3.0, "gamma": 0.5}
+    assert by_name["yours"].settings == {"num_positive": 2, "num_negative": 2, "num_plain": 0, "beta": 5.0, "gamma": 0.5}
     assert by_name["neat"].description == shipped_methods()["neat"].description
     assert by_name["mine"].description == "neat with gamma=0.5"
     assert by_name["yours"].description == "in your words"
@@ -67,7 +67,7 @@ def test_a_strength_wins_over_a_method_and_a_method_over_the_common_settings() -
         strengths=[{"learning_rate": 3e-4}, {"learning_rate": 4e-4, "beta": 9.0}],
     )
     options = [read.options(read.methods[1], strength, 7) for strength in read.strengths]
-    common = {**COMMON, "gamma": 0.1, "num_positive": 2, "num_negative": 2, "seed": 7}
+    common = {**COMMON, "gamma": 0.1, "num_positive": 2, "num_negative": 2, "num_plain": 0, "seed": 7}
     assert options == [{**common, "beta": 2.0, "learning_rate": 3e-4}, {**common, "beta": 9.0, "learning_rate": 4e-4}]
     assert read.options(read.methods[0], {}, 1) == {**COMMON, "beta": 1.0, "gamma": 0.1, "seed": 1}
 

@@ -32,6 +32,21 @@ def test_the_readme_shows_the_committed_benchmarks() -> None:
         assert line in readme
 
 
+def test_the_readme_shows_the_committed_comparison() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in table("compare_table.py", "docs/results/compare-demo.json", "--short"):
+        assert line in readme
+
+
+def test_the_experiments_show_the_committed_comparisons() -> None:
+    shown = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines()
+    for path in sorted((ROOT / "docs" / "results").glob("compare-*.json")):
+        for line in table("compare_table.py", str(path)):
+            assert line in shown, path.name
+        commit = json.loads(path.read_text(encoding="utf-8"))["commit"]
+        assert re.fullmatch(r"[0-9a-f]{12}", commit), "a result must come from a clean commit"
+
+
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.json")), ids=lambda p: p.stem)
 def test_every_benchmark_says_where_it_comes_from(path: Path) -> None:
     result = json.loads(path.read_text(encoding="utf-8"))

@@ -52,6 +52,9 @@ def config(folder: Path, **changes: Any) -> NEATConfig:
         "drift_prompts": 0,
         "disable_tqdm": True,
         "seed": 1,
+        "num_positive": 2,
+        "num_negative": 2,
+        "num_plain": 0,
         "lm_weight": 1.0,
         "kl_weight": 0.0,
     }

@@ -69,9 +69,9 @@ class NEATConfig(TrainingArguments):
         default=64,
         metadata={"help": "Groups per round. One batch is fully on-policy; the whole data set is the paper's two-stage form."},
     )
-    num_positive: int = field(default=2, metadata={"help": "Completions per prompt under the positive instruction."})
-    num_negative: int = field(default=2, metadata={"help": "Completions per prompt under the negative instruction."})
-    num_plain: int = field(default=0, metadata={"help": "Completions per prompt without an instruction."})
+    num_positive: int = field(default=1, metadata={"help": "Completions per prompt under the positive instruction."})
+    num_negative: int = field(default=1, metadata={"help": "Completions per prompt under the negative instruction."})
+    num_plain: int = field(default=2, metadata={"help": "Completions per prompt without an instruction."})
     use_human_completions: bool = field(
         default=True, metadata={"help": "Add the data's own `chosen` and `rejected` answers to each group where there are any."}
     )
