@@ -176,9 +176,10 @@ def test_a_round_is_told_by_the_means_of_its_own_steps(whole: tuple[Path, dict[s
         training = result["runs"][3]["points"][i]["training"]
         for name in ("loss/ranking", "grad_norm"):
             assert training[name] == pytest.approx((steps[first][name] + steps[last][name]) / 2)
-        assert training["completions/mean_length"] == rounds[i]["completions/mean_length"]
+        assert training["reward/plain"] == rounds[i]["reward/plain"]
         assert "learning_rate" not in training
     assert steps[1]["loss/ranking"] != steps[3]["loss/ranking"]
+    assert rounds[0]["reward/plain"] != rounds[1]["reward/plain"]
 
 
 def test_runs_that_sample_alike_share_their_first_round_and_not_their_second(whole: tuple[Path, dict[str, Any], str]) -> None:
