@@ -167,6 +167,21 @@ def test_a_point_of_the_result_is_the_evaluation_of_its_round(whole: tuple[Path,
     assert result["table"][0]["at_budget"]["reward"]["mean"] == pytest.approx(mean)
 
 
+def test_a_round_is_told_by_the_means_of_its_own_steps(whole: tuple[Path, dict[str, Any], str]) -> None:
+    out, result, _ = whole
+    lines = [json.loads(line) for line in (run_folder(out, "dpo", 1) / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "loss" in line}
+    rounds = [line for line in lines if "round" in line]
+    for i, (first, last) in enumerate(((1, 2), (3, 4))):
+        training = result["runs"][3]["points"][i]["training"]
+        for name in ("loss/ranking", "grad_norm"):
+            assert training[name] == pytest.approx((steps[first][name] + steps[last][name]) / 2)
+        assert training["reward/plain"] == rounds[i]["reward/plain"]
+        assert "learning_rate" not in training
+    assert steps[1]["loss/ranking"] != steps[3]["loss/ranking"]
+    assert rounds[0]["reward/plain"] != rounds[1]["reward/plain"]
+
+
 def test_runs_that_sample_alike_share_their_first_round_and_not_their_second(whole: tuple[Path, dict[str, Any], str]) -> None:
     out = whole[0]
     assert len(list((out / "shared-rounds").iterdir())) == 2  # one a seed

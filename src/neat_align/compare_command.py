@@ -242,22 +242,15 @@ def _trained_tokens(trainer: NEATTrainer) -> int:
 
 
 def _round_means(folder: Path, number: int) -> dict[str, float]:
-    """Means of the training metrics that were logged in a round (counted from 1).
-
-    A run that was interrupted has logged some steps twice: they count once, as they were last.
-    """
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    """Means of the training metrics that were logged in a round (counted from 1)."""
+    sums: dict[str, list[float]] = {}
     for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        if "round" in line and line["round"] == number - 1:
-            lines["round", line["step"]] = line
-        elif "loss" in line and number - 1 < line.get("epoch", -1) <= number:
-            lines["loss", line["step"]] = line
-    sums: dict[str, list[float]] = {}
-    for line in lines.values():
-        for name, value in line.items():
-            if name.startswith(_DIAGNOSIS) and isinstance(value, int | float):
-                sums.setdefault(name, []).append(float(value))
+        begins = "round" in line and line["round"] == number - 1
+        if begins or ("loss" in line and number - 1 < line.get("epoch", -1) <= number):
+            for name, value in line.items():
+                if name.startswith(_DIAGNOSIS) and isinstance(value, int | float):
+                    sums.setdefault(name, []).append(float(value))
     return {name: fmean(values) for name, values in sorted(sums.items())}
 
 
