@@ -73,7 +73,7 @@ class CompletionGroup:
 def rank_keys(group: CompletionGroup, rank_by: RankBy) -> list[float | None]:
     """The number by which each completion is ranked, higher is better; None takes part in no pair.
 
-    For `origin_then_reward` the rewards of negative and rejected completions are shifted down together until the best of
+    For `origin_then_reward` the rewards of negative and rejected completions are shifted together so that the best of
     them stands `ORIGIN_STEP` below the worst of the others.
     """
     if rank_by == "origin":
