@@ -54,3 +54,7 @@ if __name__ == "__main__":
     except (CollapseError, RunInterrupted) as error:
         (folder / f"stopped-{RANK}.txt").write_text(f"{type(error).__name__} at {t.state.global_step}: {error}")
     torch.save(weights(t), folder / f"weights-{RANK}.pt")
+    if torch.distributed.is_initialized():
+        # Threads of the process group that the interpreter's end meets alive abort the process, now and then.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
