@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -19,3 +21,12 @@ LEFT_OUT = {"cli", "config", "settings"}
 CHECKED = [f"neat_align.{m.name}" for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name not in LEFT_OUT]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """For a test of the real model, which runs alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)

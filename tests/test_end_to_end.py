@@ -7,23 +7,12 @@ processors, and with them the sampled answers.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from neat_align.demo.model import find_gguf
 from neat_align.demo_command import run_demo
-
-
-@pytest.fixture
-def all_cores() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -585,14 +584,6 @@ def test_placements_are_compared_and_a_difference_inside_the_noise_is_called_non
 
 
 # ---- the real model --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def all_cores() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
