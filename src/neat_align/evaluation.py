@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from neat_align.data import PromptRow
-from neat_align.expand import answer_ids
+from neat_align.expand import answer_ids, tally
 from neat_align.groups import Polarity, Prompt
 from neat_align.logprobs import Drift, Reference, exact_drift, score_completions
 from neat_align.packing import Layout
@@ -183,15 +183,7 @@ def _sample(
             instruction = pair.positive if polarity == "positive" else pair.negative
             ids = prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, tools.placement))
         requests += [SampleRequest(tuple(ids), completion_seed(seed, EVAL_ROUND, row.id, polarity, i)) for i in range(n)]
-    finished = 0
-
-    def report(count: int) -> None:
-        nonlocal finished
-        finished += count
-        if progress is not None:
-            progress(f"evaluate ({polarity})", finished, len(requests))
-
-    return tools.sampler.sample(requests, tools.sampling, progress=report)
+    return tools.sampler.sample(requests, tools.sampling, progress=tally(progress, f"evaluate ({polarity})", len(requests)))
 
 
 # Per-token log-probabilities of a row's chosen and rejected answer, in nats; None where the row has none.

@@ -102,6 +102,19 @@ class Round:
     next_position: int
 
 
+def tally(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
+    """A counter of what a stage has finished, which tells `progress` of every piece."""
+    finished = 0
+
+    def report(n: int) -> None:
+        nonlocal finished
+        finished += n
+        if progress is not None:
+            progress(stage, finished, total)
+
+    return report
+
+
 def prompt_at(n_rows: int, seed: int, position: int) -> int:
     """Row number at a position of the endless prompt stream: a fresh seeded shuffle for every pass over the data."""
     cycle, offset = divmod(position, n_rows)
@@ -229,14 +242,6 @@ def _slice(
         sampled = _sample(rows, round_index, params, tools, work, progress)
         write_table(sampled_file, groups_to_table(sampled))
     filtered = [_filtered(g, removed) for g in sampled]
-    done = 0
-
-    def report(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress is not None:
-            progress("score", done, len(filtered))
-
     return scored_in_shards(
         filtered,
         lambda numbers: _add_logprobs(scored([filtered[i] for i in numbers], [rows[i] for i in numbers], tools.rewards), tools),
@@ -244,7 +249,7 @@ def _slice(
         size=tools.shard_size,
         reward_names=[r.name for r in tools.rewards],
         between=tools.between_shards,
-        progress=report,
+        progress=tally(progress, "score", len(filtered)),
     )
 
 
@@ -283,13 +288,7 @@ def _sample(
             for index in range(count):
                 seed = completion_seed(params.seed, round_index, asked.id, written_as, first + index)
                 plans.append((r, polarity, index, instruction, SampleRequest(ids, seed)))
-    finished = 0
-
-    def report(n: int) -> None:
-        nonlocal finished
-        finished += n
-        if progress is not None:
-            progress("sample", finished, len(plans))
+    report = tally(progress, "sample", len(plans))
 
     def names(numbers: Sequence[int]) -> str:
         return name_list([rows[plans[n][0]].id for n in numbers])

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from neat_align.data import PromptRow
 from neat_align.errors import ConfigError, DataError
 from neat_align.evaluation import PairedDifference, mean_of, paired_bootstrap
-from neat_align.expand import LogprobFunction, Progress
+from neat_align.expand import LogprobFunction, Progress, tally
 from neat_align.groups import Completion, CompletionGroup, Polarity, Prompt
 from neat_align.leaks import leaks_instruction
 from neat_align.prompts import InstructionBank, InstructionPair, Placement, completion_seed, instructed, prompt_ids
@@ -262,16 +262,10 @@ def _answered(plan: _Plan, params: ProbeParams, tools: ProbeTools, progress: Pro
     """The plan's answers, with their log-probabilities under the plain prompt, by request; `_completions` says of which side they are."""
     by_row = [plan.of_row(r) for r in range(len(plan.plain))]
     requests = [q for mine in by_row for q in mine]
-    finished = 0
-
-    def report(count: int) -> None:
-        nonlocal finished
-        finished += count
-        if progress is not None:
-            progress("sample", finished, len(requests))
-
     # One call for all of it, so that the batches are full.
-    samples = dict(zip(requests, tools.sampler.sample(requests, params.sampling, progress=report), strict=True))
+    samples = dict(
+        zip(requests, tools.sampler.sample(requests, params.sampling, progress=tally(progress, "sample", len(requests))), strict=True)
+    )
     logprobs = _likelihoods(plan, by_row, samples, tools, progress)
     return {
         q: Completion(
