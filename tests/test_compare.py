@@ -148,6 +148,12 @@ def test_every_method_is_run_with_every_seed_and_the_result_says_so(whole: tuple
     assert not list(out.rglob("checkpoint-*"))
 
 
+def test_the_budget_counts_the_prompts_that_there_were(place: Path, tmp_path: Path) -> None:
+    few = spec(place, seeds=[0], methods={"sft-best": None}, settings={"prompts_per_round": 7, "num_train_epochs": 1})
+    budget = compared(few, tmp_path)[0]["budget"]
+    assert (budget["prompts_per_round"], budget["sampled_completions"], budget["optimizer_steps"]) == (5, 20, 5)
+
+
 def test_the_page_is_written_and_sealed(whole: tuple[Path, dict[str, Any], str]) -> None:
     html = (whole[0] / "comparison.html").read_text(encoding="utf-8")
     assert_sealed(html)

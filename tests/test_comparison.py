@@ -142,8 +142,9 @@ def test_the_common_kl_is_what_every_run_passed_before_it_collapsed() -> None:
     late = run_of(point(1, 0.02, [0.0, 0.0]), point(2, 0.2, [0.0, 0.0], distinct2=0.1), point(3, 0.3, [0.0, 0.0]))
     assert common_kl([far]) == 0.05
     assert common_kl([far, late]) == 0.02
-    assert common_kl([far, late, run_of(point(1, 0.2, [0.0, 0.0], distinct2=0.1))]) is None
-    assert common_kl([far, run_of(point(1, None, [0.0]))]) is None
+    at_once, still = run_of(point(1, 0.2, [0.0, 0.0], distinct2=0.1)), run_of(point(1, None, [0.0]))
+    assert common_kl([far, late, at_once, still]) == 0.02
+    assert common_kl([at_once, still]) is None
     assert common_kl([]) is None
 
 

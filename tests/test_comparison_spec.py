@@ -111,6 +111,8 @@ def test_strengths_in_words() -> None:
             {"methods": {"neat": {"reward_funcs": ["x"]}}},
             "method 'neat' sets reward_funcs, which must be equal for all: put it under settings",
         ),
+        ({"methods": {"neat": {"reward_weights": [2.0]}}}, "method 'neat' sets reward_weights, which must be equal for all"),
+        ({"methods": {"neat": {"as_conversations": True}}}, "method 'neat' sets as_conversations, which must be equal for all"),
         ({"strengths": [{"num_train_epochs": 4}]}, "a strength sets num_train_epochs, which must be equal for all: put it under settings"),
         ({"kl_target": 0}, "kl_target is 0; it must be a number above 0, in nats per token, or unset"),
         ({"kl_target": "much"}, "kl_target is 'much'; it must be"),

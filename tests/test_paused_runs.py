@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -126,6 +127,28 @@ def test_a_run_pauses_while_the_server_is_down_and_pays_for_nothing_twice(
     assert paused.sampled == fresh.sampled + lost
     for name in ("evaluation-after.json", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sync, full = os.fsync, tmp_path / "full"
+
+    def fsync(descriptor: int) -> None:
+        if full.exists() and "groups.parquet" in Path(f"/proc/self/fd/{descriptor}").readlink().name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    settings = options(tmp_path, "contrast")
+    full.touch()
+    assert run_cli(tmp_path, "train", settings) == 2
+    said = capsys.readouterr().err
+    assert "error: the disk is full: No space left on device" in said
+    assert "when there is room, go on with the same command and --resume true" in said
+    assert "Traceback" not in said
+    full.unlink()
+    assert run_cli(tmp_path, "train", settings, "--resume", "true") == 0
 
 
 # ---- secrets ---------------------------------------------------------------------------------------------------------

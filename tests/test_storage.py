@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from neat_align.checkpoints import MARKER, is_complete, mark_complete, newest_complete
+from neat_align.checkpoints import MARKER, checkpoint_to_resume, is_complete, mark_complete
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
 from neat_align.redaction import redacted
 from neat_align.run_record import write_run_record
 from neat_align.storage import append_json_line, read_json, sha256_of, write_atomic, write_json, write_table
@@ -218,7 +217,7 @@ def test_the_newest_complete_checkpoint_is_by_number_and_not_by_name(tmp_path: P
     for step in (9, 10, 100, 20):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-best").mkdir()
-    assert newest_complete(tmp_path).name == "checkpoint-100"
+    assert checkpoint_to_resume(tmp_path) == tmp_path / "checkpoint-100"
 
 
 def test_broken_newer_checkpoints_are_passed_over(tmp_path: Path) -> None:
@@ -226,18 +225,17 @@ def test_broken_newer_checkpoints_are_passed_over(tmp_path: Path) -> None:
         checkpoint(tmp_path, step)
     checkpoint(tmp_path, 30, complete=False)
     (tmp_path / "checkpoint-20" / "model.safetensors").write_bytes(b"")
-    assert newest_complete(tmp_path).name == "checkpoint-10"
+    assert checkpoint_to_resume(tmp_path) == tmp_path / "checkpoint-10"
 
 
 @pytest.mark.parametrize("marker", ["", '{"files": {"model.saf', "{}", "[]"])
 def test_a_damaged_marker_is_no_marker(tmp_path: Path, marker: str) -> None:
     checkpoint(tmp_path, 10)
     (checkpoint(tmp_path, 20) / MARKER).write_text(marker)
-    assert newest_complete(tmp_path).name == "checkpoint-10"
+    assert checkpoint_to_resume(tmp_path) == tmp_path / "checkpoint-10"
 
 
-def test_no_complete_checkpoint_is_an_error_that_counts(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 1, complete=False)
-    checkpoint(tmp_path, 2, complete=False)
-    with pytest.raises(ConfigError, match=r"no complete checkpoint .*\(2 incomplete\)"):
-        newest_complete(tmp_path)
+def test_checkpoints_that_were_never_finished_are_a_start_from_the_first_step(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint(tmp_path, step, complete=False)
+    assert checkpoint_to_resume(tmp_path) is None

@@ -77,18 +77,6 @@ def numbered_checkpoints(output_dir: Path) -> list[Path]:
     return [p for _, p in sorted(found, reverse=True)]
 
 
-def newest_complete(output_dir: Path) -> Path:
-    """The newest complete checkpoint of a run. Raises ConfigError when there is none."""
-    found = numbered_checkpoints(output_dir)
-    for path in found:
-        if is_complete(path):
-            return path
-    raise ConfigError(
-        f"{output_dir} has no complete checkpoint to resume from ({len(found)} incomplete): start again in a new output_dir, "
-        "or without resuming"
-    )
-
-
 def checkpoint_to_resume(output_dir: Path) -> Path | None:
     """The newest complete checkpoint, after what is newer and incomplete was set aside with a warning.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from enum import StrEnum
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 # EX_TEMPFAIL of sysexits.h: schedulers know it as "try again later".
 PAUSED = 75
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 # --dataset_name, as the training options are written, or --dataset-name, as command lines are.
 _EITHER_DASH = {"token_normalize_func": lambda name: name.replace("-", "_")}
@@ -224,24 +226,32 @@ def main(arguments: list[str] | None = None) -> Any:
 
     A reward server that stays down is exit code 75: nothing is wrong with the run, and the same command goes on with it later.
     """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         return app(arguments, standalone_mode=True)
     except RewardUnavailableError as error:
         typer.echo(f"paused: {scrubbed(str(error))}", err=True)
-        typer.echo(_how_to_resume(sys.argv[1:] if arguments is None else arguments), err=True)
+        typer.echo(_how_to_resume(given, "when the server is up"), err=True)
         sys.exit(PAUSED)
     except NEATError as error:
         typer.echo(f"error: {scrubbed(str(error))}", err=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        typer.echo(f"error: the disk is full: {error.strerror}{where}", err=True)
+        typer.echo(_how_to_resume(given, "when there is room"), err=True)
+        sys.exit(2)
 
 
-def _how_to_resume(arguments: list[str]) -> str:
+def _how_to_resume(arguments: list[str], when: str) -> str:
     command = arguments[0] if arguments else ""
     if command in ("train", "expand"):
-        return "what is sampled and scored is kept; when the server is up, go on with the same command and --resume true"
+        return f"what is sampled and scored is kept; {when}, go on with the same command and --resume true"
     if command == "compare":
-        return "what is sampled and scored is kept; when the server is up, go on with the same command"
-    return "when the server is up, run the same command again"
+        return f"what is sampled and scored is kept; {when}, go on with the same command"
+    return f"{when}, run the same command again"
 
 
 if __name__ == "__main__":

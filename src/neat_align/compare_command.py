@@ -66,8 +66,7 @@ def read_spec(path: Path) -> CompareSpec:
 
 def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:
     """Make every run that is not there yet, then the table, `comparison.json` and `comparison.html` in `out`."""
-    configs = {m.name: settings_from(spec.options(m, spec.strengths[0], spec.seeds[0])) for m in spec.methods}
-    _check_budget(spec)
+    configs = _checked_settings(spec)
     jobs = [
         _Job(m, strength, seed, out / "runs" / m.name / strength_name(strength).replace("/", "_") / f"seed{seed}")
         for seed in spec.seeds
@@ -93,19 +92,21 @@ def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:
     return result
 
 
-def _check_budget(spec: CompareSpec) -> None:
-    """Every run's options are looked at before the first one begins, which may be hours before the last."""
-    counts = {}
+def _checked_settings(spec: CompareSpec) -> dict[str, tuple[RunSettings, NEATConfig]]:
+    """Every run's options as settings, at the first seed. All are looked at before the first run, which may be hours before the last."""
+    configs = {}
     for method in spec.methods:
-        for strength in spec.strengths if method.name != BASE else ():
-            name = f"{method.name} ({strength_name(strength)})" if strength else method.name
-            counts[name] = settings_from(spec.options(method, strength, spec.seeds[0]))[1].num_generations
+        for strength in spec.strengths if method.name != BASE else spec.strengths[:1]:
+            name = f"{method.name} ({strength_name(strength)})" if strength and method.name != BASE else method.name
+            configs[name] = settings_from(spec.options(method, strength, spec.seeds[0]))
+    counts = {name: config.num_generations for name, (_, config) in configs.items() if name != BASE}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise ConfigError(
             f"the methods do not sample the same number of completions a prompt ({said}), so their budgets are not equal: change "
             "num_positive, num_negative and num_plain under methods until the sums agree"
         )
+    return configs
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -166,6 +167,7 @@ def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path) -> Run:
         broke = _train(trainer, shared)
         rounds = sorted(int(p.stem.rpartition("-")[2]) for p in job.folder.glob("evaluation-*.json"))
         facts = {"rounds": rounds, "seconds": time.monotonic() - begun, "trained_tokens": _trained_tokens(trainer)}
+        facts["prompts_per_round"] = len(trainer.rounds)  # fewer than was asked for, where the data has fewer
         facts |= {"training": [_round_means(job.folder, r) for r in rounds], "stopped": trainer.stopped_because, "broke": broke}
         write_json(done, facts)
         for checkpoint in job.folder.glob("checkpoint-*"):
@@ -176,7 +178,7 @@ def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path) -> Run:
         for r, training in zip(facts["rounds"], facts["training"], strict=True)
     ]
     run = Run(job.method.name, strength_name(job.strength), job.seed, start, tuple(points), broke=facts.get("broke"))
-    return replace(run, seconds=facts["seconds"], trained_tokens=facts["trained_tokens"])
+    return replace(run, seconds=facts["seconds"], trained_tokens=facts["trained_tokens"], prompts_per_round=facts.get("prompts_per_round"))
 
 
 def _train(trainer: NEATTrainer, shared: Path) -> str | None:
@@ -263,15 +265,15 @@ def _result(
     settings, config = next(iter(configs.values()))
     trained = next(c for name, (_, c) in configs.items() if name != BASE)
     rounds = int(trained.num_train_epochs)
-    groups = rounds * trained.prompts_per_round
+    prompts = next((r.prompts_per_round for r in runs if r.prompts_per_round), trained.prompts_per_round)
     held_out = len(next(iter(starts.values())).evaluation["prompts"])
     per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
     budget = {
         "rounds": rounds,
-        "prompts_per_round": trained.prompts_per_round,
+        "prompts_per_round": prompts,
         "completions_per_prompt": trained.num_generations,
-        "sampled_completions": groups * trained.num_generations,
-        "optimizer_steps": rounds * -(-trained.prompts_per_round // per_step),
+        "sampled_completions": rounds * prompts * trained.num_generations,
+        "optimizer_steps": rounds * -(-prompts // per_step),
         "held_out_prompts": held_out,
         "samples_per_prompt": config.num_eval_generations,
     }

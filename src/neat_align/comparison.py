@@ -77,6 +77,7 @@ class Run:
     points: tuple[Point, ...]
     seconds: float = 0.0
     trained_tokens: int = 0
+    prompts_per_round: int | None = None
     broke: str | None = None
 
     @property
@@ -176,7 +177,11 @@ def values_at_kl(run: Run, metric: str, target: float) -> Values | None:
 
 
 def common_kl(runs: Sequence[Run]) -> float | None:
-    """The largest KL that every run passed before it collapsed; None when one of them never left the start."""
+    """The largest KL that every run passed before it collapsed; None when none of them left the start.
+
+    A run that collapsed in its first round, or that never left the start, is not asked: it has no answer to compare at any KL,
+    and would leave the other methods without one.
+    """
     reached = []
     for run in runs:
         kls = [0.0]
@@ -185,8 +190,7 @@ def common_kl(runs: Sequence[Run]) -> float | None:
                 break
             kls.append(point.kl)
         reached.append(max(kls))
-    least = min(reached, default=0.0)
-    return least if least > 0 else None
+    return min((kl for kl in reached if kl > 0), default=None)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

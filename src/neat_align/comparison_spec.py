@@ -30,7 +30,8 @@ BASE = "base"
 _KEYS = ("name", "settings", "seeds", "strengths", "methods", "kl_target")
 # What one comparison must not change from method to method: the policy, the data, what is judged, and the budget.
 _COMMON = (
-    *("model_name_or_path", "dataset_name", "dataset_limit", "holdout", "eval_dataset_name", "reward_funcs", "judge_funcs", "output_dir"),
+    *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_limit", "as_conversations", "holdout", "eval_dataset_name"),
+    *("eval_dataset_split", "reward_funcs", "reward_weights", "judge_funcs", "output_dir"),
     *("num_train_epochs", "prompts_per_round", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
     *("temperature", "top_p", "top_k", "num_eval_generations", "num_eval_prompts", "seed"),
 )
