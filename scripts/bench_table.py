@@ -1,9 +1,12 @@
-"""Print the README's speed table from the committed benchmark results: python scripts/bench_table.py benchmarks/results"""
+"""Print the README's speed table from the committed benchmark results: python scripts/bench_table.py benchmarks/results
+
+`--grid` prints the tables of docs/experiments.md instead: every P, R and K that was measured, and how a step grows.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,28 @@ def main(folder: Path) -> None:
         )
 
 
+def grid(folder: Path) -> None:
+    """Over padded rows at every measured point, with the share of the token bound; then time and memory as one thing grows."""
+    print("| prompt, completion, K | token bound | over padded rows, fp32 | share of bound | over padded rows, bf16 | share of bound |")
+    print("|---|---|---|---|---|---|")
+    for p in (64, 256, 512):
+        for r in (64, 128):
+            for k in (4, 8):
+                fp32, bf16 = (read(folder / f"train_step-p{p}-r{r}-k{k}-{dtype}.json") for dtype in ("fp32", "bf16"))
+                cells = [f"{x['speedup_vs_strong_baseline']:.2f}x | {x['share_of_token_bound']:.0%}" for x in (fp32, bf16)]
+                print(f"| {p}, {r}, {k} | {fp32['token_bound']:.2f}x | {' | '.join(cells)} |")
+    growth = read(folder / "scaling-bf16.json")
+    print()
+    print("| bf16 | ours, seconds | padded rows, seconds | ratio | ours, GiB | padded rows, GiB |")
+    print("|---|---|---|---|---|---|")
+    for point in growth["points"]:
+        ours, theirs = (point["seconds"][side]["median"] for side in ("neat", "strong"))
+        gib = [point["peak_bytes"][side] / 2**30 for side in ("neat", "strong")]
+        print(
+            f"| {point['varied']} {point[point['varied']]} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f}x | {gib[0]:.2f} | {gib[1]:.2f} |"
+        )
+
+
 def shown(found: dict[str, Any], key: str, form: str, unit: str = "") -> str:
     """A number, or a dash where that side was not run."""
     return f"{found[key]:{form}}{unit}" if key in found else "—"
@@ -53,4 +78,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--grid", action="store_true")
+    args = parser.parse_args()
+    (grid if args.grid else main)(args.folder)

@@ -32,6 +32,12 @@ def test_the_readme_shows_the_committed_benchmarks() -> None:
         assert line in readme
 
 
+def test_the_experiments_show_the_committed_grid() -> None:
+    shown = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines()
+    for line in table("bench_table.py", str(BENCHMARKS), "--grid"):
+        assert line in shown
+
+
 def test_the_readme_shows_the_committed_comparison() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for line in table("compare_table.py", "docs/results/compare-demo.json", "--short"):
