@@ -62,9 +62,8 @@ def grid(folder: Path) -> None:
     for point in growth["points"]:
         ours, theirs = (point["seconds"][side]["median"] for side in ("neat", "strong"))
         gib = [point["peak_bytes"][side] / 2**30 for side in ("neat", "strong")]
-        print(
-            f"| {point['varied']} {point[point['varied']]} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f}x | {gib[0]:.2f} | {gib[1]:.2f} |"
-        )
+        name = f"{point['varied']} {point[point['varied']]}"
+        print(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f}x | {gib[0]:.2f} | {gib[1]:.2f} |")
 
 
 def shown(found: dict[str, Any], key: str, form: str, unit: str = "") -> str:
