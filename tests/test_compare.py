@@ -148,10 +148,13 @@ def test_every_method_is_run_with_every_seed_and_the_result_says_so(whole: tuple
     assert not list(out.rglob("checkpoint-*"))
 
 
-def test_the_budget_counts_the_prompts_that_there_were(place: Path, tmp_path: Path) -> None:
+def test_the_budget_counts_the_prompts_that_there_were_and_a_run_is_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = spec(place, seeds=[0], methods={"sft-best": None}, settings={"prompts_per_round": 7, "num_train_epochs": 1})
     budget = compared(few, tmp_path)[0]["budget"]
     assert (budget["prompts_per_round"], budget["sampled_completions"], budget["optimizer_steps"]) == (5, 20, 5)
+    assert "eval_reward" not in capsys.readouterr().out  # all that is said goes to the console
 
 
 def test_the_page_is_written_and_sealed(whole: tuple[Path, dict[str, Any], str]) -> None:

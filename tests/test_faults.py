@@ -37,4 +37,7 @@ def test_the_page_shows_the_committed_result() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
     for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():
         assert line in page
-    assert json.loads(RESULT.read_text(encoding="utf-8"))["lost"] == []
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert found["lost"] == []
+    assert found["tried"] == found["planned"]
+    assert sum(row["tried"] for row in found["rows"] if row["fault"].startswith("kill")) >= 50

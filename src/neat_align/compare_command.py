@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from neat_align.commands import build_trainer
 from neat_align.comparison import Point, Run, summarise
@@ -136,6 +136,7 @@ def _build(spec: CompareSpec, method: Method, strength: Mapping[str, Any], seed:
     if not trainer.eval_rows:
         raise ConfigError("a comparison needs held-out prompts: set holdout or eval_dataset_name under settings")
     callback.trainer = trainer
+    trainer.remove_callback(PrinterCallback)  # with disable_tqdm it prints every log as a dict, and a run is one line here
     return trainer
 
 
