@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,9 +119,14 @@ def tally(progress: Progress | None, stage: str, total: int) -> Callable[[int], 
 def prompt_at(n_rows: int, seed: int, position: int) -> int:
     """Row number at a position of the endless prompt stream: a fresh seeded shuffle for every pass over the data."""
     cycle, offset = divmod(position, n_rows)
+    return _pass_order(n_rows, seed, cycle)[offset]
+
+
+@lru_cache(maxsize=2)  # the pass a round is in, and the one it may end in: a shuffle of a million rows takes half a second
+def _pass_order(n_rows: int, seed: int, cycle: int) -> tuple[int, ...]:
     order = list(range(n_rows))
     random.Random(f"{seed}/{cycle}").shuffle(order)
-    return order[offset]
+    return tuple(order)
 
 
 def read_round(folder: Path) -> Round | None:
