@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from neat_align import chunked_head
 from neat_align.chunked_head import LogitTail, chosen_logprobs
 
 N, DIM, VOCAB = 7, 5, 11
@@ -61,11 +62,23 @@ def test_backward_can_run_twice() -> None:
     assert torch.equal(first, second)
 
 
-def test_a_frozen_head_gets_no_gradient() -> None:
-    states, weight, _, ids = inputs()
-    chosen_logprobs(states, weight.detach(), None, ids, LogitTail(), 3).sum().backward()
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_frozen_head_gives_the_same_gradient_and_does_not_run_again(tail: LogitTail, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, weight, bias, ids = inputs()
+    flow = torch.linspace(-1, 2, N, dtype=torch.float64)
+    trained = torch.autograd.grad(chosen_logprobs(states, weight, bias, ids, tail, rows) @ flow, states)[0]
+    frozen = chosen_logprobs(states, weight.detach(), bias.detach(), ids, tail, rows)
+    monkeypatch.setattr(chunked_head, "_final_logits", None)  # not to be called any more
+    (frozen @ flow).backward()
+    torch.testing.assert_close(states.grad, trained)
     assert weight.grad is None
-    assert states.grad is not None
+
+
+def test_gradcheck_of_a_frozen_head() -> None:
+    states, weight, bias, ids = inputs()
+    head = weight.detach(), bias.detach()
+    assert torch.autograd.gradcheck(lambda s: chosen_logprobs(s, *head, ids, LogitTail(scale=3.0, cap=1.5), 3), (states,))
 
 
 def test_under_autocast_the_product_is_bf16_and_the_rest_fp32() -> None:
@@ -75,6 +88,11 @@ def test_under_autocast_the_product_is_bf16_and_the_rest_fp32() -> None:
     assert ours.dtype == torch.float32
     expected = (states.bfloat16() @ weight.bfloat16().T).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)  # bf16 after the product would be off by 1e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen = chosen_logprobs(states, weight.detach(), None, ids, LogitTail(), 3)
+    torch.testing.assert_close(
+        torch.autograd.grad(frozen.sum(), states), torch.autograd.grad(ours.sum(), states, retain_graph=True), rtol=0.02, atol=0.01
+    )
     for a, b in zip(torch.autograd.grad(ours.sum(), [states, weight]), torch.autograd.grad(expected.sum(), [states, weight]), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)

@@ -3,7 +3,8 @@
 The head's matrix product and the log-softmax run over a chunk of states at a time and run again in the backward pass,
 where the chunk's softmax turns into the gradient in place and the weight's gradient adds up in one buffer. (Checkpointing
 each chunk instead gives the same numbers, but every chunk then makes a gradient of the whole vocabulary matrix, and the
-log-softmax three more passes over the chunk: a fifth of a training step on a CPU.)
+log-softmax three more passes over the chunk: a fifth of a training step on a CPU.) A head that is not trained, as under
+LoRA, does not run again: what a state's gradient is per unit of its output's is as small as the state, and is kept.
 """
 
 from __future__ import annotations
@@ -65,13 +66,18 @@ class _ChosenLogprobs(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, tail: LogitTail, rows: int, dtype: torch.dtype
     ) -> Tensor:
         head = (weight.to(dtype), None if bias is None else bias.to(dtype))
+        frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         out, normalizers = [], []
+        directions = torch.empty_like(states) if frozen else None
         for part in parts(len(ids), rows):
             logits = _final_logits(states[part].to(dtype), head, tail)
             normalizers.append(logits.logsumexp(-1))
             out.append(logits.gather(-1, ids[part, None]).squeeze(-1) - normalizers[-1])
+            if directions is not None:
+                flow = _flow(logits, normalizers[-1], ids[part], torch.ones_like(normalizers[-1]), tail)
+                directions[part] = flow.to(dtype) @ head[0]
         empty = states.new_zeros(0, dtype=_wide(dtype))
-        ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]))
+        ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]), directions)
         ctx.tail, ctx.rows, ctx.dtype = tail, rows, dtype
         return torch.cat([empty, *out])
 
@@ -83,7 +89,9 @@ class _ChosenLogprobs(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
-    states, weight, bias, ids, normalizers = ctx.saved_tensors
+    states, weight, bias, ids, normalizers, directions = ctx.saved_tensors
+    if directions is not None:
+        return (directions * grad[:, None]).to(states.dtype), None, None, None, None, None, None
     tail, dtype = ctx.tail, ctx.dtype
     wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     head = (weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -91,15 +99,8 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
     grad_weight = torch.zeros_like(weight) if wants_weight else None
     grad_bias = torch.zeros_like(bias) if wants_bias else None
     for part in parts(len(ids), ctx.rows):
-        # d log p_y = (1[y] − p) · d logits, through the tail.
         logits = _final_logits(states[part].to(dtype), head, tail)
-        slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
-        flow = logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
-        flow.scatter_add_(-1, ids[part, None], grad[part, None])
-        if slope is not None:
-            flow *= slope
-        if tail.scale != 1:
-            flow *= tail.scale
+        flow = _flow(logits, normalizers[part], ids[part], grad[part], tail)
         if grad_bias is not None:
             grad_bias += flow.sum(0)
         flow = flow.to(dtype)
@@ -108,6 +109,20 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
         if grad_weight is not None:
             _add_product(grad_weight, flow, states[part].to(dtype))
     return grad_states, grad_weight, grad_bias, None, None, None, None
+
+
+def _flow(
+    logits: Float[Tensor, "n vocab"], normalizers: Float[Tensor, " n"], ids: Int[Tensor, " n"], grad: Float[Tensor, " n"], tail: LogitTail
+) -> Float[Tensor, "n vocab"]:
+    """grad · d log p_y / d (the product), in place of the final logits: d log p_y = (1[y] − p) · d logits, through the tail."""
+    slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
+    flow = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
+    flow.scatter_add_(-1, ids[:, None], grad[:, None])
+    if slope is not None:
+        flow *= slope
+    if tail.scale != 1:
+        flow *= tail.scale
+    return flow
 
 
 def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: LogitTail) -> Tensor:
