@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--words", type=int, default=60)
     parser.add_argument("--text", action="store_true")
+    parser.add_argument("--ask", help='What a chat model is asked to do with a text: --text --ask "Go on with this film review: "')
     args = parser.parse_args()
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -32,7 +33,8 @@ def main() -> None:
             continue
         seen.add(said)
         answers = {name: text for name, text in (("chosen", row.chosen), ("rejected", row.rejected)) if text is not None}
-        kept.append({"prompt": row.prompt, **answers})
+        prompt = [{"role": "user", "content": args.ask + said}] if args.text and args.ask else row.prompt
+        kept.append({"prompt": prompt, **answers})
     kept = [kept[i * len(kept) // args.rows] for i in range(min(args.rows, len(kept)))]
     args.out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
     print(f"{len(kept)} rows in {args.out}")
