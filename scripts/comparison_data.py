@@ -1,7 +1,8 @@
 """Short prompts from a data set, as the comparisons on other data use them: `python scripts/comparison_data.py IN.jsonl OUT.jsonl`.
 
 Of the rows with one user turn of at most `--words` words it keeps `--rows`, evenly spaced, in the file's order. Transcripts become
-their one human turn; with `--text`, prompts stay text to be continued.
+their one human turn; with `--text`, prompts stay text to be continued, which `--ask` puts into a
+question to a chat model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ def main() -> None:
     parser.add_argument("--text", action="store_true")
     parser.add_argument("--ask", help='What a chat model is asked to do with a text: --text --ask "Go on with this film review: "')
     args = parser.parse_args()
+    if args.ask and not args.text:
+        parser.error("--ask is about texts: give --text, too")
     kept: list[dict[str, Any]] = []
     seen: set[str] = set()
     rows = load_rows(args.source)
@@ -33,7 +36,7 @@ def main() -> None:
             continue
         seen.add(said)
         answers = {name: text for name, text in (("chosen", row.chosen), ("rejected", row.rejected)) if text is not None}
-        prompt = [{"role": "user", "content": args.ask + said}] if args.text and args.ask else row.prompt
+        prompt = [{"role": "user", "content": args.ask + said}] if args.ask else row.prompt
         kept.append({"prompt": prompt, **answers})
     kept = [kept[i * len(kept) // args.rows] for i in range(min(args.rows, len(kept)))]
     args.out.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
