@@ -20,7 +20,7 @@ from transformers import (
 
 from neat_align import CollapseError
 from neat_align.precision import half_precision_copy, inference
-from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler
+from neat_align.sampling import Sample, Sampler, SampleRequest, SamplingParams, TransformersSampler, decode_attention
 from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.transformers_sampler import SHRINK_AT
 from tiny import FAMILIES, Family, random_model, tiny_model
@@ -145,6 +145,26 @@ def test_decoding_by_products_is_torchs_kernel(models: dict[Family, PreTrainedMo
     assert model.config._attn_implementation == "sdpa"
     with inference(model, None):
         same(fast, sampler(model)._decode(asked, params))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_half_precision_copy_decodes_by_products_too(models: dict[Family, PreTrainedModel], family: Family) -> None:
+    half = half_precision_copy(models[family], torch.bfloat16)
+    with inference(half, None), fast_decoding(half):
+        assert half.config._attn_implementation == "neat_decode"
+    assert half.config._attn_implementation == "sdpa"
+
+
+def test_products_that_disagree_with_torchs_kernel_are_not_used(
+    models: dict[Family, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_mask(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **others: Any) -> Any:
+        return decode(module, query, key, value, None if query.shape[2] == 1 else attention_mask, **others)
+
+    decode = decode_attention.decode_attention
+    monkeypatch.setattr(decode_attention, "decode_attention", without_mask)
+    with inference(models["llama"], None), fast_decoding(models["llama"]):
+        assert models["llama"].config._attn_implementation == "sdpa"
 
 
 def test_other_attention_is_left_alone(models: dict[Family, PreTrainedModel]) -> None:
