@@ -337,17 +337,15 @@ def test_drift_is_on_the_plain_samples_and_only_with_a_start_policy() -> None:
     assert without.kl_by_prompt == []
 
 
-def test_a_prompts_kl_is_over_the_tokens_of_all_its_samples() -> None:
-    """Samples of unlike length: their tokens count alike, so the prompt's number is no mean of its samples' numbers."""
+def test_kl_is_of_each_prompts_first_answer_and_every_token_counts_alike() -> None:
     policy, start, texts = model(0), model(1), ["one", "one two three four", "five six", "seven"]
     given = iter(texts)
     t = tools(policy, sampler=Scripted(lambda _: next(given)), reference=reference_to(start))
     found = evaluate_policy(rows(2), t, seed=0, samples_per_prompt=2, contrast=False)
-    prompts = [prompt_ids(TOKENIZER, row.prompt) for row in rows(2) for _ in range(2)]
-    answers = [[*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS] for text in texts]
+    prompts = [prompt_ids(TOKENIZER, row.prompt) for row in rows(2)]
+    answers = [[*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS] for text in (texts[0], texts[2])]
     d = exact_drift(policy, reference_to(start), prompts, answers, layout="padded", pad_token_id=PAD, autocast_dtype=None)
-    by_prompt = [(d.kl[i] + d.kl[i + 1]) / (len(answers[i]) + len(answers[i + 1])) for i in (0, 2)]
-    assert found.kl_by_prompt == pytest.approx(by_prompt, rel=1e-4)
+    assert found.kl_by_prompt == pytest.approx([kl / len(ids) for kl, ids in zip(d.kl, answers, strict=True)], rel=1e-4)
     assert found.kl == pytest.approx(sum(d.kl) / sum(map(len, answers)), rel=1e-4)
 
 

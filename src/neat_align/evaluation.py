@@ -111,6 +111,7 @@ def evaluate_policy(
 ) -> Evaluation:
     """Sample the policy on the plain prompts, reward the answers, and measure drift and the contrast that is left.
 
+    KL and entropy are of the first answer to each prompt, all else of all answers.
     Seeds depend on `seed`, the prompt and the sample's number, so two policies are compared on the same random draws.
     """
     plain = _sample(rows, tools, seed, samples_per_prompt, "plain", progress)
@@ -119,7 +120,8 @@ def evaluate_policy(
     scored = score_texts(flat_rows, texts, [s.token_ids for s in plain], (*tools.rewards, *_silent(tools.judges)))
     first = len(tools.rewards)
     judges = {judge.name: _by_prompt([c[first + i] for c in scored.components], samples_per_prompt) for i, judge in enumerate(tools.judges)}
-    drift = _drift(flat_rows, plain, tools)
+    # Exact at each of its tokens, so a prompt's first answer says nearly all; this is the dearest part of an evaluation.
+    drift = _drift(rows, plain[::samples_per_prompt], tools)
     answers_likelihood = _human_logprobs(rows, tools)
     variety = distinct_n(texts)  # NaN when no answer has two words
     contrast_rewards = {"plain": mean_of(scored.rewards)}
@@ -141,7 +143,7 @@ def evaluate_policy(
         kl=drift.kl_per_token if drift is not None else None,
         entropy=drift.entropy_per_token if drift is not None else None,
         contrast={k: v for k, v in contrast_rewards.items() if v is not None},
-        kl_by_prompt=_kl_by_prompt(drift, samples_per_prompt) if drift is not None else [],
+        kl_by_prompt=[kl / max(n, 1) for kl, n in zip(drift.kl, drift.tokens, strict=True)] if drift is not None else [],
         repetition=_floats(_by_prompt([repetition(t) for t in texts], samples_per_prompt)),
         refusals=_floats(_by_prompt([float(is_refusal(t)) for t in texts], samples_per_prompt)),
         pair_accuracy=_pair_accuracy(answers_likelihood),
@@ -159,12 +161,6 @@ def _by_prompt(values: Sequence[float | None], n: int) -> list[float | None]:
 
 def _floats(values: Sequence[float | None]) -> list[float]:
     return [float(v or 0) for v in values]
-
-
-def _kl_by_prompt(drift: Drift, n: int) -> list[float]:
-    """KL a token of each prompt's samples together."""
-    starts = range(0, len(drift.kl), n)
-    return [sum(drift.kl[i : i + n]) / max(sum(drift.tokens[i : i + n]), 1) for i in starts]
 
 
 def _sample(
