@@ -321,9 +321,14 @@ def test_at_equal_kl_a_method_is_the_mean_over_its_strengths_that_pass() -> None
 
 def test_without_a_target_it_is_what_all_reached() -> None:
     assert summary(None)["kl_target"] == 0.02  # of the runs that did not collapse at once
+    whole = [r for r in runs() if r.collapsed is None]
+    assert summarise(starts(), whole, ["base", "a", "b"], None)["kl_target"] == 0.02
+    assert rows(None)["a"]["at_equal_kl"]["seeds"] == 2
     collapsed = [r for r in runs() if r.collapsed is not None and len(r.points) == 1]
     assert collapsed
-    assert summarise(starts(), collapsed, ["base", "a", "b"], None)["kl_target"] is None
+    nothing = summarise(starts(), collapsed, ["base", "a", "b"], None)
+    assert nothing["kl_target"] is None
+    assert all(row["at_equal_kl"] is None for row in nothing["table"])
 
 
 def test_wins_are_counted_by_prompt_and_ties_are_their_own() -> None:

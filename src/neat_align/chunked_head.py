@@ -77,8 +77,11 @@ class _ChosenLogprobs(torch.autograd.Function):
                 flow = _flow(logits, normalizers[-1], ids[part], torch.ones_like(normalizers[-1]), tail)
                 directions[part] = flow.to(dtype) @ head[0]
         empty = states.new_zeros(0, dtype=_wide(dtype))
-        ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]), directions)
-        ctx.tail, ctx.rows, ctx.dtype = tail, rows, dtype
+        if directions is None:
+            ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]))
+        else:
+            ctx.save_for_backward(directions)
+        ctx.frozen, ctx.tail, ctx.rows, ctx.dtype = frozen, tail, rows, dtype
         return torch.cat([empty, *out])
 
     @staticmethod
@@ -89,9 +92,10 @@ class _ChosenLogprobs(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
-    states, weight, bias, ids, normalizers, directions = ctx.saved_tensors
-    if directions is not None:
-        return (directions * grad[:, None]).to(states.dtype), None, None, None, None, None, None
+    if ctx.frozen:
+        (directions,) = ctx.saved_tensors
+        return (directions * grad[:, None]).to(directions.dtype), None, None, None, None, None, None
+    states, weight, bias, ids, normalizers = ctx.saved_tensors
     tail, dtype = ctx.tail, ctx.dtype
     wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     head = (weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> Any:
         if error.errno not in _NO_ROOM:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        typer.echo(f"error: the disk is full: {error.strerror}{where}", err=True)
+        typer.echo(f"error: the disk is full: {scrubbed(f'{error.strerror}{where}')}", err=True)
         typer.echo(_how_to_resume(given, "when there is room"), err=True)
         sys.exit(2)
 
