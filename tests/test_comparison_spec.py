@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from neat_align.compare_command import read_spec
+from neat_align.comparison_source import read_spec
 from neat_align.comparison_spec import BASE, CompareSpec, parse_spec, shipped_methods, strength_name
 from neat_align.errors import ConfigError
 from neat_align.settings import recipe_path, settings_from

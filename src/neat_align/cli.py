@@ -104,21 +104,26 @@ def evaluate(ctx: typer.Context, config: ConfigOption = None) -> None:
     evaluate(settings, args)
 
 
-@app.command()
+@app.command(context_settings={**_ANY_OPTION, **_EITHER_DASH})
 def compare(
+    ctx: typer.Context,
     config: Annotated[Path, typer.Option("--config", help="A YAML comparison: recipes/compare-*.yaml.")],
     output_dir: Annotated[Path | None, typer.Option(help="Where runs, table and page go; runs/compare-NAME by default.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result file here.")] = None,
 ) -> None:
-    """Compare methods at equal budget and at equal KL: methods x seeds on one model and one data set."""
+    """Compare methods at equal budget and at equal KL: methods x seeds on one model and one data set.
+
+    Takes --methods NAME …, --seeds N …, and every option of `train` that all methods then share.
+    """
     _quiet()
     import shutil
 
     from rich.console import Console
 
-    from neat_align.compare_command import compare, comparison_table, read_spec
+    from neat_align.compare_command import compare, comparison_table
+    from neat_align.comparison_source import read_spec
 
-    spec = read_spec(config)
+    spec = read_spec(config, ctx.args)
     out = output_dir or Path("runs") / f"compare-{spec.name}"
     console = Console()
     console.print(comparison_table(compare(spec, out, console)))

@@ -26,17 +26,16 @@ from transformers import PrinterCallback, TrainerCallback
 from neat_align.commands import build_trainer
 from neat_align.comparison import Point, Run, summarise
 from neat_align.comparison_report import write_comparison_report
-from neat_align.comparison_spec import BASE, CompareSpec, Method, parse_spec, strength_name
+from neat_align.comparison_spec import BASE, CompareSpec, Method, strength_name
 from neat_align.config import NEATConfig
 from neat_align.errors import CollapseError, ConfigError
 from neat_align.expand import read_round
 from neat_align.packing import tokens_in
 from neat_align.redaction import redacted
 from neat_align.run_record import commit, cpu_name, fingerprint, versions
-from neat_align.settings import RunSettings, recipe_path, settings_from
+from neat_align.settings import RunSettings, settings_from
 from neat_align.storage import read_json, write_folder, write_json
 from neat_align.trainer import NEATTrainer
-from neat_align.yaml_files import read_yaml
 
 FORMAT = 1
 # Held-out prompts whose answers are kept for the page.
@@ -51,17 +50,6 @@ class _Job:
     strength: Mapping[str, Any]
     seed: int
     folder: Path
-
-
-def read_spec(path: Path) -> CompareSpec:
-    """The comparison in a YAML file, or in a shipped one of that name. Raises ConfigError."""
-    shipped = recipe_path(path.stem)
-    if not path.is_file() and path.parent.name in ("", "recipes") and shipped.is_file():
-        path = shipped
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in shipped.parent.glob("compare-*.yaml")))
-        raise ConfigError(f"there is no comparison at {path}; these ship: {names}")
-    return parse_spec(read_yaml(path, ConfigError).value, str(path))
 
 
 def compare(spec: CompareSpec, out: Path, console: Console) -> dict[str, Any]:

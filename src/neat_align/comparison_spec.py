@@ -1,6 +1,7 @@
 """What a comparison is made of: methods, strengths, seeds, one common set of settings. Read from YAML, checked before it runs.
 
 name: demo
+like: compare-demo                   # optional: begins as this one; `comparison_source` has put it under this one by now
 settings: {…}                        # any options of `neat-align train`, the same for all
 seeds: [0, 1, 2]
 strengths: [{learning_rate: 1e-4}]   # optional: every method is run at each
@@ -35,6 +36,12 @@ _COMMON = (
     *("num_train_epochs", "prompts_per_round", "per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"),
     *("temperature", "top_p", "top_k", "num_eval_generations", "num_eval_prompts", "seed"),
 )
+# Options of train that a comparison decides itself, and what says it here.
+_NOT_SETTINGS = {
+    "seed": "seeds lists them",
+    "output_dir": "every run has a folder of its own under the command's --output_dir",
+    "resume": "a comparison always goes on where it stopped",
+}
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,9 @@ def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) ->
 
 
 def _check_common(spec: CompareSpec, where: str) -> None:
+    for name, instead in _NOT_SETTINGS.items():
+        if name in spec.settings:
+            raise ConfigError(f"{where}: settings sets {name}, which a comparison decides itself ({instead}): take it out")
     for method in spec.methods:
         changed = [k for k in method.settings if k in _COMMON]
         if changed:
