@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import neat_align
-from neat_align.commands import demo_rows, evaluate, expand, train
+from neat_align.commands import demo_rows, evaluate, expand, load_data, train
 from neat_align.errors import ConfigError
 from neat_align.settings import RunSettings, parse, recipe_path
 from tiny import FAMILIES, Family, save_tiny
@@ -196,6 +196,32 @@ def test_training_and_held_out_prompts_do_not_overlap() -> None:
     assert len(held_out) == 64
     assert all(row.chosen for row in held_out)
     assert not {str(r.prompt) for r in train_rows} & {str(r.prompt) for r in held_out}
+
+
+def test_the_demo_takes_the_options_of_any_other_data(tmp_path: Path) -> None:
+    train_rows, shipped = demo_rows("train"), demo_rows("heldout")
+    assert load_data(RunSettings(dataset_name="demo")) == (train_rows, shipped)
+    rows, held_out = load_data(RunSettings(dataset_name="demo", holdout=16, dataset_limit=5))
+    assert rows == train_rows[:5]
+    assert held_out == shipped[::4]
+    assert load_data(RunSettings(dataset_name="demo", holdout=0))[1] == []
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": [{"role": "user", "content": "What now?"}]}\n', encoding="utf-8")
+    assert len(load_data(RunSettings(dataset_name="demo", eval_dataset_name=str(other)))[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"holdout": 65}, "holdout is 65, but the demo holds 64 prompts out: lower it, or give eval_dataset_name"),
+        ({"dataset_train_split": "train"}, "dataset_train_split is 'train', but the demo's prompts have no splits: take it out"),
+        ({"dataset_limit": 0}, "dataset_limit is 0; it must be 1 or more, or unset for every row"),
+        ({"eval_dataset_split": "test"}, "eval_dataset_split is 'test', but there is no eval_dataset_name for it to be a split of"),
+    ],
+)
+def test_options_that_the_demos_data_cannot_have_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_data(RunSettings(dataset_name="demo", **options))
 
 
 def test_settings_without_a_model_or_data_are_refused() -> None:

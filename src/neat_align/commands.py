@@ -30,25 +30,51 @@ from neat_align.trainer import NEATTrainer
 
 def load_data(settings: RunSettings) -> tuple[list[PromptRow], list[PromptRow]]:
     """Training rows and held-out rows, disjoint by prompt."""
-    if settings.dataset_name == "demo":
-        return demo_rows("train"), demo_rows("heldout")
     if not settings.dataset_name:
         raise ConfigError("dataset_name is missing: name a file with prompts, a hub data set, or demo")
-    rows = load_rows(settings.dataset_name, split=settings.dataset_train_split, limit=settings.dataset_limit)
+    if settings.eval_dataset_split is not None and settings.eval_dataset_name is None:
+        raise ConfigError(
+            f"eval_dataset_split is {settings.eval_dataset_split!r}, but there is no eval_dataset_name for it to be a split of"
+        )
+    demo = settings.dataset_name == "demo"
+    if demo:
+        rows = _demo_training_rows(settings)
+    else:
+        rows = load_rows(settings.dataset_name, split=settings.dataset_train_split, limit=settings.dataset_limit)
     held_out: list[PromptRow] = []
     if settings.eval_dataset_name is not None:
         held_out = load_rows(settings.eval_dataset_name, split=settings.eval_dataset_split)
+    elif demo:
+        shipped = demo_rows("heldout")
+        if settings.holdout > len(shipped):
+            raise ConfigError(
+                f"holdout is {settings.holdout}, but the demo holds {len(shipped)} prompts out: lower it, or give eval_dataset_name"
+            )
+        held_out = _spread(shipped, settings.holdout)
     elif settings.holdout:
         if settings.holdout >= len(rows):
             raise ConfigError(f"holdout is {settings.holdout} but there are only {len(rows)} rows: lower it, or give eval_dataset_name")
-        # Every k-th row, so that data in any order is held out evenly.
-        picked = {round(i * len(rows) / settings.holdout) for i in range(settings.holdout)}
-        held_out = [row for i, row in enumerate(rows) if i in picked]
+        held_out = _spread(rows, settings.holdout)
     prompts = {json.dumps(row.prompt) for row in held_out}
     rows = [row for row in rows if json.dumps(row.prompt) not in prompts]
     if settings.as_conversations:
         return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
     return rows, held_out
+
+
+def _spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
+    """`n` of the rows, evenly spaced and in their order: data in any order is held out evenly."""
+    picked = {round(i * len(rows) / n) for i in range(n)}
+    return [row for i, row in enumerate(rows) if i in picked]
+
+
+def _demo_training_rows(settings: RunSettings) -> list[PromptRow]:
+    if settings.dataset_train_split is not None:
+        raise ConfigError(f"dataset_train_split is {settings.dataset_train_split!r}, but the demo's prompts have no splits: take it out")
+    limit = settings.dataset_limit
+    if limit is not None and limit < 1:
+        raise ConfigError(f"dataset_limit is {limit}; it must be 1 or more, or unset for every row")
+    return demo_rows("train")[:limit]
 
 
 def demo_rows(split: str) -> list[PromptRow]:
