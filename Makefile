@@ -81,7 +81,7 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 faults: $(DEV_READY) ## Break a tiny run in every way and go on with it: docs/reliability.md (about 300 tries)
 	$(BENCH)/faults.py --jobs 2 --json $(RESULTS)/faults.json
 
-compare: $(DEMO_READY) ## NEAT against other methods at equal budget and equal KL (about half an hour on two cores)
+compare: $(DEMO_READY) ## NEAT against other methods at equal budget and equal KL (under half an hour on two cores)
 	$(BIN)/neat-align compare --config recipes/compare-demo.yaml
 
 format: $(DEV_READY) ## Rewrite the files in the house style
