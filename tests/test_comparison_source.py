@@ -63,7 +63,8 @@ def test_it_may_begin_as_a_shipped_one_and_have_no_settings_of_its_own(tmp_path:
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        ("nothing", "there is no comparison at nothing; these ship: compare-ablation"),
+        ("nothing", "second.yaml:1: like is 'nothing', and there is no such file beside this one; these ship: compare-ablation"),
+        ("x" * 5000, "and there is no such file beside this one"),
         (3, "second.yaml:1: like is 3; it names the comparison that this one begins as"),
         ("", "second.yaml:1: like is ''; it names"),
         ("second.yaml", "begins as itself: "),

@@ -84,7 +84,8 @@ def test_strengths_in_words() -> None:
     ("changes", "message"),
     [
         ({"method": {}}, "unknown key 'method'; did you mean 'methods'?"),
-        ({"learning_rate": 1}, "unknown key 'learning_rate'; it may have name, settings, seeds, strengths, methods, kl_target; options of"),
+        ({"lik": "demo"}, "unknown key 'lik'; did you mean 'like'?"),
+        ({"learning_rate": 1}, "unknown key 'learning_rate'; it may have name, like, settings, seeds, strengths, methods, kl_target"),
         ({"seeds": []}, "seeds is []; it must be a list of different whole numbers"),
         ({"seeds": 3}, "seeds is 3; it must be a list"),
         ({"seeds": [1, 1]}, "seeds is [1, 1]; it must be a list of different whole numbers"),
@@ -131,7 +132,7 @@ def test_an_unknown_method_is_told_how_a_new_one_begins() -> None:
 
 
 def test_what_is_no_mapping_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^x\.yaml holds list; a comparison is a mapping with name, settings, seeds"):
+    with pytest.raises(ConfigError, match=r"^x\.yaml holds list; a comparison is a mapping with name, like, settings, seeds"):
         parse_spec(["neat"], "x.yaml")
     with pytest.raises(ConfigError, match=r"^x\.yaml holds NoneType"):
         parse_spec(None, "x.yaml")

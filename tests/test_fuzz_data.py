@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from neat_align.comparison_source import read_spec
 from neat_align.comparison_spec import parse_spec
 from neat_align.data import load_rows
 from neat_align.errors import ConfigError, DataError, NEATError, PromptError
@@ -53,9 +54,10 @@ VALID: dict[str, list[bytes]] = {
 PIECES = [b"\0", b"\xff", b"[", b"{", b'"', b"'", b"\\ud800", b"*a", b"&a ", b": ", b"\n- ", b"1e999"]
 BANK = b"name: mine\ndescription: d\npairs:\n  - positive: Be good.\n    negative: 'Be bad.'\n  - {positive: a, negative: b}\n"
 SPEC = (
-    b"name: mine\nsettings: {seed: 1, learning_rate: 1e-5}\nseeds: [0, 1]\nstrengths: [{beta: 1.0}]\nkl_target: 0.1\n"
+    b"name: mine\nsettings: {holdout: 1, learning_rate: 1e-5}\nseeds: [0, 1]\nstrengths: [{beta: 1.0}]\nkl_target: 0.1\n"
     b"methods:\n  base:\n  neat: {beta: 2.0}\n  other: {like: neat, description: d}\n"
 )
+LIKE = b"like: compare-demo\nsettings: {holdout: 1}\nmethods: {neat: {beta: 2.0}}\n"
 RECIPE = b"model_name_or_path: demo\nreward_funcs: [vader]\nlearning_rate: 1e-5\nnum_train_epochs: 2\nuse_peft: true\n"
 
 
@@ -131,11 +133,23 @@ def test_any_bytes_in_an_instruction_bank(tmp_path: Path, raw: bytes) -> None:
 
 
 @FUZZ
-@given(raw=st.binary(max_size=300) | mutated([SPEC]))
+@given(raw=st.binary(max_size=300) | mutated([SPEC, LIKE]))
 def test_any_bytes_in_a_comparison(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "fuzzed.yaml"
     path.write_bytes(raw)
-    holds(lambda: parse_spec(read_yaml(path, ConfigError).value, str(path)), ConfigError, "fuzzed.yaml")
+    holds(lambda: read_spec(path), ConfigError, "fuzzed.yaml")
+
+
+@FUZZ
+@given(
+    arguments=st.lists(
+        st.sampled_from(["--seeds", "--methods", "--beta", "--beta=1", "neat", "dpo", "0", "[", "--", "-"]) | WORDS, max_size=6
+    )
+)
+def test_any_arguments_of_a_comparison(tmp_path: Path, arguments: list[str]) -> None:
+    path = tmp_path / "fuzzed.yaml"
+    path.write_bytes(SPEC)
+    holds(lambda: read_spec(path, arguments), ConfigError, "")
 
 
 METHODS = st.dictionaries(st.sampled_from(["base", "neat", "../x"]) | SCALARS, VALUES)

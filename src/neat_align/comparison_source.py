@@ -46,13 +46,23 @@ def read_spec(path: Path, arguments: Sequence[str] = ()) -> CompareSpec:
 
 
 def _found(path: Path) -> Path:
+    if _is_file(path):
+        return path
     shipped = recipe_path(path.stem)
-    if not path.is_file() and path.parent.name in ("", "recipes") and shipped.is_file():
+    if path.parent.name in ("", "recipes") and _is_file(shipped):
         return shipped
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in shipped.parent.glob("compare-*.yaml")))
-        raise ConfigError(f"there is no comparison at {path}; these ship: {names}")
-    return path
+    raise ConfigError(f"there is no comparison at {path}; these ship: {_names_of_shipped()}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the file system, for one
+        return False
+
+
+def _names_of_shipped() -> str:
+    return ", ".join(sorted(p.stem for p in recipe_path("").parent.glob("compare-*.yaml")))
 
 
 def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
@@ -64,10 +74,14 @@ def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
     if not isinstance(raw, dict) or LIKE not in raw:
         return raw
     name = raw[LIKE]
+    where = f"{path}:{document.lines[LIKE]}" if LIKE in document.lines else str(path)  # a merged key (<<) has no line
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{path}:{document.lines[LIKE]}: {LIKE} is {name!r}; it names the comparison that this one begins as")
-    beside = path.parent / name
-    begun = _raw(_found(beside if beside.is_file() else Path(name)), (*from_, path.resolve()))
+        raise ConfigError(f"{where}: {LIKE} is {name!r}; it names the comparison that this one begins as")
+    candidates = (path.parent / name, recipe_path(Path(name).stem))
+    other = next((p for p in candidates if _is_file(p)), None)
+    if other is None:
+        raise ConfigError(f"{where}: {LIKE} is {name!r}, and there is no such file beside this one; these ship: {_names_of_shipped()}")
+    begun = _raw(other, (*from_, path.resolve()))
     own = {key: value for key, value in raw.items() if key != LIKE}
     if not isinstance(begun, dict):
         return own  # which lacks what every comparison has, and is told so

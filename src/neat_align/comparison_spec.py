@@ -29,6 +29,8 @@ from neat_align.errors import ConfigError
 
 BASE = "base"
 _KEYS = ("name", "settings", "seeds", "strengths", "methods", "kl_target")
+# In a file there may also be `like`, which `comparison_source` has resolved before it is parsed.
+_FILE_KEYS = (_KEYS[0], "like", *_KEYS[1:])
 # What one comparison must not change from method to method: the policy, the data, what is judged, and the budget.
 _COMMON = (
     *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_limit", "as_conversations", "holdout", "eval_dataset_name"),
@@ -83,11 +85,11 @@ def shipped_methods() -> dict[str, Method]:
 def parse_spec(raw: Any, where: str) -> CompareSpec:
     """A comparison from plain data. Raises ConfigError that names `where` and what to change."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where} holds {type(raw).__name__}; a comparison is a mapping with {', '.join(_KEYS)}")
+        raise ConfigError(f"{where} holds {type(raw).__name__}; a comparison is a mapping with {', '.join(_FILE_KEYS)}")
     for key in raw:
         if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(_KEYS)}; options of train go under settings"
+            near = difflib.get_close_matches(str(key), _FILE_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(_FILE_KEYS)}; options of train go under settings"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
     seeds, strengths, methods = raw.get("seeds", [0]), raw.get("strengths") or [{}], raw.get("methods")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
