@@ -87,6 +87,21 @@ def test_a_method_clearly_ahead_is_said_to_be(tmp_path: Path) -> None:
     assert "It is ahead of every other method beyond the intervals." in found.notes
 
 
+def test_a_rival_that_gains_nothing_for_sure_is_not_beaten_by_that(tmp_path: Path) -> None:
+    """Its interval includes 0 and the winner's does not: that alone does not put it behind."""
+    facts = comparison()
+    row_of(facts, "neat")["at_equal_kl"]["reward"] = estimate(0.8, 0.10, 0.05)
+    for name in METHODS:
+        if name != "neat" and row_of(facts, name)["at_equal_kl"] is not None:
+            row_of(facts, name)["at_equal_kl"]["reward"] = estimate(0.8, 0.04, 0.09)
+    c = read(tmp_path, facts)
+    assert leaders(c, "at_equal_kl", "reward") == ["neat"]
+    found = verdict(c)
+    assert "neat has the largest gain over base" in found.sentence
+    assert "It is ahead of every other method beyond the intervals." not in found.notes
+    assert any(note.startswith("This comparison does not put") and note.endswith("behind it.") for note in found.notes)
+
+
 def test_the_paired_difference_decides_where_it_is_known(tmp_path: Path) -> None:
     facts = comparison()
     # neat-pp's interval meets neat's, and the difference prompt by prompt is clear; with dpo it is not.

@@ -11,7 +11,7 @@ from typing import Any
 
 from neat_align.comparison_charts import frontier, strengths
 from neat_align.comparison_input import BASE, Comparison, Estimate, mapping, read_comparison
-from neat_align.comparison_tables import gain_table, leaders, method_details, price_table, tag, win_bars, win_matrix
+from neat_align.comparison_tables import gain_table, method_details, price_table, tag, unbeaten, win_bars, win_matrix
 from neat_align.report_input import number
 from neat_align.report_page import change, digits_for, listed, percent, plain, turns, write_page
 
@@ -68,7 +68,7 @@ def verdict(c: Comparison) -> Verdict:
     if e.low is None or e.low <= 0:
         why = "has no interval" if e.low is None else "has an interval that includes 0"
         return Verdict(f"No method is shown to beat base {where}: the largest gain, {best}’s {gain}, {why}", (), None)
-    others = [m for m in leaders(c, side, "reward") if m != best]
+    others = [m for m in unbeaten(c, side, "reward") if m != best]
     if others:
         sentence = f"{where[0].upper()}{where[1:]} {best} has the largest gain over base in {c.reward_name}, {gain}"
         notes = [f"This comparison does not put {listed(others)} behind it."]

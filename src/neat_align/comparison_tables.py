@@ -60,25 +60,32 @@ def tag(c: Comparison, method: str) -> Tag:
     return Tag(method, css_of(c, method), marker_of(c, method, 7, 7, 4.4), c.collapsed(method))
 
 
-def leaders(c: Comparison, side: str, metric: str) -> list[str]:
-    """The methods with a gain above 0 that the one with the largest gain is not shown to beat, itself first. Never a collapsed one.
+def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
+    """The methods that the one with the largest gain is not shown to beat, itself first. Never a collapsed one.
 
     Shown to beat: the paired difference of the two has an interval above 0; where that was not written down, their
     intervals against base do not meet.
     """
-    found = {m: e for m in c.rivals if not c.collapsed(m) and (e := _at(c, m, side, metric)) is not None}
-    fit = sorted(((m, e) for m, e in found.items() if e.delta is not None and e.low is not None), key=lambda pair: -(pair[1].delta or 0.0))
-    if not fit:
+    found = {m: e for m in c.rivals if not c.collapsed(m) and (e := _at(c, m, side, metric)) is not None and e.delta is not None}
+    by_gain = sorted(found, key=lambda m: -(found[m].delta or 0.0))
+    best = next((m for m in by_gain if found[m].low is not None), None)
+    if best is None:
         return []
-    best, most = fit[0]
 
-    def behind(m: str, e: Estimate) -> bool:
+    def behind(m: str) -> bool:
         paired = c.row(best).against.get(m, {}).get(side, {}).get(metric)
         if paired is not None and paired.low is not None:
             return paired.low > 0
-        return (e.high or 0.0) < (most.low or 0.0)
+        high, low = found[m].high, found[best].low
+        return high is not None and low is not None and high < low
 
-    return [m for m, e in fit if (e.low or 0.0) > 0 and (m == best or not behind(m, e))]
+    return [best, *(m for m in by_gain if m != best and not behind(m))]
+
+
+def leaders(c: Comparison, side: str, metric: str) -> list[str]:
+    """The unbeaten methods that are themselves shown to gain over base."""
+    estimates = {m: _at(c, m, side, metric) for m in unbeaten(c, side, metric)}
+    return [m for m, e in estimates.items() if e is not None and e.low is not None and e.low > 0]
 
 
 def gain_table(c: Comparison) -> dict[str, Any]:
