@@ -32,13 +32,13 @@ def load_data(settings: RunSettings) -> tuple[list[PromptRow], list[PromptRow]]:
     """Training rows and held-out rows, disjoint by prompt."""
     if not settings.dataset_name:
         raise ConfigError("dataset_name is missing: name a file with prompts, a hub data set, or demo")
-    if settings.eval_dataset_split is not None and settings.eval_dataset_name is None:
-        raise ConfigError(
-            f"eval_dataset_split is {settings.eval_dataset_split!r}, but there is no eval_dataset_name for it to be a split of"
-        )
     demo = settings.dataset_name == "demo"
     if demo:
-        rows = _demo_training_rows(settings)
+        if settings.dataset_train_split is not None:
+            raise ConfigError(
+                f"dataset_train_split is {settings.dataset_train_split!r}, but the demo's prompts have no splits: take it out"
+            )
+        rows = demo_rows("train")[: settings.dataset_limit]
     else:
         rows = load_rows(settings.dataset_name, split=settings.dataset_train_split, limit=settings.dataset_limit)
     held_out: list[PromptRow] = []
@@ -66,15 +66,6 @@ def _spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
     """`n` of the rows, evenly spaced and in their order: data in any order is held out evenly."""
     picked = {round(i * len(rows) / n) for i in range(n)}
     return [row for i, row in enumerate(rows) if i in picked]
-
-
-def _demo_training_rows(settings: RunSettings) -> list[PromptRow]:
-    if settings.dataset_train_split is not None:
-        raise ConfigError(f"dataset_train_split is {settings.dataset_train_split!r}, but the demo's prompts have no splits: take it out")
-    limit = settings.dataset_limit
-    if limit is not None and limit < 1:
-        raise ConfigError(f"dataset_limit is {limit}; it must be 1 or more, or unset for every row")
-    return demo_rows("train")[:limit]
 
 
 def demo_rows(split: str) -> list[PromptRow]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from neat_align.comparison_spec import BASE, CompareSpec, parse_spec
 from neat_align.errors import ConfigError
-from neat_align.settings import recipe_path
+from neat_align.settings import is_file, option_name, recipe_file, recipe_path, shipped_names
 from neat_align.yaml_files import parse_yaml, read_yaml
 
-LIKE = "like"
+SHIPPED = "compare-*"
 
 
 def read_spec(path: Path, arguments: Sequence[str] = ()) -> CompareSpec:
@@ -26,7 +26,7 @@ def read_spec(path: Path, arguments: Sequence[str] = ()) -> CompareSpec:
     for name in ("methods", "seeds"):
         if given.get(name) is True:
             raise ConfigError(f"--{name} is given without a value: write --{name} A B")
-    raw = _raw(_found(path), ())
+    raw = _raw(recipe_file(path, "comparison", SHIPPED), ())
     if not isinstance(raw, Mapping):
         return parse_spec(raw, str(path))
     chosen = [str(name) for name in _listed(given.pop("methods", []))]
@@ -45,44 +45,24 @@ def read_spec(path: Path, arguments: Sequence[str] = ()) -> CompareSpec:
     return replace(spec, methods=tuple(kept)) if chosen else spec
 
 
-def _found(path: Path) -> Path:
-    if _is_file(path):
-        return path
-    shipped = recipe_path(path.stem)
-    if path.parent.name in ("", "recipes") and _is_file(shipped):
-        return shipped
-    raise ConfigError(f"there is no comparison at {path}; these ship: {_names_of_shipped()}")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long for the file system, for one
-        return False
-
-
-def _names_of_shipped() -> str:
-    return ", ".join(sorted(p.stem for p in recipe_path("").parent.glob("compare-*.yaml")))
-
-
 def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
     """A file's comparison as plain data, with what it has from the one that it begins as. `from_` led here."""
     if path.resolve() in from_:
-        raise ConfigError(f"{path} begins as itself: {' -> '.join(str(p) for p in (*from_, path))}. Take one {LIKE} out")
+        raise ConfigError(f"{path} begins as itself: {' -> '.join(str(p) for p in (*from_, path))}. Take one like out")
     document = read_yaml(path, ConfigError)
     raw = document.value
-    if not isinstance(raw, dict) or LIKE not in raw:
+    if not isinstance(raw, dict) or "like" not in raw:
         return raw
-    name = raw[LIKE]
-    where = f"{path}:{document.lines[LIKE]}" if LIKE in document.lines else str(path)  # a merged key (<<) has no line
+    name = raw["like"]
+    where = f"{path}:{document.lines['like']}" if "like" in document.lines else str(path)  # a merged key (<<) has no line
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{where}: {LIKE} is {name!r}; it names the comparison that this one begins as")
+        raise ConfigError(f"{where}: like is {name!r}; it names the comparison that this one begins as")
     candidates = (path.parent / name, recipe_path(Path(name).stem))
-    other = next((p for p in candidates if _is_file(p)), None)
+    other = next((p for p in candidates if is_file(p)), None)
     if other is None:
-        raise ConfigError(f"{where}: {LIKE} is {name!r}, and there is no such file beside this one; these ship: {_names_of_shipped()}")
+        raise ConfigError(f"{where}: like is {name!r}, and there is no such file beside this one; these ship: {shipped_names(SHIPPED)}")
     begun = _raw(other, (*from_, path.resolve()))
-    own = {key: value for key, value in raw.items() if key != LIKE}
+    own = {key: value for key, value in raw.items() if key != "like"}
     if not isinstance(begun, dict):
         return own  # which lacks what every comparison has, and is told so
     both = {key: value for key, value in begun.items() if key != "name"} | own
@@ -104,10 +84,10 @@ def _values(arguments: Sequence[str]) -> dict[str, Any]:
     name = None
     for argument in arguments:
         if argument.startswith("--"):
-            written, equals, value = argument.removeprefix("--").partition("=")
-            name = written.replace("-", "_")
+            name = option_name(argument)
             if name in words:
                 raise ConfigError(f"--{name} is given twice, and only one could count: keep one")
+            _, equals, value = argument.partition("=")
             words[name] = [value] if equals else []
         elif name is None:
             raise ConfigError(f"{argument!r} belongs to no option: options are written --name value")

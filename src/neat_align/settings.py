@@ -55,6 +55,12 @@ class RunSettings:
         for name, least in (("holdout", 0), ("lora_r", 1), ("lora_alpha", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.dataset_limit is not None and self.dataset_limit < 1:
+            raise ConfigError(f"dataset_limit is {self.dataset_limit}; it must be 1 or more, or unset for every row")
+        if self.eval_dataset_split is not None and self.eval_dataset_name is None:
+            raise ConfigError(
+                f"eval_dataset_split is {self.eval_dataset_split!r}, but there is no eval_dataset_name for it to be a split of"
+            )
         if self.model_name_or_path:
             check_source(self.model_name_or_path, self.model_revision, self.trust_remote_code)
 
@@ -73,7 +79,7 @@ def parse(arguments: Sequence[str], config_file: Path | None) -> tuple[RunSettin
         raise ConfigError(f"{_place(str(error), lines, path)}{error}") from error
     for argument in unknown:
         if argument.startswith("--"):
-            raise ConfigError(_unknown(argument.removeprefix("--").split("=")[0].replace("-", "_"), known, "the command line"))
+            raise ConfigError(_unknown(option_name(argument), known, "the command line"))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} belongs to no option: options are written --name value")
     if config.hub_token:
@@ -118,11 +124,7 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
 
 def _recipe(path: Path, known: set[str]) -> tuple[YamlDocument, Path]:
     """A recipe with the lines of its options, and where it was found."""
-    shipped = recipe_path(path.stem)
-    if not path.is_file() and path.parent.name in ("", "recipes") and shipped.is_file():
-        path = shipped
-    if not path.is_file():
-        raise ConfigError(f"there is no recipe at {path}; these ship: {', '.join(sorted(p.stem for p in shipped.parent.glob('*.yaml')))}")
+    path = recipe_file(path, "recipe", "*")
     recipe = read_yaml(path, ConfigError)
     if not isinstance(recipe.value, dict):
         raise ConfigError(f"{path} holds {type(recipe.value).__name__}; a recipe is a mapping of option names to values")
@@ -133,7 +135,12 @@ def _recipe(path: Path, known: set[str]) -> tuple[YamlDocument, Path]:
 
 
 def _given(arguments: Sequence[str]) -> set[str]:
-    return {a.removeprefix("--").split("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
+    return {option_name(a) for a in arguments if a.startswith("--")}
+
+
+def option_name(argument: str) -> str:
+    """The option that a `--name` or `--name=value` of the command line means, with either dash."""
+    return argument.removeprefix("--").split("=")[0].replace("-", "_")
 
 
 def _place(message: str, lines: Mapping[str, int], path: Path | None) -> str:
@@ -171,6 +178,29 @@ def _as_word(name: str, value: Any) -> str:
 def _unknown(name: str, known: set[str], where: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"{where}: unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; `neat-align train --help` lists all")
+
+
+def recipe_file(path: Path, what: str, pattern: str) -> Path:
+    """The file at `path`, or the shipped one that its name means. Raises ConfigError: there is no `what`, these (`pattern`) ship."""
+    if is_file(path):
+        return path
+    shipped = recipe_path(path.stem)
+    if path.parent.name in ("", "recipes") and is_file(shipped):
+        return shipped
+    raise ConfigError(f"there is no {what} at {path}; these ship: {shipped_names(pattern)}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file at a path that a user wrote, which may be too long for any."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def shipped_names(pattern: str) -> str:
+    """Names of the shipped recipes that match, for messages."""
+    return ", ".join(sorted(p.stem for p in recipe_path(pattern).parent.glob(f"{pattern}.yaml")))
 
 
 def recipe_path(name: str) -> Path:
