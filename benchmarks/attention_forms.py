@@ -1,4 +1,5 @@
-"""Four ways to let K completions share their prompt in training, forward and backward, on the same tokens.
+"""Four ways to let K completions share their prompt in training, forward and backward, on the same
+tokens.
 
   python benchmarks/attention_forms.py --json OUT
 
@@ -18,17 +19,19 @@ import torch
 from torch import Tensor
 from train_step import gradient_step, make_ids
 
-from neat_align.chunked_head import LogitTail, chosen_logprobs, chunk_rows
-from neat_align.logprobs import completion_logprobs
-from neat_align.packing import NOWHERE, PackedRows, pack_rows
-from neat_align.precision import autocast
+from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows
+from neat_align.modeling.logprobs import completion_logprobs
+from neat_align.modeling.packing import NOWHERE, PackedRows, pack_rows
+from neat_align.modeling.precision import autocast
 
 
 def head(model: Any, states: Tensor, rows: PackedRows) -> Tensor:
     """The same chunked head for every form."""
     ids = rows.completion_ids[rows.completion_mask]
     chunk = chunk_rows(model.config.vocab_size, states.device)
-    return chosen_logprobs(states, model.lm_head.weight, None, ids, LogitTail(), chunk).view_as(rows.completion_ids)
+    return chosen_logprobs(states, model.lm_head.weight, None, ids, LogitTail(), chunk).view_as(
+        rows.completion_ids
+    )
 
 
 def segments_of(rows: PackedRows) -> Tensor:
@@ -44,7 +47,10 @@ def by_mask(model: Any, rows: PackedRows) -> Tensor:
     segment, position = segments_of(rows), rows.position_ids[0]
     mask = ((segment == segment[:, None]) | (segment == 0)) & (position <= position[:, None])
     states = model.model(
-        input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask[None, None], use_cache=False
+        input_ids=rows.input_ids,
+        position_ids=rows.position_ids,
+        attention_mask=mask[None, None],
+        use_cache=False,
     ).last_hidden_state[0]
     return head(model, states[rows.read_at], rows)
 
@@ -59,9 +65,12 @@ def by_flex(model: Any, rows: PackedRows) -> Tensor:
 
     n = rows.input_ids.shape[1]
     mask = create_block_mask(visible, 1, None, n, n, device=rows.input_ids.device)
-    states = model.model(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False).last_hidden_state[
-        0
-    ]
+    states = model.model(
+        input_ids=rows.input_ids,
+        position_ids=rows.position_ids,
+        attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state[0]
     return head(model, states[rows.read_at], rows)
 
 
@@ -70,9 +79,13 @@ def by_cache(model: Any, rows: PackedRows) -> Tensor:
 
     k, p = rows.completion_ids.shape[0], rows.layout.prompt_index.shape[1]
     cache = DynamicCache(config=model.config)
-    prompt = model.model(input_ids=rows.input_ids[:, :p], past_key_values=cache, use_cache=True).last_hidden_state
+    prompt = model.model(
+        input_ids=rows.input_ids[:, :p], past_key_values=cache, use_cache=True
+    ).last_hidden_state
     cache.batch_repeat_interleave(k)
-    own = model.model(input_ids=rows.completion_ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+    own = model.model(
+        input_ids=rows.completion_ids[:, :-1], past_key_values=cache, use_cache=True
+    ).last_hidden_state
     states = torch.cat([prompt[:, -1:].expand(k, -1, -1), own], dim=1)
     return head(model, states.flatten(0, 1), rows)
 
@@ -83,10 +96,19 @@ def main() -> None:
     args = parser.parse_args()
     model = harness.load_model(args.model).to(harness.device()).train()
     dtype = harness.DTYPES[args.dtype]
-    forms: dict[str, Callable[[Any, PackedRows], Tensor]] = {"pieces": completion_logprobs, "mask": by_mask, "cache": by_cache}
+    forms: dict[str, Callable[[Any, PackedRows], Tensor]] = {
+        "pieces": completion_logprobs,
+        "mask": by_mask,
+        "cache": by_cache,
+    }
     if harness.device().type != "cpu":
         forms["flex"] = by_flex
-    result: dict[str, Any] = {"dtype": args.dtype, "model": args.model, "device": harness.device().type, "settings": []}
+    result: dict[str, Any] = {
+        "dtype": args.dtype,
+        "model": args.model,
+        "device": harness.device().type,
+        "settings": [],
+    }
     table = []
     for p, r, k in ((64, 64, 4), (256, 64, 8), (512, 128, 8)):
         prompt, completions = make_ids(p, r, k)
@@ -104,12 +126,34 @@ def main() -> None:
 
             gradient_step(logprobs)
 
-        seconds = harness.in_turn({name: (lambda name=name: step(name)) for name in forms}, args.repeats)
+        seconds = harness.in_turn(
+            {name: (lambda name=name: step(name)) for name in forms}, args.repeats
+        )
         medians = {name: harness.spread(values)["median"] for name, values in seconds.items()}
-        difference = max(float((found[name] - found["pieces"]).detach().abs().max()) for name in forms)
-        result["settings"].append({"prompt": p, "completion": r, "k": k, "seconds": medians, "max_logprob_difference": difference})
-        table.append([f"{p} + {k} x {r}", *(f"{m:.3f} ({m / medians['pieces']:.2f}x)" for m in medians.values()), f"{difference:.0e}"])
-    harness.show(f"seconds, forward and backward, {args.dtype}", ["P + K x R", *forms, "differ by, nats"], table)
+        difference = max(
+            float((found[name] - found["pieces"]).detach().abs().max()) for name in forms
+        )
+        result["settings"].append(
+            {
+                "prompt": p,
+                "completion": r,
+                "k": k,
+                "seconds": medians,
+                "max_logprob_difference": difference,
+            }
+        )
+        table.append(
+            [
+                f"{p} + {k} x {r}",
+                *(f"{m:.3f} ({m / medians['pieces']:.2f}x)" for m in medians.values()),
+                f"{difference:.0e}",
+            ]
+        )
+    harness.show(
+        f"seconds, forward and backward, {args.dtype}",
+        ["P + K x R", *forms, "differ by, nats"],
+        table,
+    )
     harness.save(args.json, result)
 
 

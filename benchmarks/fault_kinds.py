@@ -1,4 +1,6 @@
-"""The faults of `faults.py`: where each strikes, how the run has to end, and what it is compared with after it has gone on."""
+"""The faults of `faults.py`: where each strikes, how the run has to end, and what it is compared
+with after it has gone on.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import fault_points as fp
 
 import neat_align.group_trainer
 from neat_align import NEATTrainer
-from neat_align.cli import PAUSED
+from neat_align.cli.app import PAUSED
 from neat_align.rewards import resolve
 from reward_server import Behaviour, Handler, by_length
 
@@ -34,7 +36,9 @@ TIMES = ("runtime", "per_second")
 
 @dataclass(frozen=True)
 class Bench:
-    """What tries share: the unbroken run and its events, a run that was stopped after its third step, a free port."""
+    """What tries share: the unbroken run and its events, a run that was stopped after its third
+    step, a free port.
+    """
 
     base: Path
     whole: dict[str, Any]
@@ -48,23 +52,31 @@ class Bench:
 
 @dataclass(frozen=True)
 class Try:
-    """One fault. `work` is given a folder that is not there yet, and says why the try is lost, or None."""
+    """One fault. `work` is given a folder that is not there yet, and says why the try is lost, or
+    None.
+    """
 
     fault: str
     name: str
     work: Callable[[Path], str | None]
 
 
-# ---- comparing -------------------------------------------------------------------------------------------------------
+# ---- comparing -----------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, Any]:
     """All of a finished run that must not depend on how it came about."""
     found: dict[str, Any] = {}
     for pattern in ("rounds/?????/*", "model/*", "evaluation-*.json", "drift-start.json"):
-        found |= {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob(pattern) if p.is_file() and p.name not in OWN}
+        found |= {
+            p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in folder.glob(pattern)
+            if p.is_file() and p.name not in OWN
+        }
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found["metrics.jsonl"] = [{k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in lines]
+    found["metrics.jsonl"] = [
+        {k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in lines
+    ]
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     found["result.json"] = {k: v for k, v in result.items() if k not in CHANGING}
     found["report.html"] = (folder / "report.html").is_file()
@@ -77,7 +89,9 @@ def difference(whole: dict[str, Any], folder: Path) -> str | None:
         found = contents(folder)
     except (OSError, ValueError) as error:
         return f"the run is not whole: {error}"
-    other = sorted(name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name))
+    other = sorted(
+        name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)
+    )
     return f"other than unbroken: {', '.join(other)}" if other else None
 
 
@@ -107,7 +121,10 @@ def broken(
     server: fp.Server | None = None,
     before: Callable[[], None] = lambda: None,
 ) -> str | None:
-    """Run with a fault; it must end with one of the codes, and say `says` where that is not 0. Then go on, and compare."""
+    """Run with a fault; it must end with one of the codes, and say `says` where that is not 0.
+
+    Then go on, and compare.
+    """
     ended = fp.run(b.base, folder, resume=False, action=action, server=server, before=before)
     if ended.code not in codes:
         return f"it ended with {ended.code}, not {list(codes)}: {last_line(ended.said)}"
@@ -118,11 +135,15 @@ def broken(
     return go_on(folder, b, None if server is None else fp.Server(server.port, by_length))
 
 
-# ---- where ------------------------------------------------------------------------------------------------------------
+# ---- where ---------------------------------------------------------------------------------------
 
 
-def spread(b: Bench, count: int, kinds: Sequence[str] = (), salt: str = "") -> list[tuple[int, fp.Event]]:
-    """So many events, drawn with the seed, in turn from each stage, the busiest first; `kinds` () means any."""
+def spread(
+    b: Bench, count: int, kinds: Sequence[str] = (), salt: str = ""
+) -> list[tuple[int, fp.Event]]:
+    """So many events, drawn with the seed, in turn from each stage, the busiest first; `kinds` ()
+    means any.
+    """
     rng = random.Random(f"{b.seed}/{salt}")
     by_stage: dict[str, list[int]] = {}
     for number, event in enumerate(b.events, start=1):
@@ -131,32 +152,50 @@ def spread(b: Bench, count: int, kinds: Sequence[str] = (), salt: str = "") -> l
     stages = sorted(by_stage.values(), key=len, reverse=True)
     for numbers in stages:
         rng.shuffle(numbers)
-    picked = [numbers[i] for i in range(max(map(len, stages))) for numbers in stages if i < len(numbers)][:count]
+    picked = [
+        numbers[i] for i in range(max(map(len, stages))) for numbers in stages if i < len(numbers)
+    ][:count]
     return [(n, b.events[n - 1]) for n in sorted(picked)]
 
 
-# ---- the faults -------------------------------------------------------------------------------------------------------
+# ---- the faults ----------------------------------------------------------------------------------
 
 
 def kills(b: Bench, fast: bool) -> Iterator[Try]:
     """SIGKILL everywhere."""
     for n, event in spread(b, 3 if fast else 66, salt="kill"):
-        yield Try(f"kill -9 {event.stage}", f"event {n}, {event.kind}", partial(broken, b=b, codes=[-9], action=fp.kill(n)))
+        yield Try(
+            f"kill -9 {event.stage}",
+            f"event {n}, {event.kind}",
+            partial(broken, b=b, codes=[-9], action=fp.kill(n)),
+        )
     for n, event in spread(b, 1 if fast else 12, fp.TEARABLE, salt="tear"):
         name = f"event {n}, {event.kind} {event.stage}"
-        yield Try("kill -9 inside of a write: half of the file is there", name, partial(broken, b=b, codes=[-9], action=fp.tear(n)))
+        yield Try(
+            "kill -9 inside of a write: half of the file is there",
+            name,
+            partial(broken, b=b, codes=[-9], action=fp.tear(n)),
+        )
     if fast:
         return
     rng = random.Random(f"{b.seed}/twice")
     for n, event in spread(b, 8, salt="twice"):
         again = rng.randrange(1, len(b.events) // 2)
         yield Try(
-            "kill -9, and again in the resumed run", f"events {n}, {event.kind}, and {again}", partial(twice, b=b, first=n, second=again)
+            "kill -9, and again in the resumed run",
+            f"events {n}, {event.kind}, and {again}",
+            partial(twice, b=b, first=n, second=again),
         )
     for _ in range(10):
         seconds = b.cpu_seconds * rng.random()
-        work = partial(broken, b=b, codes=[-signal.SIGPROF, 0], before=partial(fp.die_after, seconds))
-        yield Try("killed by the clock, between two instructions", f"after {seconds:.2f} s of CPU time", work)
+        work = partial(
+            broken, b=b, codes=[-signal.SIGPROF, 0], before=partial(fp.die_after, seconds)
+        )
+        yield Try(
+            "killed by the clock, between two instructions",
+            f"after {seconds:.2f} s of CPU time",
+            work,
+        )
 
 
 def twice(folder: Path, b: Bench, first: int, second: int) -> str | None:
@@ -169,7 +208,10 @@ def twice(folder: Path, b: Bench, first: int, second: int) -> str | None:
 
 
 def signals(b: Bench, fast: bool) -> Iterator[Try]:
-    """SIGTERM in each stage. Before the run is opened it is a kill; when all is done already, the run just ends."""
+    """SIGTERM in each stage.
+
+    Before the run is opened it is a kill; when all is done already, the run just ends.
+    """
     for n, event in spread(b, 1 if fast else 24, salt="term"):
         codes = [143, 0] if event.stage != fp.LOADING else [143, 0, -signal.SIGTERM]
         work = partial(broken, b=b, codes=codes, action=fp.send(n, signal.SIGTERM))
@@ -194,7 +236,11 @@ def damages(b: Bench, fast: bool) -> Iterator[Try]:
         for path in files:
             if not fast or (path.name, how) == ("rng_state.pth", "one bit flipped"):
                 name = path.relative_to(b.half).as_posix()
-                yield Try(f"a file of the last checkpoint {how}", name, partial(damaged, b=b, name=name, how=how))
+                yield Try(
+                    f"a file of the last checkpoint {how}",
+                    name,
+                    partial(damaged, b=b, name=name, how=how),
+                )
 
 
 def damaged(folder: Path, b: Bench, name: str, how: str) -> str | None:
@@ -262,32 +308,44 @@ def servers(b: Bench, fast: bool) -> Iterator[Try]:
             work = partial(alone, lock=b.base / "port.lock", work=work)
             yield Try(f"the reward server {name}", f"after {good} good answers", work)
     for name in ("says 429", "says 500", "hangs up"):
-        work = partial(broken, b=b, codes=[0], server=fp.Server(b.port, but_for(3, SERVERS[name][0])))
+        work = partial(
+            broken, b=b, codes=[0], server=fp.Server(b.port, but_for(3, SERVERS[name][0]))
+        )
         work = partial(alone, lock=b.base / "port.lock", work=work)
-        yield Try(f"the reward server {name} three times, then answers", "from the first request", work)
+        yield Try(
+            f"the reward server {name} three times, then answers", "from the first request", work
+        )
 
 
 def alone(folder: Path, lock: Path, work: Callable[[Path], str | None]) -> str | None:
-    """One try at a time: a reward's name holds the server's port, so that all of them need the same one."""
+    """One try at a time: a reward's name holds the server's port, so that all of them need the same
+    one.
+    """
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         return work(folder)
 
 
 def impatient() -> None:
-    """Wait for a server for a moment only. Not an option: those may not change when the run goes on."""
+    """Wait for a server for a moment only. Not an option: those may not change when the run goes
+    on.
+    """
     resolve.DEFAULT_TIMEOUT = 0.3
 
 
 def after(good: int, behaviour: Behaviour) -> Behaviour:
     """Good answers first."""
-    return lambda handler, asked, number: (by_length if number < good else behaviour)(handler, asked, number)
+    return lambda handler, asked, number: (by_length if number < good else behaviour)(
+        handler, asked, number
+    )
 
 
 def but_for(bad: int, behaviour: Behaviour | None) -> Behaviour:
     """Bad answers first."""
     assert behaviour is not None
-    return lambda handler, asked, number: (behaviour if number < bad else by_length)(handler, asked, number)
+    return lambda handler, asked, number: (behaviour if number < bad else by_length)(
+        handler, asked, number
+    )
 
 
 def not_finite(b: Bench, fast: bool) -> Iterator[Try]:
@@ -295,12 +353,16 @@ def not_finite(b: Bench, fast: bool) -> Iterator[Try]:
     for what, says in (("weights", "nan"), ("loss", "nan"), ("gradient", "not finite")):
         for step in range(1, 5):
             if not fast or (what, step) == ("gradient", 3):
-                work = partial(broken, b=b, codes=[2], says=says, before=partial(poison, what, step))
+                work = partial(
+                    broken, b=b, codes=[2], says=says, before=partial(poison, what, step)
+                )
                 yield Try(f"NaN in the {what} of a training step", f"step {step}", work)
     if fast:
         return
     for index in range(2):
-        work = partial(broken, b=b, codes=[2], says="not finite", before=partial(poison_round, index))
+        work = partial(
+            broken, b=b, codes=[2], says="not finite", before=partial(poison_round, index)
+        )
         yield Try("NaN in the weights while it samples", f"round {index + 1}", work)
     for call in (1, 4, 8):
         work = partial(broken, b=b, codes=[2], says="nan", before=partial(poison_reward, call))
@@ -317,7 +379,9 @@ def poison(what: str, step: int) -> None:
         if now and what == "weights":
             weights.data[:] = math.nan
         bad = now and what == "loss"
-        neat_align.group_trainer.total_loss = (lambda terms, **_: terms.ranking * math.nan) if bad else total
+        neat_align.group_trainer.total_loss = (
+            (lambda terms, **_: terms.ranking * math.nan) if bad else total
+        )
         loss = compute(self, model, *args, **kwargs)
         if now and what == "gradient":
             weights.register_hook(lambda g: g * math.nan)
@@ -355,7 +419,11 @@ def two_writers(b: Bench, fast: bool) -> Iterator[Try]:
     """A second process on the run directory while the first one holds it."""
     held = [(n, e) for n, e in spread(b, 40, salt="two") if e.stage not in (fp.LOADING, fp.OPENING)]
     for n, event in held[:: len(held)] if fast else held[:: len(held) // 6]:
-        yield Try("a second process on the run directory", f"event {n}, {event.kind} {event.stage}", partial(second, b=b, at=n))
+        yield Try(
+            "a second process on the run directory",
+            f"event {n}, {event.kind} {event.stage}",
+            partial(second, b=b, at=n),
+        )
 
 
 def second(folder: Path, b: Bench, at: int) -> str | None:

@@ -1,8 +1,9 @@
 """A tiny run of `neat-align train` in a process of its own, with a fault at any of its events.
 
-Events are counted in the order in which they happen, and a run without a fault always has the same ones: a file opened for writing,
-synced, renamed, deleted or cut inside the run directory, a save of torch or safetensors (before and after it), a forward pass, a
-reward's call, an optimizer step. A fault is an action at the n-th of them. Processes are forked from one that has imported everything,
+Events are counted in the order in which they happen, and a run without a fault always has the same
+ones: a file opened for writing, synced, renamed, deleted or cut inside the run directory, a save of
+torch or safetensors (before and after it), a forward pass, a reward's call, an optimizer step. A
+fault is an action at the n-th of them. Processes are forked from one that has imported everything,
 so that a run costs a second.
 """
 
@@ -26,13 +27,13 @@ import transformers.modeling_utils
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.models.llama.modeling_llama import LlamaModel
 
-import neat_align.expand
-from neat_align import NEATTrainer, commands
-from neat_align.cli import PAUSED
+import neat_align.rounds.make_round
+from neat_align import NEATTrainer, pipeline
+from neat_align.cli.app import PAUSED
+from neat_align.cli.options import options_from
 from neat_align.errors import NEATError, RewardUnavailableError
 from neat_align.rewards import http
-from neat_align.settings import settings_from
-from neat_align.shards import SampleShards
+from neat_align.rounds.rollout_store import RolloutStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -65,25 +66,31 @@ OPTIONS: dict[str, Any] = {
     "report_to": "none",
     "seed": 1,
 }
-LOADING, OPENING, SAVING, BETWEEN = "while it loads", "while it opens the run", "while it saves a checkpoint", "between stages"
+LOADING, OPENING, SAVING, BETWEEN = (
+    "while it loads",
+    "while it opens the run",
+    "while it saves a checkpoint",
+    "between stages",
+)
 # Stages of a run, by the function that is one.
 STAGES = (
-    (commands, "build_trainer", LOADING),
+    (pipeline, "build_trainer", LOADING),
     (NEATTrainer, "open_run", OPENING),
     (NEATTrainer, "evaluate", "in an evaluation"),
     (NEATTrainer, "measure_start", "while it measures drift"),
     (NEATTrainer, "end_round", "while it measures drift"),
     (NEATTrainer, "make_round", "between sampling and scoring"),
-    (SampleShards, "draw", "while it samples"),
-    (neat_align.expand, "scored_in_shards", "while it scores"),
+    (RolloutStore, "draw", "while it samples"),
+    (neat_align.rounds.make_round, "scored_in_shards", "while it scores"),
     (NEATTrainer, "training_step", "in a training step"),
     (NEATTrainer, "_save_checkpoint", SAVING),
-    (commands, "write_folder", "while it saves the model"),
-    (commands, "write_report", "while it writes the report"),
+    (pipeline, "write_folder", "while it saves the model"),
+    (pipeline, "write_report", "while it writes the report"),
 )
 # Events that put something new on the disk.
 WRITES = ("open", "torch.save", "safetensors")
-# Events of a file that is not under its name yet, or in a checkpoint without marker: only half of it may have reached the disk.
+# Events of a file that is not under its name yet, or in a checkpoint without marker: only half of
+# it may have reached the disk.
 TEARABLE = ("fsync", "torch.save done", "safetensors done")
 
 Action = Callable[[int, str, str, str], None]
@@ -99,7 +106,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (minus a signal's number), what it printed, seconds of CPU time."""
+    """How a process ended: its exit code (minus a signal's number), what it printed, seconds of CPU
+    time.
+    """
 
     code: int
     said: str
@@ -141,7 +150,14 @@ class _Events:
         self.happened(_AUDITED[name], path)
 
 
-_AUDITED = {"open": "open", "os.rename": "rename", "os.remove": "remove", "os.mkdir": "mkdir", "os.rmdir": "rmdir", "os.truncate": "cut"}
+_AUDITED = {
+    "open": "open",
+    "os.rename": "rename",
+    "os.remove": "remove",
+    "os.mkdir": "mkdir",
+    "os.rmdir": "rmdir",
+    "os.truncate": "cut",
+}
 EVENTS = _Events()
 
 
@@ -187,7 +203,9 @@ def install() -> None:
     _reporting(torch, "save", "torch.save", path_at=1)
     _reporting(transformers.modeling_utils, "safe_save_file", "safetensors", path_at=1)
     _reporting(LlamaModel, "forward", "forward")
-    register_optimizer_step_pre_hook(lambda *_: EVENTS.happened("optimizer step", stage="in a training step"))
+    register_optimizer_step_pre_hook(
+        lambda *_: EVENTS.happened("optimizer step", stage="in a training step")
+    )
     fsync = os.fsync
 
     def reported(descriptor: int) -> None:
@@ -275,7 +293,9 @@ def prepare(base: Path) -> None:
         }
         for i in range(14)
     ]
-    (base / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (base / "data.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
 
 
 @dataclass(frozen=True)
@@ -296,7 +316,10 @@ def start(
     before: Callable[[], None] = lambda: None,
     after: Callable[[], None] = lambda: None,
 ) -> int:
-    """Fork a process that runs `neat-align train` into `folder`; gives its id. `before` is called in it first, `after` last."""
+    """Fork a process that runs `neat-align train` into `folder`; gives its id.
+
+    `before` is called in it first, `after` last.
+    """
     log = folder.with_suffix(".log")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -318,19 +341,32 @@ def start(
         os._exit(code)
 
 
-def _train(base: Path, folder: Path, resume: bool, action: Action, server: Server | None, before: Callable[[], None]) -> int:
+def _train(
+    base: Path,
+    folder: Path,
+    resume: bool,
+    action: Action,
+    server: Server | None,
+    before: Callable[[], None],
+) -> int:
     reward = "fault_points:count_e" if server is None else f"http://127.0.0.1:{server.port}/score"
-    names = {"model_name_or_path": str(base / "model"), "dataset_name": str(base / "data.jsonl"), "output_dir": str(folder)}
-    settings, config = settings_from({**OPTIONS, **names, "reward_funcs": [reward], "resume": resume})
+    names = {
+        "model_name_or_path": str(base / "model"),
+        "dataset_name": str(base / "data.jsonl"),
+        "output_dir": str(folder),
+    }
+    settings, config = options_from(
+        {**OPTIONS, **names, "reward_funcs": [reward], "resume": resume}
+    )
     EVENTS.folder = str(folder) + os.sep
     EVENTS.action = action
     before()
     try:
         if server is None or server.behaviour is None:
-            commands.train(settings, config)
+            pipeline.run_training(settings, config)
         else:
             with RewardServer(server.behaviour, port=server.port):
-                commands.train(settings, config)
+                pipeline.run_training(settings, config)
         return 0
     except SystemExit as stopped:
         return int(stopped.code or 0)

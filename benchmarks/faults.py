@@ -1,10 +1,12 @@
-"""What survives what? A tiny run is broken in every way below, gone on with, and compared with the run that nobody broke.
+"""What survives what? A tiny run is broken in every way below, gone on with, and compared with the
+run that nobody broke.
 
     python benchmarks/faults.py --json OUT [--fast] [--jobs N] [--only WORDS]
 
-A try is lost when the run cannot be gone on with, when the fault is not noticed where it has to be, or when anything that the finished
-run holds differs from the unbroken run's: the weights (bytes of the saved model), the files of the rounds, every line of
-metrics.jsonl (but for times), the evaluations, the result. Points are drawn with --seed among a run's events (`fault_points`).
+A try is lost when the run cannot be gone on with, when the fault is not noticed where it has to be,
+or when anything that the finished run holds differs from the unbroken run's: the weights (bytes of
+the saved model), the files of the rounds, every line of metrics.jsonl (but for times), the
+evaluations, the result. Points are drawn with --seed among a run's events (`fault_points`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reward_server import by_length
 
-# What a run imports only on its way: once imported in the parent, it is there in all runs that follow.
+# What a run imports only on its way: once imported in the parent, it is there in all runs that
+# follow.
 IMPORTED_LATE = ("datasets", "jinja2", "neat_align", "pandas", "pyarrow", "transformers")
 # The outcome of a try for which there was no time.
 NOT_TRIED = "not tried"
@@ -48,7 +51,8 @@ def make_bench(base: Path, seed: int, fast: bool) -> Bench:
     fp.install()
     events_file, modules = base / "events.jsonl", base / "modules.json"
     for name in ("first", "whole"):
-        # The first run tells what it imported, so that all that follow find it in place; two say whether runs are alike.
+        # The first run tells what it imported, so that all that follow find it in place; two say
+        # whether runs are alike.
         if fast and name == "first":
             continue
         action, after = fp.record(events_file), partial(write_modules, modules)
@@ -57,16 +61,30 @@ def make_bench(base: Path, seed: int, fast: bool) -> Bench:
         for module in json.loads(modules.read_text(encoding="utf-8")):
             if module not in sys.modules and module.split(".")[0] in IMPORTED_LATE:
                 importlib.import_module(module)
-    events = [fp.Event(*json.loads(line)) for line in events_file.read_text(encoding="utf-8").splitlines()]
+    events = [
+        fp.Event(*json.loads(line)) for line in events_file.read_text(encoding="utf-8").splitlines()
+    ]
     found = contents(base / "whole")
     differs = None if fast else difference(found, base / "first")
     if differs is not None:
-        raise SystemExit(f"two runs without a fault are not the same, so nothing can be compared: {differs}")
+        raise SystemExit(
+            f"two runs without a fault are not the same, so nothing can be compared: {differs}"
+        )
     half = base / "half"
-    saves = [n for n, e in enumerate(events, start=1) if e.stage == fp.SAVING and e.kind == "torch.save"]
-    stopped = fp.run(base, half, resume=False, action=fp.send(saves[len(saves) * (STOPPED_AFTER - 1) // 4], SIGTERM))
+    saves = [
+        n for n, e in enumerate(events, start=1) if e.stage == fp.SAVING and e.kind == "torch.save"
+    ]
+    stopped = fp.run(
+        base,
+        half,
+        resume=False,
+        action=fp.send(saves[len(saves) * (STOPPED_AFTER - 1) // 4], SIGTERM),
+    )
     if stopped.code != 143 or not (half / f"checkpoint-{STOPPED_AFTER}").is_dir():
-        raise SystemExit(f"the run that was to stop after step {STOPPED_AFTER} ended with {stopped.code}: {last_line(stopped.said)}")
+        raise SystemExit(
+            f"the run that was to stop after step {STOPPED_AFTER} ended with {stopped.code}: "
+            f"{last_line(stopped.said)}"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,10 +126,17 @@ def start_workers(b: Bench, tries: Sequence[Try], jobs: int) -> int:
 
 
 def outcomes(tries: Sequence[Try], reading: int) -> dict[int, str | None]:
-    """By the number of a try, why it is lost or None; what was not tried is left out. Shows how far it is."""
+    """By the number of a try, why it is lost or None; what was not tried is left out. Shows how far
+    it is.
+    """
     ended: dict[int, str | None] = {}
     heard = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns) as progress, os.fdopen(reading, encoding="utf-8") as lines:
         task = progress.add_task("faults", total=len(tries))
         for line in lines:
@@ -122,9 +147,13 @@ def outcomes(tries: Sequence[Try], reading: int) -> dict[int, str | None]:
                 continue
             ended[number] = why
             if why is not None:
-                progress.console.print(f"lost: {tries[number].fault} ({tries[number].name}): {why}", markup=False)
+                progress.console.print(
+                    f"lost: {tries[number].fault} ({tries[number].name}): {why}", markup=False
+                )
     if heard < len(tries):
-        raise SystemExit(f"{len(tries) - heard} tries never said how they ended: a process that ran them died")
+        raise SystemExit(
+            f"{len(tries) - heard} tries never said how they ended: a process that ran them died"
+        )
     return ended
 
 
@@ -132,7 +161,9 @@ def table(tries: Sequence[Try], ended: dict[int, str | None]) -> list[dict[str, 
     """A row a fault."""
     rows: dict[str, dict[str, Any]] = {}
     for number, why in sorted(ended.items()):
-        row = rows.setdefault(tries[number].fault, {"fault": tries[number].fault, "tried": 0, "lost": 0})
+        row = rows.setdefault(
+            tries[number].fault, {"fault": tries[number].fault, "tried": 0, "lost": 0}
+        )
         row["tried"] += 1
         row["lost"] += why is not None
     return list(rows.values())
@@ -140,14 +171,21 @@ def table(tries: Sequence[Try], ended: dict[int, str | None]) -> list[dict[str, 
 
 def main() -> None:
     """All faults, a table, a result file; exit code 1 when anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where the result file goes")
     parser.add_argument("--seed", type=int, default=0, help="which points are drawn")
     parser.add_argument("--fast", action="store_true", help="a few tries of each kind")
     parser.add_argument("--jobs", type=int, default=1, help="tries at a time")
-    parser.add_argument("--only", default="", help="only the faults whose words these are (a regular expression)")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="no try begins later; the rest is not tried, and the result says so"
+        "--only", default="", help="only the faults whose words these are (a regular expression)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="no try begins later; the rest is not tried, and the result says so",
     )
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,15 +195,32 @@ def main() -> None:
         planned = [t for fault in FAULTS for t in fault(b, a.fast) if re.search(a.only, t.fault)]
         until = started + 60 * a.minutes
         # In any order: cut short, it has still seen some of each.
-        tries = [replace(t, work=until_then(t.work, until)) for t in random.Random(a.seed).sample(planned, len(planned))]
+        tries = [
+            replace(t, work=until_then(t.work, until))
+            for t in random.Random(a.seed).sample(planned, len(planned))
+        ]
         # Before the bar, whose lock a forked process could find taken for ever.
         reading = start_workers(b, tries, a.jobs)
         ended = outcomes(tries, reading)
     by_kind = {t.fault: i for i, t in reversed(list(enumerate(planned)))}
     rows = sorted(table(tries, ended), key=lambda row: by_kind[row["fault"]])
-    harness.show("what was broken", ["fault", "tried", "lost"], [[r["fault"], str(r["tried"]), str(r["lost"])] for r in rows])
-    lost = [{"fault": tries[n].fault, "try": tries[n].name, "why": why} for n, why in sorted(ended.items()) if why is not None]
-    facts = {"seed": a.seed, "events": len(b.events), "planned": len(tries), "tried": len(ended), "seconds": time.monotonic() - started}
+    harness.show(
+        "what was broken",
+        ["fault", "tried", "lost"],
+        [[r["fault"], str(r["tried"]), str(r["lost"])] for r in rows],
+    )
+    lost = [
+        {"fault": tries[n].fault, "try": tries[n].name, "why": why}
+        for n, why in sorted(ended.items())
+        if why is not None
+    ]
+    facts = {
+        "seed": a.seed,
+        "events": len(b.events),
+        "planned": len(tries),
+        "tried": len(ended),
+        "seconds": time.monotonic() - started,
+    }
     harness.save(a.json, {**facts, "rows": rows, "lost": lost})
     sys.exit(1 if lost or not ended else 0)
 

@@ -1,11 +1,13 @@
-"""Sampling: our sampler against the generation of TRL's GRPOTrainer, for the same number of sequences and tokens.
+"""Sampling: our sampler against the generation of TRL's GRPOTrainer, for the same number of
+sequences and tokens.
 
     python benchmarks/generation.py --json OUT
 
-`--prompts` prompts of P tokens, K completions of exactly R tokens each; tokens per second counts completion tokens.
+`--prompts` prompts of P tokens, K completions of exactly R tokens each; tokens per second counts
+completion tokens.
 
-  neat        TransformersSampler: the prompt read once for its completions; on a CPU in bf16, from the bf16 copy that rounds
-              are sampled from (making the copy is counted)
+  neat        TransformersSampler: the prompt read once for its completions; on a CPU in bf16, from
+              the bf16 copy that rounds are sampled from (making the copy is counted)
   trl         GRPOTrainer._generate_single_turn, with transformers' `generate`
   continuous  transformers' continuous batching (`generate_batch`), bf16 copy
 """
@@ -23,8 +25,9 @@ import torch
 import transformers
 from round import text_of
 
-from neat_align.precision import half_precision_copy
-from neat_align.sampling import SampleRequest, SamplingParams, TransformersSampler
+from neat_align.modeling.precision import half_precision_copy
+from neat_align.sampling.protocol import SampleRequest, SamplingParams
+from neat_align.sampling.transformers_sampler import TransformersSampler
 
 
 def make_sides(args: argparse.Namespace) -> dict[str, Callable[[], int]]:
@@ -38,7 +41,11 @@ def make_sides(args: argparse.Namespace) -> dict[str, Callable[[], int]]:
         policy, dtype = model, autocast
         if autocast is not None and harness.device().type == "cpu":
             policy, dtype = half_precision_copy(model, autocast), None
-        asked = [SampleRequest(tuple(tokenizer(t).input_ids), 1000 * i + k) for i, t in enumerate(texts) for k in range(args.k)]
+        asked = [
+            SampleRequest(tuple(tokenizer(t).input_ids), 1000 * i + k)
+            for i, t in enumerate(texts)
+            for k in range(args.k)
+        ]
         sampler = TransformersSampler(policy, (), tokenizer.pad_token_id, args.batch, dtype)
         return sum(len(s.token_ids) for s in sampler.sample(asked, SamplingParams(args.completion)))
 
@@ -63,30 +70,51 @@ def trl_side(args: argparse.Namespace, tokenizer: Any, texts: list[str]) -> Call
         generation_kwargs={"min_new_tokens": args.completion},
     )
     rows = Dataset.from_dict({"prompt": texts})
-    trainer = GRPOTrainer(harness.load_model(args.model), lambda completions, **_: [0.0] * len(completions), settings, rows, tokenizer)
+    trainer = GRPOTrainer(
+        harness.load_model(args.model),
+        lambda completions, **_: [0.0] * len(completions),
+        settings,
+        rows,
+        tokenizer,
+    )
     # What `train` does before its first step: autocast goes around the model.
     trainer.model_wrapped = trainer.model = trainer.accelerator.prepare(trainer.model)
     prompts = [tokenizer(t).input_ids for t in texts for _ in range(args.k)]
 
     def trl() -> int:
-        batches = [prompts[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
-        return sum(len(ids) for batch in batches for ids in trainer._generate_single_turn(batch, None, {}, args.k)[0])
+        batches = [
+            prompts[start : start + args.batch] for start in range(0, len(prompts), args.batch)
+        ]
+        return sum(
+            len(ids)
+            for batch in batches
+            for ids in trainer._generate_single_turn(batch, None, {}, args.k)[0]
+        )
 
     return trl
 
 
-def continuous_side(args: argparse.Namespace, tokenizer: Any, texts: list[str]) -> Callable[[], int]:
+def continuous_side(
+    args: argparse.Namespace, tokenizer: Any, texts: list[str]
+) -> Callable[[], int]:
     from transformers import GenerationConfig
 
     dtype = harness.DTYPES[args.dtype]
     model = harness.load_model(args.model).to(harness.device())
     model = half_precision_copy(model, dtype) if dtype is not None else model.eval()
-    config = GenerationConfig(max_new_tokens=args.completion, do_sample=True, eos_token_id=-1, pad_token_id=tokenizer.pad_token_id)
+    config = GenerationConfig(
+        max_new_tokens=args.completion,
+        do_sample=True,
+        eos_token_id=-1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     inputs = [tokenizer(t).input_ids for t in texts for _ in range(args.k)]
 
     def continuous() -> int:
         with torch.no_grad():
-            outputs = model.generate_batch(inputs=inputs, generation_config=config, progress_bar=False)
+            outputs = model.generate_batch(
+                inputs=inputs, generation_config=config, progress_bar=False
+            )
         return sum(len(o.generated_tokens) for o in outputs.values())
 
     return continuous
@@ -100,7 +128,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64, help="sequences at once, on every side")
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="bf16")
-    parser.add_argument("--continuous", action="store_true", help="also transformers' continuous batching")
+    parser.add_argument(
+        "--continuous", action="store_true", help="also transformers' continuous batching"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -111,10 +141,19 @@ def main() -> None:
         assert sampled == wanted, f"{name} sampled {sampled} tokens instead of {wanted}"
     seconds = harness.in_turn(sides, args.repeats)
     medians = {name: harness.spread(values)["median"] for name, values in seconds.items()}
-    rows = [[n, f"{m:.2f}", f"{wanted / m:.0f}", f"{m / medians['neat']:.2f}x"] for n, m in medians.items()]
-    title = f"{args.prompts} prompts of {args.prompt} tokens, {args.k} completions of {args.completion}, {args.dtype}"
+    rows = [
+        [n, f"{m:.2f}", f"{wanted / m:.0f}", f"{m / medians['neat']:.2f}x"]
+        for n, m in medians.items()
+    ]
+    title = (
+        f"{args.prompts} prompts of {args.prompt} tokens, {args.k} completions of "
+        f"{args.completion}, {args.dtype}"
+    )
     harness.show(title, ["side", "seconds", "tokens/s", "over ours"], rows)
-    setting = {k: getattr(args, k) for k in ("prompt", "completion", "k", "prompts", "batch", "dtype", "model")}
+    setting = {
+        k: getattr(args, k)
+        for k in ("prompt", "completion", "k", "prompts", "batch", "dtype", "model")
+    }
     result: dict[str, Any] = {
         "setting": {**setting, "device": harness.device().type},
         "seconds": {name: harness.spread(values) for name, values in seconds.items()},

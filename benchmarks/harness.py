@@ -1,4 +1,6 @@
-"""What the benchmarks share: a model, sides timed in turn, peak memory in a process of its own, a result file."""
+"""What the benchmarks share: a model, sides timed in turn, peak memory in a process of its own, a
+result file.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,16 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from neat_align.demo.model import demo_model_path
-from neat_align.run_record import commit, cpu_name, versions
+from neat_align.files.provenance import commit, cpu_name, versions
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 GIB = 2**30
 
 
 def load_model(name: str) -> Any:
-    """`demo` is SmolLM2-135M-Instruct; `llama-1b` a randomly initialised Llama shape of 1.2 billion weights. fp32 weights."""
+    """`demo` is SmolLM2-135M-Instruct; `llama-1b` a randomly initialised Llama shape of 1.2 billion
+    weights. fp32 weights.
+    """
     if name == "demo":
         return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
     if name == "llama-1b":
@@ -70,7 +74,9 @@ def synchronize() -> None:
 
 
 def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side: one run each to warm up, then `repeats` rounds in which every side runs once, in turning order."""
+    """Seconds of each side: one run each to warm up, then `repeats` rounds in which every side runs
+    once, in turning order.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for number in range(repeats + 1):
@@ -87,7 +93,12 @@ def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 def speedup(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
@@ -96,7 +107,9 @@ def speedup(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 
 
 class PeakMemory:
-    """Peak bytes added while it is open: resident set on a CPU (sampled by the kernel), allocator's peak on a GPU."""
+    """Peak bytes added while it is open: resident set on a CPU (sampled by the kernel), allocator's
+    peak on a GPU.
+    """
 
     def __enter__(self) -> PeakMemory:
         if torch.cuda.is_available():
@@ -113,13 +126,17 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated() - self.start
         else:
             status = Path("/proc/self/status").read_text()
-            peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+            peak = next(
+                int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
+            )
             self.bytes = peak * 1024 - self.start
 
 
 def in_own_process(arguments: Sequence[str]) -> Any:
     """Run this script again with other arguments; its last line of output is JSON."""
-    done = subprocess.run([sys.executable, sys.argv[0], *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, sys.argv[0], *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -127,7 +144,11 @@ def in_own_process(arguments: Sequence[str]) -> Any:
 
 def facts() -> dict[str, Any]:
     """Machine, versions and commit."""
-    found: dict[str, Any] = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    found: dict[str, Any] = {
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
     with contextlib.suppress(PackageNotFoundError):
         found["versions"]["trl"] = version("trl")
     found["machine"] = {"cpu": cpu_name(), "threads": torch.get_num_threads()}
@@ -157,8 +178,12 @@ def save(path: Path | None, result: Mapping[str, Any]) -> None:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Arguments that every benchmark has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--json", type=Path, help="where the result file goes")
-    made.add_argument("--repeats", type=int, default=5, help="timed runs of each side (after one to warm up)")
+    made.add_argument(
+        "--repeats", type=int, default=5, help="timed runs of each side (after one to warm up)"
+    )
     made.add_argument("--model", default="demo", help="demo, or llama-1b")
     return made

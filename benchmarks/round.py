@@ -1,15 +1,19 @@
-"""One whole round (sample, score, train one step) against one step of TRL's online trainers, on equal work.
+"""One whole round (sample, score, train one step) against one step of TRL's online trainers, on
+equal work.
 
     python benchmarks/round.py --json OUT
 
-Every side starts from the same weights and gets the same prompts of P tokens, samples K completions of exactly R tokens for
-each (no end token is accepted), scores them with the same reward, and takes one AdamW step on all weights. Timed from the
-start of training to the end of its first step, the sides in turn.
+Every side starts from the same weights and gets the same prompts of P tokens, samples K completions
+of exactly R tokens for each (no end token is accepted), scores them with the same reward, and takes
+one AdamW step on all weights. Timed from the start of training to the end of its first step, the
+sides in turn.
 
-  neat        NEATTrainer, half of the completions positive and half negative: its prompts carry the instruction on top, and
-              it computes the log-probabilities that it logs. On a CPU it samples from a bf16 copy. No drift measurement
+  neat        NEATTrainer, half of the completions positive and half negative: its prompts carry the
+              instruction on top, and it computes the log-probabilities that it logs. On a CPU it
+              samples from a bf16 copy. No drift measurement
   grpo        TRL's GRPOTrainer, without a KL term (its default): no reference model runs
-  online_dpo  TRL's experimental OnlineDPOTrainer, which samples two completions a prompt (--k 2) and runs a reference model
+  online_dpo  TRL's experimental OnlineDPOTrainer, which samples two completions a prompt (--k 2)
+  and runs a reference model
 """
 
 from __future__ import annotations
@@ -31,8 +35,37 @@ from transformers import TrainerCallback
 from neat_align import NEATConfig, NEATTrainer
 
 WORDS = (
-    *("my", "neighbour", "asked", "whether", "the", "old", "bicycle", "in", "the", "yard", "could", "be", "mended"),
-    *("before", "the", "summer", "fair", "and", "I", "said", "that", "I", "would", "look", "at", "it", "soon"),
+    *(
+        "my",
+        "neighbour",
+        "asked",
+        "whether",
+        "the",
+        "old",
+        "bicycle",
+        "in",
+        "the",
+        "yard",
+        "could",
+        "be",
+        "mended",
+    ),
+    *(
+        "before",
+        "the",
+        "summer",
+        "fair",
+        "and",
+        "I",
+        "said",
+        "that",
+        "I",
+        "would",
+        "look",
+        "at",
+        "it",
+        "soon",
+    ),
 )
 
 
@@ -100,7 +133,9 @@ def neat(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: str) -
         max_tokens_per_micro_batch=args.max_tokens,
         drift_prompts=0,
     )
-    return EndlessNEATTrainer(model, reward, settings, [{"prompt": t} for t in texts], processing_class=tokenizer)
+    return EndlessNEATTrainer(
+        model, reward, settings, [{"prompt": t} for t in texts], processing_class=tokenizer
+    )
 
 
 def grpo(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: str) -> Any:
@@ -115,7 +150,9 @@ def grpo(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: str) -
         max_completion_length=args.completion,
         generation_kwargs={"min_new_tokens": args.completion},
     )
-    return GRPOTrainer(model, reward, settings, Dataset.from_dict({"prompt": texts}), processing_class=tokenizer)
+    return GRPOTrainer(
+        model, reward, settings, Dataset.from_dict({"prompt": texts}), processing_class=tokenizer
+    )
 
 
 def online_dpo(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: str) -> Any:
@@ -132,13 +169,17 @@ def online_dpo(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: 
         generation_kwargs={"min_new_tokens": args.completion},
     )
     rows = Dataset.from_dict({"prompt": texts})
-    return OnlineDPOTrainer(model, reward_funcs=reward, args=settings, train_dataset=rows, processing_class=tokenizer)
+    return OnlineDPOTrainer(
+        model, reward_funcs=reward, args=settings, train_dataset=rows, processing_class=tokenizer
+    )
 
 
 PEERS: dict[str, Callable[..., Any]] = {"grpo": grpo, "online_dpo": online_dpo}
 
 
-def one_step(make: Callable[..., Any], args: Any, base: Any, tokenizer: Any, texts: list[str]) -> tuple[float, Any]:
+def one_step(
+    make: Callable[..., Any], args: Any, base: Any, tokenizer: Any, texts: list[str]
+) -> tuple[float, Any]:
     """Seconds of a fresh trainer's first step, and the trainer."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -175,7 +216,10 @@ def main() -> None:
                 trained = [c for g in trainer.rounds.groups for c in g.completions]
                 assert {len(c.token_ids) for c in trained} == {args.completion}
                 kept = len(trained) / (args.prompts * args.k)
-                assert kept > 0.95, f"only {kept:.0%} of the completions are left after filtering: the work is not equal"
+                assert kept > 0.95, (
+                    f"only {kept:.0%} of the completions are left after filtering: the work is "
+                    "not equal"
+                )
             if number > 0:
                 seconds[name].append(taken)
     ratio = harness.speedup(seconds[args.peer], seconds["neat"])
@@ -184,9 +228,25 @@ def main() -> None:
         s = harness.spread(values)
         over = s["median"] / harness.spread(seconds["neat"])["median"]
         rows.append([name, f"{s['median']:.2f}", f"{s['min']:.2f}–{s['max']:.2f}", f"{over:.2f}x"])
-    title = f"a round of {args.prompts} prompts of {args.prompt} tokens, {args.k} completions of {args.completion}, {args.dtype}"
+    title = (
+        f"a round of {args.prompts} prompts of {args.prompt} tokens, {args.k} completions of "
+        f"{args.completion}, {args.dtype}"
+    )
     harness.show(title, ["side", "seconds", "range", "over ours"], rows)
-    setting = {k: getattr(args, k) for k in ("peer", "prompt", "completion", "k", "prompts", "rows", "max_tokens", "dtype", "model")}
+    setting = {
+        k: getattr(args, k)
+        for k in (
+            "peer",
+            "prompt",
+            "completion",
+            "k",
+            "prompts",
+            "rows",
+            "max_tokens",
+            "dtype",
+            "model",
+        )
+    }
     result = {
         "setting": {**setting, "device": harness.device().type},
         "seconds": {name: harness.spread(values) for name, values in seconds.items()},

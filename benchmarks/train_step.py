@@ -2,17 +2,19 @@
 
     python benchmarks/train_step.py --prompt 256 --completion 64 --k 8 --dtype fp32 --json OUT
 
-Four sides get the same token ids and take the gradient of the same weighted sum of completion log-probabilities, with
-respect to all weights:
+Four sides get the same token ids and take the gradient of the same weighted sum of completion
+log-probabilities, with respect to all weights:
 
   neat      packed rows: the prompt once, the head in chunks
   strong    padded rows, `logits_to_keep`, gathered log-softmax: the best that a careful user writes
-  trl       GRPOTrainer._get_per_token_logps_and_entropies of TRL, with the entropy that its training asks for (its fused
-            head; on a CPU that is its torch fallback, which computes the head at prompt positions, too)
+  trl       GRPOTrainer._get_per_token_logps_and_entropies of TRL, with the entropy that its
+            training asks for (its fused head; on a CPU that is its torch fallback, which computes
+            the head at prompt positions, too)
   rrhf      padded rows, all logits, log-softmax over all: the form of RRHF's published trainer
 
-Times are medians of runs in turn in one process. Peak memory is what is added to the model and its gradients, each side
-in a process of its own. `token_bound` is K(P+R)/(P+KR): the speed-up that the token counts alone would give.
+Times are medians of runs in turn in one process. Peak memory is what is added to the model and its
+gradients, each side in a process of its own. `token_bound` is K(P+R)/(P+KR): the speed-up that the
+token counts alone would give.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ import harness
 import torch
 from torch import Tensor
 
-from neat_align.logprobs import completion_logprobs
-from neat_align.packing import PackedRows, PaddedRows, pack_rows, pad_rows
-from neat_align.precision import autocast
+from neat_align.modeling.logprobs import completion_logprobs
+from neat_align.modeling.packing import PackedRows, PaddedRows, pack_rows, pad_rows
+from neat_align.modeling.precision import autocast
 
 SIDES = ("neat", "strong", "trl", "rrhf")
 
@@ -45,15 +47,26 @@ def make_ids(prompt: int, completion: int, k: int) -> tuple[list[int], list[list
 
 def strong_logprobs(model: Any, rows: PaddedRows) -> Tensor:
     n = rows.completion_ids.shape[1]
-    out = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, logits_to_keep=n + 1, use_cache=False)
+    out = model(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        logits_to_keep=n + 1,
+        use_cache=False,
+    )
     logits = out.logits[:, :-1]
-    return torch.gather(logits.float().log_softmax(-1), 2, rows.completion_ids[..., None]).squeeze(-1)
+    return torch.gather(logits.float().log_softmax(-1), 2, rows.completion_ids[..., None]).squeeze(
+        -1
+    )
 
 
 def rrhf_logprobs(model: Any, rows: PaddedRows) -> Tensor:
     n = rows.completion_ids.shape[1]
-    logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
-    logps = torch.gather(logits[:, :-1].float().log_softmax(-1), 2, rows.input_ids[:, 1:, None]).squeeze(-1)
+    logits = model(
+        input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
+    ).logits
+    logps = torch.gather(
+        logits[:, :-1].float().log_softmax(-1), 2, rows.input_ids[:, 1:, None]
+    ).squeeze(-1)
     return logps[:, -n:]
 
 
@@ -71,11 +84,21 @@ def trl_trainer(model: Any, folder: str, bf16: bool) -> Any:
         num_generations=8,
     )
     rows = Dataset.from_dict({"prompt": ["a"] * 8})
-    return GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), args, rows, processing_class=harness.load_tokenizer())
+    return GRPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        args,
+        rows,
+        processing_class=harness.load_tokenizer(),
+    )
 
 
-def make_sides(args: argparse.Namespace, wanted: tuple[str, ...]) -> tuple[Any, dict[str, Callable[[], Tensor]]]:
-    """The model, and a function a side that gives [k, completion] log-probabilities with their gradient."""
+def make_sides(
+    args: argparse.Namespace, wanted: tuple[str, ...]
+) -> tuple[Any, dict[str, Callable[[], Tensor]]]:
+    """The model, and a function a side that gives [k, completion] log-probabilities with their
+    gradient.
+    """
     model = harness.load_model(args.model)
     # TRL asks for checkpointing by default; here every side keeps its activations.
     dtype = harness.DTYPES[args.dtype]
@@ -128,17 +151,25 @@ def memory_of(args: argparse.Namespace) -> None:
 
 
 def compared(args: argparse.Namespace) -> tuple[float, float]:
-    """Largest difference of log-probabilities, and relative error of the gradient, ours against strong; in fp32."""
-    model, sides = make_sides(argparse.Namespace(**{**vars(args), "dtype": "fp32"}), ("neat", "strong"))
+    """Largest difference of log-probabilities, and relative error of the gradient, ours against
+    strong; in fp32.
+    """
+    model, sides = make_sides(
+        argparse.Namespace(**{**vars(args), "dtype": "fp32"}), ("neat", "strong")
+    )
     found, gradients = {}, {}
     for name, side in sides.items():
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             found[name] = side()
         gradient_step(side)
-        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradients[name] = torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
     difference = float((found["neat"] - found["strong"]).abs().max())
-    return difference, float((gradients["neat"] - gradients["strong"]).norm() / gradients["strong"].norm())
+    return difference, float(
+        (gradients["neat"] - gradients["strong"]).norm() / gradients["strong"].norm()
+    )
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,11 +187,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds = harness.in_turn({name: stepping(side) for name, side in sides.items()}, args.repeats)
     del model, sides
-    setting = [f"--{name}={getattr(args, name)}" for name in ("prompt", "completion", "k", "dtype", "model")]
-    memory = {name: harness.in_own_process([*setting, f"--memory-of={name}"]) for name in wanted} if not args.no_memory else {}
+    setting = [
+        f"--{name}={getattr(args, name)}"
+        for name in ("prompt", "completion", "k", "dtype", "model")
+    ]
+    memory = (
+        {name: harness.in_own_process([*setting, f"--memory-of={name}"]) for name in wanted}
+        if not args.no_memory
+        else {}
+    )
     p, r, k = args.prompt, args.completion, args.k
     result: dict[str, Any] = {
-        "setting": {"prompt": p, "completion": r, "k": k, "dtype": args.dtype, "model": args.model, "device": harness.device().type},
+        "setting": {
+            "prompt": p,
+            "completion": r,
+            "k": k,
+            "dtype": args.dtype,
+            "model": args.model,
+            "device": harness.device().type,
+        },
         "seconds": {name: harness.spread(values) for name, values in seconds.items()},
         "peak_bytes_over_model_and_gradients": memory,
         "token_bound": k * (p + r) / (p + k * r),
@@ -175,7 +220,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if memory:
             result[f"memory_ratio_vs_{names[side]}"] = memory["neat"] / memory[side]
     if "strong" in wanted:
-        result["share_of_token_bound"] = result["speedup_vs_strong_baseline"] / result["token_bound"]
+        result["share_of_token_bound"] = (
+            result["speedup_vs_strong_baseline"] / result["token_bound"]
+        )
     return result
 
 
@@ -198,11 +245,25 @@ def main() -> None:
     for name, taken in result["seconds"].items():
         ratio = taken["median"] / result["seconds"]["neat"]["median"]
         gib = f"{memory[name] / harness.GIB:.2f}" if memory else ""
-        rows.append([name, f"{taken['median']:.3f}", f"{taken['min']:.3f}–{taken['max']:.3f}", f"{ratio:.2f}x", gib])
-    title = f"prompt {args.prompt}, completion {args.completion}, K {args.k}, {args.dtype}, token bound {result['token_bound']:.2f}x"
+        rows.append(
+            [
+                name,
+                f"{taken['median']:.3f}",
+                f"{taken['min']:.3f}–{taken['max']:.3f}",
+                f"{ratio:.2f}x",
+                gib,
+            ]
+        )
+    title = (
+        f"prompt {args.prompt}, completion {args.completion}, K {args.k}, {args.dtype}, token "
+        f"bound {result['token_bound']:.2f}x"
+    )
     harness.show(title, ["side", "seconds", "range", "over ours", "GiB"], rows)
     difference, error = result["max_logprob_difference"], result["relative_gradient_error"]
-    print(f"fp32, ours against strong: log-probabilities differ by at most {difference:.1e} nats, gradients by {error:.1e} relative")
+    print(
+        f"fp32, ours against strong: log-probabilities differ by at most {difference:.1e} nats, "
+        f"gradients by {error:.1e} relative"
+    )
     harness.save(args.json, result)
 
 

@@ -1,6 +1,8 @@
-"""Print the README's speed table from the committed benchmark results: python scripts/bench_table.py benchmarks/results
+"""Print the README's speed table from the committed benchmark results: python
+scripts/bench_table.py benchmarks/results
 
-`--grid` prints the tables of docs/experiments.md instead: every P, R and K that was measured, and how a step grows.
+`--grid` prints the tables of docs/experiments.md instead: every P, R and K that was measured, and
+how a step grows.
 """
 
 from __future__ import annotations
@@ -16,23 +18,34 @@ POINTS = ((64, 64, 4), (256, 64, 8), (512, 128, 8))
 
 def main(folder: Path) -> None:
     """The training step at three points in two number types, then sampling and whole rounds."""
-    print("| training step | token bound | over padded rows | over TRL | memory, of padded rows | of TRL |")
+    print(
+        "| training step | token bound | over padded rows | over TRL | memory, of padded rows | "
+        "of TRL |"
+    )
     print("|---|---|---|---|---|---|")
     for p, r, k in POINTS:
         for dtype in ("fp32", "bf16"):
             found = read(folder / f"train_step-p{p}-r{r}-k{k}-{dtype}.json")
             print(
-                f"| P {p}, R {r}, K {k}, {dtype} | {found['token_bound']:.2f}x | {found['speedup_vs_strong_baseline']:.2f}x "
-                f"| {shown(found, 'speedup_vs_trl', '.2f', 'x')} | {found['memory_ratio_vs_strong_baseline']:.0%} "
+                f"| P {p}, R {r}, K {k}, {dtype} | {found['token_bound']:.2f}x | "
+                f"{found['speedup_vs_strong_baseline']:.2f}x "
+                f"| {shown(found, 'speedup_vs_trl', '.2f', 'x')} | "
+                f"{found['memory_ratio_vs_strong_baseline']:.0%} "
                 f"| {shown(found, 'memory_ratio_vs_trl', '.0%')} |"
             )
     sampling = read(folder / "generation-bf16.json")
-    rounds = {"GRPO": folder / "round-grpo-bf16.json", "Online DPO": folder / "round-online_dpo-bf16.json"}
+    rounds = {
+        "GRPO": folder / "round-grpo-bf16.json",
+        "Online DPO": folder / "round-online_dpo-bf16.json",
+    }
     rate = sampling["tokens_per_second"]
     print()
     print("| bf16 | ours | TRL | ratio |")
     print("|---|---|---|---|")
-    print(f"| sampling, tokens per second | {rate['neat']:.0f} | {rate['trl']:.0f} | {sampling['speedup_vs_trl']:.1f}x |")
+    print(
+        f"| sampling, tokens per second | {rate['neat']:.0f} | {rate['trl']:.0f} | "
+        f"{sampling['speedup_vs_trl']:.1f}x |"
+    )
     for name, path in rounds.items():
         if not path.is_file():
             continue
@@ -41,19 +54,31 @@ def main(folder: Path) -> None:
         peer = found["seconds"][setting["peer"]]["median"]
         print(
             f"| a round against {name}: {setting['prompts']} prompts, K {setting['k']}, seconds "
-            f"| {found['seconds']['neat']['median']:.1f} | {peer:.1f} | {found['speedup_vs_trl']:.1f}x |"
+            f"| {found['seconds']['neat']['median']:.1f} | {peer:.1f} | "
+            f"{found['speedup_vs_trl']:.1f}x |"
         )
 
 
 def grid(folder: Path) -> None:
-    """Over padded rows at every measured point, with the share of the token bound; then time and memory as one thing grows."""
-    print("| prompt, completion, K | token bound | over padded rows, fp32 | share of bound | over padded rows, bf16 | share of bound |")
+    """Over padded rows at every measured point, with the share of the token bound; then time and
+    memory as one thing grows.
+    """
+    print(
+        "| prompt, completion, K | token bound | over padded rows, fp32 | share of bound | over "
+        "padded rows, bf16 | share of bound |"
+    )
     print("|---|---|---|---|---|---|")
     for p in (64, 256, 512):
         for r in (64, 128):
             for k in (4, 8):
-                fp32, bf16 = (read(folder / f"train_step-p{p}-r{r}-k{k}-{dtype}.json") for dtype in ("fp32", "bf16"))
-                cells = [f"{x['speedup_vs_strong_baseline']:.2f}x | {x['share_of_token_bound']:.0%}" for x in (fp32, bf16)]
+                fp32, bf16 = (
+                    read(folder / f"train_step-p{p}-r{r}-k{k}-{dtype}.json")
+                    for dtype in ("fp32", "bf16")
+                )
+                cells = [
+                    f"{x['speedup_vs_strong_baseline']:.2f}x | {x['share_of_token_bound']:.0%}"
+                    for x in (fp32, bf16)
+                ]
                 print(f"| {p}, {r}, {k} | {fp32['token_bound']:.2f}x | {' | '.join(cells)} |")
     growth = read(folder / "scaling-bf16.json")
     print()
@@ -63,7 +88,10 @@ def grid(folder: Path) -> None:
         ours, theirs = (point["seconds"][side]["median"] for side in ("neat", "strong"))
         gib = [point["peak_bytes"][side] / 2**30 for side in ("neat", "strong")]
         name = f"{point['varied']} {point[point['varied']]}"
-        print(f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f}x | {gib[0]:.2f} | {gib[1]:.2f} |")
+        print(
+            f"| {name} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.2f}x | {gib[0]:.2f} | "
+            f"{gib[1]:.2f} |"
+        )
 
 
 def shown(found: dict[str, Any], key: str, form: str, unit: str = "") -> str:
@@ -77,7 +105,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--grid", action="store_true")
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Print comparisons as Markdown from their committed result files: python scripts/compare_table.py docs/results/compare-demo.json …
+"""Print comparisons as Markdown from their committed result files: python scripts/compare_table.py
+docs/results/compare-demo.json …
 
 `--short` prints the README's table, `--against METHOD` what METHOD gains over each of the others.
 """
@@ -30,7 +31,18 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
     target = result["kl_target"]
     at_kl = f"held-out reward at KL {target:.3f}" if target else "held-out reward at equal KL"
     head = ["method", "reward", "held-out reward", at_kl, "KL", "perplexity", "length"]
-    more: list[str] = [] if short else ["length-controlled reward", "distinct-2", "human pairs", "refusals", "wins over base", "collapsed"]
+    more: list[str] = (
+        []
+        if short
+        else [
+            "length-controlled reward",
+            "distinct-2",
+            "human pairs",
+            "refusals",
+            "wins over base",
+            "collapsed",
+        ]
+    )
     lines = [f"| {' | '.join(head + more)} |", "|" + "---|" * len(head + more)]
     for row in result["table"]:
         at, kl = row["at_budget"], row["at_equal_kl"] or {}
@@ -38,12 +50,19 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
             cells = [f"{at['reward']['mean']:.3f}", f"{at[judge]['mean']:.3f}", "–", "0", "–", "–"]
         else:
             cells = [change(at["reward"]), change(at[judge]), change(kl.get(judge))]
-            cells += [f"{at['kl']['mean']:.3f}", ratio(at.get("perplexity")), ratio(at.get("mean_length"))]
+            cells += [
+                f"{at['kl']['mean']:.3f}",
+                ratio(at.get("perplexity")),
+                ratio(at.get("mean_length")),
+            ]
         if more:
             wins = row["wins"].get("base")
             accuracy = at.get("pair_accuracy")
             cells += [change(at.get("length_controlled_reward")), ratio(at.get("distinct2"))]
-            cells += [f"{accuracy['mean']:.2f}" if accuracy else "–", f"{at['refusals']['mean']:.1%}"]
+            cells += [
+                f"{accuracy['mean']:.2f}" if accuracy else "–",
+                f"{at['refusals']['mean']:.1%}",
+            ]
             cells += [
                 f"{wins['win']:.0%} / {wins['tie']:.0%} / {wins['lose']:.0%}" if wins else "–",
                 f"{row['collapsed']} of {row['runs']}",
@@ -55,11 +74,20 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
 def against(result: Mapping[str, Any], method: str) -> list[str]:
     """What a method gains over each of the others, paired."""
     judge = f"judges/{result['judges'][0]}" if result["judges"] else "reward"
-    lines = [f"| {method} over | reward | held-out reward | reward, equal KL | held-out reward, equal KL |", "|---|---|---|---|---|"]
+    lines = [
+        f"| {method} over | reward | held-out reward | reward, equal KL | held-out reward, equal "
+        "KL |",
+        "|---|---|---|---|---|",
+    ]
     row = next(r for r in result["table"] if r["method"] == method)
     for other, facts in row["against"].items():
         budget, kl = facts["at_budget"] or {}, facts["at_equal_kl"] or {}
-        cells = [change(budget.get("reward")), change(budget.get(judge)), change(kl.get("reward")), change(kl.get(judge))]
+        cells = [
+            change(budget.get("reward")),
+            change(budget.get(judge)),
+            change(kl.get("reward")),
+            change(kl.get(judge)),
+        ]
         lines.append(f"| {other} | {' | '.join(cells)} |")
     return lines
 
@@ -77,7 +105,11 @@ def diagnosis(result: Mapping[str, Any]) -> list[str]:
     }
     lines = [f"| method | {' | '.join(names.values())} |", "|" + "---|" * (len(names) + 1)]
     for method in [m["name"] for m in result["methods"] if m["name"] != "base"]:
-        last = [r["points"][-1]["training"] for r in result["runs"] if r["method"] == method and r["points"]]
+        last = [
+            r["points"][-1]["training"]
+            for r in result["runs"]
+            if r["method"] == method and r["points"]
+        ]
         cells = []
         for name in names:
             values = [t[name] for t in last if name in t]
@@ -88,7 +120,9 @@ def diagnosis(result: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     """Read and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--against")

@@ -1,4 +1,6 @@
-"""Print the table of docs/reliability.md from a result of `make faults`: python scripts/faults_table.py benchmarks/results/faults.json"""
+"""Print the table of docs/reliability.md from a result of `make faults`: python
+scripts/faults_table.py benchmarks/results/faults.json
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,15 @@ def main(path: Path) -> None:
         print(f"| {row['fault']} | {row['tried']} | {row['lost']} |")
     print(f"| **all** | **{sum(r['tried'] for r in rows)}** | **{sum(r['lost'] for r in rows)}** |")
     print()
-    cut = "" if found["tried"] == found["planned"] else f" ({found['tried']} of the {found['planned']} tries of the whole script)"
-    print(f"Commit {found['commit']}, seed {found['seed']}, {found['events']} events in the unbroken run{cut}.")
+    cut = (
+        ""
+        if found["tried"] == found["planned"]
+        else f" ({found['tried']} of the {found['planned']} tries of the whole script)"
+    )
+    print(
+        f"Commit {found['commit']}, seed {found['seed']}, {found['events']} events in the "
+        f"unbroken run{cut}."
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Fit the head of the `minilm_tone` judge: L2-regularised logistic regression on frozen MiniLM embeddings of the tone anchors.
+"""Fit the head of the `minilm_tone` judge: L2-regularised logistic regression on frozen MiniLM
+embeddings of the tone anchors.
 
-    python scripts/fit_tone_head.py [--validate rt_polarity.jsonl] [--result docs/results/tone_head.json]
+    python scripts/fit_tone_head.py [--validate rt_polarity.jsonl] [--result
+    docs/results/tone_head.json]
 
-Deterministic: float64 LBFGS from zero on a convex loss. The strength of the regularisation is fixed. Leaving each topic
-out in turn cannot choose it: the anchors are separable, so that log-loss falls without end as the strength does, while AUC
-stays flat. 0.001 separates them well without pushing every neutral sentence to 0 or 1. The grid is printed and recorded; no
-validation file takes part in any choice.
+Deterministic: float64 LBFGS from zero on a convex loss. The strength of the regularisation is
+fixed. Leaving each topic out in turn cannot choose it: the anchors are separable, so that log-loss
+falls without end as the strength does, while AUC stays flat. 0.001 separates them well without
+pushing every neutral sentence to 0 or 1. The grid is printed and recorded; no validation file takes
+part in any choice.
 """
 
 from __future__ import annotations
@@ -35,11 +38,20 @@ def fit(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     """Weights and bias that minimise mean log-loss + strength/2 · |weights|²; the bias is free."""
     weights = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weights, bias],
+        max_iter=500,
+        tolerance_grad=1e-10,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights + bias, y) + strength / 2 * weights.square().sum()
+        loss = (
+            torch.nn.functional.binary_cross_entropy_with_logits(x @ weights + bias, y)
+            + strength / 2 * weights.square().sum()
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -63,10 +75,16 @@ def left_out(x: Tensor, y: Tensor, topics: Sequence[str], strength: float) -> di
         held = torch.tensor([t == topic for t in topics])
         weights, bias = fit(x[~held], y[~held], strength)
         logits[held] = x[held] @ weights + bias
-    per_topic = [auc(logits[held], y[held]) for topic in sorted(set(topics)) for held in [torch.tensor([t == topic for t in topics])]]
+    per_topic = [
+        auc(logits[held], y[held])
+        for topic in sorted(set(topics))
+        for held in [torch.tensor([t == topic for t in topics])]
+    ]
     return {
         "strength": strength,
-        "log_loss": round(float(torch.nn.functional.binary_cross_entropy_with_logits(logits, y)), 4),
+        "log_loss": round(
+            float(torch.nn.functional.binary_cross_entropy_with_logits(logits, y)), 4
+        ),
         "auc": round(auc(logits, y), 4),
         "accuracy": round(float(((logits > 0) == (y == 1)).double().mean()), 4),
         "topics_ranked_right": round(sum(per_topic) / len(per_topic), 4),
@@ -74,7 +92,9 @@ def left_out(x: Tensor, y: Tensor, topics: Sequence[str], strength: float) -> di
 
 
 def validate(path: Path, weights: Tensor, bias: Tensor) -> dict[str, Any]:
-    """AUC of this head and of VADER on rows with `prompt`, `chosen` and `label`: the rest of each sentence, then the whole of it."""
+    """AUC of this head and of VADER on rows with `prompt`, `chosen` and `label`: the rest of each
+    sentence, then the whole of it.
+    """
     rows = read_rows(path)
     y = torch.tensor([LABELS[row["label"]] for row in rows], dtype=torch.float64)
     vader = VaderReward()
@@ -84,8 +104,14 @@ def validate(path: Path, weights: Tensor, bias: Tensor) -> dict[str, Any]:
         "prompt_and_completion": [f"{row['prompt']} {row['chosen']}" for row in rows],
     }.items():
         tone = encoder().embed(texts).double() @ weights + bias
-        words = torch.tensor([score or 0.0 for score in vader([""] * len(texts), texts, [[]] * len(texts))], dtype=torch.float64)
-        result[what] = {"minilm_tone_auc": round(auc(tone, y), 4), "vader_auc": round(auc(words, y), 4)}
+        words = torch.tensor(
+            [score or 0.0 for score in vader([""] * len(texts), texts, [[]] * len(texts))],
+            dtype=torch.float64,
+        )
+        result[what] = {
+            "minilm_tone_auc": round(auc(tone, y), 4),
+            "vader_auc": round(auc(words, y), 4),
+        }
     return result
 
 
@@ -96,7 +122,9 @@ def encoder() -> Any:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 def sha256(path: Path) -> str:
@@ -113,10 +141,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def main() -> None:
     """Cross-validate, fit, write the head, and validate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--anchors", type=Path, default=ANCHORS)
     parser.add_argument("--out", type=Path, default=HEAD_FILE)
-    parser.add_argument("--validate", type=Path, help="jsonl with prompt, chosen, label (pos or neg)")
+    parser.add_argument(
+        "--validate", type=Path, help="jsonl with prompt, chosen, label (pos or neg)"
+    )
     parser.add_argument("--result", type=Path, help="write every figure here as JSON")
     args = parser.parse_args()
 
@@ -134,12 +166,25 @@ def main() -> None:
     metadata = {
         "model": "P(kind) = sigmoid(weights · embedding + bias)",
         "embedding": f"{HUB_NAME}: mean of last hidden states, unit length, fp32",
-        "fit": f"mean log-loss + {STRENGTH}/2 · |weights|², LBFGS in float64, scripts/fit_tone_head.py",
-        "anchors": {"file": args.anchors.name, "sha256": sha256(args.anchors), "rows": len(rows), "topics": len(set(topics))},
+        "fit": f"mean log-loss + {STRENGTH}/2 · |weights|², LBFGS in float64, "
+        "scripts/fit_tone_head.py",
+        "anchors": {
+            "file": args.anchors.name,
+            "sha256": sha256(args.anchors),
+            "rows": len(rows),
+            "topics": len(set(topics)),
+        },
         "leave_one_topic_out": cross_validation,
         "measures": "tone of English text (kind or rude); not harmlessness, helpfulness or truth",
     }
-    write_json(args.out, {"metadata": metadata, "bias": bias.item(), "weights": [round(w, 6) for w in weights.tolist()]})
+    write_json(
+        args.out,
+        {
+            "metadata": metadata,
+            "bias": bias.item(),
+            "weights": [round(w, 6) for w in weights.tolist()],
+        },
+    )
 
     result: dict[str, Any] = {"head": metadata, "grid": grid, "versions": versions()}
     if args.validate:

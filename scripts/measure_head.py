@@ -1,6 +1,8 @@
-"""What a non-contiguous slice costs the language-model head without gradients: python scripts/measure_head.py --out FILE
+"""What a non-contiguous slice costs the language-model head without gradients: python
+scripts/measure_head.py --out FILE
 
-A model that keeps only some logits hands its head a slice of the hidden states. Each side runs in a process of its own.
+A model that keeps only some logits hands its head a slice of the hidden states. Each side runs in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ def one(kind: str) -> None:
             torch.nn.functional.linear(last if kind == "slice" else last.contiguous(), weight)
             seconds.append(time.perf_counter() - start)
     added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(json.dumps({"seconds_first": seconds[0], "seconds_median": statistics.median(seconds[1:]), "peak_bytes_added": added}))
+    print(
+        json.dumps(
+            {
+                "seconds_first": seconds[0],
+                "seconds_median": statistics.median(seconds[1:]),
+                "peak_bytes_added": added,
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -47,9 +57,15 @@ def main() -> None:
         return
     import torch
 
-    result: dict[str, object] = {"torch": torch.__version__, "machine": platform.machine(), "cores": torch.get_num_threads()}
+    result: dict[str, object] = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cores": torch.get_num_threads(),
+    }
     for kind in ("slice", "contiguous"):
-        done = subprocess.run([sys.executable, __file__, "--kind", kind], capture_output=True, text=True, check=True)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, __file__, "--kind", kind], capture_output=True, text=True, check=True
+        )
         result[kind] = json.loads(done.stdout)
     print(json.dumps(result, indent=2))
     if args.out:

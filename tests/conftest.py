@@ -1,4 +1,6 @@
-"""Every test runs offline, on one thread (more only wait for each other), with shapes and types checked at run time."""
+"""Every test runs offline, on one thread (more only wait for each other), with shapes and types
+checked at run time.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ import torch
 from jaxtyping import install_import_hook
 
 # The numeric tower: an int is a float to beartype as it is to mypy (`beta: 2` in a YAML file).
-# config and settings are left out: argparse fills their inherited fields with values that transformers annotates otherwise. So is
-# cli: typer passes a context that is not of the class which it names `typer.Context`.
+# config and script_arguments are left out: argparse fills their inherited fields with values that
+# transformers annotates otherwise. So is cli: typer passes a context that is not of the class which
+# it names `typer.Context`.
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "neat_align"
-LEFT_OUT = {"cli", "config", "settings"}
-CHECKED = [f"neat_align.{m.name}" for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name not in LEFT_OUT]
+LEFT_OUT = {"cli", "config", "script_arguments"}
+CHECKED = [
+    f"neat_align.{m.name}" for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name not in LEFT_OUT
+]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 torch.set_num_threads(1)
 

@@ -1,4 +1,6 @@
-"""What the tests of the HTML pages share: hostile text, a parsed page, and what its policy must say."""
+"""What the tests of the HTML pages share: hostile text, a parsed page, and what its policy must
+say.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ BREAKOUT = "\"><img src=x onerror='alert(2)'>"
 class Page(HTMLParser):
     """Tags, attributes and text of a page; text is kept with whether it stands inside a <details>.
 
-    The one that holds the rest of a list does not count: what is in it is folded only if it is folded by itself.
+    The one that holds the rest of a list does not count: what is in it is folded only if it is
+    folded by itself.
     """
 
     VOID = ("meta", "link", "br", "hr", "img", "input")
@@ -48,7 +51,13 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "style" in self.open or "script" in self.open:
             return
-        (self.summaries if "summary" in self.open else self.folded if "details" in self.open else self.shown).append(data)
+        (
+            self.summaries
+            if "summary" in self.open
+            else self.folded
+            if "details" in self.open
+            else self.shown
+        ).append(data)
 
     @property
     def words(self) -> str:
@@ -57,23 +66,39 @@ class Page(HTMLParser):
 
 
 def assert_sealed(html: str) -> None:
-    """The policy allows the page's one style and one script by their hashes and nothing else, and nothing points outside."""
+    """The policy allows the page's one style and one script by their hashes and nothing else, and
+    nothing points outside.
+    """
     page = Page(html)
-    policies = [value for tag, name, value in page.attributes if tag == "meta" and name == "content" and "default-src" in value]
+    policies = [
+        value
+        for tag, name, value in page.attributes
+        if tag == "meta" and name == "content" and "default-src" in value
+    ]
     allowed = dict(part.strip().split(" ", 1) for part in policies[0].split(";"))
     hashes = {}
     for tag in ("style", "script"):
         inside = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         assert len(inside) == page.tags.count(tag) == 1, tag
-        hashes[f"{tag}-src"] = f"'sha256-{base64.b64encode(hashlib.sha256(inside[0].encode()).digest()).decode()}'"
+        hashes[f"{tag}-src"] = (
+            f"'sha256-{base64.b64encode(hashlib.sha256(inside[0].encode()).digest()).decode()}'"
+        )
         assert "url(" not in inside[0]
         assert "@import" not in inside[0]
-    assert allowed == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'", **hashes}
+    assert allowed == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        **hashes,
+    }
     assert len(policies) == 1
     assert html.index("Content-Security-Policy") < html.index("<style>")
     assert not {"img", "iframe", "object", "embed", "form", "a", "base"} & set(page.tags)
     outside = ("src", "href", "srcset", "action", "xlink:href", "data")
-    assert [(tag, name, value) for tag, name, value in page.attributes if name in outside] == [("link", "href", "data:,")]
+    assert [(tag, name, value) for tag, name, value in page.attributes if name in outside] == [
+        ("link", "href", "data:,")
+    ]
     assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
 
 

@@ -1,4 +1,7 @@
-"""A real reward server on this machine, which behaves as a test tells it: `with RewardServer(behaviour) as server`."""
+"""A real reward server on this machine, which behaves as a test tells it:
+
+`with RewardServer(behaviour) as server`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **{k.replace("_", "-"): v for k, v in headers.items()}}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            **{k.replace("_", "-"): v for k, v in headers.items()},
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -53,7 +59,10 @@ Behaviour = Callable[[Handler, Asked, int], None]
 
 def by_length(handler: Handler, asked: Asked, number: int) -> None:
     """The good server: a reward is the completion's length, and an empty one abstains."""
-    handler.answer(200, json.dumps({"rewards": [float(len(r["completion"])) or None for r in asked.rows]}).encode())
+    handler.answer(
+        200,
+        json.dumps({"rewards": [float(len(r["completion"])) or None for r in asked.rows]}).encode(),
+    )
 
 
 def saying(*replies: tuple[int, bytes] | tuple[int, bytes, dict[str, str]]) -> Behaviour:
@@ -94,10 +103,17 @@ class RewardServer:
             context.load_cert_chain(*self.certificate)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._server.shutdown()
         self._server.server_close()
 

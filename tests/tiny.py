@@ -1,4 +1,7 @@
-"""Tiny random models and tokenizers, built offline in milliseconds: `from tiny import tiny_model, tiny_tokenizer`."""
+"""Tiny random models and tokenizers, built offline in milliseconds:
+
+`from tiny import tiny_model, tiny_tokenizer`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-# What the merges are learned from. They matter: with them, sampled ids are rarely the ones that re-tokenizing their text gives.
+# What the merges are learned from. They matter: with them, sampled ids are rarely the ones that
+# re-tokenizing their text gives.
 _CORPUS = (
     "system user assistant",
     "You are a kind and honest assistant. Answer the question with care.",
@@ -48,9 +52,10 @@ _CORPUS = (
 def tiny_tokenizer(template: Template = "chatml", *, bos: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE over any text: 384 tokens, 385 with a bos.
 
-    Pad (id 0) and end-of-turn, which is also eos (id 2), are two tokens, as in ChatML models. There is no bos by default;
-    with `bos`, plain text gets one in front, as in Llama, and the chat template writes one too. Template "none" leaves the
-    tokenizer without a chat template, as in base models.
+    Pad (id 0) and end-of-turn, which is also eos (id 2), are two tokens, as in ChatML models. There
+    is no bos by default; with `bos`, plain text gets one in front, as in Llama, and the chat
+    template writes one too. Template "none" leaves the tokenizer without a chat template, as in
+    base models.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,7 +70,9 @@ def tiny_tokenizer(template: Template = "chatml", *, bos: bool = False) -> PreTr
     if bos:
         tokenizer.add_special_tokens([BOS])
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+            single=f"{BOS} $A",
+            pair=f"{BOS} $A {BOS} $B",
+            special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
         )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -81,16 +88,29 @@ def tiny_tokenizer(template: Template = "chatml", *, bos: bool = False) -> PreTr
     return fast
 
 
-def tiny_model(family: Family, vocab_size: int, seed: int = 0, *, tokenizer: PreTrainedTokenizerFast | None = None) -> PreTrainedModel:
-    """A random model in fp32: hidden 32, two layers, four heads (two for keys and values in llama and qwen2).
+def tiny_model(
+    family: Family,
+    vocab_size: int,
+    seed: int = 0,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> PreTrainedModel:
+    """A random model in fp32: hidden 32, two layers, four heads (two for keys and values in llama
+    and qwen2).
 
-    The initial scale is ten times the usual one, so that logits are not flat. The model is in training mode, as built, and
-    keeps its family's dropout (gpt2 0.1, else 0). Special tokens come from `tokenizer`; without one there are none, and
-    generation runs to its limit. The caller's random state is left alone.
+    The initial scale is ten times the usual one, so that logits are not flat. The model is in
+    training mode, as built, and keeps its family's dropout (gpt2 0.1, else 0). Special tokens come
+    from `tokenizer`; without one there are none, and generation runs to its limit. The caller's
+    random state is left alone.
     """
     model = random_model(_config(family, vocab_size), seed)
-    # Without a tokenizer the ids are None: neither family's default ids exist in a vocabulary this small.
-    bos, eos, pad = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if tokenizer else (None, None, None)
+    # Without a tokenizer the ids are None: neither family's default ids exist in a vocabulary this
+    # small.
+    bos, eos, pad = (
+        (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if tokenizer
+        else (None, None, None)
+    )
     model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = bos, eos, pad
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.train()
@@ -98,21 +118,30 @@ def tiny_model(family: Family, vocab_size: int, seed: int = 0, *, tokenizer: Pre
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random causal language model of a copy of `config`, in fp32. The caller's random state is left alone."""
+    """A random causal language model of a copy of `config`, in fp32.
+
+    The caller's random state is left alone.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32
+        )
     return model
 
 
 def save_tiny(path: Path, family: Family, *, template: Template = "chatml", seed: int = 0) -> Path:
-    """Write a tiny model and its tokenizer into the folder `path`, and return it: a model "name" that loads offline.
+    """Write a tiny model and its tokenizer into the folder `path`, and return it: a model "name"
+    that loads offline.
 
-    Compare with the tokenizer that was loaded, not with `tiny_tokenizer()`: for qwen2, `AutoTokenizer` always makes a
-    `Qwen2Tokenizer`, which normalises text to NFC. For llama and gpt2 the two agree.
+    Compare with the tokenizer that was loaded, not with `tiny_tokenizer()`: for qwen2,
+    `AutoTokenizer` always makes a `Qwen2Tokenizer`, which normalises text to NFC. For llama and
+    gpt2 the two agree.
     """
     tokenizer = tiny_tokenizer(template)
-    tiny_model(family, len(tokenizer), seed, tokenizer=tokenizer).save_pretrained(path)  # the model's type decides the tokenizer's
+    tiny_model(family, len(tokenizer), seed, tokenizer=tokenizer).save_pretrained(
+        path
+    )  # the model's type decides the tokenizer's
     tokenizer.save_pretrained(path)
     # Qwen2's tokenizer adds a token of its own, for which the model needs a row.
     size = max(AutoTokenizer.from_pretrained(path).get_vocab().values()) + 1

@@ -25,7 +25,9 @@ class OnSecondProcess(TrainerCallback):
     def __init__(self, what: str) -> None:
         self.what = what
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if RANK != 1 or state.global_step != 2:
             return
         if self.what == "nan":
@@ -43,7 +45,8 @@ if __name__ == "__main__":
         num_train_epochs=2,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
-        max_tokens_per_micro_batch=150,  # groups are of unequal size: the processes cut into unequal numbers of micro-batches
+        # groups are of unequal size: the processes cut into unequal numbers of micro-batches
+        max_tokens_per_micro_batch=150,
         learning_rate=1e-3,
         kl_weight=0.1,
         ddp_backend="gloo" if "RANK" in os.environ else None,
@@ -52,10 +55,13 @@ if __name__ == "__main__":
     try:
         t.train(resume_from_checkpoint=True if what == "resume" else None)
     except (CollapseError, RunInterrupted) as error:
-        (folder / f"stopped-{RANK}.txt").write_text(f"{type(error).__name__} at {t.state.global_step}: {error}")
+        (folder / f"stopped-{RANK}.txt").write_text(
+            f"{type(error).__name__} at {t.state.global_step}: {error}"
+        )
     torch.save(weights(t), folder / f"weights-{RANK}.pt")
     if torch.distributed.is_initialized():
-        # What an error left of the process group has threads, which the interpreter's end aborts on, now and then: leave without it.
+        # What an error left of the process group has threads, which the interpreter's end aborts
+        # on, now and then: leave without it.
         torch.distributed.barrier()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,7 +1,7 @@
 """neat-align: negative-prompt-driven alignment of language models (NEAT, arXiv:2410.12194).
 
-The public API is what `__all__` names; nothing else is promised. Names are loaded when they are first used, so that
-importing the package costs nothing.
+The public API is what `__all__` names; nothing else is promised. Names are loaded when they are
+first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neat_align.config import NEATConfig
-    from neat_align.data import PromptRow, load_rows
     from neat_align.errors import (
         CollapseError,
         ConfigError,
@@ -22,8 +21,11 @@ if TYPE_CHECKING:
         RewardTimeoutError,
         RewardUnavailableError,
     )
-    from neat_align.groups import Completion, CompletionGroup, preference_rows, ranked_rows, read_groups
-    from neat_align.report import write_report
+    from neat_align.prompts.loading import load_rows
+    from neat_align.prompts.rows import PromptRow
+    from neat_align.reporting.run_report import write_report
+    from neat_align.rounds.completions import Completion, CompletionGroup, read_groups
+    from neat_align.rounds.exports import preference_rows, ranked_rows
     from neat_align.trainer import NEATTrainer
 
 __version__ = "0.1.0"
@@ -31,14 +33,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "NEATConfig": "config",
     "NEATTrainer": "trainer",
-    "Completion": "groups",
-    "CompletionGroup": "groups",
-    "read_groups": "groups",
-    "ranked_rows": "groups",
-    "preference_rows": "groups",
-    "PromptRow": "data",
-    "load_rows": "data",
-    "write_report": "report",
+    "Completion": "rounds.completions",
+    "CompletionGroup": "rounds.completions",
+    "read_groups": "rounds.completions",
+    "ranked_rows": "rounds.exports",
+    "preference_rows": "rounds.exports",
+    "PromptRow": "prompts.rows",
+    "load_rows": "prompts.loading",
+    "write_report": "reporting.run_report",
     "NEATError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",

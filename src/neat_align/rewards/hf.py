@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from neat_align.errors import RewardError
-from neat_align.groups import Message, Prompt
+from neat_align.prompts.rows import Message, Prompt
 from neat_align.rewards.protocol import CompletionInput, completion_text
 
 # Tokenizers that know no limit say 1e30.
@@ -27,51 +27,74 @@ class _Encoded:
 
 
 class ModelReward:
-    """The single output of a sequence-classification model, read from its own tokenizer and chat template.
+    """The single output of a sequence-classification model, read from its own tokenizer and chat
+    template.
 
-    With a chat template, the row is rendered as a conversation that ends with the completion (a text prompt is one user
-    turn). Without one, prompt and completion go in as a text pair, which is only defined for text prompts and for
-    conversations of one user turn. A row that is longer than the model takes is an error; nothing is cut.
+    With a chat template, the row is rendered as a conversation that ends with the completion (a
+    text prompt is one user turn). Without one, prompt and completion go in as a text pair, which is
+    only defined for text prompts and for conversations of one user turn. A row that is longer than
+    the model takes is an error; nothing is cut.
 
-    Batches are sorted by length, padded on the right and masked by length; results are in the rows' order and do not
-    depend on `batch_size`. Where the model has a pad token its own pooling rule stands; where it has none, the last token is
-    pooled, as for a single row. `bf16` computes under bf16 autocast. A model on the CPU moves to the accelerator if there is
-    one; a dispatched or quantised model stays where it is.
+    Batches are sorted by length, padded on the right and masked by length; results are in the rows'
+    order and do not depend on `batch_size`. Where the model has a pad token its own pooling rule
+    stands; where it has none, the last token is pooled, as for a single row. `bf16` computes under
+    bf16 autocast. A model on the CPU moves to the accelerator if there is one; a dispatched or
+    quantised model stays where it is.
     """
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: Any = None, *, name: str | None = None, batch_size: int = 16, bf16: bool = False
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        batch_size: int = 16,
+        bf16: bool = False,
     ) -> None:
         if batch_size < 1:
-            raise RewardError(f"the reward model's batch_size is {batch_size}; it must be 1 or more")
+            raise RewardError(
+                f"the reward model's batch_size is {batch_size}; it must be 1 or more"
+            )
         config: Any = model.config
         source = str(getattr(config, "_name_or_path", "") or "")
         self.name = name or Path(source).name or type(model).__name__
         _check_num_labels(self.name, config)
         self.tokenizer: Any = _tokenizer_for(self.name, source) if tokenizer is None else tokenizer
-        self._special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        self._special = [
+            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special
+        ]
         self.model = _placed(model)
         self.batch_size = batch_size
         self.bf16 = bf16
         self._config: Any = config.get_text_config()
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        # Only where segments have an embedding of their own: GPT-2 takes the argument too, and adds word embeddings for it.
+        # Only where segments have an embedding of their own: GPT-2 takes the argument too, and adds
+        # word embeddings for it.
         has_types = (getattr(self._config, "type_vocab_size", 0) or 0) > 1
-        self._takes_types = has_types and "token_type_ids" in inspect.signature(base.forward).parameters
+        self._takes_types = (
+            has_types and "token_type_ids" in inspect.signature(base.forward).parameters
+        )
         self._max_length = _max_length(self.tokenizer, self._config)
 
     @classmethod
-    def from_name(cls, name: str, tokenizer: Any = None, *, batch_size: int = 16, bf16: bool = False) -> ModelReward:
+    def from_name(
+        cls, name: str, tokenizer: Any = None, *, batch_size: int = 16, bf16: bool = False
+    ) -> ModelReward:
         """Load a model by hub name or folder. OSError when there is no such model."""
         # No code that comes with a model is run, and no pickle is read.
         _check_num_labels(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype="auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            name,
+            dtype="auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         missing = sorted(info["missing_keys"])
         if missing:
             raise RewardError(
-                f"the reward model {name!r} has no weights for {', '.join(missing[:3])}: its scores would be random. "
+                f"the reward model {name!r} has no weights for {', '.join(missing[:3])}: its "
+                "scores would be random. "
                 "It must be a trained sequence-classification model, not a language model"
             )
         return cls(model, tokenizer, name=Path(name).name, batch_size=batch_size, bf16=bf16)
@@ -83,8 +106,12 @@ class ModelReward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[float | None]:
-        """The model's logit for each row. The policy's token ids are not used: this tokenizer is another one."""
-        rows = [self._encode(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        """The model's logit for each row. The policy's token ids are not used: this tokenizer is
+        another one.
+        """
+        rows = [
+            self._encode(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+        ]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
         scores: list[float | None] = [None] * len(rows)
         self.model.eval()
@@ -98,8 +125,11 @@ class ModelReward:
         if getattr(self.tokenizer, "chat_template", None):
             messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
             if any(token in message["content"] for message in messages for token in self._special):
-                # An answer that spells a control token out must not end its own turn and go on as the user.
-                ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, sanitize_control_tokens=True)
+                # An answer that spells a control token out must not end its own turn and go on as
+                # the user.
+                ids = self.tokenizer.apply_chat_template(
+                    messages, tokenize=True, return_dict=False, sanitize_control_tokens=True
+                )
                 encoded = {"input_ids": ids, "token_type_ids": [0] * len(ids)}
             else:
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False)
@@ -107,14 +137,21 @@ class ModelReward:
         else:
             only, answer = self._only_turn(index, prompt), completion_text(completion)
             as_text = any(token in text for text in (only, answer) for token in self._special)
-            encoded = self.tokenizer(only, answer, return_token_type_ids=True, split_special_tokens=as_text)
+            encoded = self.tokenizer(
+                only, answer, return_token_type_ids=True, split_special_tokens=as_text
+            )
         ids = list(encoded["input_ids"])
         if not ids:
-            raise RewardError(f"row {index} has no tokens for the reward model {self.name!r}: prompt and completion are empty")
+            raise RewardError(
+                f"row {index} has no tokens for the reward model {self.name!r}: prompt and "
+                "completion are empty"
+            )
         if self._max_length is not None and len(ids) > self._max_length:
             raise RewardError(
-                f"row {index} has {len(ids)} tokens for the reward model {self.name!r}, which takes {self._max_length}: "
-                "shorten max_prompt_length or max_completion_length, or choose a model with a longer context"
+                f"row {index} has {len(ids)} tokens for the reward model {self.name!r}, which "
+                f"takes {self._max_length}: "
+                "shorten max_prompt_length or max_completion_length, or choose a model with a "
+                "longer context"
             )
         return _Encoded(ids, list(encoded["token_type_ids"]))
 
@@ -124,8 +161,10 @@ class ModelReward:
         if len(prompt) == 1 and prompt[0]["role"] == "user":
             return prompt[0]["content"]
         raise RewardError(
-            f"row {index}'s prompt has {len(prompt)} messages, and the tokenizer of the reward model {self.name!r} has no chat template "
-            "to join them: pass a reward processing class whose chat_template is set, in the form that the model was trained on"
+            f"row {index}'s prompt has {len(prompt)} messages, and the tokenizer of the reward "
+            f"model {self.name!r} has no chat template "
+            "to join them: pass a reward processing class whose chat_template is set, in the form "
+            "that the model was trained on"
         )
 
     @torch.no_grad()
@@ -137,15 +176,25 @@ class ModelReward:
         has_pad = own_pad is not None and own_pad >= 0
         pad = own_pad if has_pad else _unused_as_last(rows)
         inputs = {
-            "input_ids": torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows], device=device),
+            "input_ids": torch.tensor(
+                [row.ids + [pad] * (width - len(row.ids)) for row in rows], device=device
+            ),
             "attention_mask": (torch.arange(width) < lengths[:, None]).long().to(device),
         }
         if self._takes_types:
-            inputs["token_type_ids"] = torch.tensor([row.types + [0] * (width - len(row.types)) for row in rows], device=device)
-        with _pad_token(self._config, pad), torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            inputs["token_type_ids"] = torch.tensor(
+                [row.types + [0] * (width - len(row.types)) for row in rows], device=device
+            )
+        with (
+            _pad_token(self._config, pad),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16),
+        ):
             logits = self.model(**inputs).logits
         if logits.shape != (len(rows), 1):
-            raise RewardError(f"the reward model {self.name!r} returned logits of shape {tuple(logits.shape)}; ({len(rows)}, 1) was needed")
+            raise RewardError(
+                f"the reward model {self.name!r} returned logits of shape {tuple(logits.shape)}; "
+                f"({len(rows)}, 1) was needed"
+            )
         return cast("list[float]", logits[:, 0].float().cpu().tolist())
 
 
@@ -153,8 +202,10 @@ def _check_num_labels(name: str, config: Any) -> None:
     if config.num_labels != 1:
         labels = ", ".join(str(label) for label in list(config.id2label.values())[:4])
         raise RewardError(
-            f"the reward model {name!r} has {config.num_labels} labels ({labels}); a reward model has one output (num_labels 1). "
-            "For a classifier, write a reward function that returns the probability of the label you want"
+            f"the reward model {name!r} has {config.num_labels} labels ({labels}); a reward model "
+            "has one output (num_labels 1). "
+            "For a classifier, write a reward function that returns the probability of the label "
+            "you want"
         )
 
 
@@ -163,25 +214,35 @@ def _tokenizer_for(name: str, source: str) -> Any:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RewardError(
-            f"the tokenizer of the reward model {name!r} cannot be loaded from {source!r}: pass it as its reward processing class"
+            f"the tokenizer of the reward model {name!r} cannot be loaded from {source!r}: pass "
+            "it as its reward processing class"
         ) from error
 
 
 def _placed(model: torch.nn.Module) -> torch.nn.Module:
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and torch.accelerator.is_available() and getattr(model, "hf_device_map", None) is None:
+    if (
+        on_cpu
+        and torch.accelerator.is_available()
+        and getattr(model, "hf_device_map", None) is None
+    ):
         return model.to(torch.accelerator.current_accelerator())
     return model
 
 
 def _max_length(tokenizer: Any, config: Any) -> int | None:
-    limits = [getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None)]
+    limits = [
+        getattr(tokenizer, "model_max_length", None),
+        getattr(config, "max_position_embeddings", None),
+    ]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < _NO_LIMIT]
     return min(known, default=None)
 
 
 def _unused_as_last(rows: Sequence[_Encoded]) -> int:
-    """A token id that ends no row, so that pooling on "the last token that is not a pad" finds each row's real end."""
+    """A token id that ends no row, so that pooling on "the last token that is not a pad" finds each
+    row's real end.
+    """
     last = {row.ids[-1] for row in rows}
     return next(i for i in range(len(last) + 1) if i not in last)
 

@@ -1,26 +1,30 @@
-"""A reward that a server gives: named by its URL, `http://127.0.0.1:PORT/path` or `https://host/path`.
+"""A reward that a server gives: named by its URL, `http://127.0.0.1:PORT/path` or
+`https://host/path`.
 
 The contract. neat-align sends `POST /path` with `Content-Type: application/json` and
 
     {"rows": [{"prompt": PROMPT, "completion": "text"}, ...]}
 
-where PROMPT is a text, or a list of `{"role": ..., "content": ...}` messages as the data has it: the plain prompt, never an
-instruction. Nothing else of the data is sent. The server answers with status 200 and
+where PROMPT is a text, or a list of `{"role": ..., "content": ...}` messages as the data has it:
+the plain prompt, never an instruction. Nothing else of the data is sent. The server answers with
+status 200 and
 
     {"rewards": [1.5, null, ...]}
 
-one entry a row, in order: a finite number, higher is better, or null to abstain. Other keys are ignored. Rows come in chunks of
-at most `batch_size`, one request at a time, and the same rows may be sent again, so scoring must have no side effects.
+one entry a row, in order: a finite number, higher is better, or null to abstain. Other keys are
+ignored. Rows come in chunks of at most `batch_size`, one request at a time, and the same rows may
+be sent again, so scoring must have no side effects.
 
-- Again, after a growing pause: 408, 429, 5xx, a connection that fails or breaks, no answer within `timeout`. A `Retry-After` is
-  kept to. When the tries are used up, or the server asks for a longer pause than `RetryPolicy` allows, RewardUnavailableError
-  stops the run, which can be resumed.
-- An error at once: any other status (a redirect too: none is followed), an answer that is too long, is not this JSON, has another
-  number of rewards, or one that is not finite. Never a score.
+- Again, after a growing pause: 408, 429, 5xx, a connection that fails or breaks, no answer within
+  `timeout`. A `Retry-After` is kept to. When the tries are used up, or the server asks for a longer
+  pause than `RetryPolicy` allows, RewardUnavailableError stops the run, which can be resumed.
+- An error at once: any other status (a redirect too: none is followed), an answer that is too long,
+  is not this JSON, has another number of rewards, or one that is not finite. Never a score.
 
-Security: https off this machine; the address rules of `addresses`; certificates are checked. A bearer token comes from the
-environment, NEAT_ALIGN_REWARD_TOKEN_<HOST> (the host in capitals, with _ for all but letters and digits) or
-NEAT_ALIGN_REWARD_TOKEN, is read when it is sent, is sent to the URL's own host only, and stands in no file or message.
+Security: https off this machine; the address rules of `addresses`; certificates are checked. A
+bearer token comes from the environment, NEAT_ALIGN_REWARD_TOKEN_<HOST> (the host in capitals, with
+_ for all but letters and digits) or NEAT_ALIGN_REWARD_TOKEN, is read when it is sent, is sent to
+the URL's own host only, and stands in no file or message.
 """
 
 from __future__ import annotations
@@ -43,14 +47,13 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from neat_align.errors import RewardError, RewardUnavailableError
-from neat_align.groups import Prompt
-from neat_align.redaction import scrubbed
+from neat_align.files.secrets import scrubbed
+from neat_align.prompts.rows import Prompt
 from neat_align.rewards.addresses import CheckedConnection, CheckedTLSConnection, refusal
 from neat_align.rewards.protocol import CompletionInput, completion_text
 from neat_align.rewards.scoring import checked_scores
 
 logger = logging.getLogger(__name__)
-
 TOKEN_VARIABLE = "NEAT_ALIGN_REWARD_TOKEN"  # noqa: S105 - the variable's name
 DEFAULT_TIMEOUT = 60.0
 _AGAIN = (408, 429)
@@ -61,9 +64,11 @@ _ANSWER = '{"rewards": [...]}'
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request is tried, and the pauses between, in seconds: `first_pause`, doubling up to `longest_pause`, each
-    shortened by up to half at random, so that many runs do not come back to a server at once. A `Retry-After` of up to
-    `longest_retry_after` is waited for; a longer one ends the tries."""
+    """How often a request is tried, and the pauses between, in seconds: `first_pause`, doubling up
+    to `longest_pause`, each shortened by up to half at random, so that many runs do not come back
+    to a server at once. A `Retry-After` of up to `longest_retry_after` is waited for; a longer one
+    ends the tries.
+    """
 
     tries: int = 6
     first_pause: float = 1.0
@@ -72,7 +77,9 @@ class RetryPolicy:
 
     def pause(self, failed: int, asked: float | None, rng: random.Random) -> float:
         """Seconds to wait after so many failed tries; `asked` is the server's `Retry-After`."""
-        backoff = min(self.longest_pause, self.first_pause * 2.0 ** (failed - 1)) * (1 - rng.random() / 2)
+        backoff = min(self.longest_pause, self.first_pause * 2.0 ** (failed - 1)) * (
+            1 - rng.random() / 2
+        )
         return max(backoff, asked or 0.0)
 
 
@@ -89,11 +96,16 @@ class Target:
     def name(self) -> str:
         """Host, port and path as one word, for metrics and messages."""
         standard = self.port == (443 if self.encrypted else 80)
-        return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{self.host}{'' if standard else f':{self.port}'}{self.path}").strip("_")
+        return re.sub(
+            r"[^A-Za-z0-9.-]+", "_", f"{self.host}{'' if standard else f':{self.port}'}{self.path}"
+        ).strip("_")
 
     @property
     def token_variable(self) -> str | None:
-        """The environment variable that this host's token is in; its own before the general one. None when neither is set."""
+        """The environment variable that this host's token is in; its own before the general one.
+
+        None when neither is set.
+        """
         own = f"{TOKEN_VARIABLE}_{re.sub(r'[^A-Z0-9]', '_', self.host.upper())}"
         return next((v for v in (own, TOKEN_VARIABLE) if os.environ.get(v, "").strip()), None)
 
@@ -107,8 +119,10 @@ class _TransientError(Exception):
 
 
 class HttpReward:
-    """A reward server, see the module's docstring. `timeout` is in seconds and bounds one whole request (but for the look-up of
-    the name, which only the system bounds); `max_response_bytes` bounds one answer."""
+    """A reward server, see the module's docstring. `timeout` is in seconds and bounds one whole
+    request (but for the look-up of the name, which only the system bounds); `max_response_bytes`
+    bounds one answer.
+    """
 
     def __init__(
         self,
@@ -123,7 +137,11 @@ class HttpReward:
     ) -> None:
         self.target = parse_url(url)
         self.name = self.target.name
-        self.timeout, self.batch_size, self.max_response_bytes = timeout, batch_size, max_response_bytes
+        self.timeout, self.batch_size, self.max_response_bytes = (
+            timeout,
+            batch_size,
+            max_response_bytes,
+        )
         self.retry = retry or RetryPolicy()
         self._sleep, self._rng = sleep, rng or random.Random()
 
@@ -139,8 +157,14 @@ class HttpReward:
         for first in range(0, len(completions), self.batch_size):
             mine = completions[first : first + self.batch_size]
             asked = prompts[first : first + self.batch_size]
-            rows = [{"prompt": p, "completion": completion_text(c)} for p, c in zip(asked, mine, strict=True)]
-            answer = self._answer(json.dumps({"rows": rows}).encode("ascii"), f"rows {first} to {first + len(mine) - 1}")
+            rows = [
+                {"prompt": p, "completion": completion_text(c)}
+                for p, c in zip(asked, mine, strict=True)
+            ]
+            answer = self._answer(
+                json.dumps({"rows": rows}).encode("ascii"),
+                f"rows {first} to {first + len(mine) - 1}",
+            )
             labels = [f"row {i}" for i in range(first, first + len(mine))]
             rewards += checked_scores(self.name, self._rewards_in(answer), mine, labels)
         return rewards
@@ -156,12 +180,18 @@ class HttpReward:
                 asked = error.retry_after
                 reason = f"the reward server {self.name} {error}"
                 if asked is not None and asked > self.retry.longest_retry_after:
-                    raise RewardUnavailableError(f"{reason} and asks for a pause of {asked:.0f} s, for {rows}") from error
+                    raise RewardUnavailableError(
+                        f"{reason} and asks for a pause of {asked:.0f} s, for {rows}"
+                    ) from error
                 if tried >= self.retry.tries:
                     took = time.monotonic() - started
-                    raise RewardUnavailableError(f"{reason}: given up on {rows} after {tried} tries in {took:.0f} s") from error
+                    raise RewardUnavailableError(
+                        f"{reason}: given up on {rows} after {tried} tries in {took:.0f} s"
+                    ) from error
                 pause = self.retry.pause(tried, asked, self._rng)
-                logger.warning("%s; try %d of %d follows in %.1f s", reason, tried + 1, self.retry.tries, pause)
+                logger.warning(
+                    "%s; try %d of %d follows in %.1f s", reason, tried + 1, self.retry.tries, pause
+                )
                 self._sleep(pause)
 
     def _post(self, body: bytes) -> bytes:
@@ -169,9 +199,14 @@ class HttpReward:
         try:
             status, headers, data = self._exchange(body)
         except ssl.SSLCertVerificationError as error:
-            raise RewardError(f"the certificate of the reward server {self.name} is not valid: {error.verify_message}") from error
+            raise RewardError(
+                f"the certificate of the reward server {self.name} is not valid: "
+                f"{error.verify_message}"
+            ) from error
         except (OSError, HTTPException) as error:
-            raise _TransientError(f"cannot be asked ({type(error).__name__}: {scrubbed(str(error))[:_EXCERPT]})") from error
+            raise _TransientError(
+                f"cannot be asked ({type(error).__name__}: {scrubbed(str(error))[:_EXCERPT]})"
+            ) from error
         if status == 200:
             return data
         if status in _AGAIN or status >= 500:
@@ -179,17 +214,29 @@ class HttpReward:
         hint = {
             401: f": set the environment variable {TOKEN_VARIABLE} to its token",
             403: f": the token in {TOKEN_VARIABLE} may not use it",
-        }.get(status, ": redirects are not followed, so name the final URL" if 300 <= status < 400 else f": {self._excerpt(data)}")
-        raise RewardError(f"the reward server {self.name} answered {status}, where 200 was needed{hint}")
+        }.get(
+            status,
+            ": redirects are not followed, so name the final URL"
+            if 300 <= status < 400
+            else f": {self._excerpt(data)}",
+        )
+        raise RewardError(
+            f"the reward server {self.name} answered {status}, where 200 was needed{hint}"
+        )
 
     def _exchange(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        """Send and receive within `timeout` seconds. Gives status, headers in small letters, and the body."""
+        """Send and receive within `timeout` seconds. Gives status, headers in small letters, and
+        the body.
+        """
         t = self.target
-        connection = (CheckedTLSConnection if t.encrypted else CheckedConnection)(t.host, t.port, self.timeout)
+        connection = (CheckedTLSConnection if t.encrypted else CheckedConnection)(
+            t.host, t.port, self.timeout
+        )
         expired = threading.Event()
 
         def expire() -> None:
-            # A socket's own timeout starts anew with every byte, so that a slow answer would never run into it.
+            # A socket's own timeout starts anew with every byte, so that a slow answer would never
+            # run into it.
             expired.set()
             if connection.opened is not None:
                 _shut(connection.opened)
@@ -216,33 +263,48 @@ class HttpReward:
         return response.status, headers, data
 
     def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        }
         variable = self.target.token_variable
         if variable is not None:
             token = os.environ[variable].strip()
             if not re.fullmatch(r"[\x21-\x7e]+", token):
-                raise RewardError(f"the environment variable {variable} holds spaces or characters that no token has: set it to the token")
+                raise RewardError(
+                    f"the environment variable {variable} holds spaces or characters that no "
+                    "token has: set it to the token"
+                )
             headers["Authorization"] = f"Bearer {token}"
         return headers
 
     def _read(self, response: HTTPResponse, headers: Mapping[str, str]) -> bytes:
         if headers.get("content-encoding", "identity") != "identity":
-            raise RewardError(f"the reward server {self.name} compressed its answer, which was not asked for")
+            raise RewardError(
+                f"the reward server {self.name} compressed its answer, which was not asked for"
+            )
         length = headers.get("content-length", "")
-        # Unknown where the answer ends with the connection, or comes in chunks (http.client finds those that are cut).
-        announced = int(length[:20]) if length.isdecimal() and "transfer-encoding" not in headers else None
+        # Unknown where the answer ends with the connection, or comes in chunks (http.client finds
+        # those that are cut).
+        announced = (
+            int(length[:20]) if length.isdecimal() and "transfer-encoding" not in headers else None
+        )
         data = b""
         while len(data) <= self.max_response_bytes and (announced or 0) <= self.max_response_bytes:
             block = response.read(_BLOCK)
             if not block:
                 if announced is not None and len(data) < announced:
-                    raise ConnectionResetError(f"the connection ended after {len(data)} of {announced} bytes")
+                    raise ConnectionResetError(
+                        f"the connection ended after {len(data)} of {announced} bytes"
+                    )
                 return data
             data += block
         if response.status != 200:
             return data[: self.max_response_bytes]
         raise RewardError(
-            f"the reward server {self.name} sent an answer of more than {self.max_response_bytes} bytes: it must be {_ANSWER}, one "
+            f"the reward server {self.name} sent an answer of more than {self.max_response_bytes} "
+            f"bytes: it must be {_ANSWER}, one "
             "number or null a row"
         )
 
@@ -250,9 +312,15 @@ class HttpReward:
         try:
             answer = json.loads(data, parse_constant=float)
         except (ValueError, RecursionError) as error:
-            raise RewardError(f"the reward server {self.name} did not answer with JSON ({_ANSWER}): {self._excerpt(data)}") from error
+            raise RewardError(
+                f"the reward server {self.name} did not answer with JSON ({_ANSWER}): "
+                f"{self._excerpt(data)}"
+            ) from error
         if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
-            raise RewardError(f"the reward server {self.name} must answer {_ANSWER}, but it said {self._excerpt(data)}")
+            raise RewardError(
+                f"the reward server {self.name} must answer {_ANSWER}, but it said "
+                f"{self._excerpt(data)}"
+            )
         rewards: list[Any] = answer["rewards"]
         return rewards
 
@@ -262,7 +330,9 @@ class HttpReward:
 
 
 def _shut(sock: socket.socket) -> None:
-    """End what another thread waits for on this socket. TLS's own shutdown would wait for the peer."""
+    """End what another thread waits for on this socket. TLS's own shutdown would wait for
+    the peer.
+    """
     try:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
     except OSError:
@@ -270,7 +340,9 @@ def _shut(sock: socket.socket) -> None:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait, from a `Retry-After` in seconds or as a date; None where there is none that can be read."""
+    """Seconds to wait, from a `Retry-After` in seconds or as a date; None where there is none that
+    can be read.
+    """
     if value is None:
         return None
     if value.strip().isdecimal():
@@ -281,24 +353,38 @@ def _retry_after(value: str | None) -> float | None:
         return None
 
 
-# ---- URLs ------------------------------------------------------------------------------------------------------------
+# ---- URLs ----------------------------------------------------------------------------------------
 
 
 def parse_url(url: str) -> Target:
-    """A reward's URL in parts. Raises RewardError, which repeats nothing of the URL that could be a secret."""
+    """A reward's URL in parts.
+
+    Raises RewardError, which repeats nothing of the URL that could be a secret.
+    """
     parts = _split(url)
     host = parts.hostname or ""
     shown = f"{parts.scheme}://{host}"
     if parts.scheme not in ("http", "https"):
-        raise RewardError(f"a reward's URL begins with https:// (or http:// on this machine), not with {parts.scheme}://")
+        raise RewardError(
+            "a reward's URL begins with https:// (or http:// on this machine), not with "
+            f"{parts.scheme}://"
+        )
     if "@" in parts.netloc:
-        raise RewardError(f"the reward URL {shown} holds a user name or password: leave it out, and put a token into {TOKEN_VARIABLE}")
+        raise RewardError(
+            f"the reward URL {shown} holds a user name or password: leave it out, and put a token "
+            f"into {TOKEN_VARIABLE}"
+        )
     if parts.query or parts.fragment or "?" in url or "#" in url:
-        raise RewardError(f"the reward URL {shown} has a query or fragment, which could hold a secret: leave it out")
+        raise RewardError(
+            f"the reward URL {shown} has a query or fragment, which could hold a secret: leave it "
+            "out"
+        )
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
-        raise RewardError(f"the reward URL {shown} has a port that is no number below 65536") from None
+        raise RewardError(
+            f"the reward URL {shown} has a port that is no number below 65536"
+        ) from None
     if not host:
         raise RewardError("a reward's URL needs a host: https://host/path")
     encrypted = parts.scheme == "https"
@@ -308,21 +394,29 @@ def parse_url(url: str) -> Target:
 
 def _split(url: str) -> SplitResult:
     if not re.fullmatch(r"[\x21-\x7e]+", url) or "\\" in url:
-        raise RewardError("a reward's URL has printable ASCII characters only, no spaces and no backslash (write other names as xn--...)")
+        raise RewardError(
+            "a reward's URL has printable ASCII characters only, no spaces and no backslash "
+            "(write other names as xn--...)"
+        )
     try:
         return urlsplit(url)
     except ValueError:
-        raise RewardError("a reward's URL cannot be read: it must look like https://host/path") from None
+        raise RewardError(
+            "a reward's URL cannot be read: it must look like https://host/path"
+        ) from None
 
 
 def _check_host(host: str, *, encrypted: bool) -> None:
-    """What can be said before the name is looked up; the addresses that it has are checked when it is."""
+    """What can be said before the name is looked up; the addresses that it has are checked when it
+    is.
+    """
     try:
         ipaddress.ip_address(host)
     except ValueError:
         if not encrypted and host != "localhost":
             raise RewardError(
-                f"the reward URL http://{host} is not encrypted and names another machine (or may): use https; http is for "
+                f"the reward URL http://{host} is not encrypted and names another machine (or "
+                "may): use https; http is for "
                 "localhost, 127.0.0.1 and [::1]"
             ) from None
         return
@@ -332,7 +426,10 @@ def _check_host(host: str, *, encrypted: bool) -> None:
 
 
 def check_tokens(rewards: Sequence[Any]) -> None:
-    """Refuse one token for two hosts: each host would be sent the other's. `rewards` are reward functions of any kind."""
+    """Refuse one token for two hosts: each host would be sent the other's.
+
+    `rewards` are reward functions of any kind.
+    """
     hosts: dict[str, str] = {}
     for reward in rewards:
         if not isinstance(reward, HttpReward) or reward.target.token_variable is None:
@@ -340,6 +437,7 @@ def check_tokens(rewards: Sequence[Any]) -> None:
         variable, host = reward.target.token_variable, reward.target.host
         if hosts.setdefault(variable, host) != host:
             raise RewardError(
-                f"the token in {variable} would be sent to {hosts[variable]} and to {host}: give each host its own, in "
+                f"the token in {variable} would be sent to {hosts[variable]} and to {host}: give "
+                "each host its own, in "
                 f"{TOKEN_VARIABLE}_<HOST>"
             )

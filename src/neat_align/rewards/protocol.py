@@ -6,22 +6,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from neat_align.groups import Message, Prompt
+from neat_align.prompts.rows import Message, Prompt
 
 # Text, or the assistant's message(s) as TRL passes them.
 CompletionInput: TypeAlias = str | list[Message]
-
-# A shipped name ("vader", "minilm_tone"), a server's URL ("https://host/path"), "package.module:function", the name or path of a
-# sequence-classification model, such a model itself (a `PreTrainedModel` is a callable), or a reward function.
+# A shipped name ("vader", "minilm_tone"), a server's URL ("https://host/path"),
+# "package.module:function", the name or path of a sequence-classification model, such a model
+# itself (a `PreTrainedModel` is a callable), or a reward function.
 RewardSpec: TypeAlias = str | Callable[..., Any]
 
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """TRL's signature. One number a row, higher is better; `None` abstains. `columns` are the data's other columns.
+    """TRL's signature. One number a row, higher is better; `None` abstains. `columns` are the
+    data's other columns.
 
-    A round is scored in batches of whole groups, about 64 rows each: all completions of one prompt come in one call, and
-    nothing may be read from where a batch begins or ends.
+    A round is scored in batches of whole groups, about 64 rows each: all completions of one prompt
+    come in one call, and nothing may be read from where a batch begins or ends.
     """
 
     def __call__(
@@ -37,10 +38,11 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward function, the name it is logged under, and its weight in the sum. Weight 0 is logged and never trained on.
+    """A reward function, the name it is logged under, and its weight in the sum. Weight 0 is logged
+    and never trained on.
 
-    `timeout` is in seconds a call. A function that runs past it is left alone in its thread, since threads cannot be ended; an
-    async one is cancelled.
+    `timeout` is in seconds a call. A function that runs past it is left alone in its thread, since
+    threads cannot be ended; an async one is cancelled.
     """
 
     name: str
@@ -51,7 +53,9 @@ class NamedReward:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """One entry a row. `components` has one number a function, unweighted; `rewards` is their weighted sum, or None."""
+    """One entry a row. `components` has one number a function, unweighted; `rewards` is their
+    weighted sum, or None.
+    """
 
     rewards: tuple[float | None, ...]
     components: tuple[tuple[float | None, ...], ...]

@@ -1,4 +1,6 @@
-"""From what the user wrote (names, paths, models, functions) to named, weighted reward functions."""
+"""From what the user wrote (names, paths, models, functions) to named, weighted reward
+functions.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,16 @@ def resolve_rewards(
 ) -> tuple[NamedReward, ...]:
     """Reward functions with their names and weights, in order.
 
-    `weights` None is 1 for each. `processing_classes` is a tokenizer, or one entry a reward: a tokenizer for a model, None
-    for the model's own and for functions. Equal names get `_2`, `_3`, … so that each has its own metric. `timeout` is in seconds: a
-    call of a function, or each request to a server (None: no limit, and a minute).
+    `weights` None is 1 for each. `processing_classes` is a tokenizer, or one entry a reward: a
+    tokenizer for a model, None for the model's own and for functions. Equal names get `_2`, `_3`, …
+    so that each has its own metric. `timeout` is in seconds: a call of a function, or each request
+    to a server (None: no limit, and a minute).
     """
-    specs = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
+    specs = (
+        [reward_funcs]
+        if isinstance(reward_funcs, str) or callable(reward_funcs)
+        else list(reward_funcs)
+    )
     resolved_weights = _checked_weights(weights, len(specs))
     if isinstance(processing_classes, list | tuple):
         tokenizers = list(processing_classes)
@@ -51,7 +58,8 @@ def resolve_rewards(
         tokenizers = [None] * len(specs) if processing_classes is None else [processing_classes]
     if len(tokenizers) != len(specs):
         raise RewardError(
-            f"there are {len(tokenizers)} reward processing classes for {len(specs)} rewards: give one a reward, None where there is none"
+            f"there are {len(tokenizers)} reward processing classes for {len(specs)} rewards: "
+            "give one a reward, None where there is none"
         )
     named: list[NamedReward] = []
     for spec, weight, tokenizer in zip(specs, resolved_weights, tokenizers, strict=True):
@@ -60,7 +68,11 @@ def resolve_rewards(
         while (unique := name if n == 1 else f"{name}_{n}") in {r.name for r in named}:
             n += 1
         # A server's tries and pauses together may take longer than one request.
-        named.append(NamedReward(unique, function, weight, None if isinstance(function, HttpReward) else timeout))
+        named.append(
+            NamedReward(
+                unique, function, weight, None if isinstance(function, HttpReward) else timeout
+            )
+        )
     check_tokens([r.function for r in named])
     return tuple(named)
 
@@ -69,12 +81,17 @@ def _checked_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     if weights is None:
         return [1.0] * n
     if len(weights) != n:
-        raise RewardError(f"there are {len(weights)} reward weights for {n} rewards: give one a reward, in the same order")
+        raise RewardError(
+            f"there are {len(weights)} reward weights for {n} rewards: give one a reward, in the "
+            "same order"
+        )
     bad = [w for w in weights if not math.isfinite(w)]
     if bad:
         raise RewardError(f"reward weights are {list(weights)}: each must be a finite number")
     if n and not any(weights):
-        raise RewardError("every reward weight is 0, so that no row would have a reward: set at least one")
+        raise RewardError(
+            "every reward weight is 0, so that no row would have a reward: set at least one"
+        )
     return [float(w) for w in weights]
 
 
@@ -85,7 +102,8 @@ def _resolve(spec: RewardSpec, tokenizer: Any, timeout: float | None) -> RewardF
     elif isinstance(spec, str):
         if spec == "contrast":
             raise RewardError(
-                "the reward 'contrast' scores with the policy itself, so only NEATTrainer can build it: pass 'contrast' to the "
+                "the reward 'contrast' scores with the policy itself, so only NEATTrainer can "
+                "build it: pass 'contrast' to the "
                 "trainer, or build neat_align.rewards.ContrastReward and pass that"
             )
         is_path = Path(spec).exists()
@@ -99,7 +117,10 @@ def _resolve(spec: RewardSpec, tokenizer: Any, timeout: float | None) -> RewardF
     else:
         function = cast("RewardFunction", spec)
     if tokenizer is not None:
-        raise RewardError(f"the reward {_name(spec, function)!r} is a function and would ignore its processing class: pass None for it")
+        raise RewardError(
+            f"the reward {_name(spec, function)!r} is a function and would ignore its processing "
+            "class: pass None for it"
+        )
     return function
 
 
@@ -118,8 +139,10 @@ def _load_model(name: str, tokenizer: Any) -> RewardFunction:
         raise
     except (OSError, ValueError) as error:
         raise RewardError(
-            f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), no https:// URL, not of the form "
-            f"'package.module:function', and could not be loaded as a sequence-classification model: {error}"
+            f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), no "
+            "https:// URL, not of the form "
+            "'package.module:function', and could not be loaded as a sequence-classification "
+            f"model: {error}"
         ) from error
 
 
@@ -136,10 +159,16 @@ def _import(spec: str) -> RewardFunction:
         raise RewardError(f"the reward {spec!r} cannot be imported: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise RewardError(f"the reward {spec!r} cannot be imported: module {module_name!r} has no {attribute!r}")
+            raise RewardError(
+                f"the reward {spec!r} cannot be imported: module {module_name!r} has no "
+                f"{attribute!r}"
+            )
         found = getattr(found, part)
     if isinstance(found, type) or not callable(found):
-        raise RewardError(f"the reward {spec!r} is a {type(found).__name__}: it must be a function, or an object that can be called")
+        raise RewardError(
+            f"the reward {spec!r} is a {type(found).__name__}: it must be a function, or an "
+            "object that can be called"
+        )
     return cast("RewardFunction", found)
 
 

@@ -1,4 +1,6 @@
-"""Run reward functions over rows and add them up, strictly: the wrong thing never becomes a score."""
+"""Run reward functions over rows and add them up, strictly: the wrong thing never becomes
+a score.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neat_align.errors import RewardError, RewardTimeoutError
-from neat_align.groups import Prompt
+from neat_align.prompts.rows import Prompt, PromptRow
 from neat_align.rewards.protocol import CompletionInput, NamedReward, ScoredRows, completion_text
 
 _EXCERPT_CHARS = 80
@@ -35,15 +37,25 @@ class _Rows:
         return len(self.completions)
 
     def arguments(self) -> dict[str, Any]:
-        """Lists of the call's own: a function that sorts or pops cannot change what the next one sees."""
-        given = dict(zip(_ARGUMENTS, (self.prompts, self.completions, self.completion_ids), strict=True)) | dict(self.columns)
+        """Lists of the call's own: a function that sorts or pops cannot change what the next one
+        sees.
+        """
+        given = dict(
+            zip(_ARGUMENTS, (self.prompts, self.completions, self.completion_ids), strict=True)
+        ) | dict(self.columns)
         return {name: list(values) for name, values in given.items()}
 
     def part(self, first: int, end: int) -> _Rows:
         """Some of the rows."""
         cut = slice(first, end)
         columns = {name: column[cut] for name, column in self.columns.items()}
-        return _Rows(self.prompts[cut], self.completions[cut], self.completion_ids[cut], columns, self.labels[cut])
+        return _Rows(
+            self.prompts[cut],
+            self.completions[cut],
+            self.completion_ids[cut],
+            columns,
+            self.labels[cut],
+        )
 
 
 def score(
@@ -55,27 +67,45 @@ def score(
     columns: Mapping[str, Sequence[Any]],
     labels: Sequence[str] | None = None,
 ) -> ScoredRows:
-    """Score every row with every function. `labels` are the rows' names in messages ("data.jsonl:3"), else "row 0", ….
+    """Score every row with every function. `labels` are the rows' names in messages
+    ("data.jsonl:3"), else "row 0", ….
 
-    A row's reward is the weighted sum over the functions that did not abstain on it (TRL's nansum), not rescaled: a
-    function that abstains on only some completions of one prompt contributes 0 to those and its score to the others, so
-    such functions should be centred on 0, or abstain on whole prompts. It is None when every function of non-zero weight
-    abstained; functions of weight 0 are only recorded.
+    A row's reward is the weighted sum over the functions that did not abstain on it (TRL's nansum),
+    not rescaled: a function that abstains on only some completions of one prompt contributes 0 to
+    those and its score to the others, so such functions should be centred on 0, or abstain on whole
+    prompts. It is None when every function of non-zero weight abstained; functions of weight 0 are
+    only recorded.
 
-    Async functions run concurrently, after the sync ones; this also works where an event loop is running already.
+    Async functions run concurrently, after the sync ones; this also works where an event loop is
+    running already.
 
-    A function that raises is called again on halves of the batch, to name the row: at most about as many rows again as the
-    batch has. Where the failure is the moment's and not a row's (OSError: network, timeout, disk), it is not.
+    A function that raises is called again on halves of the batch, to name the row: at most about as
+    many rows again as the batch has. Where the failure is the moment's and not a row's (OSError:
+    network, timeout, disk), it is not.
     """
-    rows = _Rows(prompts, completions, completion_ids, columns, labels or [f"row {i}" for i in range(len(completions))])
+    rows = _Rows(
+        prompts,
+        completions,
+        completion_ids,
+        columns,
+        labels or [f"row {i}" for i in range(len(completions))],
+    )
     _check_rows(rows)
     if not completions:
         return ScoredRows((), ())
     outputs = _run(rewards, rows)
-    per_function = [checked_scores(r.name, output, completions, rows.labels) for r, output in zip(rewards, outputs, strict=True)]
-    components = tuple(zip(*per_function, strict=True)) if per_function else ((),) * len(completions)
+    per_function = [
+        checked_scores(r.name, output, completions, rows.labels)
+        for r, output in zip(rewards, outputs, strict=True)
+    ]
+    components = (
+        tuple(zip(*per_function, strict=True)) if per_function else ((),) * len(completions)
+    )
     weights = [r.weight for r in rewards]
-    sums = [_weighted_sum(weights, row, label) for row, label in zip(components, rows.labels, strict=True)]
+    sums = [
+        _weighted_sum(weights, row, label)
+        for row, label in zip(components, rows.labels, strict=True)
+    ]
     return ScoredRows(tuple(sums), components)
 
 
@@ -83,23 +113,39 @@ def _check_rows(rows: _Rows) -> None:
     n = len(rows)
     taken = [name for name in rows.columns if name in _ARGUMENTS]
     if taken:
-        raise RewardError(f"the data has columns named {', '.join(taken)}, which reward functions are given by neat-align: rename them")
-    for name, column in {"prompts": rows.prompts, "completion_ids": rows.completion_ids, "labels": rows.labels, **rows.columns}.items():
+        raise RewardError(
+            f"the data has columns named {', '.join(taken)}, which reward functions are given by "
+            "neat-align: rename them"
+        )
+    for name, column in {
+        "prompts": rows.prompts,
+        "completion_ids": rows.completion_ids,
+        "labels": rows.labels,
+        **rows.columns,
+    }.items():
         if len(column) != n:
-            raise RewardError(f"there are {n} completions to score but {len(column)} {name}: one a completion is needed")
+            raise RewardError(
+                f"there are {n} completions to score but {len(column)} {name}: one a completion "
+                "is needed"
+            )
 
 
-def _weighted_sum(weights: Sequence[float], row: Sequence[float | None], label: str) -> float | None:
+def _weighted_sum(
+    weights: Sequence[float], row: Sequence[float | None], label: str
+) -> float | None:
     terms = [w * s for w, s in zip(weights, row, strict=True) if s is not None and w != 0]
     if not terms:
         return None
     total = sum(terms)
     if not math.isfinite(total):
-        raise RewardError(f"the weighted sum of {label} overflows (components {list(row)}, weights {list(weights)}): lower the weights")
+        raise RewardError(
+            f"the weighted sum of {label} overflows (components {list(row)}, weights "
+            f"{list(weights)}): lower the weights"
+        )
     return total
 
 
-# ---- calling ---------------------------------------------------------------------------------------------------------
+# ---- calling -------------------------------------------------------------------------------------
 
 
 def _run(rewards: Sequence[NamedReward], rows: _Rows) -> list[Any]:
@@ -131,7 +177,10 @@ def _run(rewards: Sequence[NamedReward], rows: _Rows) -> list[Any]:
 
 
 def _call(reward: NamedReward, rows: _Rows) -> Any:
-    """The function's output, or what is to be awaited for it. RewardTimeoutError after the reward's timeout."""
+    """The function's output, or what is to be awaited for it.
+
+    RewardTimeoutError after the reward's timeout.
+    """
     if reward.timeout is None:
         return reward.function(**rows.arguments())
     future: Future[Any] = Future()
@@ -147,27 +196,43 @@ def _call(reward: NamedReward, rows: _Rows) -> Any:
     threading.Thread(target=work, name=f"reward {reward.name}", daemon=True).start()
     wait([future], timeout=reward.timeout)
     if not future.done():
-        raise _late(reward, "a thread cannot be ended, so the call may go on until this process ends")
+        raise _late(
+            reward, "a thread cannot be ended, so the call may go on until this process ends"
+        )
     return future.result()
 
 
 def _late(reward: NamedReward, what_became_of_it: str) -> RewardTimeoutError:
     return RewardTimeoutError(
-        f"reward function {reward.name!r} did not return within reward_timeout={reward.timeout} s ({what_became_of_it}): raise the "
+        f"reward function {reward.name!r} did not return within reward_timeout={reward.timeout} s "
+        f"({what_became_of_it}): raise the "
         "limit, or look at what the function waits for"
     )
 
 
 def _blamed(reward: NamedReward, rows: _Rows, error: Exception) -> RewardError:
     """The error that names the function and, where one can be found, the row."""
-    hint, found, batch = "", None, f"a batch of {len(rows)} rows (first {rows.labels[0]}, last {rows.labels[-1]})"
+    hint, found, batch = (
+        "",
+        None,
+        f"a batch of {len(rows)} rows (first {rows.labels[0]}, last {rows.labels[-1]})",
+    )
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-        hint = "; reward functions are given every column of the data: end their signature with **columns"
+        hint = (
+            "; reward functions are given every column of the data: end their signature with "
+            "**columns"
+        )
     elif not isinstance(error, OSError):
         found = _guilty_row(reward, rows)
         batch += ", of which none that was tried raises alone" if found is None else ""
-    where = batch if found is None else f"{rows.labels[found]}, whose completion begins {_excerpt(rows.completions[found])}"
-    return RewardError(f"reward function {reward.name!r} raised {type(error).__name__} on {where}: {error}{hint}")
+    where = (
+        batch
+        if found is None
+        else f"{rows.labels[found]}, whose completion begins {_excerpt(rows.completions[found])}"
+    )
+    return RewardError(
+        f"reward function {reward.name!r} raised {type(error).__name__} on {where}: {error}{hint}"
+    )
 
 
 def _guilty_row(reward: NamedReward, rows: _Rows) -> int | None:
@@ -187,7 +252,9 @@ def _raises(reward: NamedReward, rows: _Rows) -> bool:
         output = _call(reward, rows)
     except Exception:  # noqa: BLE001 - a reward function may raise anything
         return True
-    return inspect.isawaitable(output) and isinstance(_await_all([(output, reward)])[0], BaseException)
+    return inspect.isawaitable(output) and isinstance(
+        _await_all([(output, reward)])[0], BaseException
+    )
 
 
 def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[Any]:
@@ -217,20 +284,24 @@ def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[An
         return pool.submit(contextvars.copy_context().run, asyncio.run, gather()).result()
 
 
-# ---- checking --------------------------------------------------------------------------------------------------------
+# ---- checking ------------------------------------------------------------------------------------
 
 
-def checked_scores(name: str, output: Any, completions: Sequence[CompletionInput], labels: Sequence[str]) -> list[float | None]:
+def checked_scores(
+    name: str, output: Any, completions: Sequence[CompletionInput], labels: Sequence[str]
+) -> list[float | None]:
     """`output` as one float or None a row; `labels` are the rows' names in messages."""
     if getattr(output, "ndim", None) == 1 and hasattr(output, "tolist"):
         output = output.tolist()  # a numpy array or torch tensor
     if not isinstance(output, list | tuple):
         raise RewardError(
-            f"reward function {name!r} returned {_described(output)}; it must return a list with one number or None a completion"
+            f"reward function {name!r} returned {_described(output)}; it must return a list with "
+            "one number or None a completion"
         )
     if len(output) != len(completions):
         raise RewardError(
-            f"reward function {name!r} returned {len(output)} scores for {len(completions)} completions; "
+            f"reward function {name!r} returned {len(output)} scores for {len(completions)} "
+            "completions; "
             "it must return one a completion, None where it abstains"
         )
     return [_number(name, *row) for row in zip(labels, output, completions, strict=True)]
@@ -252,16 +323,45 @@ def _number(name: str, label: str, value: Any, completion: CompletionInput) -> f
             return number
         what = f"{number}"
     raise RewardError(
-        f"reward function {name!r} returned {what}, for {label}, whose completion begins {_excerpt(completion)}; "
+        f"reward function {name!r} returned {what}, for {label}, whose completion begins "
+        f"{_excerpt(completion)}; "
         "it must return a finite number, or None to abstain"
     )
 
 
 def _described(value: Any) -> str:
     text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + '…'}"
+    return (
+        f"{type(value).__name__} "
+        f"{text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + '…'}"
+    )
 
 
 def _excerpt(completion: CompletionInput) -> str:
     text = completion_text(completion)
     return repr(text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "…")
+
+
+def score_answers(
+    rows: Sequence[PromptRow],
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    rewards: tuple[NamedReward, ...],
+) -> ScoredRows:
+    """Rewards of answers to the plain prompts of `rows`, one a row, in one batch."""
+    conversational = bool(rows) and not isinstance(rows[0].prompt, str)
+    completions: list[Any] = (
+        [[{"role": "assistant", "content": t}] for t in texts] if conversational else list(texts)
+    )
+    names = sorted(
+        {name for row in rows for name in row.columns}
+        - {"prompts", "completions", "completion_ids"}
+    )
+    return score(
+        rewards,
+        prompts=[row.prompt for row in rows],
+        completions=completions,
+        completion_ids=[list(i) for i in ids],
+        columns={name: [row.columns.get(name) for row in rows] for name in names},
+        labels=[row.where for row in rows],
+    )

@@ -1,8 +1,9 @@
 """Attention for one new token a sequence on a CPU.
 
-torch's CPU kernel for scaled-dot-product attention works in blocks of queries; with a single query a sequence it leaves
-most of a block empty. Two batched products and an fp32 softmax give the same numbers, and while decoding they make the
-whole model about twice as fast (benchmarks/generation.py; 64 sequences, bf16, two cores).
+torch's CPU kernel for scaled-dot-product attention works in blocks of queries; with a single query
+a sequence it leaves most of a block empty. Two batched products and an fp32 softmax give the same
+numbers, and while decoding they make the whole model about twice as fast (benchmarks/generation.py;
+64 sequences, bf16, two cores).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from neat_align.shared_prefix import unwrapped
+from neat_align.modeling.shared_prefix import unwrapped
 
 ATTENTION = "neat_decode"
 _BOTH = "neat_decode_and_torch"
@@ -33,11 +34,15 @@ def decode_attention(
     scaling: float | None = None,
     **others: Any,  # what transformers passes to every attention function
 ) -> tuple[Float[Tensor, "rows queries heads value_dim"], None]:
-    """Products for a single query a row, transformers' own function for all else; the signature is its interface's."""
+    """Products for a single query a row, transformers' own function for all else; the signature is
+    its interface's.
+    """
     rows, heads, queries, dim = query.shape
     plain_mask = attention_mask is None or attention_mask.dtype == torch.bool
     if queries > 1 or not plain_mask or others.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )
     folded = query.reshape(rows, key.shape[1], heads // key.shape[1], dim)
     scores = (folded @ key.transpose(-1, -2)).float() * (dim**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
@@ -52,13 +57,18 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def fast_decoding(model: torch.nn.Module) -> Iterator[None]:
-    """On a CPU, a model that uses torch's kernel decodes with `decode_attention` while this is open; others are left alone.
+    """On a CPU, a model that uses torch's kernel decodes with `decode_attention` while this is
+    open; others are left alone.
 
     Some models look at their attention's name themselves, so a step is compared first.
     """
     config = unwrapped(model).config
     before = config._attn_implementation
-    may = next(model.parameters()).device.type == "cpu" and before == "sdpa" and unwrapped(model)._supports_attention_backend
+    may = (
+        next(model.parameters()).device.type == "cpu"
+        and before == "sdpa"
+        and unwrapped(model)._supports_attention_backend
+    )
     try:
         if may and _fits(model):
             config._attn_implementation = ATTENTION
@@ -68,15 +78,24 @@ def fast_decoding(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _fits(model: torch.nn.Module) -> bool:
-    """Whether the model computes the same when its attention has another name, and every call gives what torch's kernel gives.
+    """Whether the model computes the same when its attention has another name, and every call gives
+    what torch's kernel gives.
 
-    Calls are compared one by one, since in bf16 what they round differently adds up over the layers: at unusual tokens the
-    logits of two correct computations can be as far apart as a wrong mask would put them.
+    Calls are compared one by one, since in bf16 what they round differently adds up over the
+    layers: at unusual tokens the logits of two correct computations can be as far apart as a wrong
+    mask would put them.
     """
     config = unwrapped(model).config
     before, agree = config._attn_implementation, []
 
-    def both(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any) -> Any:
+    def both(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **others: Any,
+    ) -> Any:
         expected = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         found, _ = decode_attention(module, query, key, value, attention_mask, **others)
         agree.append(_agree(found, expected[0], value))
@@ -90,7 +109,8 @@ def _fits(model: torch.nn.Module) -> bool:
         found = _two_steps(model)
     finally:
         config._attn_implementation = before
-    # The kernel is torch's both times. (Weights that give no numbers agree with nothing: the draw says so.)
+    # The kernel is torch's both times. (Weights that give no numbers agree with nothing: the draw
+    # says so.)
     return all(agree) and bool((found - expected).abs().max() <= 0.1 * expected.std())
 
 
@@ -99,8 +119,12 @@ def _two_steps(model: torch.nn.Module) -> Float[Tensor, "rows vocab"]:
     ids = torch.arange(1, 13).view(2, 6)
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True, logits_to_keep=1).past_key_values
-        logits: Tensor = model(input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        cache = model(
+            input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True, logits_to_keep=1
+        ).past_key_values
+        logits: Tensor = model(
+            input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits
     return logits[:, -1].float().log_softmax(-1)
 
 

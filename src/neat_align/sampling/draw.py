@@ -1,9 +1,10 @@
 """One token from one number: the draw that every sampler here makes.
 
-A completion's random numbers come from a generator seeded by the completion, one uniform number a token, made on the CPU.
-The token is the one at which the running sum of the probabilities passes that number. So the tokens of a completion
-depend on its prompt and seed, and not on the completions that share its batch, on the batch's size, or on the device; what
-remains is floating-point noise in the logits, which can move a boundary past the number.
+A completion's random numbers come from a generator seeded by the completion, one uniform number a
+token, made on the CPU. The token is the one at which the running sum of the probabilities passes
+that number. So the tokens of a completion depend on its prompt and seed, and not on the completions
+that share its batch, on the batch's size, or on the device; what remains is floating-point noise in
+the logits, which can move a boundary past the number.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ from neat_align.errors import CollapseError
 from neat_align.sampling.protocol import SamplingParams
 
 
-def uniforms(seeds: Sequence[int], tokens: int, device: torch.device) -> Float[Tensor, "rows tokens"]:
+def uniforms(
+    seeds: Sequence[int], tokens: int, device: torch.device
+) -> Float[Tensor, "rows tokens"]:
     """Numbers in [0, 1), a row for each seed."""
-    rows = [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32) for seed in seeds]
+    rows = [
+        torch.rand(
+            tokens, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32
+        )
+        for seed in seeds
+    ]
     return torch.stack(rows).to(device)
 
 
@@ -34,12 +42,19 @@ def draw(
     for warper in _warpers(params):
         warped = warper(torch.empty(0, dtype=torch.long), warped)
     # A GPU sums in parallel, which in fp32 need not be monotone; a CPU adds one by one.
-    running = warped.softmax(-1, dtype=torch.float32 if logits.device.type == "cpu" else torch.float64).cumsum_(-1)
+    running = warped.softmax(
+        -1, dtype=torch.float32 if logits.device.type == "cpu" else torch.float64
+    ).cumsum_(-1)
     if not bool(running[:, -1].isfinite().all()):
-        raise CollapseError("the policy's logits are not finite while it samples: the weights or the number type are broken")
-    # The sum may end a rounding error away from 1; scaled by it, the number is always passed. A token of probability 0
-    # never moves the sum, so it is never the one.
-    tokens = torch.searchsorted(running, (uniform[:, None] * running[:, -1:]), right=True).squeeze(-1)
+        raise CollapseError(
+            "the policy's logits are not finite while it samples: the weights or the number type "
+            "are broken"
+        )
+    # The sum may end a rounding error away from 1; scaled by it, the number is always passed. A
+    # token of probability 0 never moves the sum, so it is never the one.
+    tokens = torch.searchsorted(running, (uniform[:, None] * running[:, -1:]), right=True).squeeze(
+        -1
+    )
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     chosen = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
     return tokens, chosen

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-from neat_align.groups import FinishReason
+FinishReason: TypeAlias = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One completion to draw: the rendered prompt's token ids (instruction included), and the completion's own seed."""
+    """One completion to draw: the rendered prompt's token ids (instruction included), and the
+    completion's own seed.
+    """
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -21,9 +23,9 @@ class SampleRequest:
 class Sample:
     """One drawn completion.
 
-    `token_ids` ends with the end-of-turn token when `finish_reason` is "stop" and has none when it is "length".
-    `logprob` is the sum over `token_ids`, in nats, of the untempered policy under the request's prompt, whatever
-    temperature, top-p or top-k shaped the draw.
+    `token_ids` ends with the end-of-turn token when `finish_reason` is "stop" and has none when it
+    is "length". `logprob` is the sum over `token_ids`, in nats, of the untempered policy under the
+    request's prompt, whatever temperature, top-p or top-k shaped the draw.
     """
 
     token_ids: tuple[int, ...]
@@ -33,7 +35,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw. `top_k` 0 and `top_p` 1 keep every token; `max_new_tokens` counts the end-of-turn token."""
+    """How to draw. `top_k` 0 and `top_p` 1 keep every token; `max_new_tokens` counts the
+    end-of-turn token.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -46,7 +50,13 @@ class Sampler(Protocol):
     """Draws completions. The result depends on each request alone, not on its batch or place."""
 
     def sample(
-        self, requests: Sequence[SampleRequest], params: SamplingParams, *, progress: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
-        """One `Sample` a request, in order. `progress` is called with the number of completions just finished."""
+        """One `Sample` a request, in order. `progress` is called with the number of completions
+        just finished.
+        """
         ...

@@ -1,9 +1,10 @@
 """Sampling from a transformers model, each completion from its own random numbers (`draw`).
 
-Requests are sorted by length and drawn `batch_size` at a time, left-padded. A prompt that several completions of a batch
-share goes through the model once; the cache is then copied to each of them. Completions that have ended leave the batch.
-transformers' own `generate` does neither (and its continuous batching draws from one random stream for all), so the decode
-loop is written out here; a model that keeps more than keys and values is drawn with `generate`.
+Requests are sorted by length and drawn `batch_size` at a time, left-padded. A prompt that several
+completions of a batch share goes through the model once; the cache is then copied to each of them.
+Completions that have ended leave the batch. transformers' own `generate` does neither (and its
+continuous batching draws from one random stream for all), so the decode loop is written out here; a
+model that keeps more than keys and values is drawn with `generate`.
 """
 
 from __future__ import annotations
@@ -18,24 +19,32 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from neat_align.precision import inference
+from neat_align.modeling.precision import inference
+from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
 from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.draw import draw, uniforms
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
-from neat_align.shared_prefix import adds_virtual_tokens, unwrapped
 
 logger = logging.getLogger(__name__)
-
-# Completions leave the batch when at least this share of it has ended: taking them out copies the cache.
+# Completions leave the batch when at least this share of it has ended: taking them out copies the
+# cache.
 SHRINK_AT = 0.125
 
 
 @dataclass
-class Room:
-    """How many completions fit into memory at once, as far as is known: None until memory ran out."""
+class BatchLimit:
+    """How many completions fit into memory at once, as far as is known: None until memory
+    ran out.
+    """
 
     limit: int | None = None
 
@@ -44,8 +53,9 @@ class Room:
 class TransformersSampler:
     """A `Sampler` over a transformers causal language model on any device.
 
-    `eos_token_ids` end a completion. `autocast_dtype` computes in that type; None computes in the weights' own. When memory
-    runs out the batch is halved, said once, and drawn again; samplers that share a `room` remember it.
+    `eos_token_ids` end a completion. `autocast_dtype` computes in that type; None computes in the
+    weights' own. When memory runs out the batch is halved, said once, and drawn again; samplers
+    that share a `room` remember it.
     """
 
     model: PreTrainedModel | torch.nn.Module
@@ -53,17 +63,25 @@ class TransformersSampler:
     pad_token_id: int
     batch_size: int = 64
     autocast_dtype: torch.dtype | None = None
-    room: Room = field(default_factory=Room)
+    room: BatchLimit = field(default_factory=BatchLimit)
 
     def sample(
-        self, requests: Sequence[SampleRequest], params: SamplingParams, *, progress: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
         """One `Sample` a request, in the order of the requests."""
         # Equal prompts stand together, so that they meet in a batch.
-        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids))
+        order = sorted(
+            range(len(requests)),
+            key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids),
+        )
         keeps_keys = _keeps_keys(self.model)
         draw_batch = self._decode if keeps_keys else self._generate
-        # As few batches as the limit allows, and alike: a small last one would cost nearly as much as a full one.
+        # As few batches as the limit allows, and alike: a small last one would cost nearly as much
+        # as a full one.
         size = -(-len(order) // max(1, -(-len(order) // self.batch_size)))
         drawn: dict[int, Sample] = {}
         fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
@@ -86,7 +104,10 @@ class TransformersSampler:
         requests: Sequence[SampleRequest],
         params: SamplingParams,
     ) -> list[Sample] | None:
-        """The batch's samples, or None when memory ran out and the limit was halved. A completion alone raises as it did."""
+        """The batch's samples, or None when memory ran out and the limit was halved.
+
+        A completion alone raises as it did.
+        """
         try:
             return draw_batch(requests, params)
         except torch.OutOfMemoryError:
@@ -94,7 +115,8 @@ class TransformersSampler:
                 raise
             if self.room.limit is None:
                 logger.warning(
-                    "memory ran out while %d completions were sampled at once: from now on fewer are. generation_batch_size sets how many",
+                    "memory ran out while %d completions were sampled at once: from now on fewer "
+                    "are. generation_batch_size sets how many",
                     len(requests),
                 )
             self.room.limit = len(requests) // 2
@@ -113,7 +135,9 @@ class TransformersSampler:
         logits = self._forward(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)[which]
         mask, positions = mask[which], mask[which].sum(-1)
         cache.batch_select_indices(which)
-        rows = torch.arange(len(requests), device=device)  # the request that each row of the batch draws for
+        rows = torch.arange(
+            len(requests), device=device
+        )  # the request that each row of the batch draws for
         ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
         tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
         logprobs = torch.empty_like(numbers)
@@ -126,25 +150,42 @@ class TransformersSampler:
                 break
             if left <= (1 - SHRINK_AT) * len(rows):
                 stay = (~ended).nonzero().squeeze(-1)
-                rows, mask, positions, last, ended = (x[stay] for x in (rows, mask, positions, last, ended))
+                rows, mask, positions, last, ended = (
+                    x[stay] for x in (rows, mask, positions, last, ended)
+                )
                 cache.batch_select_indices(stay)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(last[:, None], mask, positions[:, None], cache)
             positions = positions + 1
-        return [self._sample(t, lp) for t, lp in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+        return [
+            self._sample(t, lp) for t, lp in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        ]
 
     def _forward(
-        self, input_ids: Int[Tensor, "rows new"], mask: Int[Tensor, "rows width"], positions: Int[Tensor, "rows new"], cache: DynamicCache
+        self,
+        input_ids: Int[Tensor, "rows new"],
+        mask: Int[Tensor, "rows width"],
+        positions: Int[Tensor, "rows new"],
+        cache: DynamicCache,
     ) -> Float[Tensor, "rows vocab"]:
         output = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         return cast("Tensor", output.logits[:, -1])
 
     def _generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         device = next(self.model.parameters()).device
         input_ids, mask = _left_padded([r.prompt_ids for r in requests], self.pad_token_id, device)
-        processor = _DrawnToken(uniforms([r.seed for r in requests], params.max_new_tokens, device), params, input_ids.shape[1])
+        processor = _DrawnToken(
+            uniforms([r.seed for r in requests], params.max_new_tokens, device),
+            params,
+            input_ids.shape[1],
+        )
         with _no_own_generation_config(self.model):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
@@ -153,17 +194,23 @@ class TransformersSampler:
                 logits_processor=LogitsProcessorList([processor]),
             )
         logprobs = torch.stack(processor.logprobs, dim=1).tolist()
-        return [self._sample(t, lp) for t, lp in zip(output[:, input_ids.shape[1] :].tolist(), logprobs, strict=True)]
+        return [
+            self._sample(t, lp)
+            for t, lp in zip(output[:, input_ids.shape[1] :].tolist(), logprobs, strict=True)
+        ]
 
     def _sample(self, tokens: list[int], logprobs: list[float]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
         length = len(tokens) if end is None else end + 1
-        return Sample(tuple(tokens[:length]), "length" if end is None else "stop", sum(logprobs[:length]))
+        return Sample(
+            tuple(tokens[:length]), "length" if end is None else "stop", sum(logprobs[:length])
+        )
 
 
 def _keeps_keys(model: torch.nn.Module) -> bool:
-    """Whether a model's cache is keys and values alone, so that its rows can be copied and taken out; PEFT's virtual tokens
-    are put in front at every call, which only `generate` expects."""
+    """Whether a model's cache is keys and values alone, so that its rows can be copied and taken
+    out; PEFT's virtual tokens are put in front at every call, which only `generate` expects.
+    """
     if not unwrapped(model)._supports_attention_backend or adds_virtual_tokens(model):
         return False
     layers = DynamicCache(config=unwrapped(model).config).layers
@@ -173,30 +220,43 @@ def _keeps_keys(model: torch.nn.Module) -> bool:
 def _left_padded(
     prompts: Sequence[tuple[int, ...]], pad_token_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
-    """Token ids and their mask, which goes by length: the pad token may also be a real token of a prompt."""
+    """Token ids and their mask, which goes by length: the pad token may also be a real token of a
+    prompt.
+    """
     width = max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    input_ids = torch.tensor(
+        [[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device
+    )
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return input_ids, mask
 
 
 class _DrawnToken(LogitsProcessor):
-    """Leaves `generate`, running greedily, the drawn token alone, and remembers its log-probability."""
+    """Leaves `generate`, running greedily, the drawn token alone, and remembers its
+    log-probability.
+    """
 
-    def __init__(self, numbers: Float[Tensor, "rows tokens"], params: SamplingParams, prompt_width: int) -> None:
+    def __init__(
+        self, numbers: Float[Tensor, "rows tokens"], params: SamplingParams, prompt_width: int
+    ) -> None:
         self.numbers, self.params, self.prompt_width = numbers, params, prompt_width
         self.logprobs: list[Float[Tensor, " rows"]] = []
 
-    def __call__(self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        tokens, logprobs = draw(scores, self.numbers[:, input_ids.shape[1] - self.prompt_width], self.params)
+    def __call__(
+        self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocab"]
+    ) -> Float[Tensor, "rows vocab"]:
+        tokens, logprobs = draw(
+            scores, self.numbers[:, input_ids.shape[1] - self.prompt_width], self.params
+        )
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
 @contextlib.contextmanager
 def _no_own_generation_config(model: Any) -> Iterator[None]:
-    """`generate` fills what is unset from the model's own generation_config (repetition penalties, suppressed tokens, …);
-    with an empty one only the request shapes the draw."""
+    """`generate` fills what is unset from the model's own generation_config (repetition penalties,
+    suppressed tokens, …); with an empty one only the request shapes the draw.
+    """
     base = unwrapped(model)
     own = base.generation_config
     base.generation_config = GenerationConfig()
@@ -206,7 +266,9 @@ def _no_own_generation_config(model: Any) -> Iterator[None]:
         base.generation_config = own
 
 
-def _greedy(params: SamplingParams, eos_token_ids: tuple[int, ...], pad_token_id: int) -> GenerationConfig:
+def _greedy(
+    params: SamplingParams, eos_token_ids: tuple[int, ...], pad_token_id: int
+) -> GenerationConfig:
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=params.max_new_tokens,

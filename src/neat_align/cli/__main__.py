@@ -1,0 +1,7 @@
+"""`python -m neat_align.cli`."""
+
+from __future__ import annotations
+
+from neat_align.cli.app import main
+
+main()

@@ -1,0 +1,95 @@
+"""The command line's commands and how they end: one module a verb.
+
+Heavy imports happen inside commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from neat_align import __version__
+from neat_align.cli.capability import capability
+from neat_align.cli.compare import compare
+from neat_align.cli.console import ANY_OPTION, EITHER_DASH
+from neat_align.cli.demo import demo
+from neat_align.cli.evaluate import evaluate
+from neat_align.cli.expand import expand
+from neat_align.cli.inspect import inspect
+from neat_align.cli.probe import probe
+from neat_align.cli.report import report
+from neat_align.cli.train import train
+from neat_align.errors import NEATError, RewardUnavailableError
+from neat_align.files.secrets import scrubbed
+
+app = typer.Typer(
+    name="neat-align",
+    help="Align a language model with NEAT: it writes good and bad answers itself, and learns to "
+    "rank them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# EX_TEMPFAIL of sysexits.h: schedulers know it as "try again later".
+PAUSED = 75
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"neat-align {__version__}")
+        raise typer.Exit
+
+
+app.command()(demo)
+app.command(context_settings=ANY_OPTION, add_help_option=False)(train)
+app.command(context_settings=ANY_OPTION)(expand)
+app.command(context_settings=ANY_OPTION)(evaluate)
+app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(compare)
+app.command()(inspect)
+app.command()(report)
+app.command()(capability)
+app.command(context_settings=EITHER_DASH)(probe)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; an error meant for the user is one line on stderr and exit code 2.
+
+    A reward server that stays down is exit code 75: nothing is wrong with the run, and the same
+    command goes on with it later.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments, standalone_mode=True)
+    except RewardUnavailableError as error:
+        typer.echo(f"paused: {scrubbed(str(error))}", err=True)
+        typer.echo(_how_to_resume(given, "when the server is up"), err=True)
+        sys.exit(PAUSED)
+    except NEATError as error:
+        typer.echo(f"error: {scrubbed(str(error))}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        typer.echo(f"error: the disk is full: {scrubbed(f'{error.strerror}{where}')}", err=True)
+        typer.echo(_how_to_resume(given, "when there is room"), err=True)
+        sys.exit(2)
+
+
+def _how_to_resume(arguments: list[str], when: str) -> str:
+    command = arguments[0] if arguments else ""
+    if command in ("train", "expand"):
+        return (
+            f"what is sampled and scored is kept; {when}, go on with the same command and "
+            "--resume true"
+        )
+    if command == "compare":
+        return f"what is sampled and scored is kept; {when}, go on with the same command"
+    return f"{when}, run the same command again"

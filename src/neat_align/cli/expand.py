@@ -1,0 +1,96 @@
+"""`neat-align expand`: one round over the data, written as a data set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neat_align.cli.console import ConfigOption, quiet
+from neat_align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from neat_align.config import NEATConfig
+    from neat_align.rounds.round_files import FinishedRound
+    from neat_align.script_arguments import ScriptArguments
+    from neat_align.trainer import NEATTrainer
+
+FORMS = ("ranked", "preference", "groups")
+
+
+def expand(
+    ctx: typer.Context,
+    output: Annotated[Path, typer.Option(help="A .parquet or .jsonl file for the data set.")],
+    config: ConfigOption = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Rows of the data set: ranked, preference, or groups (.parquet, everything)."
+        ),
+    ] = "ranked",
+) -> None:
+    """Only the data stage: prompts in, ranked completions out. Takes every option of `train`."""
+    quiet()
+    from neat_align.cli.options import parse_options
+
+    given = ["--output_dir", str(output.with_suffix("")) + "-run", *ctx.args]
+    script, args = parse_options(given, config)
+    write_expansion(script, args, output, form)
+
+
+def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, form: str) -> None:
+    """Sample, score and rank one round over the data, and write it as a data set."""
+    from neat_align.cli.progress import terminal_callbacks
+    from neat_align.pipeline import build_trainer
+    from neat_align.runs.signals import listening
+
+    _check_output(output, form)
+    trainer = build_trainer(replace(script, holdout=0), config, terminal_callbacks(config))
+    if (trainer.round_folder(0) / "manifest.json").is_file() and not script.resume:
+        raise ConfigError(
+            f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
+            "--output, or pass --resume true to write the same groups out again"
+        )
+    with listening(trainer.stop), trainer.writing():
+        made = trainer.make_round(0)
+    written = _write(made, trainer, output, form)
+    print(
+        f"{written} rows ({form}) in {output}; they hold text that was written to be harmful, "
+        "on purpose"
+    )
+    print(f"look at the groups: neat-align inspect {trainer.output_dir}")
+
+
+def _check_output(output: Path, form: str) -> None:
+    if form not in FORMS:
+        raise ConfigError(f"form is {form!r}; it must be ranked, preference or groups")
+    if output.suffix not in (".parquet", ".jsonl"):
+        raise ConfigError(f"{output} must end in .parquet or .jsonl")
+    if form == "groups" and output.suffix != ".parquet":
+        raise ConfigError(
+            f"groups keep token ids and log-probabilities and go to .parquet, not {output.suffix}"
+        )
+
+
+def _write(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -> int:
+    """Write the round in this form; gives the number of rows."""
+    import pyarrow as pa
+
+    from neat_align.files.atomic import write_atomic, write_table
+    from neat_align.rounds.completions import groups_to_table
+    from neat_align.rounds.exports import preference_rows, ranked_rows
+
+    if form == "groups":
+        write_table(output, groups_to_table(made.groups, [r.name for r in trainer.rewards]))
+        return len(made.groups)
+    to_rows = {"ranked": ranked_rows, "preference": preference_rows}[form]
+    rows: list[dict[str, Any]] = to_rows(made.groups, rank_by=trainer.round_params().rank_by)
+    if output.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(output, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    else:
+        write_table(output, pa.Table.from_pylist(rows))
+    return len(rows)

@@ -1,0 +1,194 @@
+"""`neat-align probe`: measure a bank's pairs on a model, and say in a terminal which are worth
+training with.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from neat_align.cli.probe_options import ProbeSettings
+from neat_align.cli.probe_table import print_probe
+from neat_align.cli.progress import stage_bars
+from neat_align.config import PLACEMENTS
+from neat_align.demo.model import demo_model_path
+from neat_align.errors import ConfigError, PromptError
+from neat_align.evaluation.probe import (
+    MIN_PROMPTS,
+    Probe,
+    ProbeParams,
+    ProbeTools,
+    probe_bank,
+)
+from neat_align.files.atomic import write_json
+from neat_align.files.provenance import commit, versions
+from neat_align.modeling.layout import choose_layout
+from neat_align.modeling.loading import load_policy, load_tokenizer
+from neat_align.modeling.logprobs import score_completions
+from neat_align.modeling.precision import half_precision_copy
+from neat_align.pipeline import load_data
+from neat_align.prompts.instruction_banks import InstructionBank, load_bank
+from neat_align.prompts.placement import Placement
+from neat_align.prompts.rendering import eos_token_ids, prompt_ids
+from neat_align.prompts.rows import PromptRow, is_conversational
+from neat_align.prompts.template_check import check_template
+from neat_align.rewards.resolve import resolve_rewards
+from neat_align.rounds.prompt_order import prompt_at
+from neat_align.runs.run_key import fingerprint
+from neat_align.sampling.protocol import SamplingParams
+from neat_align.sampling.transformers_sampler import TransformersSampler
+from neat_align.script_arguments import ScriptArguments
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+# What a run computes in by default.
+COMPUTE = torch.bfloat16
+
+
+def run_probe(
+    settings: ProbeSettings,
+    output: Path | None,
+    console: Console,
+    *,
+    disable_progress: bool = False,
+) -> Probe:
+    """Probe, print what was found, and write it to `output` as JSON where one is given."""
+    started = time.monotonic()
+    if output is not None and output.suffix != ".json":
+        raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
+    bank = load_bank(settings.bank)
+    rows = _rows(settings)
+    model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
+    tokenizer = load_tokenizer(model)
+    conversational = is_conversational(rows)
+    if not conversational and tokenizer.chat_template:
+        logger.warning(
+            "the prompts are text and are used without the tokenizer's chat template: for a chat "
+            "model, --as_conversations"
+        )
+    placements, refused = usable_placements(
+        settings.placement, tokenizer, bank, conversational=conversational
+    )
+    tools = _tools(settings, model, tokenizer, rows, conversational=conversational)
+    params = ProbeParams(
+        placements=placements,
+        sampling=SamplingParams(settings.max_completion_length, settings.temperature),
+        samples=settings.samples,
+        seed=settings.seed,
+    )
+    with stage_bars("probe", disable_progress) as progress:
+        found = probe_bank(rows, bank, params, tools, progress)
+    print_probe(console, found, bank, settings, refused)
+    if output is not None:
+        write_json(
+            output,
+            {
+                "format": FORMAT,
+                "settings": asdict(settings),
+                "bank": bank.name,
+                "data": {"prompts": len(found.prompt_ids), "sha256": fingerprint(rows)},
+                "refused_placements": refused,
+                **found.to_json(),
+                "wall_seconds": time.monotonic() - started,
+                "commit": commit(),
+                "versions": versions(),
+            },
+        )
+        console.print(f"numbers {output}", markup=False, highlight=False, soft_wrap=True)
+    return found
+
+
+# ---- what is probed with -------------------------------------------------------------------------
+
+
+def _rows(settings: ProbeSettings) -> list[PromptRow]:
+    """The prompts that a run with this seed would begin with, as many different ones as are asked
+    for.
+    """
+    data = ScriptArguments(
+        dataset_name=settings.dataset_name, holdout=0, as_conversations=settings.as_conversations
+    )
+    rows = list({row.id: row for row in load_data(data)[0]}.values())
+    if len(rows) < MIN_PROMPTS:
+        raise ConfigError(
+            f"{settings.dataset_name} has {len(rows)} different prompts and a probe needs "
+            f"{MIN_PROMPTS} or more: name other data"
+        )
+    return [
+        rows[prompt_at(len(rows), settings.seed, i)]
+        for i in range(min(settings.prompts, len(rows)))
+    ]
+
+
+def usable_placements(
+    placement: str, tokenizer: Any, bank: InstructionBank, *, conversational: bool
+) -> tuple[tuple[Placement, ...], dict[str, str]]:
+    """The placements to probe, and why others are left out of `all`.
+
+    Raises PromptError when the template takes none of them.
+    """
+    asked = cast("tuple[Placement, ...]", PLACEMENTS if placement == "all" else (placement,))
+    refused: dict[str, str] = {}
+    for one in asked:
+        try:
+            check_template(tokenizer, bank, one, conversational=conversational)
+        except PromptError as error:
+            refused[one] = str(error)
+            if len(refused) == len(asked):
+                raise
+    return tuple(one for one in asked if one not in refused), refused
+
+
+def _tools(
+    settings: ProbeSettings,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[PromptRow],
+    *,
+    conversational: bool,
+) -> ProbeTools:
+    device = (
+        torch.accelerator.current_accelerator()
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
+    model.to(device)
+    ids = [prompt_ids(tokenizer, row.prompt) for row in rows]
+    longest = max(map(len, ids)) + settings.max_completion_length
+    layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
+    context = getattr(model.config, "max_position_embeddings", None)
+    # As in a run: a CPU is faster with a half-precision copy than under autocast.
+    on_cpu = device is None or device.type == "cpu"
+    policy, autocast_dtype = (
+        (half_precision_copy(model, COMPUTE), None) if on_cpu else (model, COMPUTE)
+    )
+    return ProbeTools(
+        tokenizer=tokenizer,
+        sampler=TransformersSampler(
+            model=policy,
+            eos_token_ids=eos_token_ids(tokenizer, model, conversational=conversational),
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=settings.generation_batch_size,
+            autocast_dtype=autocast_dtype,
+        ),
+        logprobs=functools.partial(
+            score_completions,
+            policy,
+            layout=layout,
+            pad_token_id=tokenizer.pad_token_id,
+            autocast_dtype=autocast_dtype,
+        ),
+        rewards=None if settings.reward == "contrast" else resolve_rewards(settings.reward, None),
+        max_prompt_length=None if context is None else context - settings.max_completion_length,
+    )
+
+
+# ---- what is shown -------------------------------------------------------------------------------

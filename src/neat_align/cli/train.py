@@ -1,0 +1,30 @@
+"""`neat-align train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neat_align.cli.console import ConfigOption, quiet
+
+
+def train(
+    ctx: typer.Context,
+    config: ConfigOption = None,
+    show_help: Annotated[bool, typer.Option("--help", help="List every option.")] = False,
+) -> None:
+    """Train a model: neat-align train --config recipes/NAME.yaml [--any_option value]."""
+    quiet()
+    from neat_align.cli.options import parse_options, print_help
+    from neat_align.cli.progress import terminal_callbacks
+    from neat_align.cli.run_table import print_result
+    from neat_align.pipeline import run_training
+
+    if show_help:
+        print_help()
+        return
+    script, args = parse_options(ctx.args, config)
+    result = run_training(script, args, callbacks=terminal_callbacks(args))
+    print_result(result, Path(str(args.output_dir)))

@@ -1,0 +1,1 @@
+"""Comparison: methods x seeds at equal budget and at equal KL."""

@@ -1,0 +1,413 @@
+"""Several methods on one model and one data set, at equal budget: the runs and the result file.
+
+Runs are made one after the other and kept in folders of their own, so that a comparison that was
+interrupted goes on where it stopped, and a method or a seed can be added later. Rounds that two
+runs would sample alike (the first round of the same seed and way of sampling: the policy has not
+moved yet) are sampled once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from neat_align.comparison.spec import BASE, CompareSpec, Method, strength_name
+from neat_align.comparison.summary import Point, Run, summarise
+from neat_align.config import NEATConfig
+from neat_align.errors import CollapseError, ConfigError
+from neat_align.files.atomic import read_json, write_folder, write_json
+from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.files.secrets import redacted
+from neat_align.modeling.packing import tokens_in
+from neat_align.pipeline import build_trainer
+from neat_align.reporting.comparison_report import write_comparison_report
+from neat_align.rounds.round_files import read_round
+from neat_align.runs.run_key import fingerprint
+from neat_align.script_arguments import ScriptArguments
+from neat_align.trainer import NEATTrainer
+
+FORMAT = 1
+# Held-out prompts whose answers are kept for the page.
+EXAMPLES = 40
+# Training metrics whose means over a round stand in the result file: what the diagnosis of
+# negatives needs.
+_DIAGNOSIS = (
+    "ranking/",
+    "logps/",
+    "loss/",
+    "grad_norm",
+    "contrast/",
+    "removed/",
+    "reward/",
+    "sampling/",
+    "completions/",
+)
+# A run's options, as a recipe holds them, as typed arguments. Raises ConfigError.
+ReadOptions = Callable[[Mapping[str, Any]], tuple[ScriptArguments, NEATConfig]]
+# (number of the run, of how many, the run, seconds of each run that was made so far)
+OnRun = Callable[[int, int, Run, Sequence[float]], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    method: Method
+    strength: Mapping[str, Any]
+    seed: int
+    folder: Path
+
+
+def run_comparison(
+    spec: CompareSpec, out: Path, read_options: ReadOptions, on_run: OnRun
+) -> dict[str, Any]:
+    """Make every run that is not there yet; write `comparison.json` and its page to `out`."""
+    configs = _checked_settings(spec, read_options)
+    jobs = list(_jobs(spec, out / "runs"))
+    starts = {
+        seed: _start(spec, seed, out / "runs" / BASE / f"seed{seed}", read_options)
+        for seed in spec.seeds
+    }
+    runs: list[Run] = []
+    took: list[float] = []
+    for i, job in enumerate(jobs, start=1):
+        begun, was_there = time.monotonic(), (job.folder / "points.json").is_file()
+        run = _run(spec, job, starts[job.seed], out / "shared-rounds", read_options)
+        runs.append(run)
+        if not was_there:
+            took.append(time.monotonic() - begun)
+        on_run(i, len(jobs), run, took)
+    result = _result(spec, starts, runs, configs)
+    write_json(out / "comparison.json", result)
+    write_json(out / "examples.json", _examples(starts, runs, spec))
+    write_comparison_report(out)
+    return result
+
+
+def number_of_runs(spec: CompareSpec) -> int:
+    """Runs that a comparison makes; the start policy is not one."""
+    return (len(spec.methods) - 1) * len(spec.strengths) * len(spec.seeds)
+
+
+def _jobs(spec: CompareSpec, folder: Path) -> Iterator[_Job]:
+    trained = [m for m in spec.methods if m.name != BASE]
+    for seed, method, strength in product(spec.seeds, trained, spec.strengths):
+        name = strength_name(strength).replace("/", "_")
+        yield _Job(method, strength, seed, folder / method.name / name / f"seed{seed}")
+
+
+def _checked_settings(
+    spec: CompareSpec, read_options: ReadOptions
+) -> dict[str, tuple[ScriptArguments, NEATConfig]]:
+    """Every run's options as settings, at the first seed.
+
+    All are looked at before the first run, which may be hours before the last.
+    """
+    configs = {}
+    for method in spec.methods:
+        for strength in spec.strengths if method.name != BASE else spec.strengths[:1]:
+            name = (
+                f"{method.name} ({strength_name(strength)})"
+                if strength and method.name != BASE
+                else method.name
+            )
+            configs[name] = read_options(spec.options(method, strength, spec.seeds[0]))
+    counts = {name: config.num_generations for name, (_, config) in configs.items() if name != BASE}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise ConfigError(
+            f"the methods do not sample the same number of completions a prompt ({said}), so "
+            "their budgets are not equal: change "
+            "num_positive, num_negative and num_plain under methods until the sums agree"
+        )
+    return configs
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+class _EvaluateRounds(TrainerCallback):
+    """Evaluates the policy after every round and keeps the evaluation as a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trainer: NEATTrainer | None = None
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A round is over."""
+        assert self.trainer is not None
+        path = self.folder / f"evaluation-{round(state.epoch)}.json"
+        if not path.is_file():
+            self.trainer.evaluate()
+            assert self.trainer.last_evaluation is not None
+            write_json(path, self.trainer.last_evaluation.to_json())
+
+
+def _build(
+    spec: CompareSpec,
+    method: Method,
+    strength: Mapping[str, Any],
+    seed: int,
+    folder: Path,
+    read_options: ReadOptions,
+) -> NEATTrainer:
+    given = {**spec.options(method, strength, seed), "output_dir": str(folder)}
+    settings, config = read_options(given)
+    callback = _EvaluateRounds(folder)
+    trainer = build_trainer(settings, config, callbacks=[callback])
+    if not trainer.eval_rows:
+        raise ConfigError(
+            "a comparison needs held-out prompts: set holdout or eval_dataset_name under settings"
+        )
+    callback.trainer = trainer
+    # With disable_tqdm it prints every log as a dict, and a run is one line here.
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _start(spec: CompareSpec, seed: int, folder: Path, read_options: ReadOptions) -> Point:
+    """The start policy's evaluation with a seed."""
+    path = folder / "evaluation-0.json"
+    base = spec.methods[0]
+    if path.is_file():
+        _check_key(folder, spec.options(base, {}, seed), None)
+    else:
+        trainer = _build(spec, base, {}, seed, folder, read_options)
+        _check_key(folder, spec.options(base, {}, seed), trainer)
+        trainer.evaluate()
+        assert trainer.last_evaluation is not None
+        write_json(path, trainer.last_evaluation.to_json())
+    return Point(0, read_json(path))
+
+
+def _run(
+    spec: CompareSpec, job: _Job, start: Point, shared: Path, read_options: ReadOptions
+) -> Run:
+    """A run, made or read."""
+    options = spec.options(job.method, job.strength, job.seed)
+    done = job.folder / "points.json"
+    if done.is_file():
+        _check_key(job.folder, options, None)
+    else:
+        begun = time.monotonic()
+        trainer = _build(spec, job.method, job.strength, job.seed, job.folder, read_options)
+        _check_key(job.folder, options, trainer)
+        broke = _train(trainer, shared)
+        rounds = sorted(
+            int(p.stem.rpartition("-")[2]) for p in job.folder.glob("evaluation-*.json")
+        )
+        facts = {
+            "rounds": rounds,
+            "seconds": time.monotonic() - begun,
+            "trained_tokens": _trained_tokens(trainer),
+        }
+        facts["prompts_per_round"] = len(
+            trainer.rounds
+        )  # fewer than was asked for, where the data has fewer
+        facts |= {
+            "training": [_round_means(job.folder, r) for r in rounds],
+            "stopped": trainer.stopped_because,
+            "broke": broke,
+        }
+        write_json(done, facts)
+        for checkpoint in job.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # the run is over, and its policy has been evaluated
+    facts = read_json(done)
+    points = [
+        Point(r, read_json(job.folder / f"evaluation-{r}.json"), training)
+        for r, training in zip(facts["rounds"], facts["training"], strict=True)
+    ]
+    run = Run(
+        job.method.name,
+        strength_name(job.strength),
+        job.seed,
+        start,
+        tuple(points),
+        broke=facts.get("broke"),
+    )
+    return replace(
+        run,
+        seconds=facts["seconds"],
+        trained_tokens=facts["trained_tokens"],
+        prompts_per_round=facts.get("prompts_per_round"),
+    )
+
+
+def _train(trainer: NEATTrainer, shared: Path) -> str | None:
+    """Train, from a first round that another run has sampled where there is one; why training broke
+    down, or None.
+
+    A method that breaks down is a result of the comparison like any other. Everything else stops
+    the comparison.
+    """
+    resume = (trainer.output_dir / "rounds").exists()
+    first, cached = trainer.round_folder(0), shared / _first_round_key(trainer)
+    if not resume and cached.is_dir():
+        write_folder(first, lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
+        resume = True
+    try:
+        trainer.train(resume_from_checkpoint=True if resume else None)
+    except CollapseError as error:
+        return str(error)
+    finally:
+        if not cached.is_dir() and read_round(first) is not None:
+            write_folder(cached, lambda new: shutil.copytree(first, new, dirs_exist_ok=True))
+    return None
+
+
+def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | None) -> None:
+    """Refuse to mix a run with what an earlier comparison left in its folder under other
+    settings.
+    """
+    path = folder / "options.json"
+    key = redacted(
+        json.loads(json.dumps({k: v for k, v in options.items() if v is not None}, default=str))
+    )
+    if path.is_file():
+        found = read_json(path)
+        was = found["options"]
+        changed = [
+            f"{k} was {was.get(k)!r} and is {key.get(k)!r}"
+            for k in sorted({*was, *key})
+            if was.get(k) != key.get(k)
+        ]
+        if trainer is not None and found["data"] != _data_key(trainer):
+            changed.append("the data changed")
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with other settings: {'; '.join(changed)}. Choose another "
+                "--output_dir, or delete it"
+            )
+    elif trainer is not None:
+        write_json(path, {"options": key, "data": _data_key(trainer)})
+
+
+def _data_key(trainer: NEATTrainer) -> list[str]:
+    return [fingerprint(trainer.rows), fingerprint(trainer.eval_rows)]
+
+
+def _first_round_key(trainer: NEATTrainer) -> str:
+    """What decides a first round, as a name: two runs of one comparison with the same one sample
+    the same first round.
+    """
+    decides = {
+        "params": asdict(trainer.round_params()),
+        "bank": asdict(trainer.bank),
+        "rewards": [[r.name, r.weight] for r in trainer.rewards],
+        "groups": len(trainer.rounds),
+        "data": _data_key(trainer),
+    }
+    return sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _trained_tokens(trainer: NEATTrainer) -> int:
+    total = 0
+    for folder in sorted((trainer.output_dir / "rounds").iterdir()):
+        made = read_round(folder)
+        for group in made.groups if made is not None else ():
+            part = trainer.trained_part(group)
+            total += tokens_in(
+                len(part.prompt_ids), [len(c.token_ids) for c in part.completions], trainer.layout
+            )
+    return total
+
+
+def _round_means(folder: Path, number: int) -> dict[str, float]:
+    """Means of the training metrics that were logged in a round (counted from 1)."""
+    sums: dict[str, list[float]] = {}
+    for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        begins = "round" in line and line["round"] == number - 1
+        if begins or ("loss" in line and number - 1 < line.get("epoch", -1) <= number):
+            for name, value in line.items():
+                if name.startswith(_DIAGNOSIS) and isinstance(value, int | float):
+                    sums.setdefault(name, []).append(float(value))
+    return {name: fmean(values) for name, values in sorted(sums.items())}
+
+
+# ---- result --------------------------------------------------------------------------------------
+
+
+def _result(
+    spec: CompareSpec,
+    starts: Mapping[int, Point],
+    runs: Sequence[Run],
+    configs: Mapping[str, tuple[ScriptArguments, NEATConfig]],
+) -> dict[str, Any]:
+    settings, config = next(iter(configs.values()))
+    trained = next(c for name, (_, c) in configs.items() if name != BASE)
+    rounds = int(trained.num_train_epochs)
+    prompts = next(
+        (r.prompts_per_round for r in runs if r.prompts_per_round), trained.prompts_per_round
+    )
+    held_out = len(next(iter(starts.values())).evaluation["prompts"])
+    per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
+    budget = {
+        "rounds": rounds,
+        "prompts_per_round": prompts,
+        "completions_per_prompt": trained.num_generations,
+        "sampled_completions": rounds * prompts * trained.num_generations,
+        "optimizer_steps": rounds * -(-prompts // per_step),
+        "held_out_prompts": held_out,
+        "samples_per_prompt": config.num_eval_generations,
+    }
+    return {
+        "format": FORMAT,
+        "name": spec.name,
+        "model": settings.model_name_or_path,
+        "dataset": Path(settings.dataset_name).name,
+        "seeds": list(spec.seeds),
+        "rewards": settings.reward_funcs,
+        "judges": settings.judge_funcs,
+        "budget": budget,
+        "settings": redacted(
+            {
+                k: v
+                for k, v in spec.settings.items()
+                if k not in ("model_name_or_path", "dataset_name", "output_dir")
+            }
+        ),
+        "methods": redacted(
+            [
+                {"name": m.name, "description": m.description, "settings": dict(m.settings)}
+                for m in spec.methods
+            ]
+        ),
+        **summarise(starts, runs, [m.name for m in spec.methods], spec.kl_target),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
+    }
+
+
+def _examples(
+    starts: Mapping[int, Point], runs: Sequence[Run], spec: CompareSpec
+) -> list[dict[str, Any]]:
+    """Answers of every method's last policy to some held-out prompts, with the first seed."""
+    seed = spec.seeds[0]
+    last = {BASE: starts[seed]} | {
+        r.method: r.points[-1] for r in reversed(runs) if r.seed == seed and r.points
+    }
+    rows = []
+    for i, prompt in enumerate(starts[seed].evaluation["prompts"][:EXAMPLES]):
+        order = [m.name for m in spec.methods if m.name in last]
+        answers = {m: last[m].evaluation["completions"][i][0] for m in order}
+        rows.append(
+            {
+                "prompt": prompt,
+                "answers": answers,
+                "rewards": {m: last[m].evaluation["rewards"][i] for m in order},
+            }
+        )
+    return rows

@@ -1,0 +1,268 @@
+"""What a comparison is made of: methods, strengths, seeds, one common set of settings. Read from
+YAML, checked before it runs.
+
+name: demo
+like: compare-demo                   # optional: begins as this one; `comparison_source` has put it
+  under this one by now settings: {…}                        # any options of `neat-align train`,
+  the same for all seeds: [0, 1, 2] strengths: [{learning_rate: 1e-4}]   # optional: every method is
+  run at each kl_target: 0.02                      # optional: nats per token at which methods are
+  compared methods:                             # in the order of the table base:
+  # a shipped method as it is … neat: {learning_rate: 2.0e-4}      # … or with changes … mine:
+  {like: neat, beta: 4.0}      # … or a new one that begins as another
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neat_align.errors import ConfigError
+
+BASE = "base"
+_KEYS = ("name", "settings", "seeds", "strengths", "methods", "kl_target")
+# In a file there may also be `like`, which `comparison_source` has resolved before it is parsed.
+_FILE_KEYS = (_KEYS[0], "like", *_KEYS[1:])
+# What one comparison must not change from method to method: the policy, the data, what is judged,
+# and the budget.
+_COMMON = (
+    *(
+        "model_name_or_path",
+        "dataset_name",
+        "dataset_train_split",
+        "dataset_limit",
+        "as_conversations",
+        "holdout",
+        "eval_dataset_name",
+    ),
+    *("eval_dataset_split", "reward_funcs", "reward_weights", "judge_funcs", "output_dir"),
+    *(
+        "num_train_epochs",
+        "prompts_per_round",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_completion_length",
+    ),
+    *("temperature", "top_p", "top_k", "num_eval_generations", "num_eval_prompts", "seed"),
+)
+# Options of train that a comparison decides itself, and what says it here.
+_NOT_SETTINGS = {
+    "seed": "seeds lists them",
+    "output_dir": "every run has a folder of its own under the command's --output_dir",
+    "resume": "a comparison always goes on where it stopped",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to train: its changes to the common settings. `base` is the start policy and has
+    none.
+    """
+
+    name: str
+    description: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompareSpec:
+    """A comparison: every method but `base` is trained at every strength with every seed.
+
+    `methods` begin with `base`.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    strengths: tuple[Mapping[str, Any], ...] = ({},)
+    kl_target: float | None = None
+
+    def options(self, method: Method, strength: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """All options of one run; a strength's win over a method's, a method's over the common
+        ones.
+        """
+        return {**self.settings, **method.settings, **strength, "seed": seed}
+
+
+def strength_name(strength: Mapping[str, Any]) -> str:
+    """A strength in words, for tables and folders."""
+    return ",".join(f"{k}={v}" for k, v in strength.items()) or "as set"
+
+
+def shipped_methods() -> dict[str, Method]:
+    """The methods of methods.yaml."""
+    raw = yaml.safe_load(
+        (files("neat_align.comparison") / "methods.yaml").read_text(encoding="utf-8")
+    )
+    return {name: Method(name, m["description"], m.get("settings", {})) for name, m in raw.items()}
+
+
+def parse_spec(raw: Any, where: str) -> CompareSpec:
+    """A comparison from plain data. Raises ConfigError that names `where` and what to change."""
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{where} holds {type(raw).__name__}; a comparison is a mapping with "
+            f"{', '.join(_FILE_KEYS)}"
+        )
+    for key in raw:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _FILE_KEYS, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"it may have {', '.join(_FILE_KEYS)}; options of train go under settings"
+            )
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+    seeds, strengths, methods = (
+        raw.get("seeds", [0]),
+        raw.get("strengths") or [{}],
+        raw.get("methods"),
+    )
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or not all(type(s) is int and s >= 0 for s in seeds)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise ConfigError(
+            f"{where}: seeds is {seeds!r}; it must be a list of different whole numbers of 0 or "
+            "more"
+        )
+    if (
+        not isinstance(strengths, list)
+        or not all(isinstance(s, dict) and _are_names(s) for s in strengths)
+        or _repeats(strengths)
+    ):
+        raise ConfigError(
+            f"{where}: strengths is {strengths!r}; it must be a list of different mappings, such "
+            f"as [{{learning_rate: 1e-4}}]"
+        )
+    if not isinstance(methods, dict) or not methods:
+        raise ConfigError(
+            f"{where}: methods is {methods!r}; it must be a mapping of names, such as {{base: , "
+            f"neat: }}"
+        )
+    if not isinstance(raw.get("settings"), dict) or not _are_names(raw["settings"]):
+        raise ConfigError(
+            f"{where}: settings is {raw.get('settings')!r}; it must hold the options of train "
+            "that all methods share"
+        )
+    target = raw.get("kl_target")
+    if target is not None and not (
+        type(target) in (int, float) and math.isfinite(target) and target > 0
+    ):
+        raise ConfigError(
+            f"{where}: kl_target is {target!r}; it must be a number above 0, in nats per token, "
+            "or unset"
+        )
+    known = shipped_methods()
+    parsed: dict[str, Method] = {BASE: known[BASE]}
+    for name, changes in methods.items():
+        parsed[str(name)] = _method(
+            _folder_name(name, f"{where}: the method"), changes, known | parsed, where
+        )
+    spec = CompareSpec(
+        name=_folder_name(raw.get("name") or Path(where).stem, f"{where}: name"),
+        settings=raw["settings"],
+        methods=tuple(parsed.values()),
+        seeds=tuple(seeds),
+        strengths=tuple(strengths),
+        kl_target=target,
+    )
+    _check_common(spec, where)
+    return spec
+
+
+def _are_names(options: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) for name in options)
+
+
+def _folder_name(name: Any, what: str) -> str:
+    """A name that becomes a folder: no separators, no leading dot, nothing that a shell or another
+    system trips over.
+    """
+    if (
+        not re.fullmatch(r"\w[\w .,+=@-]{0,79}", str(name))
+        or str(name) != str(name).strip()
+        or str(name).endswith(".")
+    ):
+        raise ConfigError(
+            f"{what} is {str(name)[:90]!r}, and it names a folder: use letters, digits, spaces "
+            "and . , + = @ - _ (at most 80 characters, "
+            "a letter, digit or _ first)"
+        )
+    return str(name)
+
+
+def _repeats(strengths: list[dict[str, Any]]) -> bool:
+    """Whether two strengths would share a name, and with it a folder."""
+    return len({strength_name(s) for s in strengths}) < len(strengths)
+
+
+def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) -> Method:
+    changes = {} if changes is None else changes
+    if not isinstance(changes, dict) or not _are_names(changes):
+        raise ConfigError(
+            f"{where}: method {name!r} is {changes!r}; give a mapping of options, or nothing for "
+            "the shipped one"
+        )
+    if name == BASE and changes.keys() - {"description"}:
+        told = ", ".join(k for k in changes if k != "description")
+        raise ConfigError(
+            f"{where}: base is the start policy and is not trained; it takes no options ({told})"
+        )
+    changes = dict(changes)
+    like, description = str(changes.pop("like", name)), changes.pop("description", None)
+    if description is not None and not isinstance(description, str):
+        raise ConfigError(
+            f"{where}: the description of method {name!r} is {description!r}; it must be text: "
+            "put it in quotes"
+        )
+    if like not in known:
+        near = difflib.get_close_matches(like, known, n=1)
+        raise ConfigError(
+            f"{where}: there is no method {like!r}"
+            + (f"; did you mean {near[0]!r}?" if near else ".")
+            + f" Known: {', '.join(known)}. "
+            "A method of your own says which one it begins as: {like: neat, …}"
+        )
+    begun = known[like]
+    words = description or (
+        begun.description
+        if not changes or like == name
+        else f"{like} with {strength_name(changes)}"
+    )
+    return Method(name, words, {**begun.settings, **changes})
+
+
+def _check_common(spec: CompareSpec, where: str) -> None:
+    for name, instead in _NOT_SETTINGS.items():
+        if name in spec.settings:
+            raise ConfigError(
+                f"{where}: settings sets {name}, which a comparison decides itself ({instead}): "
+                "take it out"
+            )
+    for method in spec.methods:
+        changed = [k for k in method.settings if k in _COMMON]
+        if changed:
+            raise ConfigError(
+                f"{where}: method {method.name!r} sets {', '.join(changed)}, which must be equal "
+                "for all: put it under settings"
+            )
+    for strength in spec.strengths:
+        changed = [k for k in strength if k in _COMMON]
+        if changed:
+            raise ConfigError(
+                f"{where}: a strength sets {', '.join(changed)}, which must be equal for all: put "
+                "it under settings"
+            )
+    if len(spec.methods) < 2:
+        raise ConfigError(f"{where}: methods names only base: add a method to compare it with")

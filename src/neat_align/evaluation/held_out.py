@@ -1,0 +1,285 @@
+"""Is it better? Held-out prompts, the plain prompt, the same seeds before and after, and an
+interval on the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+
+from neat_align.evaluation.statistics import mean_of
+from neat_align.modeling.kl import Divergence, exact_divergence
+from neat_align.modeling.logprobs import score_completions
+from neat_align.modeling.packing import Layout
+from neat_align.modeling.reference import Reference
+from neat_align.prompts.instruction_banks import InstructionBank, Polarity
+from neat_align.prompts.placement import instructed
+from neat_align.prompts.rendering import prompt_ids
+from neat_align.prompts.rows import Prompt, PromptRow
+from neat_align.prompts.seeds import completion_seed, draw_pair
+from neat_align.rewards.protocol import NamedReward
+from neat_align.rewards.scoring import score_answers
+from neat_align.rounds.human_answers import answer_ids
+from neat_align.rounds.params import progress_counter
+from neat_align.rounds.text_metrics import distinct_n, is_refusal, repetition
+from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+
+# Rounds count from 0; evaluation draws its seeds apart from every round's.
+EVAL_ROUND = -1
+
+
+@dataclass(frozen=True)
+class EvalTools:
+    """Who samples and who judges.
+
+    `judges` are never trained on; `reference` opens the start policy, None before training.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    sampler: Sampler
+    rewards: tuple[NamedReward, ...]
+    judges: tuple[NamedReward, ...]
+    bank: InstructionBank
+    placement: str
+    sampling: SamplingParams
+    layout: Layout
+    pad_token_id: int
+    autocast_dtype: torch.dtype | None
+    reference: Reference | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One policy on held-out prompts. Lists have one entry a prompt, means over that prompt's
+    samples.
+
+    `perplexity` is exp of the mean negative log-likelihood a token of the data's `chosen` answers
+    under the plain prompt; `kl` and `entropy` are exact, on the plain samples, in nats per token,
+    KL to the start policy; `contrast` is the mean reward under the positive and the negative
+    instruction (and plain). `repetition` and `refusals` are those of `text_metrics`;
+    `pair_accuracy` is 1 where the policy prefers the data's `chosen` answer to its `rejected` one
+    (mean log-probability a token), 0 where not, 0.5 for equal ones. None, or an empty list, where
+    there is nothing to measure.
+    """
+
+    prompt_ids: list[str]
+    prompts: list[Prompt]
+    completions: list[list[str]]
+    rewards: list[float | None]
+    judges: dict[str, list[float | None]]
+    lengths: list[float]
+    clipped: list[float]
+    distinct2: float | None
+    perplexity: float | None
+    kl: float | None
+    entropy: float | None
+    contrast: dict[str, float]
+    kl_by_prompt: list[float] = field(default_factory=list)
+    repetition: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)
+    pair_accuracy: list[float | None] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """The means, as logged under `eval_`. What was not measured is left out."""
+        values: dict[str, float | None] = {
+            "reward": mean_of(self.rewards),
+            **{f"judges/{name}": mean_of(scores) for name, scores in self.judges.items()},
+            "completions/mean_length": fmean(self.lengths),
+            "completions/clipped_ratio": fmean(self.clipped),
+            "distinct2": self.distinct2,
+            "repetition": mean_of(self.repetition),
+            "refusals": mean_of(self.refusals),
+            "pair_accuracy": mean_of(self.pair_accuracy),
+            "perplexity": self.perplexity,
+            "kl": self.kl,
+            "entropy": self.entropy,
+            **{f"contrast/reward/{name}": value for name, value in self.contrast.items()},
+        }
+        return {k: v for k, v in values.items() if v is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for a file."""
+        return asdict(self)
+
+
+def evaluate_policy(
+    rows: Sequence[PromptRow],
+    tools: EvalTools,
+    *,
+    seed: int,
+    samples_per_prompt: int = 1,
+    contrast: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Sample the policy on the plain prompts, reward the answers, and measure drift and the
+    contrast that is left.
+
+    KL and entropy are of the first answer to each prompt, all else of all answers.
+    Seeds depend on `seed`, the prompt and the sample's number, so two policies are compared on the
+    same random draws.
+    """
+    plain = _sample(rows, tools, seed, samples_per_prompt, "plain", progress)
+    flat_rows = [row for row in rows for _ in range(samples_per_prompt)]
+    texts = [tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in plain]
+    scored = score_answers(
+        flat_rows, texts, [s.token_ids for s in plain], (*tools.rewards, *_silent(tools.judges))
+    )
+    first = len(tools.rewards)
+    judges = {
+        judge.name: _by_prompt([c[first + i] for c in scored.components], samples_per_prompt)
+        for i, judge in enumerate(tools.judges)
+    }
+    # Exact at each of its tokens, so a prompt's first answer says nearly all; this is the dearest
+    # part of an evaluation.
+    drift = _drift(rows, plain[::samples_per_prompt], tools)
+    answers_likelihood = _human_logprobs(rows, tools)
+    variety = distinct_n(texts)  # NaN when no answer has two words
+    contrast_rewards = {"plain": mean_of(scored.rewards)}
+    polarities: tuple[Polarity, ...] = (
+        ("positive", "negative") if contrast and tools.rewards else ()
+    )
+    for polarity in polarities:
+        drawn = _sample(rows, tools, seed, 1, polarity, progress)
+        answers = [
+            tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in drawn
+        ]
+        contrast_rewards[polarity] = mean_of(
+            score_answers(rows, answers, [s.token_ids for s in drawn], tools.rewards).rewards
+        )
+    return Evaluation(
+        prompt_ids=[row.id for row in rows],
+        prompts=[row.prompt for row in rows],
+        completions=[
+            texts[i : i + samples_per_prompt] for i in range(0, len(texts), samples_per_prompt)
+        ],
+        rewards=_by_prompt(list(scored.rewards), samples_per_prompt),
+        judges=judges,
+        lengths=_floats(_by_prompt([float(len(s.token_ids)) for s in plain], samples_per_prompt)),
+        clipped=_floats(
+            _by_prompt([float(s.finish_reason == "length") for s in plain], samples_per_prompt)
+        ),
+        distinct2=None if math.isnan(variety) else variety,
+        perplexity=_perplexity(answers_likelihood),
+        kl=drift.kl_per_token if drift is not None else None,
+        entropy=drift.entropy_per_token if drift is not None else None,
+        contrast={k: v for k, v in contrast_rewards.items() if v is not None},
+        kl_by_prompt=[kl / max(n, 1) for kl, n in zip(drift.kl, drift.tokens, strict=True)]
+        if drift is not None
+        else [],
+        repetition=_floats(_by_prompt([repetition(t) for t in texts], samples_per_prompt)),
+        refusals=_floats(_by_prompt([float(is_refusal(t)) for t in texts], samples_per_prompt)),
+        pair_accuracy=_pair_accuracy(answers_likelihood),
+    )
+
+
+def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
+    # Weight 0: recorded beside the reward, never part of it.
+    return tuple(NamedReward(j.name, j.function, 0.0) for j in judges)
+
+
+def _by_prompt(values: Sequence[float | None], n: int) -> list[float | None]:
+    return [mean_of(values[i : i + n]) for i in range(0, len(values), n)]
+
+
+def _floats(values: Sequence[float | None]) -> list[float]:
+    return [float(v or 0) for v in values]
+
+
+def _sample(
+    rows: Sequence[PromptRow],
+    tools: EvalTools,
+    seed: int,
+    n: int,
+    polarity: Polarity,
+    progress: Callable[[str, int, int], None] | None,
+) -> list[Sample]:
+    requests = []
+    for row in rows:
+        ids = prompt_ids(tools.tokenizer, row.prompt)
+        if polarity != "plain":
+            pair = draw_pair(tools.bank, run_seed=seed, round_index=EVAL_ROUND, prompt_id=row.id)
+            instruction = pair.positive if polarity == "positive" else pair.negative
+            ids = prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, tools.placement))
+        requests += [
+            SampleRequest(tuple(ids), completion_seed(seed, EVAL_ROUND, row.id, polarity, i))
+            for i in range(n)
+        ]
+    return tools.sampler.sample(
+        requests,
+        tools.sampling,
+        progress=progress_counter(progress, f"evaluate ({polarity})", len(requests)),
+    )
+
+
+# Per-token log-probabilities of a row's chosen and rejected answer, in nats; None where the row has
+# none.
+_AnswerLogprobs = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+
+
+def _human_logprobs(rows: Sequence[PromptRow], tools: EvalTools) -> list[_AnswerLogprobs]:
+    """The data's own answers under the plain prompt, end-of-turn token included."""
+    given = [
+        (r, side, text)
+        for r, row in enumerate(rows)
+        for side, text in enumerate((row.chosen, row.rejected))
+        if text is not None
+    ]
+    prompts = [prompt_ids(tools.tokenizer, rows[r].prompt) for r, _, _ in given]
+    # A model with learned positions cannot read past its context; what does not fit is left out of
+    # the mean.
+    context = cast("Any", tools.model).config.max_position_embeddings
+    room = [context - len(ids) for ids in prompts]
+    answers = [
+        answer_ids(rows[r], text, tools.tokenizer, n)[0]
+        for (r, _, text), n in zip(given, room, strict=True)
+    ]
+    logps = score_completions(
+        tools.model,
+        prompts,
+        answers,
+        layout=tools.layout,
+        pad_token_id=tools.pad_token_id,
+        autocast_dtype=tools.autocast_dtype,
+    )
+    found = {(r, side): row for (r, side, _), row in zip(given, logps, strict=True)}
+    return [(found.get((r, 0)), found.get((r, 1))) for r in range(len(rows))]
+
+
+def _perplexity(answers: Sequence[_AnswerLogprobs]) -> float | None:
+    """exp(mean NLL a token) of the `chosen` answers, all tokens weighted alike; None without."""
+    flat = [v for chosen, _ in answers if chosen is not None for v in chosen]
+    return math.exp(-fmean(flat)) if flat else None
+
+
+def _pair_accuracy(answers: Sequence[_AnswerLogprobs]) -> list[float | None]:
+    def verdict(
+        chosen: tuple[float, ...] | None, rejected: tuple[float, ...] | None
+    ) -> float | None:
+        if not chosen or not rejected:
+            return None
+        gap = fmean(chosen) - fmean(rejected)
+        return 0.5 if gap == 0 else float(gap > 0)
+
+    return [verdict(*pair) for pair in answers]
+
+
+def _drift(
+    rows: Sequence[PromptRow], samples: Sequence[Sample], tools: EvalTools
+) -> Divergence | None:
+    if tools.reference is None:
+        return None
+    return exact_divergence(
+        tools.model,
+        tools.reference,
+        [prompt_ids(tools.tokenizer, row.prompt) for row in rows],
+        [s.token_ids for s in samples],
+        layout=tools.layout,
+        pad_token_id=tools.pad_token_id,
+        autocast_dtype=tools.autocast_dtype,
+    )

@@ -1,0 +1,142 @@
+"""Files that are there whole or not at all: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Give `write` a binary file, sync it and rename it to `path`; on any failure `path` is as it
+    was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a folder's entries durable (a rename is not, before this), or a file's bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below (and the folder itself, and its name) durable, contents
+    before names.
+    """
+    paths = sorted(folder.rglob("*"), key=lambda p: -len(p.parts))
+    for path in [
+        *(p for p in paths if p.is_file()),
+        *(p for p in paths if p.is_dir()),
+        folder,
+        folder.parent,
+    ]:
+        sync(path)
+
+
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Give `write` an empty folder, sync it and rename it to `path`; a folder that was there is
+    replaced after that.
+    """
+    temporary, old = (path.with_name(f".{path.name}-{word}") for word in ("new", "old"))
+    for left_over in (temporary, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        sync_tree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():  # a folder cannot be renamed over a full one
+        path.replace(old)
+    temporary.replace(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def free_name(path: Path, suffix: str) -> Path:
+    """The path with a suffix, and a number where that is taken, too."""
+    aside, n = path.with_name(path.name + suffix), 1
+    while aside.exists():
+        n += 1
+        aside = path.with_name(f"{path.name}{suffix}-{n}")
+    return aside
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically. NaN and infinities are refused: they are not
+    JSON.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def size_of(path: Path) -> int:
+    """Bytes in a file, synced; 0 when there is none."""
+    if not path.is_file():
+        return 0
+    sync(path)
+    return path.stat().st_size
+
+
+def cut_to(path: Path, size: int) -> int:
+    """Cut a file back to `size` bytes, synced; gives the number of bytes that went."""
+    extra = max(0, size_of(path) - size)
+    if extra:
+        os.truncate(path, size)
+        sync(path)
+    return extra
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow table as Parquet, atomically."""
+    import pyarrow.parquet as pq
+
+    write_atomic(
+        path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Learning: losses as pure functions, the loss of an optimizer step, the step itself, alarms."""

@@ -1,0 +1,216 @@
+"""From a batch of groups and its log-probabilities to the four terms of the loss, and to what the
+log says of them.
+
+Each term is divided by a count over the whole optimizer step (every micro-batch, every process).
+The counts depend on the data alone, so they are known before the first forward pass, and 1×8 groups
+give the same gradient as 8×1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError
+from neat_align.learning import losses
+from neat_align.learning import pairs as pair_masks
+from neat_align.learning.batches import GroupBatch
+from neat_align.rounds.completions import ORIGINS
+from neat_align.rounds.ranking import PairSelection
+
+
+@dataclass(frozen=True)
+class ObjectiveParams:
+    """The objective's settings, resolved: every number is there, whether or not the chosen loss
+    reads it.
+    """
+
+    ranking_loss: str
+    pair_selection: PairSelection
+    reward_margin: float
+    hinge_margin: float
+    beta: float
+    gamma: float
+    length_power: float
+    reduction: Literal["mean", "sum"]
+    negative_penalty: str
+    npo_beta: float
+    lm_weight: float
+    negative_weight: float
+    kl_weight: float
+    needs_reference: bool
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """What each term of a step's loss is divided by: groups with a pair, groups with a
+    language-modelling target, penalised completions, completions. At least 1 each.
+    """
+
+    ranking: float
+    lm: float
+    negative: float
+    kl: float
+
+
+def objective_params(config: NEATConfig) -> ObjectiveParams:
+    """The objective's settings of a configuration."""
+    return ObjectiveParams(
+        ranking_loss=config.ranking_loss,
+        pair_selection=cast("PairSelection", config.pair_selection),
+        reward_margin=config.reward_margin,
+        hinge_margin=config.hinge_margin or 0.0,
+        beta=config.resolved_beta,
+        gamma=config.gamma or 0.0,
+        length_power=config.length_power,
+        reduction=cast("Literal['mean', 'sum']", config.pair_reduction),
+        negative_penalty=config.negative_penalty,
+        npo_beta=config.resolved_npo_beta,
+        lm_weight=config.lm_weight,
+        negative_weight=config.negative_weight,
+        kl_weight=config.kl_weight,
+        needs_reference=config.needs_reference,
+    )
+
+
+def pairs_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k k"]:
+    """Which completion ranks above which."""
+    select = (
+        pair_masks.best_against_worst
+        if p.pair_selection == "best_worst"
+        else pair_masks.preferred_pairs
+    )
+    return select(b.keys, b.present & ~b.keys.isnan(), p.reward_margin)
+
+
+def penalised_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k"]:
+    """Which completions the negative penalty is for."""
+    negative = b.origins == ORIGINS.index("negative")
+    if p.negative_penalty == "none":
+        return torch.zeros_like(negative)
+    return pair_masks.penalised(b.keys, b.present & ~b.keys.isnan(), negative)
+
+
+def counts_of(batches: Sequence[GroupBatch], p: ObjectiveParams) -> Float[Tensor, "4"]:
+    """The four counts of these batches, unclamped: to be summed over processes first."""
+    counts = [
+        (
+            float(pairs_of(b, p).any(-1).any(-1).sum()),
+            float((b.best_row >= 0).sum()),
+            float(penalised_of(b, p).sum()),
+            float(len(b.group)),
+        )
+        for b in batches
+    ]
+    return torch.tensor(counts, dtype=torch.float64).sum(0)
+
+
+def ranking_losses(
+    scores: Float[Tensor, "groups k"],
+    ref_scores: Float[Tensor, "groups k"],
+    pairs: Bool[Tensor, "groups k k"],
+    p: ObjectiveParams,
+) -> Float[Tensor, " groups"]:
+    """The chosen ranking loss of each group, from scores in nats (per token, with
+    length_power 1).
+    """
+    if p.ranking_loss == "none":
+        return scores.sum(dim=-1) * 0.0  # with a gradient, which is 0
+    if p.ranking_loss == "hinge":
+        return losses.hinge_loss(scores, pairs, margin=p.hinge_margin, reduction=p.reduction)
+    if p.ranking_loss == "logistic":
+        return losses.logistic_loss(
+            scores, pairs, beta=p.beta, gamma=p.gamma, reduction=p.reduction
+        )
+    if p.ranking_loss == "listwise":
+        return losses.listwise_loss(scores, pairs, beta=p.beta, reduction=p.reduction)
+    return losses.dpo_loss(scores, ref_scores, pairs, beta=p.beta, reduction=p.reduction)
+
+
+def score_tables(
+    b: GroupBatch, logps: Float[Tensor, "rows tokens"], p: ObjectiveParams
+) -> tuple[Tensor, Tensor]:
+    """Scores of the policy and of the start policy as [groups, k] tables."""
+    mask = b.rows.completion_mask
+    scores = b.table(losses.completion_scores(logps, mask, p.length_power))
+    return scores, b.table(losses.completion_scores(b.ref_logps, mask, p.length_power))
+
+
+def loss_terms(
+    b: GroupBatch, logps: Float[Tensor, "rows tokens"], counts: LossCounts, p: ObjectiveParams
+) -> losses.LossTerms:
+    """This batch's share of each term of the step's loss."""
+    if p.needs_reference and not b.has_ref:
+        raise ConfigError(
+            "the round's groups have no ref_logprobs, which dpo, npo and the KL term need: make "
+            "the round again"
+        )
+    mask = b.rows.completion_mask
+    scores, ref_scores = score_tables(b, logps, p)
+    best = b.best_row[b.best_row >= 0]
+    penalised = penalised_of(b, p)[b.group, b.slot]
+    if p.negative_penalty == "npo":
+        row_scores, row_refs = (
+            scores[b.group, b.slot][penalised],
+            ref_scores[b.group, b.slot][penalised],
+        )
+        negative = losses.npo_penalty(row_scores, row_refs, beta=p.npo_beta)
+    else:
+        negative = losses.unlikelihood_penalty(logps[penalised], mask[penalised])
+    return losses.LossTerms(
+        ranking=ranking_losses(scores, ref_scores, pairs_of(b, p), p).sum() / counts.ranking,
+        lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,
+        negative=negative.sum() / counts.negative,
+        kl=losses.kl_k3(logps, b.ref_logps, mask).sum() / counts.kl
+        if b.has_ref
+        else logps.new_zeros(()),
+    )
+
+
+def ranking_facts(
+    b: GroupBatch, logps: Float[Tensor, "rows tokens"], p: ObjectiveParams
+) -> Iterator[tuple[str, float, float]]:
+    """(metric, numerator, denominator) of this batch, to be summed over a step. No gradient passes.
+
+    A pair counts for the origin of its loser. `gradient_share` is the origin's part of the summed
+    absolute gradient of the ranking loss with respect to the scores.
+    """
+    logps, mask = logps.detach(), b.rows.completion_mask
+    scores, ref_scores = score_tables(b, logps, p)
+    pairs = pairs_of(b, p)
+    active = pair_masks.active_pairs(
+        scores - ref_scores if p.ranking_loss == "dpo" else scores,
+        pairs,
+        ranking_loss=p.ranking_loss,
+        margin=p.hinge_margin,
+        beta=p.beta,
+        gamma=p.gamma,
+    )
+    correct, total = pair_masks.ranking_accuracy(scores, pairs)
+    yield "ranking/accuracy", float(correct), float(total)
+    yield "ranking/active_pair_fraction", float(active.sum()), float(total)
+    with torch.enable_grad():
+        leaf = scores.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(ranking_losses(leaf, ref_scores, pairs, p).sum(), leaf)
+    pull = gradient.abs()
+    for i, origin in enumerate(ORIGINS):
+        mine = b.origins == i
+        if not bool(mine.any()):
+            continue
+        as_loser = pairs & mine[:, None, :]
+        yield (
+            f"ranking/active_pair_fraction/{origin}",
+            float((active & as_loser).sum()),
+            float(as_loser.sum()),
+        )
+        yield f"ranking/gradient_share/{origin}", float(pull[mine].sum()), float(pull.sum())
+        tokens = mask & mine[b.group, b.slot][:, None]
+        yield f"logps/{origin}", float(logps[tokens].sum()), float(tokens.sum())
+    best = b.best_row[b.best_row >= 0]
+    yield "logps/best", float(logps[best].sum()), float(mask[best].sum())

@@ -1,0 +1,173 @@
+"""Log-probabilities of chosen tokens from hidden states, without ever holding the logits.
+
+The head's matrix product and the log-softmax run over a chunk of states at a time and run again in
+the backward pass, where the chunk's softmax turns into the gradient in place and the weight's
+gradient adds up in one buffer. (Checkpointing each chunk instead gives the same numbers, but every
+chunk then makes a gradient of the whole vocabulary matrix, and the log-softmax three more passes
+over the chunk: a fifth of a training step on a CPU.) A head that is not trained, as under LoRA,
+does not run again: what a state's gradient is per unit of its output's is as small as the state,
+and is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits held at a time. 24 MiB of fp32 stay under the size at which a CPU's allocator takes fresh
+# pages from the system for every chunk; a GPU wants fewer, larger products.
+CPU_CHUNK_LOGITS = 6 * 2**20
+GPU_CHUNK_LOGITS = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class LogitTail:
+    """What a family does to the head's output: Cohere and Granite scale it, then Gemma bounds it to
+    ±cap by tanh.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+        """The final logits."""
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """States whose logits are held at a time."""
+    return max(1, (CPU_CHUNK_LOGITS if device.type == "cpu" else GPU_CHUNK_LOGITS) // vocabulary)
+
+
+def chosen_logprobs(
+    states: Float[Tensor, "n dim"],
+    weight: Float[Tensor, "vocab dim"],
+    bias: Float[Tensor, " vocab"] | None,
+    ids: Int[Tensor, " n"],
+    tail: LogitTail,
+    rows: int,
+) -> Float[Tensor, " n"]:
+    """log softmax(tail(states · weightᵀ + bias))[ids] in nats, `rows` states at a time.
+
+    The product is computed in autocast's type where autocast is on; the log-softmax in fp32, or in
+    fp64 for fp64 states.
+    """
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    with torch.autocast(kind, enabled=False):
+        return _ChosenLogprobs.apply(states, weight, bias, ids, tail, rows, dtype)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        tail: LogitTail,
+        rows: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        head = (weight.to(dtype), None if bias is None else bias.to(dtype))
+        frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
+        out, normalizers = [], []
+        directions = torch.empty_like(states) if frozen else None
+        for part in parts(len(ids), rows):
+            logits = _final_logits(states[part].to(dtype), head, tail)
+            normalizers.append(logits.logsumexp(-1))
+            out.append(logits.gather(-1, ids[part, None]).squeeze(-1) - normalizers[-1])
+            if directions is not None:
+                flow = _flow(
+                    logits, normalizers[-1], ids[part], torch.ones_like(normalizers[-1]), tail
+                )
+                directions[part] = flow.to(dtype) @ head[0]
+        empty = states.new_zeros(0, dtype=_wide(dtype))
+        if directions is None:
+            ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]))
+        else:
+            ctx.save_for_backward(directions)
+        ctx.frozen, ctx.tail, ctx.rows, ctx.dtype = frozen, tail, rows, dtype
+        return torch.cat([empty, *out])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            return _backward(ctx, *outputs)
+
+
+def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
+    if ctx.frozen:
+        (directions,) = ctx.saved_tensors
+        return (directions * grad[:, None]).to(directions.dtype), None, None, None, None, None, None
+    states, weight, bias, ids, normalizers = ctx.saved_tensors
+    tail, dtype = ctx.tail, ctx.dtype
+    wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    head = (weight.to(dtype), None if bias is None else bias.to(dtype))
+    grad_states = torch.empty_like(states) if wants_states else None
+    grad_weight = torch.zeros_like(weight) if wants_weight else None
+    grad_bias = torch.zeros_like(bias) if wants_bias else None
+    for part in parts(len(ids), ctx.rows):
+        logits = _final_logits(states[part].to(dtype), head, tail)
+        flow = _flow(logits, normalizers[part], ids[part], grad[part], tail)
+        if grad_bias is not None:
+            grad_bias += flow.sum(0)
+        flow = flow.to(dtype)
+        if grad_states is not None:
+            grad_states[part] = flow @ head[0]
+        if grad_weight is not None:
+            _add_product(grad_weight, flow, states[part].to(dtype))
+    return grad_states, grad_weight, grad_bias, None, None, None, None
+
+
+def _flow(
+    logits: Float[Tensor, "n vocab"],
+    normalizers: Float[Tensor, " n"],
+    ids: Int[Tensor, " n"],
+    grad: Float[Tensor, " n"],
+    tail: LogitTail,
+) -> Float[Tensor, "n vocab"]:
+    """grad · d log p_y / d (the product), in place of the final logits: d log p_y = (1[y] − p) · d
+    logits, through the tail.
+    """
+    slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
+    flow = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
+    flow.scatter_add_(-1, ids[:, None], grad[:, None])
+    if slope is not None:
+        flow *= slope
+    if tail.scale != 1:
+        flow *= tail.scale
+    return flow
+
+
+def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: LogitTail) -> Tensor:
+    return tail(torch.nn.functional.linear(states, *head).to(_wide(states.dtype)))
+
+
+def _add_product(
+    total: Float[Tensor, "vocab dim"],
+    flow: Float[Tensor, "n vocab"],
+    states: Float[Tensor, "n dim"],
+) -> None:
+    if total.dtype == flow.dtype:
+        total.addmm_(flow.T, states)
+    else:
+        total += flow.T @ states
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def parts(n: int, size: int) -> list[slice]:
+    """Consecutive slices of at most `size` that cover `n` entries."""
+    return [slice(start, start + size) for start in range(0, n, size)]

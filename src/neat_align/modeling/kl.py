@@ -1,0 +1,109 @@
+"""KL to the start policy and entropy, exact over the whole vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neat_align.modeling.chunked_head import chunk_rows, parts
+from neat_align.modeling.logprobs import (
+    SCORING_TOKENS,
+    completion_logits,
+    completion_states,
+    logit_tail,
+    scoring_batches,
+)
+from neat_align.modeling.packing import Layout, PackedRows, Rows, TokenIds
+from neat_align.modeling.precision import inference
+from neat_align.modeling.reference import Reference
+from neat_align.modeling.shared_prefix import unwrapped
+
+# The same for padded rows whose logits are held.
+PADDED_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(π ‖ π_start) and the entropy of π over the whole vocabulary, in nats, summed over the
+    tokens of each completion.
+    """
+
+    kl: tuple[float, ...]
+    entropy: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def kl_per_token(self) -> float:
+        """Mean over all tokens, in nats; 0 without any."""
+        return sum(self.kl) / max(sum(self.tokens), 1)
+
+    @property
+    def entropy_per_token(self) -> float:
+        """Mean over all tokens, in nats; 0 without any."""
+        return sum(self.entropy) / max(sum(self.tokens), 1)
+
+
+def exact_divergence(
+    model: torch.nn.Module,
+    reference: Reference,
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
+    *,
+    layout: Layout,
+    pad_token_id: int,
+    autocast_dtype: torch.dtype | None,
+    max_tokens: int | None = None,
+) -> Divergence:
+    """How far the policy is from the start policy at each token of `completions`, without the
+    variance of an estimate.
+
+    With completions sampled from π on the plain prompt the KL is the drift. `max_tokens` go through
+    a model at once; by default few in padded rows, whose logits are held.
+    """
+    budget = max_tokens or (SCORING_TOKENS if layout == "packed" else PADDED_TOKENS)
+    kl, entropy = [0.0] * len(completions), [0.0] * len(completions)
+    device = next(model.parameters()).device
+    for members, batch in scoring_batches(prompts, completions, layout, pad_token_id, budget):
+        rows = batch.to(device)
+        with inference(model, autocast_dtype):
+            inputs = _head_inputs(model, rows)
+        with reference() as start_policy, inference(start_policy, autocast_dtype):
+            ref_inputs = _head_inputs(start_policy, rows)
+        owners = [i for i in members for _ in completions[i]]
+        size = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, device)
+        for part in parts(len(owners), size):
+            with inference(model, autocast_dtype):
+                logp = _head_outputs(model, inputs[part], rows).float().log_softmax(-1)
+            with reference() as start_policy, inference(start_policy, autocast_dtype):
+                ref_logp = (
+                    _head_outputs(start_policy, ref_inputs[part], rows).float().log_softmax(-1)
+                )
+            p = logp.exp()
+            gaps, surprises = (p * (logp - ref_logp)).sum(-1).tolist(), (p * logp).sum(-1).tolist()
+            for owner, gap, surprise in zip(owners[part], gaps, surprises, strict=True):
+                kl[owner] += gap
+                entropy[owner] -= surprise
+    return Divergence(tuple(kl), tuple(entropy), tuple(map(len, completions)))
+
+
+def _head_inputs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "predicted width"]:
+    """What the logits of each completion token are made from: states in packed rows, in padded rows
+    the logits themselves.
+    """
+    if isinstance(rows, PackedRows):
+        return completion_states(model, rows)
+    return completion_logits(model, rows)[rows.completion_mask]
+
+
+def _head_outputs(
+    model: torch.nn.Module, inputs: Float[Tensor, "n width"], rows: Rows
+) -> Float[Tensor, "n vocab"]:
+    if isinstance(rows, PackedRows):
+        head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+        return logit_tail(model)(head(inputs))
+    return inputs

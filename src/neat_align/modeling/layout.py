@@ -1,0 +1,84 @@
+"""Packed or padded rows: packed where the model gives the same numbers so, which is measured at the
+start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from neat_align.modeling.logprobs import packed_logprobs, padded_logprobs
+from neat_align.modeling.packing import Layout, TokenIds, pack_rows, pad_rows
+from neat_align.modeling.precision import inference
+from neat_align.modeling.shared_prefix import shortest_window, unwrapped, why_not_packed
+
+logger = logging.getLogger(__name__)
+
+
+def choose_layout(
+    model: torch.nn.Module, prompts: Sequence[TokenIds], *, pad_token_id: int, longest: int
+) -> Layout:
+    """Packed where it gives what padded rows give on these prompts, else padded, and a warning that
+    says why.
+
+    Each prompt is followed by pieces of the others in place of completions: the numbers depend on
+    the layout alone, not on what the text says. `longest` is the most tokens that a prompt and a
+    completion will have: where the model's attention reaches back less far, a prompt is repeated
+    until it is longer than that.
+    """
+    reason = why_not_packed(model) or _disagreement(model, prompts, pad_token_id, longest)
+    if reason is None:
+        return "packed"
+    logger.warning(
+        "prompts are not shared between completions: %s. Training goes on with padded rows, "
+        "correct but slower",
+        reason,
+    )
+    return "padded"
+
+
+def _disagreement(
+    model: torch.nn.Module, prompts: Sequence[TokenIds], pad_token_id: int, longest: int
+) -> str | None:
+    pieces = [
+        list(prompt[:n])
+        for prompt, n in zip([*prompts, *prompts, *prompts], (5, 1, 24), strict=False)
+    ]
+    window = shortest_window(model)
+    if window is not None and window < longest:
+        repeated = list(prompts[0]) * -(-(window + 8) // len(prompts[0]))
+        prompts = [repeated[: window + 8], *prompts[1:]]
+    device = next(model.parameters()).device
+    packed = pack_rows(prompts, [pieces] * len(prompts)).to(device)
+    padded = pad_rows([p for p in prompts for _ in pieces], pieces * len(prompts), pad_token_id).to(
+        device
+    )
+    try:
+        with inference(model, None):
+            difference = (packed_logprobs(model, packed) - padded_logprobs(model, padded)).abs()
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:  # whatever the model's code makes of a packed row
+        return f"{type(unwrapped(model)).__name__} fails on packed rows ({error})"
+    # Half precision and quantised weights round differently in every shape; another attention is
+    # off by far more than that.
+    exact = all(
+        p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()
+    ) and not _is_quantised(model)
+    measured, limit = (float(difference.max()), 1e-3) if exact else (float(difference.mean()), 0.05)
+    if measured <= limit:
+        return None
+    return (
+        f"its log-probabilities differ by {measured:.2g} nats between packed and padded rows "
+        f"(at most {limit} is rounding)"
+    )
+
+
+def _is_quantised(model: torch.nn.Module) -> bool:
+    return getattr(unwrapped(model).config, "quantization_config", None) is not None

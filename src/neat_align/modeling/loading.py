@@ -1,0 +1,241 @@
+"""Models and tokenizers by name or path: safetensors only, adapters merged, remote code pinned."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file, find_adapter_config_file
+
+from neat_align.errors import ConfigError
+from neat_align.modeling.requirements import check_causal
+
+logger = logging.getLogger(__name__)
+# What loading a model or tokenizer that is not what it should be has been seen to raise.
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
+_CONVERT = (
+    "load it once with AutoModelForCausalLM.from_pretrained on a machine where you trust the "
+    "file, and write it again with "
+    "save_pretrained, which writes safetensors"
+)
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def check_source(name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse code that comes with a model unless it is pinned to a commit, and a revision where
+    there can be none.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"model_revision is {revision!r} but the model {name} is a folder and has no "
+                "revisions: remove it"
+            )
+    elif trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise ConfigError(
+            f"trust_remote_code is true for {name}, and model_revision is {revision!r}: code from "
+            "the hub can change at any time, so set "
+            "model_revision to the full commit (40 hex digits) whose code you have read"
+        )
+
+
+def load_policy(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model by name or path, with fp32 weights. The adapter in an adapter folder
+    is merged into its base.
+
+    Merged, it is a model like any other: a run that trained an adapter can be evaluated, and
+    trained on. Weights are read from safetensors only. Raises ConfigError for what is no causal
+    language model, is incomplete, or comes with code of its own.
+    """
+    check_source(name, revision, trust_remote_code)
+    try:
+        adapter = find_adapter_config_file(name, revision=revision)
+    except _LOAD_ERRORS as error:
+        raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
+    return (_load_model if adapter is None else _load_adapter)(name, revision, trust_remote_code)
+
+
+def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        if trust_remote_code:
+            _check_code_is_its_own(
+                name, PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+            )
+        check_causal(
+            AutoConfig.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            ),
+            name,
+        )
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, info = load(
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except ConfigError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"the model {name} has no weights for {', '.join(missing[:3])}: they would be random. "
+            "Name a trained causal language model"
+        )
+    return cast("PreTrainedModel", model)
+
+
+def _load_adapter(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    from peft import PeftConfig, get_peft_model
+
+    try:
+        adapter = PeftConfig.from_pretrained(name, revision=revision)
+    except _LOAD_ERRORS as error:
+        raise ConfigError(
+            f"the adapter {name} cannot be loaded: its adapter_config.json is broken ({error}): "
+            "save it again"
+        ) from error
+    base_name = adapter.base_model_name_or_path
+    if not base_name:
+        raise ConfigError(
+            f"the adapter {name} does not say which model it belongs to: set "
+            "base_model_name_or_path in adapter_config.json"
+        )
+    try:
+        cached_file(name, "adapter_model.safetensors", revision=revision)
+    except OSError as error:
+        raise ConfigError(
+            f"the adapter {name} has no adapter_model.safetensors, and weights are read from "
+            "safetensors only: load it with peft and "
+            "write it again with save_pretrained"
+        ) from error
+    check_source(base_name, adapter.revision, trust_remote_code)
+    base = _load_model(base_name, adapter.revision, trust_remote_code)
+    another = f"the adapter {name} does not fit its base model {base_name}"
+    advice = (
+        "it was trained on another one: correct base_model_name_or_path in its "
+        "adapter_config.json, or choose another adapter"
+    )
+    try:
+        model: Any = get_peft_model(base, adapter)
+        loaded = model.load_adapter(name, "default", revision=revision)
+    except _LOAD_ERRORS as error:
+        raise ConfigError(
+            f"{another} ({str(error).strip().splitlines()[-1].strip()}): {advice}"
+        ) from error
+    unmatched = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+    if unmatched:
+        raise ConfigError(
+            f"{another} ({len(unmatched)} weights are missing or left over, such as "
+            f"{unmatched[0]}): {advice}"
+        )
+    merged: Any = model.merge_and_unload().requires_grad_(True)
+    merged.config.name_or_path = name
+    return cast("PreTrainedModel", merged)
+
+
+def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse code that lies in another repository than the model or tokenizer: the model's revision
+    does not pin it.
+    """
+    code = settings.get("auto_map") or {}
+    for reference in code.values() if isinstance(code, Mapping) else [code]:
+        for one in reference if isinstance(reference, list | tuple) else [reference]:
+            repository, mark, _ = str(one).partition("--")
+            if mark and repository != name:
+                raise ConfigError(
+                    f"the code of {name} lies in {repository}, which model_revision does not pin: "
+                    "use a copy that holds its own"
+                )
+
+
+def _advice(name: str, error: BaseException) -> str:
+    """What loading raised, and what to do about the cases that have an answer."""
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        return (
+            f"it holds pickled weights ({next(folder.glob('*.bin')).name}), and weights are "
+            f"read from safetensors only: {_CONVERT}"
+        )
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said:
+        return (
+            "it comes with Python of its own, which is not run unless trust_remote_code is "
+            "true (read the code first)"
+        )
+    if "Unrecognized configuration class" in said:
+        return (
+            "its type has no causal language model in transformers: name a model that "
+            "continues text (Llama, Qwen, …)"
+        )
+    if "safetensors" in said and ("no file named" in said or "not appear to have" in said):
+        return f"{said[:400]}. Weights are read from safetensors only: {_CONVERT}"
+    return f"{said[:400]}: check the name, or download the model again if its files are damaged"
+
+
+def load_tokenizer(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The given tokenizer or the model's own; eos serves as pad where there is none (masks go by
+    length).
+    """
+    if tokenizer is None:
+        name = model.config.name_or_path
+        try:
+            if trust_remote_code:
+                _check_code_is_its_own(name, get_tokenizer_config(name, revision=revision))
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except ConfigError:
+            raise
+        except _LOAD_ERRORS as error:
+            raise ConfigError(
+                f"the tokenizer of {name or type(model).__name__} cannot be loaded "
+                f"({' '.join(str(error).split())[:300]}): save it beside "
+                "the model, or pass it as processing_class"
+            ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no eos_token, so no answer could end: set tokenizer.eos_token"
+        )
+    if tokenizer.pad_token_id is None:
+        logger.warning(
+            "the tokenizer has no pad token: %r is used for padding", tokenizer.eos_token
+        )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

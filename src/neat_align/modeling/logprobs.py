@@ -1,0 +1,242 @@
+"""Model and rows in, per-token log-probabilities of the completions out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows, parts
+from neat_align.modeling.packing import (
+    Layout,
+    PackedRows,
+    PaddedRows,
+    Rows,
+    TokenIds,
+    fill_in_order,
+    pack_rows,
+    pad_rows,
+    tokens_in,
+)
+from neat_align.modeling.precision import inference
+from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, unwrapped
+
+# Padded rows' log-softmax that is held in fp32 at a time; the backward pass computes it again.
+HEAD_CHUNK = 512
+# Tokens that go through the model at once when it only scores.
+SCORING_TOKENS = 4096
+# Completions of one prompt that are scored in one packed group.
+SCORING_GROUP = 32
+
+
+def completion_logits(
+    model: torch.nn.Module, rows: PaddedRows
+) -> Float[Tensor, "rows tokens vocab"]:
+    """Logits that predict each completion token, from a full forward pass over padded rows.
+
+    The first completion token is predicted at the prompt's last position, so the logits kept begin
+    one before it. A model that cannot keep only some (no `logits_to_keep`) computes all and is
+    sliced.
+    """
+    n = rows.completion_ids.shape[1]
+    inputs = {
+        "input_ids": rows.input_ids,
+        "attention_mask": rows.attention_mask,
+        "position_ids": rows.position_ids,
+        "use_cache": False,
+    }
+    if "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters:
+        inputs["logits_to_keep"] = n + 1
+    logits: Tensor = model(**inputs).logits
+    return logits[:, -(n + 1) : -1]
+
+
+def _gather_logprobs(
+    logits: Float[Tensor, "n vocab"], ids: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    logits = logits.float()
+    return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def completion_logprobs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "rows tokens"]:
+    """log π(y_t | x, y_<t) in nats for every completion token; 0 at padding. fp32 whatever the
+    model computes in.
+    """
+    return (
+        packed_logprobs(model, rows)
+        if isinstance(rows, PackedRows)
+        else padded_logprobs(model, rows)
+    )
+
+
+def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "rows tokens"]:
+    """From the model's own logits, which are held; the log-softmax runs in chunks that the backward
+    pass computes again.
+    """
+    logits = completion_logits(model, rows).flatten(0, 1)
+    ids = rows.completion_ids.flatten()
+    chunks = [
+        _in_chunk(_gather_logprobs, logits[part], ids[part]) for part in parts(len(ids), HEAD_CHUNK)
+    ]
+    return torch.where(rows.completion_mask, torch.cat(chunks).view_as(rows.completion_ids), 0.0)
+
+
+def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "rows tokens"]:
+    """From the backbone's states at the positions that predict a completion token; the logits are
+    never held as a whole.
+    """
+    states, ids = completion_states(model, rows), rows.completion_ids[rows.completion_mask]
+    head, tail = (
+        cast("torch.nn.Module", unwrapped(model).get_output_embeddings()),
+        logit_tail(model),
+    )
+    chunk = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, states.device)
+    if type(head) is torch.nn.Linear:
+        flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
+    else:
+        # An adapter on the head, or a quantised one: whatever it computes, in chunks.
+        def logprobs(states: Float[Tensor, "n dim"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+            return _gather_logprobs(tail(head(states)), ids)
+
+        flat = torch.cat(
+            [
+                states.new_zeros(0).float(),
+                *(_in_chunk(logprobs, states[p], ids[p]) for p in parts(len(ids), chunk)),
+            ]
+        )
+    return flat.new_zeros(rows.completion_ids.shape).masked_scatter(rows.completion_mask, flat)
+
+
+def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "predicted dim"]:
+    """The head's input at the positions that predict a completion token, completion by completion.
+
+    The model is called as a whole, so that its wrappers (PEFT, DDP) see the call. A hook takes the
+    states in front of the head and lets the head itself compute one position only.
+    """
+    if (
+        torch.is_grad_enabled()
+        and unwrapped(model).is_activation_checkpointing
+        and not is_sharing(model)
+    ):
+        raise RuntimeError(
+            "packed rows with gradient checkpointing need `sharing_prefixes(model)` to be open "
+            "around forward and backward: "
+            "the backward pass computes the attention again"
+        )
+    taken: list[Tensor] = []
+
+    def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(inputs[0])
+        return (inputs[0][:, :1], *inputs[1:])
+
+    hook = cast(
+        "torch.nn.Module", unwrapped(model).get_output_embeddings()
+    ).register_forward_pre_hook(take)
+    try:
+        with sharing_prefixes(model):
+            model(
+                input_ids=rows.input_ids,
+                position_ids=rows.position_ids,
+                shared_prefix=rows.layout,
+                logits_to_keep=rows.read_at,
+                use_cache=False,
+            )
+    finally:
+        hook.remove()
+    return taken[0][0]
+
+
+def logit_tail(model: torch.nn.Module) -> LogitTail:
+    """What the family does to the head's output, where its configuration says so; `choose_layout`
+    finds out where it does not.
+    """
+    config = unwrapped(model).config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (
+        getattr(config, "logits_scaling", None) or 1
+    )
+    return LogitTail(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _in_chunk(function: Callable[[Tensor, Tensor], Tensor], states: Tensor, ids: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return cast("Tensor", checkpoint(function, states, ids, use_reentrant=False))
+    return function(states, ids)
+
+
+def score_completions(
+    model: torch.nn.Module,
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
+    *,
+    layout: Layout,
+    pad_token_id: int,
+    autocast_dtype: torch.dtype | None,
+    max_tokens: int = SCORING_TOKENS,
+) -> list[tuple[float, ...]]:
+    """Per-token log-probabilities in nats of each completion after its prompt, without gradients,
+    in order.
+
+    `max_tokens` go through the model at once. In the packed layout completions of equal prompts
+    share one.
+    """
+    device = next(model.parameters()).device
+    scored: dict[int, tuple[float, ...]] = {}
+    for members, rows in scoring_batches(prompts, completions, layout, pad_token_id, max_tokens):
+        with inference(model, autocast_dtype):
+            logps = completion_logprobs(model, rows.to(device)).tolist()
+        scored.update(
+            {i: tuple(row[: len(completions[i])]) for i, row in zip(members, logps, strict=True)}
+        )
+    return [scored[i] for i in range(len(prompts))]
+
+
+def scoring_batches(
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
+    layout: Layout,
+    pad_token_id: int,
+    max_tokens: int,
+) -> Iterator[tuple[list[int], Rows]]:
+    """Batches of rows for passes without a gradient, each with the indices of its completions, in
+    the order of its rows.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        # Padded rows are all their own group: any number of them makes a batch.
+        by_prompt.setdefault(tuple(prompt) if layout == "packed" else (i,), []).append(i)
+    groups = sorted(
+        by_prompt.values(),
+        key=lambda group: -max(len(prompts[i]) + len(completions[i]) for i in group),
+    )
+    # A prompt with very many completions is cut, so that its batch stays near the budget.
+    groups = [
+        group[start : start + SCORING_GROUP]
+        for group in groups
+        for start in range(0, len(group), SCORING_GROUP)
+    ]
+    sizes = [
+        tokens_in(len(prompts[group[0]]), [len(completions[i]) for i in group], layout)
+        for group in groups
+    ]
+    for batch in fill_in_order(sizes, max_tokens):
+        members = [i for g in batch for i in groups[g]]
+        if layout == "packed":
+            yield (
+                members,
+                pack_rows(
+                    [prompts[groups[g][0]] for g in batch],
+                    [[completions[i] for i in groups[g]] for g in batch],
+                ),
+            )
+        else:
+            yield (
+                members,
+                pad_rows(
+                    [prompts[i] for i in members], [completions[i] for i in members], pad_token_id
+                ),
+            )

@@ -1,0 +1,258 @@
+"""Groups as tensors, in two layouts that give the same numbers.
+
+Packed: the groups of a micro-batch stand one after the other in a single row without padding, and a
+group is [prompt; y_1; …; y_K] with positions that go on from the prompt's end for every completion.
+The prompt goes through the model once instead of K times: K(P + R) tokens become P + KR, and P +
+K(R − 1) in fact, since nothing is read at a completion's last token. `shared_prefix` holds the
+attention that keeps completions apart.
+
+Padded: one row a completion, the prompt padded on the left and the completion on the right, so that
+all completions of a batch stand in the same last columns. It works with every architecture, and is
+the reference for the packed layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+T = TypeVar("T")
+TokenIds: TypeAlias = Sequence[int]
+Layout: TypeAlias = Literal["packed", "padded"]
+# The position of a key that no query may see.
+NOWHERE = 2**30
+
+
+def moved_to(rows: T, device: torch.device | str, non_blocking: bool) -> T:
+    """A dataclass of tensors, or of such dataclasses, on another device; flags and names stay as
+    they are.
+    """
+    values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
+    moved = {
+        name: v.to(device, non_blocking=non_blocking)
+        for name, v in values.items()
+        if not isinstance(v, bool | tuple)
+    }
+    return cast("T", replace(cast("Any", rows), **moved))
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Prompts and completions side by side. Masks go by length, never by token: pad is
+    often eos.
+    """
+
+    input_ids: Int[Tensor, "rows width"]
+    attention_mask: Int[Tensor, "rows width"]
+    position_ids: Int[Tensor, "rows width"]
+    completion_ids: Int[Tensor, "rows tokens"]
+    completion_mask: Bool[Tensor, "rows tokens"]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedRows:
+        """The same rows on another device."""
+        return moved_to(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Where the pieces of a packed row are.
+
+    `prompt_index` and `completion_index` are positions in the row, padded on the right with 0;
+    `group` says whose prompt a completion follows. `inverse` leads back: row position n is entry
+    `inverse[n]` of all (padded) prompt tokens followed by all (padded) completion tokens. A
+    completion token may see the keys of its prompt and of itself whose position in the conversation
+    is not after its own: `query_position` against `key_position`, which is NOWHERE at padding.
+    (Queries at padding stand at position 0, so that they see something: a softmax over nothing is
+    not a number.)
+    """
+
+    prompt_index: Int[Tensor, "groups prompt"]
+    completion_index: Int[Tensor, "rows fed"]
+    group: Int[Tensor, " rows"]
+    inverse: Int[Tensor, " flat"]
+    query_position: Int[Tensor, "rows fed"]
+    key_position: Int[Tensor, "rows keys"]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PrefixLayout:
+        """The same layout on another device."""
+        return moved_to(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Groups in one row that holds every prompt once.
+
+    `read_at` are the row's positions whose states predict the completion tokens, completion by
+    completion: the prompt's last token, then the completion's own but the last, which is not fed at
+    all.
+    """
+
+    input_ids: Int[Tensor, "1 flat"]
+    position_ids: Int[Tensor, "1 flat"]
+    read_at: Int[Tensor, " predicted"]
+    completion_ids: Int[Tensor, "rows tokens"]
+    completion_mask: Bool[Tensor, "rows tokens"]
+    layout: PrefixLayout
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRows:
+        """The same rows on another device."""
+        return moved_to(self, device, non_blocking)
+
+
+Rows: TypeAlias = PaddedRows | PackedRows
+
+
+def pad_rows(
+    prompts: Sequence[TokenIds], completions: Sequence[TokenIds], pad_token_id: int
+) -> PaddedRows:
+    """Rows [prompt; completion] from token ids, one a pair, in order."""
+    left = max(len(p) for p in prompts)
+    right = max(1, *(len(c) for c in completions))
+    n = len(prompts)
+    input_ids = torch.full((n, left + right), pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros(n, left + right, dtype=torch.long)
+    for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        input_ids[i, left - len(p) : left] = torch.tensor(p, dtype=torch.long)
+        input_ids[i, left : left + len(c)] = torch.tensor(c, dtype=torch.long)
+        attention_mask[i, left - len(p) : left + len(c)] = 1
+    return PaddedRows(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+        completion_ids=input_ids[:, left:],
+        completion_mask=attention_mask[:, left:].bool(),
+    )
+
+
+def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenIds]]) -> PackedRows:
+    """One row from prompts and the completions of each.
+
+    Prompts must not be empty: a completion's first token is read there.
+    """
+    if not all(prompts):
+        raise ValueError(
+            "an empty prompt cannot be packed: its completions' first tokens would be predicted "
+            "from nothing"
+        )
+    ids: list[int] = []
+    positions: list[int] = []
+    prompt_spans: list[range] = []
+    spans: list[range] = []  # what is fed of each completion
+    group: list[int] = []
+    read_at: list[int] = []
+    for g, (prompt, answers) in enumerate(zip(prompts, completions, strict=True)):
+        prompt_spans.append(range(len(ids), len(ids) + len(prompt)))
+        ids += prompt
+        positions += range(len(prompt))
+        for answer in answers:
+            spans.append(range(len(ids), len(ids) + max(0, len(answer) - 1)))
+            group.append(g)
+            if answer:
+                read_at += [prompt_spans[g][-1], *spans[-1]]
+            ids += answer[:-1]
+            positions += range(len(prompt), len(prompt) + len(spans[-1]))
+    flat_completions = [answer for answers in completions for answer in answers]
+    completion_ids, completion_mask = _right_padded(flat_completions)
+    return PackedRows(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        read_at=torch.tensor(read_at, dtype=torch.long),
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        layout=_prefix_layout(prompt_spans, spans, group),
+    )
+
+
+def _right_padded(
+    rows: Sequence[TokenIds],
+) -> tuple[Int[Tensor, "rows width"], Bool[Tensor, "rows width"]]:
+    width = max(map(len, rows))
+    values = torch.tensor(
+        [[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long
+    ).view(len(rows), width)
+    return values, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+
+
+def _prefix_layout(
+    prompts: Sequence[range], completions: Sequence[range], group: Sequence[int]
+) -> PrefixLayout:
+    prompt_index, prompt_mask = _right_padded(prompts)
+    completion_index, fed_mask = _right_padded(completions)
+    inverse = torch.empty(int(prompt_mask.sum() + fed_mask.sum()), dtype=torch.long)
+    inverse[prompt_index[prompt_mask]] = prompt_mask.flatten().nonzero().squeeze(-1)
+    inverse[completion_index[fed_mask]] = (
+        prompt_mask.numel() + fed_mask.flatten().nonzero().squeeze(-1)
+    )
+    groups = torch.tensor(group, dtype=torch.long)
+    prompt_positions = torch.where(prompt_mask, torch.arange(prompt_mask.shape[1]), NOWHERE)
+    own_positions = torch.tensor([len(p) for p in prompts])[groups][:, None] + torch.arange(
+        fed_mask.shape[1]
+    )
+    return PrefixLayout(
+        prompt_index=prompt_index,
+        completion_index=completion_index,
+        group=groups,
+        inverse=inverse,
+        query_position=torch.where(fed_mask, own_positions, 0),
+        key_position=torch.cat(
+            [prompt_positions[groups], torch.where(fed_mask, own_positions, NOWHERE)], dim=1
+        ),
+    )
+
+
+def padding_fraction(rows: Rows) -> float:
+    """Share of places that hold nothing: of a padded batch, or of the queries in the attention of a
+    packed row (the rest of the model sees no padding there).
+    """
+    if isinstance(rows, PackedRows):
+        places = rows.layout.prompt_index.numel() + rows.layout.completion_index.numel()
+        return 1 - rows.input_ids.numel() / places
+    return 1 - float(rows.attention_mask.float().mean())
+
+
+def tokens_in(prompt_length: int, completion_lengths: Sequence[int], layout: Layout) -> int:
+    """Tokens that one group puts through the model: padding within the group included, between
+    groups not.
+    """
+    if layout == "packed":
+        return prompt_length + sum(max(0, n - 1) for n in completion_lengths)
+    return len(completion_lengths) * (prompt_length + max(completion_lengths))
+
+
+def fill_in_order(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes` in runs that hold at most `budget` each, so that neighbours stay together.
+
+    An item over it is alone.
+    """
+    runs: list[list[int]] = []
+    held = 0
+    for i, size in enumerate(sizes):
+        if not runs or held + size > budget:
+            runs.append([])
+            held = 0
+        runs[-1].append(i)
+        held += size
+    return runs
+
+
+def fill_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes` in bins that hold at most `budget` each; first fit, largest first.
+
+    An item over the budget is alone.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = next((b for b, free in enumerate(room) if sizes[i] <= free), None)
+        if fits is None:
+            bins.append([i])
+            room.append(budget - sizes[i])
+        else:
+            bins[fits].append(i)
+            room[fits] -= sizes[i]
+    return bins

@@ -1,0 +1,94 @@
+"""What a model must be before it can be a policy, and what is switched off before it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from neat_align.errors import ConfigError
+
+# ---- what the policy must be ---------------------------------------------------------------------
+
+
+def check_policy(
+    model: Any, tokenizer: Any, max_prompt_length: int, max_completion_length: int
+) -> None:
+    """Refuse, before anything is sampled, a model that cannot continue text, or that tokenizer or
+    lengths do not fit.
+    """
+    check_causal(model.config, str(model.config.name_or_path or type(model).__name__))
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows > 0:  # 0: DeepSpeed's ZeRO-3 holds the weights elsewhere
+        raise ConfigError(
+            f"the tokenizer has token ids up to {needed - 1} and the model has embeddings for "
+            f"{rows} tokens only: pass the model's own "
+            "tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and train the new "
+            "ones"
+        )
+    check_context(model, max_prompt_length, max_completion_length)
+
+
+def check_causal(config: Any, name: str) -> None:
+    """Refuse encoders and encoder-decoders: the first see the words they should predict, the second
+    take prompts elsewhere.
+    """
+    needed = "a policy continues its prompt, so name a causal (decoder-only) language model"
+    if config.is_encoder_decoder:
+        raise ConfigError(f"{name} is an encoder-decoder ({config.model_type}); {needed}")
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        raise ConfigError(
+            f"{name} is an encoder ({config.model_type}), which sees the words that it should "
+            f"predict; {needed}"
+        )
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to zero: of dropout modules, and those that attention and OPT's
+    layers keep as numbers.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def check_context(model: Any, max_prompt_length: int, max_completion_length: int) -> None:
+    """Refuse lengths that together pass the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    needed = max_prompt_length + max_completion_length
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"max_prompt_length + max_completion_length is {needed}, over the model's context of "
+            f"{limit} tokens: lower one of them"
+        )
+
+
+def check_trainable_weights(model: torch.nn.Module) -> None:
+    """Refuse trainable weights that are held in half precision.
+
+    AdamW at a learning rate of 1e-5 changes a weight by about 1e-5 of the usual scale a step; bf16
+    keeps 8 bits, so the update rounds away and the weight never moves. Nothing fails: the run ends
+    with the model it began with.
+    """
+    half = [
+        (name, p.dtype)
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if half:
+        name, dtype = half[0]
+        raise ConfigError(
+            f"{len(half)} trainable weights are held in {str(dtype).removeprefix('torch.')} (the "
+            f"first is {name}): small updates would "
+            "round away and nothing would be learned. Load the model with dtype=torch.float32 "
+            "(bf16: true still computes in bf16 "
+            "autocast), or train a LoRA adapter with peft_config"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("no weight of the model is trainable: unfreeze some, or pass peft_config")

@@ -1,0 +1,198 @@
+"""A whole run, from arguments to a result: data, trainer, evaluation before and after, report."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from neat_align.config import NEATConfig
+from neat_align.demo.model import demo_model_path
+from neat_align.demo.rows import demo_rows
+from neat_align.errors import ConfigError
+from neat_align.evaluation.before_after import before_after
+from neat_align.evaluation.held_out import Evaluation
+from neat_align.files.atomic import read_json, write_folder, write_json
+from neat_align.files.provenance import commit, versions
+from neat_align.modeling.loading import load_policy, load_tokenizer
+from neat_align.prompts.loading import load_rows
+from neat_align.prompts.row_forms import to_conversation
+from neat_align.prompts.rows import PromptRow
+from neat_align.reporting.run_report import write_report
+from neat_align.runs.signals import listening
+from neat_align.script_arguments import ScriptArguments
+from neat_align.trainer import NEATTrainer
+
+
+def load_data(script: ScriptArguments) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Training rows and held-out rows, disjoint by prompt."""
+    if not script.dataset_name:
+        raise ConfigError(
+            "dataset_name is missing: name a file with prompts, a hub data set, or demo"
+        )
+    demo = script.dataset_name == "demo"
+    if demo:
+        if script.dataset_train_split is not None:
+            raise ConfigError(
+                f"dataset_train_split is {script.dataset_train_split!r}, but the demo's prompts "
+                "have no splits: take it out"
+            )
+        rows = demo_rows("train")[: script.dataset_limit]
+    else:
+        rows = load_rows(
+            script.dataset_name, split=script.dataset_train_split, limit=script.dataset_limit
+        )
+    held_out: list[PromptRow] = []
+    if script.eval_dataset_name is not None:
+        held_out = load_rows(script.eval_dataset_name, split=script.eval_dataset_split)
+    elif demo:
+        shipped = demo_rows("heldout")
+        if script.holdout > len(shipped):
+            raise ConfigError(
+                f"holdout is {script.holdout}, but the demo holds {len(shipped)} prompts out: "
+                "lower it, or give eval_dataset_name"
+            )
+        held_out = _spread(shipped, script.holdout)
+    elif script.holdout:
+        if script.holdout >= len(rows):
+            raise ConfigError(
+                f"holdout is {script.holdout} but there are only {len(rows)} rows: lower it, or "
+                "give eval_dataset_name"
+            )
+        held_out = _spread(rows, script.holdout)
+    prompts = {json.dumps(row.prompt) for row in held_out}
+    rows = [row for row in rows if json.dumps(row.prompt) not in prompts]
+    if script.as_conversations:
+        return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
+    return rows, held_out
+
+
+def _spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
+    """`n` of the rows, evenly spaced and in their order: data in any order is held out evenly."""
+    picked = {round(i * len(rows) / n) for i in range(n)}
+    return [row for i, row in enumerate(rows) if i in picked]
+
+
+def build_trainer(
+    script: ScriptArguments, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()
+) -> NEATTrainer:
+    """The trainer of a run, with everything checked that can be checked before sampling."""
+    if not script.model_name_or_path:
+        raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
+    rows, held_out = load_data(script)
+    name = demo_model_path() if script.model_name_or_path == "demo" else script.model_name_or_path
+    model = load_policy(
+        name, revision=script.model_revision, trust_remote_code=script.trust_remote_code
+    )
+    tokenizer = load_tokenizer(
+        model, revision=script.model_revision, trust_remote_code=script.trust_remote_code
+    )
+    peft_config = None
+    if script.use_peft:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=script.lora_r,
+            lora_alpha=script.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=script.lora_target_modules or "all-linear",
+        )
+    return NEATTrainer(
+        model,
+        script.reward_funcs or None,
+        config,
+        train_dataset=rows,
+        eval_dataset=held_out or None,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        peft_config=peft_config,
+        judge_funcs=script.judge_funcs or None,
+    )
+
+
+def run_training(
+    script: ScriptArguments, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """Evaluate, train, evaluate again; write the model, result.json and the report.
+
+    Returns the result.
+    """
+    if not script.resume and config.process_index == 0:
+        _check_empty(Path(str(config.output_dir)))
+    trainer = build_trainer(script, config, callbacks)
+    with listening(trainer.stop), trainer.writing():
+        return _train(trainer, script)
+
+
+def _train(trainer: NEATTrainer, script: ScriptArguments) -> dict[str, Any]:
+    started = time.monotonic()
+    resume = True if script.resume else None
+    trainer.open_run(resume)  # before an evaluation is paid for
+    before = evaluation_before(trainer) if trainer.eval_rows else None
+    trainer.train(resume_from_checkpoint=resume)
+    out = trainer.output_dir
+    if trainer.args.world_size == 1:
+        write_folder(out / "model", lambda folder: trainer.save_model(str(folder)))
+    else:  # all processes save parts of it into one folder
+        trainer.save_model(str(out / "model"))
+    result: dict[str, Any] = {}
+    if before is not None:
+        trainer.evaluate(metric_key_prefix="after")
+        after = trainer.last_evaluation
+        assert after is not None
+        write_json(out / "evaluation-after.json", after.to_json())
+        result = before_after(before, after, seed=trainer.args.seed)
+    result |= {
+        "seed": trainer.args.seed,
+        "rounds": trainer.state.global_step // trainer.steps_per_round,
+        "steps": trainer.state.global_step,
+        "stopped_because": trainer.stopped_because,
+        "wall_seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "model": script.model_name_or_path,
+        "dataset": Path(script.dataset_name).name,
+        "commit": commit(),
+        "versions": versions(),
+    }
+    write_json(out / "result.json", result)
+    write_report(out)
+    return result
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse to write a run among what is there already: nothing could tell the two apart later."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir is {folder}, which is a file: choose a folder")
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if found:
+        raise ConfigError(
+            f"output_dir is {folder}, which is not empty ({', '.join(found[:4])}): choose another "
+            "one, or pass --resume true to go on with "
+            "the run in it"
+        )
+
+
+def evaluation_before(trainer: NEATTrainer) -> Evaluation:
+    """The start policy on the held-out prompts; a resumed run reads what it measured before it was
+    interrupted.
+    """
+    path = trainer.output_dir / "evaluation-before.json"
+    if path.is_file():
+        return Evaluation(**read_json(path))
+    trainer.evaluate(metric_key_prefix="before")
+    assert trainer.last_evaluation is not None
+    write_json(path, trainer.last_evaluation.to_json())
+    return trainer.last_evaluation
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,3 @@
+"""Prompts: rows of data and their checks, instruction banks, placing an instruction, rendering to
+token ids.
+"""

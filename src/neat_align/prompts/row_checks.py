@@ -1,0 +1,92 @@
+"""What of the data can be checked against tokenizer and settings, before anything is sampled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError, DataError, PromptError
+from neat_align.prompts.loading import rows_from_dataset
+from neat_align.prompts.rendering import prompt_ids, prompt_text
+from neat_align.prompts.rows import PromptRow
+
+logger = logging.getLogger(__name__)
+
+
+def as_rows(dataset: Any, name: str) -> list[PromptRow]:
+    """The rows of a `datasets.Dataset` or any iterable of rows; `name` is what a message calls
+    them.
+    """
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
+        return cast("list[PromptRow]", dataset)
+    return rows_from_dataset(dataset, name=name)
+
+
+def check_prompts(
+    rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool
+) -> None:
+    """Refuse prompts that are too long, of another form than the others, or that the chat template
+    refuses or shortens; and say when text prompts bypass a chat template. Messages name the row.
+    """
+    lengths = [(row, _length(row, tokenizer, conversational=conversational)) for row in rows]
+    long = [(row, n) for row, n in lengths if n > max_prompt_length]
+    if long:
+        named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
+        raise DataError(
+            f"{len(long)} prompts are longer than max_prompt_length={max_prompt_length} tokens: "
+            f"{named}. Raise it (the "
+            "model's context allowing), or drop the rows; prompts are never cut"
+        )
+    if not conversational and tokenizer.chat_template:
+        logger.warning(
+            "the prompts are text and the tokenizer has a chat template: they are used as they "
+            "are, without it. For a chat "
+            "model give messages, or pass --as_conversations true"
+        )
+
+
+def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
+    """Tokens of a row's prompt, after a look at its form and at what the template makes of it."""
+    if isinstance(row.prompt, str) == conversational:
+        came, others = ("text", "messages") if conversational else ("messages", "text")
+        raise DataError(
+            f"{row.where}: prompt is {came}, but {others} in the training data: use one form in "
+            "both (--as_conversations true turns text "
+            "into messages)"
+        )
+    try:
+        ids = prompt_ids(tokenizer, row.prompt)
+        if not isinstance(row.prompt, str) and any(m["role"] == "system" for m in row.prompt):
+            _check_system_turn_is_kept(row, prompt_text(tokenizer, row.prompt))
+    except PromptError as error:
+        raise PromptError(f"{row.where}: prompt: {error} (change this row, or drop it)") from error
+    return len(ids)
+
+
+def _check_system_turn_is_kept(row: PromptRow, text: str) -> None:
+    for index, message in enumerate(row.prompt):
+        assert isinstance(message, dict)
+        if message["role"] == "system" and message["content"].strip() not in text:
+            raise PromptError(
+                f"the chat template drops or changes the system turn prompt[{index}] "
+                f"({message['content'][:60]!r}), so the model never "
+                "reads it: move its text into the user turn, or use a model whose template has "
+                "system turns"
+            )
+
+
+def check_group_size(rows: Sequence[PromptRow], args: NEATConfig) -> None:
+    """Refuse settings with which no prompt of this data can have two completions."""
+    human = (
+        max(sum(a is not None for a in (r.chosen, r.rejected)) for r in rows)
+        if args.use_human_completions
+        else 0
+    )
+    if args.num_generations + human < 2:
+        raise ConfigError(
+            f"num_positive, num_negative and num_plain add up to {args.num_generations} and no "
+            "row has an answer of its own that is used: "
+            "every prompt would have one completion, and nothing to rank: ask for two or more"
+        )

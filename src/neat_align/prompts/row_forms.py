@@ -1,0 +1,253 @@
+"""The forms that a row of data can have, read into one: TRL's, HH-RLHF's transcripts, and text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, TypeAlias
+
+from neat_align.errors import DataError
+from neat_align.prompts.rows import Message, Prompt, PromptRow
+
+ROLES = ("system", "user", "assistant")
+HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
+ROLE_OF = {
+    "": "system",
+    "Human": "user",
+    "Assistant": "assistant",
+}  # what goes before the first mark is the system's
+SAME_ANSWERS = "chosen and rejected are the same, so there is nothing to prefer: drop the row"
+_Pair: TypeAlias = tuple[Prompt, str | None, str | None]
+
+
+def to_conversation(row: PromptRow) -> PromptRow:
+    """The row with its prompt as messages: the turns of a Human/Assistant transcript, or else one
+    user message.
+
+    Text before the first turn becomes the system message; blank turns are dropped, and neighbours
+    of one role joined.
+    """
+    if not isinstance(row.prompt, str):
+        return row
+    return replace(
+        row, prompt=transcript_messages(row.prompt) or [{"role": "user", "content": row.prompt}]
+    )
+
+
+def read_pair(row: Mapping[str, Any]) -> _Pair:
+    """Prompt and answers of a row, whatever its form."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if "prompt" in row:
+        # Some data sets repeat the prompt as text beside whole conversations; like TRL, read the
+        # conversations.
+        if not (isinstance(row["prompt"], str) and isinstance(chosen, list | tuple)):
+            return (
+                _read_prompt(row["prompt"]),
+                _read_answer(chosen, "chosen"),
+                _read_answer(rejected, "rejected"),
+            )
+    elif "chosen" not in row or "rejected" not in row:
+        raise DataError(
+            f"prompt is missing (the row has {', '.join(row) or 'no fields'}): give prompt, or "
+            "both chosen and rejected"
+        )
+    for field in ("chosen", "rejected"):
+        if not isinstance(row.get(field), str if isinstance(chosen, str) else list | tuple):
+            both = (
+                "chosen and rejected must be both text or both messages, and begin with the prompt"
+            )
+            raise DataError(
+                f"{field} is {shown(row.get(field))}; without a prompt, {both}: correct it, or "
+                "drop the row"
+            )
+    if chosen == rejected:
+        raise DataError(SAME_ANSWERS)
+    if isinstance(chosen, str):
+        return _split_text(chosen, str(rejected))
+    good, bad = _read_messages(chosen, "chosen"), _read_messages(rejected, "rejected")
+    same = _common(good, bad)
+    if not same:
+        raise DataError(
+            "chosen and rejected share no first message to be the prompt: give prompt as "
+            "messages, or answers as text"
+        )
+    return (
+        _read_prompt(good[:same]),
+        _read_answer(good[same:], "chosen"),
+        _read_answer(bad[same:], "rejected"),
+    )
+
+
+def _split_text(chosen: str, rejected: str) -> _Pair:
+    """The shared beginning is the prompt: up to the last common `Assistant:` of transcripts, else
+    as TRL has it.
+    """
+    same = _common(chosen, rejected)
+    if chosen.lstrip().startswith("Human:") and rejected.lstrip().startswith("Human:"):
+        end = chosen.rfind(ASSISTANT_MARK, 0, same) + len(ASSISTANT_MARK)
+        if end < len(ASSISTANT_MARK):
+            raise DataError(
+                "chosen and rejected are transcripts that differ before their first Assistant "
+                "turn: drop the row"
+            )
+        return _read_prompt(chosen[:end]), chosen[end:].strip(), rejected[end:].strip()
+    if same == min(len(chosen), len(rejected)):
+        raise DataError(
+            "chosen and rejected: one is the beginning of the other, so the prompt's end cannot "
+            "be told: add a prompt field"
+        )
+    if same and chosen[same - 1] == " ":
+        same -= 1
+    if not chosen[:same].strip():
+        raise DataError(
+            "prompt is missing, and chosen and rejected share no beginning: add a prompt field"
+        )
+    return _read_prompt(chosen[:same]), chosen[same:], rejected[same:]
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _read_prompt(value: object) -> Prompt:
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"prompt is blank ({shown(value)}): write one, or drop the row")
+        if re.match(r"""\s*\[\{['"](role|content)['"]""", value):
+            raise DataError(
+                "prompt is a list of messages written as text: store it as a list (.jsonl and "
+                ".parquet can, .csv cannot)"
+            )
+        transcript_messages(value)
+        return value
+    if not isinstance(value, list | tuple):
+        raise DataError(f"prompt is {shown(value)}; it must be text or a list of messages")
+    messages = _read_messages(value, "prompt")
+    last = messages[-1]
+    if last["role"] == "assistant":
+        raise DataError("prompt ends with an assistant message: split it off into chosen")
+    if last["role"] != "user" or not last["content"].strip():
+        raise DataError(
+            f"prompt must end with a user message that says something, not {shown(last)}: add "
+            "one, or drop the row"
+        )
+    return messages
+
+
+def _read_messages(value: Any, field: str) -> list[Message]:
+    if not value:
+        raise DataError(f"{field} is an empty list of messages: add a message, or drop the row")
+    for index, message in enumerate(value):
+        at = f"{field}[{index}]"
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"{at} is {shown(message)}; a message must be an object with role and content"
+            )
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise DataError(
+                f"{at}.role is {shown(role)}; it must be one of {', '.join(ROLES)}: rename the "
+                "role, or drop the message"
+            )
+        if not isinstance(content, str):
+            raise DataError(
+                f"{at}.content is {shown(content)}; it must be text: join its parts, or drop the "
+                "row"
+            )
+        extra = [
+            str(k) for k, v in message.items() if k not in ("role", "content") and v is not None
+        ]
+        if extra:
+            raise DataError(
+                f"{at} also has {', '.join(extra)}, which would be lost: remove everything but "
+                "role and content"
+            )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _read_answer(value: object, field: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple):
+        raise DataError(
+            f"{field} is {shown(value)}; it must be text or a list with one assistant message"
+        )
+    roles = [m["role"] for m in (_read_messages(value, field) if value else [])]
+    if roles != ["assistant"]:
+        came = ", ".join(roles) or "nothing"
+        raise DataError(
+            f"{field} must be one assistant message, not {came}: move earlier turns into prompt, "
+            "and cut later ones"
+        )
+    return str(value[0]["content"])
+
+
+def oddities_of(
+    row: Mapping[str, Any], prompt: Prompt, chosen: str | None, rejected: str | None
+) -> tuple[list[str], bool]:
+    """What to warn of, and whether the human answers can be learnt from: real data sets hold pairs
+    that cannot.
+    """
+    answers = [a for a in (chosen, rejected) if a is not None]
+    left_out = "the prompt is kept, the human answers are left out"
+    if any(not a.strip() for a in answers):
+        return [f"have a blank chosen or rejected answer; {left_out}"], False
+    if len(answers) == 2 and chosen == rejected:
+        raise DataError(SAME_ANSWERS)
+    if isinstance(prompt, str):
+        if any(HUMAN_MARK in a or ASSISTANT_MARK in a for a in answers) and transcript_messages(
+            prompt
+        ):
+            return [
+                "have a chosen or rejected answer that goes on with more Human/Assistant turns; "
+                f"{left_out}"
+            ], False
+        if "prompt" not in row and prompt[-1].isalnum() and any(a[0].isalnum() for a in answers):
+            return [
+                "have no prompt field, and what chosen and rejected share ends inside a word: add "
+                "a prompt field"
+            ], True
+    return [], True
+
+
+def transcript_messages(text: str) -> list[Message]:
+    """Messages of a Human/Assistant transcript that is a prompt; none when the text is no
+    transcript.
+    """
+    before, *parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text.lstrip())
+    marks, open_end = parts[::2], text.rstrip().endswith(ASSISTANT_MARK)
+    if "Human" not in marks or not (
+        open_end if before else text.startswith(HUMAN_MARK) or "Assistant" in marks
+    ):
+        return []
+    spoken = [
+        (ROLE_OF[m], t.strip())
+        for m, t in zip(["", *marks], [before, *parts[1::2]], strict=True)
+        if t.strip()
+    ]
+    messages = [
+        {"role": role, "content": "\n\n".join(t for _, t in turns)}
+        for role, turns in groupby(spoken, lambda turn: turn[0])
+    ]
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError(
+            "prompt is a transcript that does not end with a Human turn: split the last Assistant "
+            "turn off into chosen"
+        )
+    return messages
+
+
+def shown(value: object) -> str:
+    """A value for a message: short, and its type where the value does not tell it."""
+    if value is None:
+        return "null"
+    text = repr(value) if len(repr(value)) <= 80 else repr(value)[:79] + "…"
+    return (
+        text
+        if isinstance(value, str | list | tuple | Mapping)
+        else f"{text} ({type(value).__name__})"
+    )

@@ -1,0 +1,362 @@
+"""The comparison page's tables: gains at equal budget and at equal KL, prices, wins, and each
+method's own points.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from neat_align.reporting.comparison_charts import (
+    WHISKER,
+    css_of,
+    marker_of,
+    whisker,
+    whisker_scale,
+)
+from neat_align.reporting.comparison_files import (
+    BASE,
+    Comparison,
+    Estimate,
+    MethodRun,
+    Wins,
+    mapping,
+)
+from neat_align.reporting.pages import bounds, change, digits_for, duration, plain, signed
+from neat_align.reporting.run_files import number
+
+# What a method pays: (name in the file, heading, decimals, whether it is a share of one).
+_PRICES: tuple[tuple[str, str, int, bool], ...] = (
+    ("perplexity", "perplexity", 2, False),
+    ("distinct2", "distinct-2", 3, False),
+    ("mean_length", "tokens", 1, False),
+    ("clipped", "cut", 0, True),
+    ("repetition", "repetition", 1, True),
+    ("refusals", "refusals", 1, True),
+    ("pair_accuracy", "human pairs ordered", 0, True),
+)
+# Columns of a run's points: (name in the file, heading, decimals).
+_POINT_COLUMNS: tuple[tuple[str, str, int], ...] = (
+    ("perplexity", "perplexity", 2),
+    ("distinct2", "distinct-2", 3),
+    ("mean_length", "tokens", 1),
+    ("clipped", "cut", 2),
+    ("repetition", "repetition", 3),
+    ("refusals", "refusals", 3),
+    ("pair_accuracy", "pairs", 2),
+    ("entropy", "entropy", 2),
+)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """How a method is named on the page: with its colour, its shape, and whether it collapsed."""
+
+    name: str
+    css: str
+    marker: str
+    collapsed: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number, what is known around it, and a small picture; `lead` when nothing in its column is
+    shown to be larger.
+    """
+
+    text: str
+    around: str = ""
+    lead: bool = False
+    picture: dict[str, float | None] | None = None
+
+
+def tag(c: Comparison, method: str) -> Tag:
+    """A method's name as the page writes it."""
+    return Tag(method, css_of(c, method), marker_of(c, method, 7, 7, 4.4), c.collapsed(method))
+
+
+def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
+    """The methods that the one with the largest gain is not shown to beat, itself first. Never a
+    collapsed one.
+
+    Shown to beat: the paired difference of the two has an interval above 0; where that was not
+    written down, their intervals against base do not meet.
+    """
+    found = {
+        m: e
+        for m in c.rivals
+        if not c.collapsed(m) and (e := _at(c, m, side, metric)) is not None and e.delta is not None
+    }
+    by_gain = sorted(found, key=lambda m: -(found[m].delta or 0.0))
+    best = next((m for m in by_gain if found[m].low is not None), None)
+    if best is None:
+        return []
+
+    def behind(m: str) -> bool:
+        paired = c.row(best).against.get(m, {}).get(side, {}).get(metric)
+        if paired is not None and paired.low is not None:
+            return paired.low > 0
+        high, low = found[m].high, found[best].low
+        return high is not None and low is not None and high < low
+
+    return [best, *(m for m in by_gain if m != best and not behind(m))]
+
+
+def leaders(c: Comparison, side: str, metric: str) -> list[str]:
+    """The unbeaten methods that are themselves shown to gain over base."""
+    estimates = {m: _at(c, m, side, metric) for m in unbeaten(c, side, metric)}
+    return [m for m, e in estimates.items() if e is not None and e.low is not None and e.low > 0]
+
+
+def gain_table(c: Comparison) -> dict[str, Any]:
+    """Rewards of every method at equal budget and at equal KL, with the gain over base and its
+    interval.
+    """
+    scores = [
+        (name, label)
+        for name, label in c.scores
+        if any(name in c.row(m).at_budget or name in c.row(m).at_equal_kl for m in c.methods)
+    ]
+    controlled = "length_controlled_reward"
+    budget = scores + (
+        [(controlled, "reward, length held equal")]
+        if any(controlled in c.row(m).at_budget for m in c.methods)
+        else []
+    )
+    scales = {
+        name: whisker_scale(e for m in c.rivals for e in _both(c, m, name)) for name, _ in budget
+    }
+    sides = [("at_budget", budget), ("at_equal_kl", scores if c.kl_target is not None else [])]
+    digits = {
+        name: digits_for(e.delta for m in c.rivals for e in _both(c, m, name)) for name, _ in budget
+    }
+    columns: dict[tuple[str, str], dict[str, Cell]] = {}
+    for side, names in sides:
+        for name, _ in names:
+            column = {m: e for m in c.methods if (e := _at(c, m, side, name))}
+            columns[side, name] = _gain_column(
+                c, column, leaders(c, side, name), scales[name], digits[name]
+            )
+    lines = []
+    for m in c.methods:
+        kl = c.row(m).at_budget.get("kl")
+        cells = [Cell(plain(0.0 if m == BASE and kl is None else kl and kl.mean, 4))]
+        cells += [
+            columns[side, name].get(m, Cell("–")) for side, names in sides for name, _ in names
+        ]
+        lines.append((tag(c, m), cells))
+    heads = [(side, [label for _, label in names]) for side, names in sides]
+    return (
+        {"budget": ["KL", *heads[0][1]], "equal": heads[1][1], "lines": lines, "width": WHISKER}
+        if budget
+        else {}
+    )
+
+
+def _at(c: Comparison, method: str, side: str, name: str) -> Estimate | None:
+    row = c.row(method)
+    found = (row.at_budget if side == "at_budget" or method == BASE else row.at_equal_kl).get(name)
+    return found if found and (found.mean is not None or found.delta is not None) else None
+
+
+def _both(c: Comparison, method: str, name: str) -> list[Estimate]:
+    return [
+        e for side in ("at_budget", "at_equal_kl") if (e := _at(c, method, side, name)) is not None
+    ]
+
+
+def _gain_column(
+    c: Comparison,
+    estimates: dict[str, Estimate],
+    ahead: list[str],
+    scale: tuple[float, float],
+    digits: int,
+) -> dict[str, Cell]:
+    cells = {}
+    for m, e in estimates.items():
+        gain = "" if e.delta is None else change(e.delta, e.low, e.high, digits)
+        picture = whisker(e, scale) if e.delta is not None and m != BASE else None
+        # A difference that is estimated at once, as with lengths held equal, has no mean of its
+        # own.
+        cells[m] = (
+            Cell(gain, "", m in ahead, picture)
+            if e.mean is None
+            else Cell(plain(e.mean, digits), gain, m in ahead, picture)
+        )
+    return cells
+
+
+def price_table(c: Comparison) -> dict[str, Any]:
+    """What else changed, at equal budget; columns that nobody measured are left out."""
+    names = [
+        p
+        for p in _PRICES
+        if any((e := c.row(m).at_budget.get(p[0])) and e.mean is not None for m in c.methods)
+    ]
+    lines = []
+    for m in c.methods:
+        row, cells = c.row(m), []
+        for name, _, digits, share in names:
+            e = row.at_budget.get(name, Estimate())
+            text = (
+                f"{plain(100 * e.mean, digits)}\u00a0%"
+                if share and e.mean is not None
+                else plain(e.mean, digits)
+            )
+            cells.append(
+                Cell(text, "" if e.ratio is None or m == BASE else f"×\u00a0{plain(e.ratio)}")
+            )
+        cells.append(
+            Cell(
+                "–" if row.runs is None else str(row.runs),
+                f"{row.collapsed} collapsed" if row.collapsed else "",
+            )
+        )
+        lines.append((tag(c, m), cells))
+    return {"heads": [*(head for _, head, _, _ in names), "runs"], "lines": lines} if names else {}
+
+
+# ---- wins ----------------------------------------------------------------------------------------
+
+
+def wins_between(c: Comparison, method: str, other: str) -> Wins | None:
+    """Prompt by prompt, one method against another, from whichever side it was written down."""
+    mine, theirs = c.row(method).wins.get(other), c.row(other).wins.get(method)
+    return mine if mine is not None else theirs.turned() if theirs is not None else None
+
+
+def win_bars(c: Comparison) -> list[dict[str, Any]]:
+    """Each method against base: shares of prompts, and the net with its interval."""
+    rows = [(m, wins_between(c, m, BASE)) for m in c.rivals]
+    return [
+        {"tag": tag(c, m), "wins": w, "net": points(w.net), "interval": _point_bounds(w)}
+        for m, w in rows
+        if w is not None
+    ]
+
+
+def win_matrix(c: Comparison) -> list[tuple[Tag, list[dict[str, Any] | None]]]:
+    """Row method against column method: net share of prompts won.
+
+    Empty with fewer than two methods to compare.
+    """
+    lines = []
+    for m in c.methods:
+        cells: list[dict[str, Any] | None] = []
+        for other in c.methods:
+            w = None if m == other else wins_between(c, m, other)
+            # No side is called ahead where a collapsed method plays.
+            css = (
+                "fallen"
+                if c.collapsed(m) or c.collapsed(other)
+                else "even"
+                if w is None
+                else _side(w)
+            )
+            cells.append(
+                None
+                if w is None
+                else {"css": css, "net": points(w.net), "interval": _point_bounds(w)}
+            )
+        lines.append((tag(c, m), cells))
+    return (
+        lines
+        if any(
+            w is not None and n != m for m, (_, row) in enumerate(lines) for n, w in enumerate(row)
+        )
+        else []
+    )
+
+
+def _side(w: Wins) -> str:
+    """Whose side the interval is on; neither where it holds 0 or there is none."""
+    if w.low is not None and w.low > 0:
+        return "ahead"
+    return "behind" if w.high is not None and w.high < 0 else "even"
+
+
+def points(share: float) -> str:
+    """A share of one as percentage points with a sign."""
+    return signed(100 * share, 0)
+
+
+def _point_bounds(w: Wins) -> str:
+    return "" if w.low is None or w.high is None else bounds(100 * w.low, 100 * w.high, 0)
+
+
+# ---- each method ---------------------------------------------------------------------------------
+
+
+def method_details(c: Comparison) -> list[dict[str, Any]]:
+    """What each method is, with what settings it ran, and every point of every seed."""
+    found = []
+    for m, facts in c.methods.items():
+        runs = [r for r in c.runs if r.method == m]
+        settings = {
+            str(k): v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
+            for k, v in mapping(facts.get("settings")).items()
+        }
+        table = _point_table(c, runs)
+        found.append(
+            {
+                "tag": tag(c, m),
+                "description": str(facts.get("description") or ""),
+                "settings": settings,
+                "heads": table[0],
+                "points": table[1],
+                "runs": [(_run_name(r), r.collapsed, _effort(r)) for r in runs],
+                "training": _training(runs),
+            }
+        )
+    return found
+
+
+def _run_name(r: MethodRun) -> str:
+    seed = "" if r.seed is None else f"seed {r.seed}"
+    return ", ".join(part for part in (r.strength, seed) if part) or "a run"
+
+
+def _effort(r: MethodRun) -> str:
+    tokens = None if r.trained_tokens is None else f"{plain(r.trained_tokens, 0)} tokens trained"
+    return ", ".join(part for part in (duration(r.seconds), tokens) if part)
+
+
+def _point_table(
+    c: Comparison, runs: Iterable[MethodRun]
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """(headings, lines): one line a run and round; columns that no point has are left out."""
+    rows = [(r, p) for r in runs for p in r.points]
+    columns: list[tuple[str, int, list[Any]]] = [
+        ("KL", 4, [p.get("kl") for _, p in rows]),
+        (c.reward_name, 3, [p.get("reward") for _, p in rows]),
+    ]
+    columns += [
+        (name, 3, [mapping(p.get("judges")).get(name) for _, p in rows]) for name in c.judges
+    ]
+    columns += [
+        (head, digits, [p.get(name) for _, p in rows]) for name, head, digits in _POINT_COLUMNS
+    ]
+    sides = ("plain", "positive", "negative")
+    columns += [
+        (f"contrast, {side}", 3, [mapping(p.get("contrast")).get(side) for _, p in rows])
+        for side in sides
+    ]
+    kept = [column for column in columns if any(number(v) is not None for v in column[2])]
+    heads = ["round", *(head for head, _, _ in kept)]
+    lines = [
+        (
+            _run_name(r),
+            [plain(p.get("round"), 0), *(plain(values[i], digits) for _, digits, values in kept)],
+        )
+        for i, (r, p) in enumerate(rows)
+    ]
+    return heads, lines
+
+
+def _training(runs: list[MethodRun]) -> dict[str, list[str]]:
+    """Training metrics of each run's last round, by name; values in the order of the runs."""
+    last = [mapping(r.points[-1].get("training")) if r.points else {} for r in runs]
+    names = sorted({name for metrics in last for name in metrics})
+    return {name: [plain(metrics.get(name), 4) for metrics in last] for name in names}

@@ -1,0 +1,173 @@
+"""What a run directory holds, read for the report: missing pieces are left out, damaged ones are
+named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from neat_align.errors import ConfigError
+from neat_align.files.atomic import read_json
+from neat_align.files.secrets import redacted
+from neat_align.rounds.completions import CompletionGroup
+
+_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "result.json",
+    "evaluation-before.json",
+    "evaluation-after.json",
+    "rounds",
+)
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+@dataclass(frozen=True)
+class RoundGroups:
+    """A finished round: its folder's name, metrics and groups."""
+
+    name: str
+    metrics: dict[str, float]
+    groups: tuple[CompletionGroup, ...]
+
+
+@dataclass(frozen=True)
+class RunContents:
+    """What a run directory holds.
+
+    A file that is not there is an empty mapping; `problems` says what could not be read.
+    """
+
+    name: str
+    record: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    rounds: list[RoundGroups] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return cast("dict[str, Any]", self.record.get("config") or {})
+
+    @property
+    def training_log(self) -> list[dict[str, Any]]:
+        """The lines with a loss; of a step that was logged twice (a resumed run) the later one."""
+        lines = {
+            line.get("step"): line for line in self.log if number(line.get("loss")) is not None
+        }
+        return sorted(lines.values(), key=lambda line: number(line.get("epoch")) or 0.0)
+
+    def last(self, name: str) -> float | None:
+        """The newest number logged under a name."""
+        return next(
+            (v for line in reversed(self.log) if (v := number(line.get(name))) is not None), None
+        )
+
+    def both(self, name: str) -> tuple[float, float] | None:
+        """A number of the result before and after training; None unless both are there."""
+        before, after = (
+            number(self.result.get(f"{name}_before")),
+            number(self.result.get(f"{name}_after")),
+        )
+        return None if before is None or after is None else (before, after)
+
+    def delta(self, name: str) -> float | None:
+        """The paired difference; where some prompts have one number only it is not the difference
+        of the means.
+        """
+        paired, both = number(self.result.get(f"{name}_delta")), self.both(name)
+        return paired if paired is not None else both[1] - both[0] if both else None
+
+    def interval(self, name: str) -> tuple[float | None, float | None]:
+        """The difference's 95 % interval; (None, None) without one."""
+        ends = self.result.get(f"{name}_delta_ci95") or []
+        low, high = (number(v) for v in ends) if len(ends) == 2 else (None, None)
+        return (None, None) if low is None or high is None else (low, high)
+
+
+def read_run(run_dir: Path) -> RunContents:
+    """Everything the report needs. Missing or damaged pieces are left out and named in
+    `problems`.
+    """
+    if not any((run_dir / name).exists() for name in _FILES):
+        raise ConfigError(
+            f"{run_dir} holds no run (none of {', '.join(_FILES)} is there): give the output_dir "
+            "of a training run"
+        )
+    problems: list[str] = []
+    parts = {
+        name: _json_object(run_dir / f"{name}.json", problems)
+        for name in ("run", "result", "evaluation-before", "evaluation-after")
+    }
+    return RunContents(
+        name=str(parts["result"].get("name") or run_dir.resolve().name),
+        record=redacted(parts["run"]),
+        log=_log_lines(run_dir / "metrics.jsonl", problems),
+        result=parts["result"],
+        before=parts["evaluation-before"],
+        after=parts["evaluation-after"],
+        rounds=_rounds(run_dir / "rounds", problems),
+        problems=problems,
+    )
+
+
+def _json_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = read_json(path)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} could not be read and is left out.")
+        return {}
+    return value
+
+
+def _log_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines, damaged = [], 0
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            line = json.loads(text) if text.strip() else {}
+        except ValueError:  # a run that was killed leaves half a line
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            damaged += 1
+    if damaged:
+        problems.append(
+            f"{damaged} line{'s' if damaged > 1 else ''} of metrics.jsonl could not be read and "
+            f"{'are' if damaged > 1 else 'is'} left out."
+        )
+    return [line for line in lines if line]
+
+
+def _rounds(folder: Path, problems: list[str]) -> list[RoundGroups]:
+    from neat_align.rounds.round_files import read_round
+
+    found = []
+    for path in sorted(p for p in folder.glob("*") if p.is_dir()):
+        try:
+            made = read_round(path)
+        except (ValueError, KeyError, OSError):  # DataError and pyarrow's errors are ValueErrors
+            problems.append(f"Round {path.name} does not match its manifest and is left out.")
+            continue
+        if made is not None:
+            found.append(RoundGroups(path.name, made.metrics, made.groups))
+    return found

@@ -1,0 +1,319 @@
+"""Groups of completions in the terminal: what was asked, what was answered, what it was worth.
+
+Model output is shown as text and nothing else: it is never read as markup, and control characters
+are taken out of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Literal, TypeAlias, TypeVar
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from neat_align.errors import ConfigError, DataError
+from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin, read_groups
+from neat_align.rounds.metrics import inversion_rate
+
+_T = TypeVar("_T")
+SortOrder: TypeAlias = Literal["order", "gap", "reward"]
+ORIGIN_STYLES: dict[Origin, str] = {
+    "positive": "bright_blue",
+    "negative": "dark_orange",
+    "plain": "default",
+    "chosen": "green",
+    "rejected": "magenta",
+}
+# A whole escape sequence first (its letters would stay behind), then single control and reordering
+# characters.
+_ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, cursor movement
+    # window titles, links, clipboard
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]*[0-~]"
+)
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text that a terminal can only print: no escape sequences, controls or reordering marks; lone
+    surrogates replaced.
+    """
+    text = _ESCAPES.sub("", text.replace("\r\n", "\n"))
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", text)).expandtabs(4)
+
+
+def render_group(
+    group: CompletionGroup, number: int, total: int, *, origin: str | None = None
+) -> RenderableType:
+    """One group: its prompt, then its completions, best reward first. `number` counts from 1.
+
+    With `origin` only completions of that origin are shown; ranks are still those of the whole
+    group, equal rewards share one, and a completion without a reward has none.
+    """
+    title = Text.assemble(
+        ("prompt ", "dim"),
+        f"{number} of {total}",
+        ("  ", ""),
+        (_shortened(printable(group.prompt_id), 40), "dim"),
+    )
+    table = Table(
+        box=box.SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False
+    )
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("origin", no_wrap=True)
+    table.add_column("reward", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("end", no_wrap=True)
+    table.add_column("text", ratio=1, overflow="fold")
+    rewards = [c.reward for c in group.completions if c.reward is not None]
+    for c in sorted(group.completions, key=lambda c: (c.reward is None, -(c.reward or 0.0))):
+        if origin is not None and c.origin != origin:
+            continue
+        rank = "–" if c.reward is None else str(1 + sum(r > c.reward for r in rewards))
+        shown = (
+            Text(printable(c.text).strip())
+            if c.text.strip()
+            else Text("(empty)", style="dim italic")
+        )
+        style = ORIGIN_STYLES[c.origin]
+        table.add_row(
+            rank,
+            Text(c.origin, style=style),
+            _number(c.reward),
+            str(len(c.token_ids)),
+            _end(c),
+            shown,
+        )
+        table.add_row()
+    return Group(
+        Panel(_prompt(group), title=title, title_align="left", box=box.ROUNDED, border_style="dim"),
+        table,
+    )
+
+
+def _prompt(group: CompletionGroup) -> Text:
+    if isinstance(group.prompt, str):
+        return Text(printable(group.prompt), overflow="fold")
+    text = Text(overflow="fold")
+    for i, message in enumerate(group.prompt):
+        text.append("\n" * (i > 0))
+        text.append(f"{printable(message.get('role', ''))}  ", style="bold dim")
+        text.append(printable(message.get("content", "")))
+    return text
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _end(c: Completion) -> str:
+    return "cut" if c.finish_reason == "length" else "stop"
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def load_any(path: Path) -> list[tuple[str, list[CompletionGroup]]]:
+    """(name, groups) of a run directory's finished rounds in order, of one round's directory, or of
+    one group file.
+
+    Raises ConfigError when the path is none of these, DataError when what is there cannot be read.
+    """
+    if path.is_file():
+        return [(path.name, _read(path, lambda: read_groups(path)))]
+    if not path.is_dir():
+        raise ConfigError(
+            f"there is nothing at {path}: give a run's output_dir, one of its rounds/NNNNN "
+            "folders, or a group .parquet file"
+        )
+    if (path / "manifest.json").is_file() or (path / "groups.parquet").is_file():
+        return [(path.name, _round(path))]
+    rounds = path if path.name == "rounds" else path / "rounds"
+    if not rounds.is_dir():
+        raise ConfigError(
+            f"{path} is neither a run (it has no rounds folder) nor a round (it has no "
+            "manifest.json): give a run's output_dir, one of its "
+            "rounds/NNNNN folders, or a group .parquet file"
+        )
+    finished = [
+        folder for folder in sorted(rounds.iterdir()) if (folder / "manifest.json").is_file()
+    ]
+    if not finished:
+        raise DataError(
+            f"{rounds} holds no finished round (none has a manifest.json yet): wait for the first "
+            "one, or look at the run's log"
+        )
+    return [(folder.name, _round(folder)) for folder in finished]
+
+
+def _round(folder: Path) -> list[CompletionGroup]:
+    from neat_align.rounds.round_files import read_round
+
+    made = _read(folder, lambda: read_round(folder))
+    if made is None:
+        raise DataError(
+            f"{folder} is not finished: it has no manifest.json, which is written last; wait for "
+            "it, or open its groups.parquet"
+        )
+    return list(made.groups)
+
+
+def _read(path: Path, read: Callable[[], _T]) -> _T:
+    try:
+        return read()
+    except DataError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+    ) as error:  # pyarrow's and json's errors are ValueErrors
+        raise DataError(
+            f"{path} could not be read as groups ({type(error).__name__}: {error}): it is "
+            "damaged, or not a group file"
+        ) from error
+
+
+# ---- browsing ------------------------------------------------------------------------------------
+
+
+def browse(
+    path: Path,
+    *,
+    limit: int = 5,
+    origin: str | None = None,
+    sort: SortOrder = "order",
+    search: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print what `load_any` finds: a table of the rounds, then up to `limit` groups of each;
+    through a pager on a terminal.
+
+    Args:
+        origin: show only completions of this origin, and only groups that have one.
+        sort: `order` as sampled; `gap` the widest spread of rewards first; `reward` the highest
+            mean reward first. search: only groups whose prompt or completions (of that origin)
+            contain this text, whatever the case.
+    """
+    if limit < 1:
+        raise ConfigError(
+            f"limit is {limit}; it is the number of groups to show of each round, 1 or more"
+        )
+    if origin is not None and origin not in ORIGINS:
+        raise ConfigError(f"origin is {origin!r}; it must be one of {', '.join(ORIGINS)}")
+    if sort not in _SORT_KEYS:
+        raise ConfigError(f"sort is {sort!r}; it must be one of {', '.join(_SORT_KEYS)}")
+    rounds = load_any(path)
+    console = console if console is not None else Console()
+    with _paged(console):
+        console.print(_header(rounds))
+        for name, groups in rounds:
+            matching = [(i, g) for i, g in enumerate(groups, 1) if _matches(g, origin, search)]
+            matching.sort(key=lambda pair: _SORT_KEYS[sort](pair[1]))
+            found = (
+                f"{len(matching)} of {len(groups)} groups match"
+                if origin or search
+                else f"{len(groups)} groups"
+            )
+            shown = f", {min(limit, len(matching))} shown" if len(matching) > limit else ""
+            console.print(
+                Rule(Text(f"{_shortened(printable(name), 30)} · {found}{shown}"), style="dim")
+            )
+            for i, group in matching[:limit]:
+                console.print(render_group(group, i, len(groups), origin=origin))
+
+
+_SORT_KEYS: dict[str, Callable[[CompletionGroup], float]] = {
+    "order": lambda g: 0.0,
+    "gap": lambda g: min(_rewards(g), default=0.0) - max(_rewards(g), default=0.0),
+    "reward": lambda g: -fmean(_rewards(g)) if _rewards(g) else float("inf"),
+}
+
+
+def _rewards(group: CompletionGroup) -> list[float]:
+    return [c.reward for c in group.completions if c.reward is not None]
+
+
+def _matches(group: CompletionGroup, origin: str | None, search: str | None) -> bool:
+    texts = [c.text for c in group.completions if origin is None or c.origin == origin]
+    if search is None:
+        return bool(texts) or origin is None
+    prompt = (
+        group.prompt
+        if isinstance(group.prompt, str)
+        else "\n".join(m.get("content", "") for m in group.prompt)
+    )
+    return bool(texts) and any(search.casefold() in text.casefold() for text in (prompt, *texts))
+
+
+def _header(rounds: list[tuple[str, list[CompletionGroup]]]) -> Table:
+    present = [
+        o
+        for o in ORIGINS
+        if any(c.origin == o for _, groups in rounds for g in groups for c in g.completions)
+    ]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        title="mean reward by origin",
+        title_style="dim",
+        title_justify="left",
+    )
+    table.add_column("round", overflow="fold")
+    table.add_column("groups", justify="right")
+    table.add_column("answers", justify="right")
+    for origin in present:
+        table.add_column(Text(origin, style=ORIGIN_STYLES[origin]), justify="right")
+    table.add_column("inverted", justify="right")
+    for name, groups in rounds:
+        completions = [c for g in groups for c in g.completions]
+        means = [_mean(c.reward for c in completions if c.origin == origin) for origin in present]
+        inverted = inversion_rate(groups)
+        table.add_row(
+            Text(printable(name)),
+            str(len(groups)),
+            str(len(completions)),
+            *(_number(m) for m in means),
+            "–" if inverted != inverted else f"{inverted:.0%}",
+        )
+    return table
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [v for v in values if v is not None]
+    return fmean(present) if present else None
+
+
+@contextlib.contextmanager
+def _paged(console: Console) -> Iterator[None]:
+    if not console.is_terminal:
+        yield
+        return
+    # `less` shows colours only when told to; a reader's own LESS is kept.
+    unset = "LESS" not in os.environ
+    if unset:
+        os.environ["LESS"] = "-FRX"
+    try:
+        with console.pager(styles=True):
+            yield
+    finally:
+        if unset:
+            os.environ.pop("LESS", None)

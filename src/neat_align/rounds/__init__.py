@@ -1,0 +1,3 @@
+"""Rounds: completions and groups, their order, making a round, unfinished work on disk, metrics,
+exports. No torch.
+"""

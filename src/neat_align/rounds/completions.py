@@ -1,0 +1,181 @@
+"""Completions and the groups they form: plain frozen records, their Arrow form, and their exports.
+
+No torch here: a group file can be opened, checked and turned into a preference data set on a
+machine that cannot train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+
+from neat_align.errors import DataError
+from neat_align.prompts.rows import Prompt
+from neat_align.sampling.protocol import FinishReason
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+Origin: TypeAlias = Literal["positive", "negative", "plain", "chosen", "rejected"]
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer to one prompt.
+
+    `token_ids` holds the end-of-turn token when `finish_reason` is "stop" and does not when it is
+    "length" (cut). `instruction` is the text that made the answer positive or negative; None for
+    plain and human answers. `sampling_logprob` is the **sum** over tokens, in nats, under the
+    prompt the completion was sampled with, of the untempered policy; None for human answers.
+    `policy_logprobs` and `ref_logprobs` are per-token log-probabilities in nats under the **plain**
+    prompt, of the policy that began the round and of the start policy; empty when not computed.
+    `reward` is the weighted sum of `reward_components` (one a reward function, None where it
+    abstained), higher is better; None when every function abstained.
+    """
+
+    origin: Origin
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason = "stop"
+    instruction: str | None = None
+    seed: int | None = None
+    sampling_logprob: float | None = None
+    policy_logprobs: tuple[float, ...] = ()
+    ref_logprobs: tuple[float, ...] = ()
+    reward: float | None = None
+    reward_components: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionGroup:
+    """All completions of one prompt.
+
+    `prompt_ids` is the plain prompt as the policy sees it, generation prompt included.
+    """
+
+    prompt_id: str
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+
+
+# ---- Arrow ---------------------------------------------------------------------------------------
+
+_COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("completions", "text"),
+    ("origins", "origin"),
+    ("rewards", "reward"),
+    ("indices", "index"),
+    ("instructions", "instruction"),
+    ("finish_reasons", "finish_reason"),
+    ("seeds", "seed"),
+    ("completion_ids", "token_ids"),
+    ("sampling_logprobs", "sampling_logprob"),
+    ("policy_logprobs", "policy_logprobs"),
+    ("ref_logprobs", "ref_logprobs"),
+    ("reward_components", "reward_components"),
+)
+
+
+def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> pa.Schema:
+    """Schema of a group file: one row a group, one list a completion field, all lists of a row
+    equally long.
+    """
+    import pyarrow as pa
+
+    prompt_type: Any = pa.string()
+    if conversational:
+        prompt_type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    ints, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
+    item_types: dict[str, Any] = {
+        "completions": pa.string(),
+        "origins": pa.string(),
+        "rewards": pa.float64(),
+        "indices": pa.int32(),
+        "instructions": pa.string(),
+        "finish_reasons": pa.string(),
+        "seeds": pa.uint64(),
+        "completion_ids": ints,
+        "sampling_logprobs": pa.float64(),
+        "policy_logprobs": floats,
+        "ref_logprobs": floats,
+        "reward_components": pa.list_(pa.float64()),
+    }
+    fields = [("prompt_id", pa.string()), ("prompt", prompt_type), ("prompt_ids", ints)]
+    fields += [(name, pa.list_(item_types[name])) for name, _ in _COMPLETION_COLUMNS]
+    return pa.schema(fields, metadata={"neat_align.reward_names": "\n".join(reward_names)})
+
+
+def groups_to_table(
+    groups: Sequence[CompletionGroup], reward_names: Sequence[str] = ()
+) -> pa.Table:
+    """Groups as an Arrow table, in order. Prompts of one table are all text or all
+    conversations.
+    """
+    import pyarrow as pa
+
+    conversational = bool(groups) and not isinstance(groups[0].prompt, str)
+    if any(isinstance(g.prompt, str) == conversational for g in groups):
+        raise DataError(
+            "groups of one file mix text prompts and conversations: keep them in two files"
+        )
+    rows: list[dict[str, Any]] = []
+    for g in groups:
+        row: dict[str, Any] = {
+            "prompt_id": g.prompt_id,
+            "prompt": g.prompt,
+            "prompt_ids": list(g.prompt_ids),
+        }
+        for column, field in _COMPLETION_COLUMNS:
+            row[column] = [getattr(c, field) for c in g.completions]
+        rows.append(row)
+    return pa.Table.from_pylist(
+        rows, schema=arrow_schema(conversational=conversational, reward_names=reward_names)
+    )
+
+
+def groups_from_table(table: pa.Table) -> list[CompletionGroup]:
+    """The inverse of `groups_to_table`."""
+    missing = sorted(
+        {"prompt_id", "prompt", "prompt_ids", *(c for c, _ in _COMPLETION_COLUMNS)}
+        - set(table.column_names)
+    )
+    if missing:
+        raise DataError(
+            f"this is not a group file: columns {', '.join(missing)} are missing (it has "
+            f"{table.column_names})"
+        )
+    groups: list[CompletionGroup] = []
+    for row in table.to_pylist():
+        columns = [row[column] for column, _ in _COMPLETION_COLUMNS]
+        completions = []
+        for values in zip(*columns, strict=True):
+            kwargs = dict(zip((field for _, field in _COMPLETION_COLUMNS), values, strict=True))
+            for name in ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components"):
+                kwargs[name] = tuple(kwargs[name] or ())
+            completions.append(Completion(**kwargs))
+        groups.append(
+            CompletionGroup(
+                row["prompt_id"], row["prompt"], tuple(row["prompt_ids"]), tuple(completions)
+            )
+        )
+    return groups
+
+
+def reward_names_of(table: pa.Table) -> list[str]:
+    """Names of the reward functions behind `reward_components`, in order."""
+    metadata = cast("dict[bytes, bytes]", table.schema.metadata or {})
+    joined = metadata.get(b"neat_align.reward_names", b"").decode()
+    return joined.split("\n") if joined else []
+
+
+def read_groups(path: str | Path) -> list[CompletionGroup]:
+    """Groups of one Parquet file."""
+    import pyarrow.parquet as pq
+
+    return groups_from_table(pq.read_table(path, page_checksum_verification=True))

@@ -1,0 +1,82 @@
+"""What a round is made of and who does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neat_align.prompts.instruction_banks import InstructionBank, Polarity
+from neat_align.rewards.protocol import NamedReward
+from neat_align.rounds.ranking import RankBy
+from neat_align.sampling.protocol import Sampler, SamplingParams
+
+# (stage, finished, of how many)
+Progress = Callable[[str, int, int], None]
+# (prompt ids, completion ids) → per-token log-probabilities in nats, in order.
+LogprobFunction = Callable[
+    [Sequence[Sequence[int]], Sequence[Sequence[int]]], list[tuple[float, ...]]
+]
+
+
+@dataclass(frozen=True)
+class RoundParams:
+    """What a round is made of. Counts are per prompt; `seed` is the run's."""
+
+    seed: int
+    num_positive: int
+    num_negative: int
+    num_plain: int
+    use_human_completions: bool
+    placement: str
+    sampling: SamplingParams
+    rank_by: RankBy
+    reward_margin: float
+    max_prompt_length: int
+    min_pair_fraction: float = 0.0
+    negative_source: Literal["instruction", "other_prompts"] = "instruction"
+
+    def counts(self) -> tuple[tuple[Polarity, int], ...]:
+        """How many completions of each origin are sampled, good ones first (of two equal texts the
+        first is kept).
+        """
+        return (
+            ("positive", self.num_positive),
+            ("plain", self.num_plain),
+            ("negative", self.num_negative),
+        )
+
+
+@dataclass(frozen=True)
+class RoundTools:
+    """Who does the work. `negative_sampler` writes the negatives; `policy_logprobs` and
+    `ref_logprobs` score every completion under the plain prompt, for the current and for the start
+    policy (None: not computed).
+
+    Samples and scores are kept on the disk every `shard_size` completions; reward functions are
+    called with as many at most. `between_shards` is called before each of these pieces: what it
+    raises (a run that is asked to stop) loses none.
+    """
+
+    tokenizer: Any
+    bank: InstructionBank
+    rewards: tuple[NamedReward, ...]
+    sampler: Sampler
+    negative_sampler: Sampler
+    policy_logprobs: LogprobFunction | None = None
+    ref_logprobs: LogprobFunction | None = None
+    shard_size: int = 64
+    between_shards: Callable[[], None] = lambda: None
+
+
+def progress_counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
+    """A counter of what a stage has finished, which tells `progress` of every piece."""
+    finished = 0
+
+    def report(n: int) -> None:
+        nonlocal finished
+        finished += n
+        if progress is not None:
+            progress(stage, finished, total)
+
+    return report

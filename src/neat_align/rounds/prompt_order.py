@@ -1,0 +1,25 @@
+"""Which prompts a round takes: an endless stream of seeded shuffles of the data."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+
+def prompt_at(n_rows: int, seed: int, position: int) -> int:
+    """Row number at a position of the endless prompt stream: a fresh seeded shuffle for every pass
+    over the data.
+    """
+    cycle, offset = divmod(position, n_rows)
+    return _pass_order(n_rows, seed, cycle)[offset]
+
+
+@lru_cache(
+    maxsize=2
+    # the pass a round is in, and the one it may end in: a shuffle of a million rows takes half a
+    # second
+)
+def _pass_order(n_rows: int, seed: int, cycle: int) -> tuple[int, ...]:
+    order = list(range(n_rows))
+    random.Random(f"{seed}/{cycle}").shuffle(order)
+    return tuple(order)

@@ -1,0 +1,194 @@
+"""What a run may not change when it goes on: options, data, model, rewards, processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError
+from neat_align.files.atomic import read_json, write_json
+from neat_align.files.secrets import redacted
+from neat_align.prompts.rows import PromptRow
+
+logger = logging.getLogger(__name__)
+
+
+def fingerprint(rows: Sequence[PromptRow]) -> str:
+    """SHA-256 over the rows' ids, prompts and answers, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.id, row.prompt, row.chosen, row.rejected]).encode("ascii"))
+    return digest.hexdigest()
+
+
+# Options that change where a run writes, what it says, how fast it is or how much memory it takes,
+# and nothing that it computes (rounding apart): they may change when a run goes on. Every other
+# option may not.
+FREE_OPTIONS = frozenset(
+    {
+        *(
+            "output_dir",
+            "run_name",
+            "project",
+            "report_to",
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+        ),
+        *(
+            "logging_nan_inf_filter",
+            "log_on_each_node",
+            "log_level",
+            "log_level_replica",
+            "log_completions",
+            "disable_tqdm",
+        ),
+        *(
+            "save_strategy",
+            "save_steps",
+            "save_total_limit",
+            "save_only_model",
+            "save_on_each_node",
+            "enable_jit_checkpoint",
+        ),
+        *(
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        *(
+            "trackio_space_id",
+            "trackio_bucket_id",
+            "trackio_static_space_id",
+            "skip_memory_metrics",
+            "debug",
+            "ddp_timeout",
+        ),
+        *("generation_batch_size", "max_tokens_per_micro_batch", "torch_empty_cache_steps"),
+        *(
+            "gradient_checkpointing",
+            "gradient_checkpointing_kwargs",
+            "activation_checkpointing",
+            "activation_checkpointing_kwargs",
+        ),
+        *(
+            "dataloader_num_workers",
+            "dataloader_pin_memory",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+        ),
+        *("dataloader_persistent_workers", "dataloader_in_order"),
+        *(
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "eval_on_start",
+            "per_device_eval_batch_size",
+            "eval_accumulation_steps",
+        ),
+        *(
+            "include_num_input_tokens_seen",
+            "restore_callback_states_from_checkpoint",
+            "do_train",
+            "do_eval",
+            "do_predict",
+        ),
+        *(
+            "resume_from_checkpoint",
+            "local_rank",
+            "allow_changes",
+            "alarm_logp_drop",
+            "alarm_ratio",
+        ),
+    }
+)
+
+
+def text_fingerprint(value: Any) -> str:
+    """SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(value, default=str).encode("ascii")).hexdigest()
+
+
+def weights_fingerprint(model: torch.nn.Module, per_weight: int = 16) -> str:
+    """SHA-256 over names, shapes and a few evenly spaced numbers of every weight: another model
+    differs, at no cost.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // per_weight)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {picked.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def run_key(args: NEATConfig, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run may not change when it goes on, as plain JSON: its options and `parts` (data,
+    model, rewards, …).
+    """
+    options = {k: v for k, v in cast("Any", args).to_dict().items() if k not in FREE_OPTIONS}
+    return cast(
+        "dict[str, Any]",
+        json.loads(json.dumps({**parts, "options": redacted(options)}, default=str)),
+    )
+
+
+def key_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences of two run keys, a line each.
+
+    A part that the older key does not have is not compared.
+    """
+    found = []
+    for name, value in now.items():
+        if name == "options":
+            old = was.get(name, {})
+            found += [
+                f"{k} was {old[k]!r} and is {v!r}"
+                for k, v in sorted(value.items())
+                if k in old and old[k] != v
+            ]
+        elif name in was and was[name] != value:
+            found.append(f"{name} was {was[name]!r} and is {value!r}")
+    return found
+
+
+def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool) -> list[str]:
+    """Compare a run's key with the one in its folder, where there is one. Gives the changes that
+    were allowed.
+
+    Raises ConfigError with the differences: rounds, first evaluation and optimizer state would be
+    of another experiment.
+    """
+    path = output_dir / "run-key.json"
+    changes = key_changes(read_json(path), key) if path.is_file() else []
+    if changes and not allow_changes:
+        listed = "\n  ".join(changes)
+        raise ConfigError(
+            f"{output_dir} holds a run with other settings:\n  {listed}\nPut them back, choose "
+            "another output_dir, or pass allow_changes: "
+            "true (--allow_changes true) to go on with the new ones; run.json then says so"
+        )
+    if changes:
+        logger.warning(
+            "going on with other settings than the run began with: %s", "; ".join(changes)
+        )
+    return changes
+
+
+def keep_key(output_dir: Path, key: dict[str, Any]) -> None:
+    """Write the run's key, once what its changes ask for is done: until then the next attempt finds
+    them again.
+    """
+    path = output_dir / "run-key.json"
+    if not path.is_file() or read_json(path) != key:
+        write_json(path, key)

@@ -1,0 +1,473 @@
+"""The comparison page: its numbers are the file's, a collapsed method never wins, what is missing
+is a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comparison_files import METHODS, comparison, estimate, examples, write_comparison
+from neat_align.errors import ConfigError, DataError
+from neat_align.reporting.comparison_charts import (
+    css_of,
+    frontier,
+    marker_of,
+    whisker,
+    whisker_scale,
+)
+from neat_align.reporting.comparison_files import Estimate, Wins, read_comparison
+from neat_align.reporting.comparison_report import verdict, warnings_of, write_comparison_report
+from neat_align.reporting.comparison_tables import (
+    gain_table,
+    leaders,
+    win_bars,
+    win_matrix,
+    wins_between,
+)
+from pages import BREAKOUT, HOSTILE, Page, assert_escaped, assert_sealed
+
+Facts = dict[str, Any]
+
+
+def row_of(facts: Facts, method: str) -> Facts:
+    found: Facts = next(r for r in facts["table"] if r["method"] == method)
+    return found
+
+
+def page_of(
+    folder: Path, facts: Facts | None = None, answered: list[Facts] | None = None
+) -> tuple[str, Page]:
+    html = write_comparison_report(write_comparison(folder, facts, answered)).read_text(
+        encoding="utf-8"
+    )
+    return html, Page(html)
+
+
+def read(folder: Path, facts: Facts) -> Any:
+    return read_comparison(write_comparison(folder, facts, []))
+
+
+def test_a_whole_comparison(tmp_path: Path) -> None:
+    html, page = page_of(tmp_path)
+    facts, shown = comparison(), page.words
+    for r in facts["table"][1:]:
+        for side in ("at_budget", "at_equal_kl"):
+            for e in ((r[side] or {}).get("reward"), (r[side] or {}).get("judges/minilm_tone")):
+                digits = 3 if e and "judges" in str(e) else 2
+                if e:
+                    assert f"{e['mean']:.{digits}f}" in shown
+        assert f"{round(100 * r['wins']['base']['win'])} % won" in shown.replace("\u00a0", " ")
+    reward = row_of(facts, "neat")["at_budget"]["reward"]
+    assert f"+{reward['delta']:.2f} [{reward['low']:.2f}, {reward['high']:.2f}]" in shown.replace(
+        "\u00a0", " "
+    )
+    assert "× 1.03" in shown.replace("\u00a0", " ")
+    assert "SmolLM2-135M-Instruct" in shown
+    assert "0123abc" in page.folded
+    assert "learning_rate=2e-4, seed 2" in page.folded
+    assert html.count('class="case"') == 24
+    assert [o for o in ("base", *METHODS) if html.count(f'data-side="{o}"') != 24] == []
+    assert_sealed(html)
+
+
+def test_the_page_is_the_same_twice_and_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    first = page_of(tmp_path)[0]
+    assert page_of(tmp_path)[0] == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "comparison.html",
+        "comparison.json",
+        "examples.json",
+    ]
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+
+
+def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
+    found = verdict(read(tmp_path, comparison()))
+    assert found.best == "neat"
+    assert (
+        found.sentence.replace("\u00a0", " ")
+        == "At equal KL (0.015 nats per token) neat has the largest gain over base in reward "
+        "(vader), +0.12 [0.09, 0.15]"
+    )
+    notes = " ".join(found.notes).replace("\u00a0", " ")
+    assert (
+        "This comparison does not put neat-pp and dpo behind it." in notes
+    )  # dpo's [0.04, 0.10] reaches 0.09
+    assert "minilm_tone, which training never saw, agrees: +0.035 [0.015, 0.055]" in notes
+    assert "At equal budget it gains +0.17 [0.13, 0.21]" in notes
+
+
+def test_a_method_clearly_ahead_is_said_to_be(tmp_path: Path) -> None:
+    facts = comparison()
+    row_of(facts, "neat")["at_equal_kl"]["reward"] = estimate(0.8, 0.5, 0.05)
+    found = verdict(read(tmp_path, facts))
+    assert "neat gains most over base" in found.sentence
+    assert "It is ahead of every other method beyond the intervals." in found.notes
+
+
+def test_a_rival_that_gains_nothing_for_sure_is_not_beaten_by_that(tmp_path: Path) -> None:
+    """Its interval includes 0 and the winner's does not: that alone does not put it behind."""
+    facts = comparison()
+    row_of(facts, "neat")["at_equal_kl"]["reward"] = estimate(0.8, 0.10, 0.05)
+    for name in METHODS:
+        if name != "neat" and row_of(facts, name)["at_equal_kl"] is not None:
+            row_of(facts, name)["at_equal_kl"]["reward"] = estimate(0.8, 0.04, 0.09)
+    c = read(tmp_path, facts)
+    assert leaders(c, "at_equal_kl", "reward") == ["neat"]
+    found = verdict(c)
+    assert "neat has the largest gain over base" in found.sentence
+    assert "It is ahead of every other method beyond the intervals." not in found.notes
+    assert any(
+        note.startswith("This comparison does not put") and note.endswith("behind it.")
+        for note in found.notes
+    )
+
+
+def test_the_paired_difference_decides_where_it_is_known(tmp_path: Path) -> None:
+    facts = comparison()
+    # neat-pp's interval meets neat's, and the difference prompt by prompt is clear; with dpo it is
+    # not.
+    row_of(facts, "neat")["against"] = {
+        "neat-pp": {
+            "at_budget": None,
+            "at_equal_kl": {"reward": {"delta": 0.03, "low": 0.01, "high": 0.05}},
+        },
+        "dpo": {
+            "at_budget": None,
+            "at_equal_kl": {"reward": {"delta": 0.05, "low": -0.01, "high": 0.11}},
+        },
+    }
+    c = read(tmp_path, facts)
+    assert leaders(c, "at_equal_kl", "reward") == ["neat", "dpo"]
+    assert leaders(c, "at_budget", "reward") == ["neat", "neat-pp", "dpo"]
+    assert "This comparison does not put dpo behind it." in verdict(c).notes
+
+
+def test_a_gain_without_a_mean_is_shown(tmp_path: Path) -> None:
+    facts = comparison()
+    del row_of(facts, "neat")["at_budget"]["length_controlled_reward"]["mean"]
+    cells = {t.name: line for t, line in gain_table(read(tmp_path, facts))["lines"]}["neat"]
+    assert cells[3].text.replace("\u00a0", " ") == "+0.15 [0.10, 0.20]"
+
+
+def test_a_collapsed_method_never_wins(tmp_path: Path) -> None:
+    facts = comparison()
+    row_of(facts, "neat")["collapsed"] = 1
+    _, page = page_of(tmp_path, facts)
+    c = read_comparison(tmp_path)
+    assert verdict(c).best == "neat-pp"
+    gains = {t.name: cells for t, cells in gain_table(c)["lines"]}
+    assert not any(cell.lead for name in ("neat", "raft-hot") for cell in gains[name])
+    assert gains["neat-pp"][1].lead
+    cells = [
+        (t.name, other, cell)
+        for t, line in win_matrix(c)
+        for other, cell in zip(c.methods, line, strict=True)
+    ]
+    sides = {cell["css"] for method, other, cell in cells if cell and "neat" in (method, other)}
+    assert sides == {"fallen"}
+    assert page.shown.count("collapsed") >= 2 * 4
+    for r in facts["table"]:
+        r["collapsed"] = 1
+    assert (
+        verdict(read(tmp_path, facts)).sentence
+        == "This comparison has no winner: every method collapsed"
+    )
+
+
+NOBODY = "No method is shown to beat base at equal budget: the largest gain, neat’s "
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"low": -0.01}, f"{NOBODY}+0.17 [−0.01, 0.21], has an interval that includes 0"),
+        ({"low": None}, f"{NOBODY}+0.17, has no interval"),
+        (
+            {},
+            "At equal budget neat has the largest gain over base in reward (vader), +0.17 [0.13, "
+            "0.21]",
+        ),
+    ],
+)
+def test_without_a_common_kl_the_budget_decides(
+    tmp_path: Path, changed: Facts, sentence: str
+) -> None:
+    facts = comparison() | {"kl_target": None}
+    for r in facts["table"]:
+        r["at_equal_kl"] = None
+    row_of(facts, "neat")["at_budget"]["reward"] |= changed
+    _, page = page_of(tmp_path, facts)
+    assert verdict(read_comparison(tmp_path)).sentence.replace("\u00a0", " ") == sentence
+    assert "No KL was reached by all methods" in page.words
+
+
+# ---- warnings ------------------------------------------------------------------------------------
+
+Change = Callable[[Facts], object]
+
+
+def in_budget(method: str, metric: str, **values: Any) -> Change:
+    return lambda facts: row_of(facts, method)["at_budget"][metric].update(values)
+
+
+def calm() -> Facts:
+    """A comparison without anything to warn of: neat alone, on three seeds."""
+    facts = comparison()
+    for part in ("runs", "table", "frontier"):
+        facts[part] = [x for x in facts[part] if x["method"] in ("base", "neat", "neat-pp")]
+    facts["methods"] = [m for m in facts["methods"] if m["name"] in ("base", "neat", "neat-pp")]
+    return facts
+
+
+def run_of(facts: Facts, seed: int) -> Facts:
+    found: Facts = next(r for r in facts["runs"] if r["method"] == "neat" and r["seed"] == seed)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda facts: None, []),
+        (lambda facts: run_of(facts, 1).update(collapsed="one answer"), ["collapsed"]),
+        (lambda facts: row_of(facts, "neat").update(collapsed=1), ["collapsed"]),
+        (lambda facts: facts.update(seeds=[0, 1]), ["seeds"]),
+        (lambda facts: facts["runs"].remove(run_of(facts, 2)), ["budget"]),
+        (lambda facts: run_of(facts, 2)["points"].pop(), ["budget"]),
+        (
+            lambda facts: [
+                r.update(trained_tokens=99_999) for r in facts["runs"] if r["method"] == "neat"
+            ],
+            ["budget"],
+        ),
+        (lambda facts: facts.update(kl_target=None), ["kl"]),
+        (in_budget("neat", "mean_length", ratio=1.16), ["length"]),
+        (in_budget("neat", "mean_length", ratio=0.84), ["length"]),
+        (in_budget("neat", "mean_length", ratio=1.14), []),
+        (in_budget("neat", "perplexity", ratio=1.06), ["perplexity"]),
+        (in_budget("neat", "perplexity", ratio=1.04), []),
+        (in_budget("neat", "distinct2", ratio=0.89), ["distinct2"]),
+        (in_budget("neat", "reward", low=-0.01), ["interval"]),
+        (in_budget("neat", "reward", low=0.0), ["interval"]),
+        (in_budget("neat", "reward", delta=-0.2, low=-0.3, high=-0.1), ["reward"]),
+        (in_budget("neat", "judges/minilm_tone", delta=-0.02), ["judge"]),
+    ],
+)
+def test_warnings_when_and_only_when_they_hold(
+    tmp_path: Path, change: Change, expected: list[str]
+) -> None:
+    facts = calm()
+    change(facts)
+    _, page = page_of(tmp_path, facts)
+    assert [key for key, _ in warnings_of(read_comparison(tmp_path))] == expected
+    assert [value for _, name, value in page.attributes if name == "data-warning"] == expected
+    assert ("Read with care" in page.shown) == bool(expected)
+
+
+def test_collapses_are_told_with_their_seeds_and_reason(tmp_path: Path) -> None:
+    told = [text for key, text in warnings_of(read(tmp_path, comparison())) if key == "collapsed"]
+    assert told == [
+        "raft-hot (learning_rate=2e-4) collapsed on seeds 0 and 2: one answer to every prompt: "
+        "distinct-2 fell to 12 % of the start's."
+    ]
+
+
+# ---- pictures and tables -------------------------------------------------------------------------
+
+
+def test_the_frontier_starts_at_base_and_keeps_the_order_of_the_numbers(tmp_path: Path) -> None:
+    facts = comparison()
+    c = read(tmp_path, facts)
+    drawn = frontier(c, "reward", "reward")
+    assert drawn is not None
+    f = drawn["frame"]
+    assert f.root  # the collapsed method lies at 0.18 nats, the others near 0.03
+    assert drawn["base"] == f.at(0, 0.31)
+    assert f.at(0, 0.31)[0] == f.left
+    assert drawn["target"] == pytest.approx(
+        f.left + math.sqrt(0.015 / f.x_end) * (f.right - f.left), abs=0.06
+    )
+    for curve, made in zip(drawn["curves"], facts["frontier"], strict=True):
+        places = [
+            tuple(map(float, pair.split(",")))
+            for pair in re.findall(r"[-\d.]+,[-\d.]+", curve["path"])
+        ]
+        assert places == [
+            f.at(0, 0.31),
+            *(f.at(p["kl"], p["reward"]["mean"]) for p in made["points"]),
+        ]
+        for mark, p in zip(curve["marks"], made["points"], strict=True):
+            upright, level = mark["bars"]
+            assert (upright[1], upright[3]) == (
+                f.at(0, p["reward"]["low"])[1],
+                f.at(0, p["reward"]["high"])[1],
+            )
+            assert (level[0], level[2]) == (f.at(p["kl_low"], 0)[0], f.at(p["kl_high"], 0)[0])
+            assert mark["collapsed"] == p["collapsed"]
+    kls = [v for p in facts["frontier"] for q in p["points"] for v in (q["kl_low"], q["kl_high"])]
+    assert f.top <= f.at(0, 0.66)[1] < f.at(0, 0.3)[1] <= f.bottom
+    assert all(f.left <= f.at(v, 0.3)[0] <= f.right for v in kls)
+
+
+def test_every_method_has_its_own_shape_and_colour(tmp_path: Path) -> None:
+    facts = comparison()
+    facts["methods"] = [{"name": "base"}, *({"name": f"m{i}"} for i in range(20))]
+    c = read(tmp_path, facts | {"table": [], "runs": [], "frontier": []})
+    looks = [(css_of(c, m), marker_of(c, m, 0, 0)) for m in c.methods]
+    assert len(set(looks)) == 21
+    assert len({shape for _, shape in looks[:9]}) == 9
+    assert len({css for css, _ in looks[:9]}) == 9
+
+
+def test_whiskers_share_a_scale_that_holds_zero() -> None:
+    estimates = [Estimate(delta=0.2, low=0.1, high=0.3), Estimate(delta=0.4)]
+    scale = whisker_scale(estimates)
+    assert scale[0] < 0 < 0.4 < scale[1]
+    w = whisker(estimates[0], scale)
+    assert w["zero"] is not None
+    assert w["low"] is not None
+    assert 0 < w["zero"] < w["low"] < (w["delta"] or 0) < (w["high"] or 0) < 96
+    assert whisker(estimates[1], scale)["low"] is None
+
+
+def test_wins_are_read_from_either_side(tmp_path: Path) -> None:
+    facts = comparison()
+    del row_of(facts, "neat-pp")["wins"]["neat"]
+    c = read(tmp_path, facts)
+    there, back = wins_between(c, "neat", "neat-pp"), wins_between(c, "neat-pp", "neat")
+    assert there is not None
+    assert back == Wins(there.lose, there.tie, there.win, -(there.high or 0), -(there.low or 0))
+    matrix = {t.name: dict(zip(c.methods, cells, strict=True)) for t, cells in win_matrix(c)}
+    assert matrix["neat"]["neat"] is None
+    assert (matrix["neat"]["base"] or {})["css"] == "ahead"
+    assert (matrix["base"]["neat"] or {})["css"] == "behind"
+    assert (
+        (matrix["neat"]["neat-pp"] or {})["css"]
+        == (matrix["neat-pp"]["neat"] or {})["css"]
+        == "even"
+    )
+    assert (matrix["neat"]["base"] or {})["net"] == "+37"
+    assert [b["tag"].name for b in win_bars(c)] == list(METHODS)
+
+
+# ---- hostile, missing, damaged -------------------------------------------------------------------
+
+
+def poisoned(value: Any, text: str) -> Any:
+    """The same data with hostile text in every text and every key that is a name."""
+    if isinstance(value, dict):
+        return {k: poisoned(v, text) for k, v in value.items()}
+    if isinstance(value, list):
+        return [poisoned(v, text) for v in value]
+    return f"{value}{text}" if isinstance(value, str) else value
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    text = HOSTILE + BREAKOUT
+    facts = poisoned(comparison(), text)
+    for m in facts["methods"]:
+        m["settings"] = {f"setting{text}": f"value{text}"}
+    facts["versions"] = {f"version{text}": text}
+    answered = poisoned(examples(), text)
+    for x in answered:
+        x["answers"] = {f"{m}{text}": answer for m, answer in x["answers"].items()}
+    facts["judges"] = ["minilm_tone"]
+    html, page = page_of(tmp_path, facts, answered)
+    assert_escaped(html)
+    assert_sealed(html)
+    for marker in ("neat", "demo", "vader", "Could you look over my cover letter?", "user"):
+        assert any(f"{marker}{text}" in shown for shown in page.shown), marker
+    assert any(f"setting{text}" in folded for folded in page.folded)
+
+
+def test_surrogates_and_overrides_do_not_break_the_page(tmp_path: Path) -> None:
+    html, _ = page_of(
+        tmp_path,
+        answered=[{"prompt": "p", "answers": {"base": "a\ud800b\x00c\u202ed"}, "rewards": {}}],
+    )
+    assert "a\ufffdb\ufffdc\ufffdd" in html
+
+
+@pytest.mark.parametrize("name", sorted(comparison().keys() - {"format"}))
+def test_a_missing_piece_is_no_error(tmp_path: Path, name: str) -> None:
+    facts = comparison()
+    del facts[name]
+    assert_sealed(page_of(tmp_path, facts)[0])
+    assert_sealed(page_of(tmp_path, comparison() | {name: None})[0])
+
+
+def hollow(value: Any) -> Any:
+    """The same data with null for every number but the format."""
+    if isinstance(value, dict):
+        return {k: v if k == "format" else hollow(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hollow(v) for v in value]
+    return None if isinstance(value, int | float) else value
+
+
+def test_any_number_may_be_null(tmp_path: Path) -> None:
+    _, page = page_of(tmp_path, hollow(comparison()), hollow(examples()))
+    assert "This comparison has no winner" in page.words
+    assert "None" not in page.words
+    assert "None" not in " ".join(page.folded)
+
+
+def test_nothing_but_the_format(tmp_path: Path) -> None:
+    _, page = page_of(tmp_path, {"format": 1}, [])
+    for sentence in (
+        "no table of rewards",
+        "Nothing but rewards was measured",
+        "There are no curves",
+        "no win rates",
+        "examples.json is not there",
+    ):
+        assert sentence in page.words
+
+
+def test_not_a_number_is_a_dash(tmp_path: Path) -> None:
+    text = re.sub(
+        r'"distinct2": [\d.]+',
+        '"distinct2": Infinity',
+        json.dumps(comparison()).replace('"ratio": 1.03', '"ratio": NaN'),
+    )
+    assert "NaN" in text
+    assert "Infinity" in text
+    write_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text(text)
+    words = Page(write_comparison_report(tmp_path).read_text()).words.lower().split()
+    assert not {"nan", "inf", "infinity"} & set(words)
+
+
+def test_a_folder_without_a_comparison_and_a_file_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"holds no comparison.json: give the folder that `neat-align compare` wrote to",
+    ):
+        write_comparison_report(tmp_path)
+    for text, message in (
+        ("[1", "is not JSON"),
+        ("[1]", "came a list, needed a mapping of format 1"),
+        ('{"format": 2}', "came format 2"),
+    ):
+        (tmp_path / "comparison.json").write_text(text)
+        with pytest.raises(DataError, match=message):
+            write_comparison_report(tmp_path)
+    assert not (tmp_path / "comparison.html").exists()
+
+
+def test_damaged_examples_are_named_and_left_out(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    (tmp_path / "examples.json").write_text("[{")
+    page = Page(write_comparison_report(tmp_path).read_text())
+    assert "examples.json could not be read and is left out." in page.words
+    (tmp_path / "examples.json").unlink()
+    assert "examples.json is not there" in Page(write_comparison_report(tmp_path).read_text()).words
