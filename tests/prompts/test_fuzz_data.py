@@ -243,12 +243,18 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n"
     for a, b in zip("abcdefghi", "bcdefghij", strict=True)
 )
+# Merge keys copy what their aliases name while the values are made.
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n"
+    for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (LAUGHS, "with its aliases (*name) written out it holds more than 1,000,000"),
+        (MERGED, "with its aliases (*name) written out it holds more than 1,000,000"),
         ("pairs: &a [*a]\n", "with its aliases (*name) written out"),
         ("[" * 5000, "not valid YAML"),
         ("name: 2024-13-45\n", "not valid YAML (month must be in 1..12)"),

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> Any:
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        return app(arguments, standalone_mode=True)
+        return app(arguments, prog_name="neat-align", standalone_mode=True)
     except RewardUnavailableError as error:
         typer.echo(f"paused: {scrubbed(str(error))}", err=True)
         typer.echo(_how_to_resume(given, "when the server is up"), err=True)

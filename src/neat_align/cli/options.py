@@ -1,18 +1,31 @@
-"""From a recipe and the command line to typed settings: defaults < YAML < command line, unknown
-names refused.
+"""From a recipe (YAML) and the command line to typed settings: defaults < recipe < command line.
+
+Where a wrong setting is reported, with the recipe's file and line:
+
+- an unknown key or option, with the nearest name: `refuse_unknown`;
+- a value of the wrong type, in argparse's words: `_read`;
+- a value out of range, or two that contradict each other: NEATConfig and ScriptArguments raise, and
+  `_place` says which line of the recipe that is about;
+- what is no YAML, or a key given twice: `neat_align.files.yaml`.
+
+transformers' own HfArgumentParser reads the values of the recipe as it reads those of the command
+line, so that both are checked and converted alike.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import textwrap
+from argparse import ArgumentError, Namespace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser
 
@@ -28,76 +41,27 @@ def parse_options(
     """Settings from a recipe and `--name value` arguments. Raises ConfigError naming what is
     unknown and the nearest name, and the recipe's line where a value of the recipe is wrong.
     """
-    known = _known()
-    recipe, path = (
-        (YamlDocument({}, {}), None) if config_file is None else _recipe(config_file, known)
-    )
-    given = _given(arguments)
-    merged = [*_as_arguments(recipe.value, given), *arguments]
-    try:
-        settings, config, unknown = _parser().parse_args_into_dataclasses(
-            merged, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ConfigError as error:
-        lines = {name: line for name, line in recipe.lines.items() if name not in given}
-        raise ConfigError(f"{_place(str(error), lines, path)}{error}") from error
-    for argument in unknown:
-        if argument.startswith("--"):
-            raise ConfigError(_unknown(option_name(argument), known, "the command line"))
-    if unknown:
-        raise ConfigError(f"{unknown[0]!r} belongs to no option: options are written --name value")
-    if config.hub_token:
-        # A recipe is shared and a command line is seen by every user of the machine.
-        raise ConfigError(
-            "hub_token is a secret, and those come from the environment only: leave it out and "
-            "set HF_TOKEN"
-        )
-    return settings, config
+    parser = _parser()
+    recipe = YamlDocument({}, {}, "")
+    if config_file is not None:
+        recipe = read_recipe(config_file, _known(parser))
+    return _settings(parser, recipe, arguments)
 
 
 def options_from(values: Mapping[str, Any]) -> tuple[ScriptArguments, NEATConfig]:
     """Settings from plain options, as a recipe holds them; numbers that YAML reads as text ("1e-5")
     are numbers here, too.
     """
-    known = _known()
-    for name in values:
-        if name not in known:
-            raise ConfigError(_unknown(str(name), known, "the settings"))
-    return parse_options(_as_arguments(values, set()), None)
+    parser = _parser()
+    recipe = YamlDocument(dict(values), {}, "the settings")
+    refuse_unknown(recipe, _known(parser))
+    return _settings(parser, recipe, ())
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """A wrong value is a ConfigError, as everywhere; argparse would print its usage
-        and exit.
-        """
-        raise ConfigError(
-            f"{message.removeprefix('argument ')}: correct the value (`neat-align train --help` "
-            "says what is meant)"
-        )
-
-
-def _parser() -> HfArgumentParser:
-    return _Parser((ScriptArguments, NEATConfig), prog="neat-align train", allow_abbrev=False)  # type: ignore[arg-type]
-
-
-def _known() -> set[str]:
-    return {f.name for c in (ScriptArguments, NEATConfig) for f in dataclasses.fields(c) if f.init}
-
-
-def print_help() -> None:
-    """Every option with its help text and default."""
-    _parser().print_help()
-
-
-def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
-    """The mapping in a YAML recipe. Raises ConfigError for what is not a mapping of known names."""
-    value: dict[str, Any] = _recipe(path, known)[0].value
-    return value
-
-
-def _recipe(path: Path, known: set[str]) -> tuple[YamlDocument, Path]:
-    """A recipe with the lines of its options, and where it was found."""
+def read_recipe(path: Path, known: Collection[str]) -> YamlDocument:
+    """A YAML recipe, or the shipped one of that name. Raises ConfigError for what is not a mapping
+    of known names.
+    """
     path = recipe_file(path, "recipe", "*")
     recipe = read_yaml(path, ConfigError)
     if not isinstance(recipe.value, dict):
@@ -105,20 +69,15 @@ def _recipe(path: Path, known: set[str]) -> tuple[YamlDocument, Path]:
             f"{path} holds {type(recipe.value).__name__}; a recipe is a mapping of option names "
             "to values"
         )
-    for name in recipe.value:
+    refuse_unknown(recipe, known)
+    return recipe
+
+
+def refuse_unknown(recipe: YamlDocument, known: Collection[str]) -> None:
+    """Raises ConfigError for a key that is no option, with its line and the nearest name."""
+    for name in map(str, recipe.value):
         if name not in known:
-            raise ConfigError(
-                _unknown(
-                    str(name),
-                    known,
-                    f"{path}:{recipe.lines[name]}" if name in recipe.lines else str(path),
-                )
-            )
-    return recipe, path
-
-
-def _given(arguments: Sequence[str]) -> set[str]:
-    return {option_name(a) for a in arguments if a.startswith("--")}
+            raise ConfigError(_unknown(name, known, recipe.place(name)))
 
 
 def option_name(argument: str) -> str:
@@ -126,55 +85,135 @@ def option_name(argument: str) -> str:
     return argument.removeprefix("--").split("=")[0].replace("-", "_")
 
 
-def _place(message: str, lines: Mapping[str, int], path: Path | None) -> str:
-    """Where the recipe sets the option that a message speaks of first; nothing when the recipe sets
-    none of them.
-    """
-    said = (word for word in re.findall(r"\w+", message) if word in lines)
-    name = next(said, None)
-    return "" if name is None else f"{path}:{lines[name]}: "
+# ---- the parser ----------------------------------------------------------------------------------
 
 
-def _as_arguments(values: Mapping[str, Any], given: set[str]) -> list[str]:
-    """A recipe's values as command-line words, without the ones that the command line
-    gives itself.
-    """
-    words: list[str] = []
-    for name, value in values.items():
-        if name in given or value is None:
-            continue
-        if isinstance(value, list):
-            words += [f"--{name}", *(_as_word(name, v) for v in value)] if value else []
-        else:
-            words.append(f"--{name}={_as_word(name, value)}")
-    return words
+def _parser() -> HfArgumentParser:
+    kinds: Any = (ScriptArguments, NEATConfig)
+    return HfArgumentParser(kinds, allow_abbrev=False, exit_on_error=False, add_help=False)
 
 
-def _as_word(name: str, value: Any) -> str:
-    """A value as it would stand on the command line; a mapping (`lr_scheduler_kwargs`) as the JSON
-    that transformers reads.
-    """
+def _known(parser: HfArgumentParser) -> Collection[str]:
+    return vars(parser.parse_args([]))
+
+
+def _settings(
+    parser: HfArgumentParser, recipe: YamlDocument, arguments: Sequence[str]
+) -> tuple[ScriptArguments, NEATConfig]:
+    values = parser.parse_args([])  # the defaults
+    given = {option_name(a) for a in arguments if a.startswith("--")}
+    taken = [n for n, value in recipe.value.items() if n not in given and value is not None]
+    for name in taken:
+        where = f"{recipe.place(name)}: "
+        left = _read(parser, _as_words(name, recipe.value[name], where), values, where)
+        if left:
+            raise ConfigError(f"{where}{name} takes one value, and here is a list: correct it")
+    for argument in _read(parser, arguments, values, ""):
+        if argument.startswith("--"):
+            raise ConfigError(_unknown(option_name(argument), _known(parser), "the command line"))
+        raise ConfigError(f"{argument!r} belongs to no option: options are written --name value")
+    if values.hub_token:
+        # A recipe is shared and a command line is seen by every user of the machine.
+        raise ConfigError(
+            "hub_token is a secret, and those come from the environment only: leave it out and "
+            "set HF_TOKEN"
+        )
+    try:
+        script, config = parser.parse_dict(vars(values))
+    except ConfigError as error:
+        raise ConfigError(f"{_place(str(error), recipe, taken)}{error}") from error
+    return script, config
+
+
+def _read(
+    parser: HfArgumentParser, words: Sequence[str], into: Namespace, where: str
+) -> Sequence[str]:
+    """Read `--name value` words into the settings; gives the words that belong to no option."""
+    try:
+        return parser.parse_known_args(words, into)[1]
+    except ArgumentError as error:
+        name = option_name((error.argument_name or "").split("/")[0])
+        raise ConfigError(
+            f"{where}{name}: {error.message.rstrip('.')}: correct the value (`neat-align train "
+            "--help` says what is meant)"
+        ) from error
+
+
+def _as_words(name: str, value: Any, where: str) -> list[str]:
+    """An option of a recipe as it would stand on the command line."""
+    if isinstance(value, list):
+        return [f"--{name}", *(_as_word(name, v, where) for v in value)] if value else []
+    return [f"--{name}={_as_word(name, value, where)}"]
+
+
+def _as_word(name: str, value: Any, where: str) -> str:
+    """A mapping (`lr_scheduler_kwargs`) becomes the JSON that transformers reads."""
     if isinstance(value, Mapping):
         try:
             return json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{name} holds a mapping that is no JSON ({error}): use plain texts, numbers and "
-                "lists in it"
+                f"{where}{name} holds a mapping that is no JSON ({error}): use plain texts, "
+                "numbers and lists in it"
             ) from error
     if not isinstance(value, str | int | float | date | Path):
         raise ConfigError(
-            f"{name} holds a {type(value).__name__}; it must be text, a number, true or false, or "
-            "a list of them"
+            f"{where}{name} holds a {type(value).__name__}; it must be text, a number, true or "
+            "false, or a list of them"
         )
     return str(value)
 
 
-def _unknown(name: str, known: set[str], where: str) -> str:
+def _place(message: str, recipe: YamlDocument, taken: Collection[str]) -> str:
+    """Where the recipe sets the option that a message speaks of first; nothing when it sets none
+    of them.
+    """
+    set_here = (w for w in re.findall(r"\w+", message) if w in taken and w in recipe.lines)
+    name = next(set_here, None)
+    return "" if name is None else f"{recipe.place(name)}: "
+
+
+def _unknown(name: str, known: Collection[str], where: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"{where}: unknown option {name!r}" + (
-        f"; did you mean {near[0]!r}?" if near else "; `neat-align train --help` lists all"
+    hint = f"did you mean {near[0]!r}?" if near else "`neat-align train --help` lists all"
+    return f"{where}: unknown option {name!r}; {hint}"
+
+
+# ---- help ----------------------------------------------------------------------------------------
+
+
+def print_help() -> None:
+    """Every option with its help text and default: ours first, then those of transformers."""
+    own = NEATConfig.__annotations__
+    groups = {
+        "The model, the data and the rewards": fields(ScriptArguments),
+        "NEAT": [f for f in fields(NEATConfig) if f.name in own],
+        "From transformers.TrainingArguments": [
+            f for f in fields(NEATConfig) if f.name not in own and f.init
+        ],
+    }
+    print(
+        "Usage: neat-align train [--config RECIPE.yaml] [--name value ...]\n\n"
+        "An option on the command line wins over the recipe's. A list is written\n"
+        "--name a b; --output-dir means the same as --output_dir."
     )
+    width = min(shutil.get_terminal_size().columns, 100)
+    for title, options in groups.items():
+        print(f"\n{title}\n{'-' * len(title)}")
+        for option in options:
+            print(_option_help(option, width))
+
+
+def _option_help(option: Field[Any], width: int) -> str:
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    shown = "" if default in (None, "", []) else f"  (default: {default})"
+    words = str(option.metadata.get("help", "")).replace("%%", "%").split()
+    return f"  --{option.name}{shown}\n" + textwrap.indent(
+        textwrap.fill(" ".join(words), width - 6), " " * 6
+    )
+
+
+# ---- recipe files --------------------------------------------------------------------------------
 
 
 def recipe_file(path: Path, what: str, pattern: str) -> Path:

@@ -4,8 +4,10 @@ small file can grow to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,31 @@ from neat_align.errors import NEATError
 # Values and characters of a document once its aliases are expanded: ten nested aliases make
 # gigabytes of one kilobyte.
 MAX_EXPANDED = 1_000_000
+# Besides its own errors, PyYAML lets through what Python raises on a date such as 2024-13-45, on
+# deep nesting, or on `!!int ""`.
+_PYTHON_ERRORS = (
+    ValueError,
+    RecursionError,
+    OverflowError,
+    TypeError,
+    AttributeError,
+    LookupError,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class YamlDocument:
-    """What a YAML file holds, and the line (from 1) of each key at its top."""
+    """What a YAML file holds, the line (from 1) of each key at its top, and the file's name."""
 
     value: Any
     lines: Mapping[str, int]
+    where: str
+
+    def place(self, key: str) -> str:
+        """`file:line` of a key at the top; the file alone where the key has no line of its own
+        (one that was merged in with `<<`).
+        """
+        return f"{self.where}:{self.lines[key]}" if key in self.lines else self.where
 
 
 def read_yaml(path: Path, fail: type[NEATError]) -> YamlDocument:
@@ -41,21 +60,35 @@ def read_yaml(path: Path, fail: type[NEATError]) -> YamlDocument:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
+        byte = f"0x{raw[error.start]:02x}"
         raise fail(
-            f"{path}:{line}: not valid UTF-8 (byte 0x{raw[error.start]:02x}): save the file as "
-            "UTF-8"
+            f"{path}:{line}: not valid UTF-8 (byte {byte}): save the file as UTF-8"
         ) from error
     return parse_yaml(text, str(path), fail)
 
 
 def parse_yaml(text: str, where: str, fail: type[NEATError]) -> YamlDocument:
-    """The document in a text. Raises `fail` for what is not one YAML document, for a key given
-    twice (YAML would silently take the last), for text that UTF-8 cannot hold, and for a document
-    that its aliases make huge.
+    """The document in a text.
+
+    Raises `fail` for what is not one YAML document, for a key given twice (YAML would silently take
+    the last), for text that UTF-8 cannot hold, and for a document that its aliases make huge.
     """
+    with _syntax_errors(where, fail):
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+    # Before the values are made: merge keys (<<) copy what their aliases name.
+    _check_nodes(root, where, fail)
+    with _syntax_errors(where, fail):
+        value = None if root is None else loader.construct_document(root)
+    lines = _key_lines(root, where, fail) if isinstance(root, yaml.MappingNode) else {}
+    return YamlDocument(value, lines, where)
+
+
+@contextlib.contextmanager
+def _syntax_errors(where: str, fail: type[NEATError]) -> Iterator[None]:
+    """What PyYAML raises, as `fail` with the line."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
+        yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f":{mark.line + 1}"
@@ -63,74 +96,57 @@ def parse_yaml(text: str, where: str, fail: type[NEATError]) -> YamlDocument:
             f"{where}{line}: not valid YAML ({error.problem}): correct the line, or put its text "
             "in quotes"
         ) from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        OverflowError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ) as error:
-        # Besides its own errors the library raises Python's on a date such as 2024-13-45, on deep
-        # nesting, on `!!int ""`.
+    except (yaml.YAMLError, *_PYTHON_ERRORS) as error:
         said = " ".join(str(error).split())[:200]
         raise fail(
             f"{where}: not valid YAML ({said}): correct the file, or put its texts in quotes"
         ) from error
-    _check_size(value, where, fail)
-    return YamlDocument(value, _lines(node, where, fail))
 
 
-def _lines(root: yaml.Node | None, where: str, fail: type[NEATError]) -> dict[str, int]:
-    """Lines of the keys at the top, after a look for repeated keys at every depth."""
-    top: dict[str, int] = {}
-    waiting, seen = [root], set()
+def _check_nodes(root: yaml.Node | None, where: str, fail: type[NEATError]) -> None:
+    """Refuse repeated keys, lone surrogates, and too much; an alias counts as what it names."""
+    waiting, size = [] if root is None else [root], 0
     while waiting:
         node = waiting.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        if not isinstance(node, yaml.MappingNode):
-            continue
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            waiting.append(value)
-            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
-                continue
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise fail(
-                    f"{where}:{line}: {key.value!r} is also on line {lines[key.value]}, and only "
-                    "one could count: keep one"
-                )
-            lines[key.value] = line
-        top = lines if node is root else top
-    return top
-
-
-def _check_size(value: Any, where: str, fail: type[NEATError]) -> None:
-    waiting, size = [value], 0
-    while waiting:
-        item = waiting.pop()
         size += 1
-        if isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple | set):
-            waiting += item
-        elif isinstance(item, str):
-            size += len(item)
-            surrogate = next((c for c in item if "\ud800" <= c <= "\udfff"), None)
-            if surrogate is not None:
-                raise fail(
-                    f"{where}: a text holds the lone surrogate U+{ord(surrogate):04X}, half of a "
-                    "character: replace it in the text"
-                )
+        if isinstance(node, yaml.ScalarNode):
+            size += len(node.value)
+            _check_text(node.value, where, fail)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            _key_lines(node, where, fail)
+            waiting += chain.from_iterable(node.value)
         if size > MAX_EXPANDED:
             raise fail(
                 f"{where}: with its aliases (*name) written out it holds more than "
-                f"{MAX_EXPANDED:,} values and characters: shorten it, "
-                "or write what is meant without aliases"
+                f"{MAX_EXPANDED:,} values and characters: shorten it, or write what is meant "
+                "without aliases"
             )
+
+
+def _key_lines(node: yaml.MappingNode, where: str, fail: type[NEATError]) -> dict[str, int]:
+    """The line of each key that is plain text, a number or a date. Raises `fail` for a key given
+    twice.
+    """
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+            continue
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise fail(
+                f"{where}:{line}: {key.value!r} is also on line {lines[key.value]}, and only one "
+                "could count: keep one"
+            )
+        lines[key.value] = line
+    return lines
+
+
+def _check_text(text: str, where: str, fail: type[NEATError]) -> None:
+    surrogate = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+    if surrogate is not None:
+        raise fail(
+            f"{where}: a text holds the lone surrogate U+{ord(surrogate):04X}, half of a "
+            "character: replace it in the text"
+        )

@@ -1,0 +1,86 @@
+"""From a recipe and the command line to settings: which source wins, and where a wrong value is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from neat_align import ConfigError, NEATConfig
+from neat_align.cli.options import parse_options, print_help
+from neat_align.script_arguments import ScriptArguments
+
+
+def parsed(folder: Path, text: str, *arguments: str) -> tuple[ScriptArguments, NEATConfig]:
+    recipe = folder / "r.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    return parse_options(["--output_dir", str(folder / "run"), *arguments], recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\ntemperature: [1, 2]\n", "r.yaml:2: temperature takes one value"),
+        ("seed: 1\nbf16: maybe\n", "r.yaml:2: bf16: Truthy value expected: got maybe"),
+        ("seed: 1\nlr_scheduler_type: cosin\n", "r.yaml:2: lr_scheduler_type: invalid choice"),
+        ("seed: 1\nreward_funcs: [[a]]\n", "r.yaml:2: reward_funcs holds a list; it must be text"),
+        (
+            "lr_scheduler_kwargs: {a: 2024-01-01}\n",
+            "r.yaml:1: lr_scheduler_kwargs holds a mapping that is no JSON",
+        ),
+        ("seed: 1\n\nholdout: -1\n", "r.yaml:3: holdout is -1"),
+        ("beta: 3.0\nranking_loss: hinge\n", "r.yaml:1: beta is set but ranking_loss"),
+        ("3: 4\n", "r.yaml:1: unknown option '3'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parsed(tmp_path, text)
+
+
+def test_a_wrong_value_of_the_command_line_is_named_without_a_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^learning_rate: invalid float value: 'fast': correct"):
+        parsed(tmp_path, "seed: 1\n", "--learning-rate", "fast")
+
+
+def test_the_command_line_wins_over_a_wrong_recipe(tmp_path: Path) -> None:
+    _, config = parsed(tmp_path, "learning_rate: fast\n", "--learning-rate", "1e-3")
+    assert config.learning_rate == 1e-3
+
+
+def test_mappings_lists_and_switches_of_a_recipe(tmp_path: Path) -> None:
+    text = (
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.1, more: [1, x]}\n"
+        "reward_funcs: vader\nreward_weights: [1, 1e-1]\nbf16: false\nlora_target_modules: []\n"
+        "run_name: 2024-01-01\nmodel_revision: 1234567\nmax_kl:\n"
+    )
+    script, config = parsed(tmp_path, text)
+    assert config.lr_scheduler_kwargs == {"min_lr": 0.1, "more": [1, "x"]}
+    assert script.reward_funcs == ["vader"]
+    assert config.reward_weights == [1.0, 0.1]
+    assert config.bf16 is False
+    assert script.lora_target_modules is None
+    assert (config.run_name, script.model_revision) == ("2024-01-01", "1234567")
+    assert config.max_kl is None
+
+
+def test_a_mapping_on_the_command_line_is_json_and_a_switch_needs_no_value(tmp_path: Path) -> None:
+    words = ["--lr_scheduler_kwargs", '{"min_lr": 0.1}', "--use-peft", "--no_bf16"]
+    script, config = parsed(tmp_path, "bf16: true\n", *words)
+    assert config.lr_scheduler_kwargs == {"min_lr": 0.1}
+    assert script.use_peft is True
+    assert config.bf16 is False
+
+
+def test_help_lists_every_option_once_within_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_help()
+    shown = capsys.readouterr().out
+    names = [f.name for kind in (ScriptArguments, NEATConfig) for f in fields(kind) if f.init]
+    listed = re.findall(r"^  --(\w+)", shown, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(names)
+    assert max(len(line) for line in shown.splitlines() if "https://" not in line) <= 80
