@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neat_align.cli.progress import terminal_callbacks
     from neat_align.config import NEATConfig
     from neat_align.errors import (
         CollapseError,
@@ -41,6 +42,7 @@ _HOMES = {
     "PromptRow": "prompts.rows",
     "load_rows": "prompts.loading",
     "write_report": "reporting.run_report",
+    "terminal_callbacks": "cli.progress",
     "NEATError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -69,6 +71,7 @@ __all__ = [
     "preference_rows",
     "ranked_rows",
     "read_groups",
+    "terminal_callbacks",
     "write_report",
 ]
 

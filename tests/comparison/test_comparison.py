@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from neat_align.cli.compare_table import comparison_table
+from neat_align.cli.tables import comparison_table
 from neat_align.comparison import summary as comparison
 from neat_align.comparison.summary import (
     Point,

@@ -37,11 +37,8 @@ def capability(
         typer.Option(help="Where the JSON goes; capability.json in the run by default."),
     ] = None,
 ) -> None:
-    """Measure what the model lost or kept: benchmark tasks before and after. Needs
-    neat-align[capability].
-    """
+    """Measure what the model lost or kept on benchmark tasks. Needs the extra `capability`."""
     quiet()
-
     from neat_align.evaluation.benchmark_tasks import CapabilityParams
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -71,16 +68,15 @@ def capability_table(result: Mapping[str, Any]) -> Any:
     """Before and after, with standard errors; a rich renderable."""
     from rich.table import Table
 
-    documents = (
-        "all documents" if result["limit"] is None else f"the first {result['limit']} documents"
-    )
+    limit = result["limit"]
+    documents = "all documents" if limit is None else f"the first {limit} documents"
     table = Table(
         title=f"capability, {documents} of each task, ± standard error", title_justify="left"
     )
-    for heading in ("task", "metric", "before", "after", "change"):
-        table.add_column(
-            heading, justify="left" if heading in ("task", "metric") else "right", no_wrap=True
-        )
+    for heading in ("task", "metric"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for task, metrics in result["after"].items():
         for name in (n for n in metrics if not n.endswith(STDERR)):
             sides = [

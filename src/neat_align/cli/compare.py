@@ -52,8 +52,8 @@ def compare(
 
 def show_comparison(spec: CompareSpec, out: Path, console: Console) -> None:
     """Run a comparison, with a line for every run and the table at the end."""
-    from neat_align.cli.compare_table import comparison_table, run_line
     from neat_align.cli.options import options_from
+    from neat_align.cli.tables import comparison_table, run_line
     from neat_align.comparison.runner import number_of_runs, run_comparison
 
     def say(words: str) -> None:

@@ -1,5 +1,8 @@
-"""Where a comparison comes from: a YAML file or a shipped one, the comparison that it begins as,
-the command line over both.
+"""What `neat-align compare` is asked for: a comparison's YAML file (`--config`), the comparison
+that it begins as (`like:`), and the command line over both.
+
+A wrong key or value of a comparison is reported by `neat_align.comparison.spec`; a wrong option of
+`train` in it by `neat_align.cli.options`.
 """
 
 from __future__ import annotations
@@ -38,10 +41,8 @@ def read_spec(path: Path, arguments: Sequence[str] = ()) -> CompareSpec:
     if "seeds" in given:
         changed["seeds"] = _listed(given.pop("seeds"))
     if chosen and isinstance(raw.get("methods"), Mapping):
-        changed["methods"] = {
-            **raw["methods"],
-            **{name: None for name in chosen if name not in raw["methods"]},
-        }
+        shipped = [name for name in chosen if name not in raw["methods"]]
+        changed["methods"] = {**raw["methods"], **dict.fromkeys(shipped)}
     if given and isinstance(raw.get("settings"), Mapping):
         changed["settings"] = {**raw["settings"], **given}
     spec = parse_spec(changed, str(path))
@@ -55,32 +56,16 @@ def read_spec(path: Path, arguments: Sequence[str] = ()) -> CompareSpec:
 def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
     """A file's comparison as plain data, with what it has from the one that it begins as.
 
-    `from_` led here.
+    `from_` are the files that led here.
     """
     if path.resolve() in from_:
-        raise ConfigError(
-            f"{path} begins as itself: {' -> '.join(str(p) for p in (*from_, path))}. Take one "
-            "like out"
-        )
+        ring = " -> ".join(str(p) for p in (*from_, path))
+        raise ConfigError(f"{path} begins as itself: {ring}. Take one like out")
     document = read_yaml(path, ConfigError)
     raw = document.value
     if not isinstance(raw, dict) or "like" not in raw:
         return raw
-    name = raw["like"]
-    where = (
-        f"{path}:{document.lines['like']}" if "like" in document.lines else str(path)
-    )  # a merged key (<<) has no line
-    if not isinstance(name, str) or not name:
-        raise ConfigError(
-            f"{where}: like is {name!r}; it names the comparison that this one begins as"
-        )
-    candidates = (path.parent / name, recipe_path(Path(name).stem))
-    other = next((p for p in candidates if is_file(p)), None)
-    if other is None:
-        raise ConfigError(
-            f"{where}: like is {name!r}, and there is no such file beside this one; these ship: "
-            f"{shipped_names(SHIPPED)}"
-        )
+    other = _like(raw["like"], path.parent, document.place("like"))
     begun = _raw(other, (*from_, path.resolve()))
     own = {key: value for key, value in raw.items() if key != "like"}
     if not isinstance(begun, dict):
@@ -91,6 +76,21 @@ def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
     return both
 
 
+def _like(name: Any, folder: Path, where: str) -> Path:
+    """The file that a `like:` names: one in this folder, or a shipped one."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"{where}: like is {name!r}; it names the comparison that this one begins as"
+        )
+    for path in (folder / name, recipe_path(Path(name).stem)):
+        if is_file(path):
+            return path
+    raise ConfigError(
+        f"{where}: like is {name!r}, and there is no such file beside this one; these ship: "
+        f"{shipped_names(SHIPPED)}"
+    )
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -99,7 +99,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _values(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--name a b` and `--name` (true) as a recipe would hold them.
+    """`--name value`, `--name=value`, `--name a b` and `--name` (true) as a file would hold them.
 
     Raises ConfigError.
     """
@@ -118,11 +118,11 @@ def _values(arguments: Sequence[str]) -> dict[str, Any]:
             )
         else:
             words[name].append(argument)
-    read = {
-        name: [parse_yaml(word, f"--{name}", ConfigError).value for word in given]
-        for name, given in words.items()
-    }
-    return {
-        name: True if not values else values[0] if len(values) == 1 else values
-        for name, values in read.items()
-    }
+    return {name: _value(name, given) for name, given in words.items()}
+
+
+def _value(name: str, words: Sequence[str]) -> Any:
+    values = [parse_yaml(word, f"--{name}", ConfigError).value for word in words]
+    if not values:
+        return True
+    return values[0] if len(values) == 1 else values

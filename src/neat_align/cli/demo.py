@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
     from neat_align.config import NEATConfig
     from neat_align.script_arguments import ScriptArguments
+
+WHAT_HAPPENS = (
+    "NEAT on SmolLM2-135M-Instruct. Each round the model answers every prompt kindly and, told to, "
+    "rudely; VADER scores the answers' tone; the model learns on the plain prompt to prefer the "
+    "better ones. A second judge that is never trained on (MiniLM) checks the result. It takes "
+    "4 to 8 minutes on two CPU cores."
+)
 
 
 def demo(
@@ -32,33 +39,21 @@ def demo(
 
 
 def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
-    """Run recipes/demo.yaml, then show the numbers, three answers before and after, and what to try
-    next.
-    """
+    """Run recipes/demo.yaml; show the numbers, three answers before and after, what to try next."""
     from rich.console import Console
     from rich.panel import Panel
 
     from neat_align.cli.progress import terminal_callbacks
-    from neat_align.cli.run_table import print_closing, result_table
+    from neat_align.cli.tables import print_closing, result_table
     from neat_align.pipeline import run_training
 
     console = Console()
     make_room(output_dir, overwrite=overwrite)
     script, config = demo_settings(output_dir, seed)
-    console.print(
-        Panel(
-            "NEAT on SmolLM2-135M-Instruct. Each round the model answers every prompt kindly and, "
-            "told to, rudely; VADER scores "
-            "the answers' tone; the model learns on the plain prompt to prefer the better ones. A "
-            "second judge that is never "
-            "trained on (MiniLM) checks the result. About four minutes on two CPU cores.",
-            title="neat-align demo",
-            title_align="left",
-        )
-    )
+    console.print(Panel(WHAT_HAPPENS, title="neat-align demo", title_align="left"))
     result = run_training(script, config, callbacks=terminal_callbacks(config))
     console.print(result_table(result))
-    for panel in samples(output_dir):
+    for panel in answer_panels(output_dir):
         console.print(panel)
     print_closing(console, result, output_dir)
     next_command = (
@@ -77,9 +72,9 @@ def make_room(output_dir: Path, *, overwrite: bool) -> None:
         return
     # The lock and run-key.json are the first files of a run: one interrupted while it evaluated has
     # nothing else yet.
-    if not overwrite or not any(
-        (output_dir / name).is_file() for name in ("run-key.json", "run.json", LOCK_FILE)
-    ):
+    marks = ("run-key.json", "run.json", LOCK_FILE)
+    is_run = any((output_dir / name).is_file() for name in marks)
+    if not (overwrite and is_run):
         raise ConfigError(f"{output_dir} is not empty: choose another --output-dir")
     with one_writer(output_dir):  # refused while that run is going on
         shutil.rmtree(output_dir)
@@ -87,36 +82,27 @@ def make_room(output_dir: Path, *, overwrite: bool) -> None:
 
 def demo_settings(output_dir: Path, seed: int) -> tuple[ScriptArguments, NEATConfig]:
     """The demo's recipe, for an output folder and a seed."""
-    import yaml
+    from neat_align.cli.options import parse_options, recipe_path
 
-    from neat_align.cli.options import recipe_path
-    from neat_align.config import NEATConfig
-    from neat_align.script_arguments import ScriptArguments
-
-    values: dict[str, Any] = yaml.safe_load(recipe_path("demo").read_text(encoding="utf-8"))
-    names = set(ScriptArguments.__dataclass_fields__)
-    script = ScriptArguments(**{k: v for k, v in values.items() if k in names})
-    config = {k: v for k, v in values.items() if k not in names}
-    return script, NEATConfig(**{**config, "output_dir": str(output_dir), "seed": seed})
+    words = [f"--output_dir={output_dir}", f"--seed={seed}"]
+    return parse_options(words, recipe_path("demo"))
 
 
-def samples(output_dir: Path, count: int = 3) -> list[Panel]:
-    """Side-by-side answers to held-out prompts: the median gain, the third quartile, and the
-    largest loss, so not only wins.
+def answer_panels(output_dir: Path, count: int = 3) -> list[Panel]:
+    """Answers before and after to three held-out prompts: that of the third quartile of the gains,
+    of the median, and of the largest loss, so not only wins.
     """
     from rich.panel import Panel
     from rich.text import Text
 
     from neat_align.files.atomic import read_json
 
-    before, after = (
-        read_json(output_dir / f"evaluation-{when}.json") for when in ("before", "after")
-    )
+    before = read_json(output_dir / "evaluation-before.json")
+    after = read_json(output_dir / "evaluation-after.json")
     gains = [(a or 0) - (b or 0) for b, a in zip(before["rewards"], after["rewards"], strict=True)]
-    order = sorted(range(len(gains)), key=lambda i: gains[i])
-    picked = list(dict.fromkeys([order[len(order) * 3 // 4], order[len(order) // 2], order[0]]))[
-        :count
-    ]
+    worst_first = sorted(range(len(gains)), key=gains.__getitem__)
+    ranks = (len(gains) * 3 // 4, len(gains) // 2, 0)
+    picked = list(dict.fromkeys(worst_first[rank] for rank in ranks))[:count]
     panels = []
     for i in picked:
         text = Text()
@@ -124,7 +110,6 @@ def samples(output_dir: Path, count: int = 3) -> list[Panel]:
             text.append(f"{label} ({side['rewards'][i]:+.2f})  ", style="bold")
             text.append(" ".join(side["completions"][i][0].split()) + "\n")
         text.rstrip()
-        panels.append(
-            Panel(text, title=Text(before["prompts"][i][-1]["content"][:70]), title_align="left")
-        )
+        title = Text(before["prompts"][i][-1]["content"][:70])
+        panels.append(Panel(text, title=title, title_align="left"))
     return panels

@@ -57,10 +57,7 @@ def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, f
     with listening(trainer.stop), trainer.writing():
         made = trainer.make_round(0)
     written = _write(made, trainer, output, form)
-    print(
-        f"{written} rows ({form}) in {output}; they hold text that was written to be harmful, "
-        "on purpose"
-    )
+    print(f"{written} rows ({form}) in {output}; they hold text written to be harmful, on purpose")
     print(f"look at the groups: neat-align inspect {trainer.output_dir}")
 
 

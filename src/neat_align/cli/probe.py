@@ -1,4 +1,4 @@
-"""`neat-align probe`."""
+"""`neat-align probe`: how strongly a bank's instruction pairs move a model's reward."""
 
 from __future__ import annotations
 
@@ -9,44 +9,49 @@ import typer
 
 from neat_align.cli.console import quiet
 
+BankOption = Annotated[
+    str, typer.Option(help="Name of a shipped bank, or path of a YAML file with pairs.")
+]
+DataOption = Annotated[
+    str, typer.Option(help="Prompts: a file, a saved data set, a hub name, or demo.")
+]
+ConversationsOption = Annotated[
+    bool, typer.Option("--as-conversations", help="Turn text prompts into chat messages.")
+]
+RewardOption = Annotated[
+    str, typer.Option(help="vader, minilm_tone, contrast, module:function, or a model.")
+]
+PlacementOption = Annotated[
+    str, typer.Option(help="system, user_suffix, affix, or all to compare them.")
+]
+SeedOption = Annotated[
+    int, typer.Option(help="Seed of the prompts' choice, the sampling and the intervals.")
+]
+
 
 def probe(
-    bank: Annotated[
-        str, typer.Option(help="Name of a shipped bank, or path of a YAML file with pairs.")
-    ],
+    bank: BankOption,
     model: Annotated[str, typer.Option(help="A hub name, a folder, or demo.")],
-    dataset_name: Annotated[
-        str, typer.Option(help="Prompts: a file, a saved data set, a hub name, or demo.")
-    ] = "demo",
-    as_conversations: Annotated[
-        bool, typer.Option("--as-conversations", help="Turn text prompts into chat messages.")
-    ] = False,
-    reward: Annotated[
-        str, typer.Option(help="vader, minilm_tone, contrast, module:function, or a model.")
-    ] = "vader",
-    placement: Annotated[
-        str, typer.Option(help="system, user_suffix, affix, or all to compare them.")
-    ] = "user_suffix",
+    dataset_name: DataOption = "demo",
+    as_conversations: ConversationsOption = False,
+    reward: RewardOption = "vader",
+    placement: PlacementOption = "user_suffix",
     prompts: Annotated[int, typer.Option(help="Prompts to answer.")] = 24,
     samples: Annotated[int, typer.Option(help="Answers to a prompt under each instruction.")] = 2,
     max_completion_length: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 48,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; above 0.")] = 0.7,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the prompts' choice, the sampling and the intervals.")
-    ] = 0,
+    seed: SeedOption = 0,
     generation_batch_size: Annotated[int, typer.Option(help="Answers sampled at once.")] = 64,
     output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
 ) -> None:
-    """Measure how strongly each instruction pair of a bank moves a model's reward, before
-    training.
-    """
+    """Measure how strongly each pair of a bank moves a model's reward, before training."""
     quiet()
     from rich.console import Console
 
     from neat_align.cli.probe_options import ProbeSettings
     from neat_align.cli.probe_run import run_probe
 
-    given = ProbeSettings(
+    settings = ProbeSettings(
         bank=bank,
         model=model,
         dataset_name=dataset_name,
@@ -60,4 +65,4 @@ def probe(
         seed=seed,
         generation_batch_size=generation_batch_size,
     )
-    run_probe(given, output, Console())
+    run_probe(settings, output, Console())

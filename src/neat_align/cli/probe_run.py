@@ -1,6 +1,4 @@
-"""`neat-align probe`: measure a bank's pairs on a model, and say in a terminal which are worth
-training with.
-"""
+"""A probe from settings to result: the model, the prompts and the tools, then the page and JSON."""
 
 from __future__ import annotations
 
@@ -21,13 +19,7 @@ from neat_align.cli.progress import stage_bars
 from neat_align.config import PLACEMENTS
 from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError, PromptError
-from neat_align.evaluation.probe import (
-    MIN_PROMPTS,
-    Probe,
-    ProbeParams,
-    ProbeTools,
-    probe_bank,
-)
+from neat_align.evaluation.probe import MIN_PROMPTS, Probe, ProbeParams, ProbeTools, probe_bank
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
 from neat_align.modeling.layout import choose_layout
@@ -60,7 +52,7 @@ def run_probe(
     *,
     disable_progress: bool = False,
 ) -> Probe:
-    """Probe, print what was found, and write it to `output` as JSON where one is given."""
+    """Probe, print the result, and write it to `output` as JSON where one is given."""
     started = time.monotonic()
     if output is not None and output.suffix != ".json":
         raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
@@ -85,34 +77,30 @@ def run_probe(
         seed=settings.seed,
     )
     with stage_bars("probe", disable_progress) as progress:
-        found = probe_bank(rows, bank, params, tools, progress)
-    print_probe(console, found, bank, settings, refused)
+        probe = probe_bank(rows, bank, params, tools, progress)
+    print_probe(console, probe, bank, settings, refused)
     if output is not None:
-        write_json(
-            output,
-            {
-                "format": FORMAT,
-                "settings": asdict(settings),
-                "bank": bank.name,
-                "data": {"prompts": len(found.prompt_ids), "sha256": fingerprint(rows)},
-                "refused_placements": refused,
-                **found.to_json(),
-                "wall_seconds": time.monotonic() - started,
-                "commit": commit(),
-                "versions": versions(),
-            },
-        )
+        facts = {
+            "format": FORMAT,
+            "settings": asdict(settings),
+            "bank": bank.name,
+            "data": {"prompts": len(probe.prompt_ids), "sha256": fingerprint(rows)},
+            "refused_placements": refused,
+            **probe.to_json(),
+            "wall_seconds": time.monotonic() - started,
+            "commit": commit(),
+            "versions": versions(),
+        }
+        write_json(output, facts)
         console.print(f"numbers {output}", markup=False, highlight=False, soft_wrap=True)
-    return found
+    return probe
 
 
 # ---- what is probed with -------------------------------------------------------------------------
 
 
 def _rows(settings: ProbeSettings) -> list[PromptRow]:
-    """The prompts that a run with this seed would begin with, as many different ones as are asked
-    for.
-    """
+    """The prompts that a run with this seed would begin with, each once, as many as asked for."""
     data = ScriptArguments(
         dataset_name=settings.dataset_name, holdout=0, as_conversations=settings.as_conversations
     )
@@ -122,10 +110,8 @@ def _rows(settings: ProbeSettings) -> list[PromptRow]:
             f"{settings.dataset_name} has {len(rows)} different prompts and a probe needs "
             f"{MIN_PROMPTS} or more: name other data"
         )
-    return [
-        rows[prompt_at(len(rows), settings.seed, i)]
-        for i in range(min(settings.prompts, len(rows)))
-    ]
+    count = min(settings.prompts, len(rows))
+    return [rows[prompt_at(len(rows), settings.seed, i)] for i in range(count)]
 
 
 def usable_placements(
@@ -155,10 +141,9 @@ def _tools(
     *,
     conversational: bool,
 ) -> ProbeTools:
+    accelerator = torch.accelerator.current_accelerator()
     device = (
-        torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
+        accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
     )
     model.to(device)
     ids = [prompt_ids(tokenizer, row.prompt) for row in rows]
@@ -166,10 +151,9 @@ def _tools(
     layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
     context = getattr(model.config, "max_position_embeddings", None)
     # As in a run: a CPU is faster with a half-precision copy than under autocast.
-    on_cpu = device is None or device.type == "cpu"
-    policy, autocast_dtype = (
-        (half_precision_copy(model, COMPUTE), None) if on_cpu else (model, COMPUTE)
-    )
+    on_cpu = device.type == "cpu"
+    policy = half_precision_copy(model, COMPUTE) if on_cpu else model
+    autocast_dtype = None if on_cpu else COMPUTE
     return ProbeTools(
         tokenizer=tokenizer,
         sampler=TransformersSampler(
@@ -189,6 +173,3 @@ def _tools(
         rewards=None if settings.reward == "contrast" else resolve_rewards(settings.reward, None),
         max_prompt_length=None if context is None else context - settings.max_completion_length,
     )
-
-
-# ---- what is shown -------------------------------------------------------------------------------

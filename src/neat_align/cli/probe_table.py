@@ -34,35 +34,32 @@ VERDICT_STYLES: dict[Verdict, str] = {
 
 def print_probe(
     console: Console,
-    found: Probe,
+    probe: Probe,
     bank: InstructionBank,
     settings: ProbeSettings,
     refused: dict[str, str],
 ) -> None:
-    """The two tables, the instructions in full, and what to do next. Nothing is wider than 80
-    columns.
-    """
-    many = len(found.placements) > 1
+    """The two tables, the instructions in full, and what to do next, within 80 columns."""
+    many = len(probe.placements) > 1
 
     def say(text: str = "", style: str = "") -> None:
         console.print(Text(printable(text), style=style), width=min(80, console.width))
 
+    answers = f"{settings.samples} answer{'s' * (settings.samples > 1)} to each"
     say(
-        f"bank {bank.name} on {settings.model}: {len(found.prompt_ids)} prompts of "
-        f"{settings.dataset_name}, "
-        f"{settings.samples} answer{'s' * (settings.samples > 1)} to each under every instruction",
+        f"bank {bank.name} on {settings.model}: {len(probe.prompt_ids)} prompts of "
+        f"{settings.dataset_name}, {answers} under every instruction",
         "bold",
     )
     say()
-    console.print(_reward_table(found, settings.reward, many=many))
+    console.print(_reward_table(probe, settings.reward, many=many))
     say()
-    console.print(_answers_table(found, many=many))
-    plain = found.pairs[0].plain
+    console.print(_answers_table(probe, many=many))
+    plain = probe.pairs[0].plain
     say(
         f"plain answers: {plain.mean_length:.0f} tokens, likelihood {plain.logprob:.2f}. "
-        "Intervals are 95 %, over prompts; d is Cohen's; "
-        "inverted: negatives with the higher reward; leaks: answers that give their instruction "
-        "away, which training drops; "
+        "Intervals are 95 %, over prompts; d is Cohen's; inverted: negatives with the higher "
+        "reward; leaks: answers that give their instruction away, which training drops; "
         "likelihood: under the plain prompt, nats per token.",
         "dim",
     )
@@ -72,9 +69,9 @@ def print_probe(
     say()
     for placement, why in refused.items():
         say(f"{placement} was left out: {why}", "yellow")
-    for line in remarks(found, settings):
+    for line in remarks(probe, settings):
         say(line)
-    what, command = next_steps(found, settings)
+    what, command = next_steps(probe, settings)
     say(f"next: {what}")
     if command is not None:
         console.print(command, markup=False, highlight=False, soft_wrap=True)
@@ -94,7 +91,7 @@ def _first_cells(pair: PairProbe, *, many: bool) -> list[str]:
     return [str(pair.number), pair.placement] if many else [str(pair.number)]
 
 
-def _reward_table(found: Probe, reward: str, *, many: bool) -> Table:
+def _reward_table(probe: Probe, reward: str, *, many: bool) -> Table:
     table = _table(f"mean reward ({printable(reward)[-40:]}) under each instruction", many=many)
     width = 15 if many else 27
     table.add_column("instructions")  # the only column that gives way when numbers are long
@@ -102,35 +99,25 @@ def _reward_table(found: Probe, reward: str, *, many: bool) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("95 % interval", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for pair in found.pairs:
-        gap = pair.gap
+    for pair in probe.pairs:
+        good, plain, bad, gap = pair.positive, pair.plain, pair.negative, pair.gap
+        texts = shortened(good.instruction or "", bad.instruction or "", width)
         table.add_row(
             *_first_cells(pair, many=many),
-            Text(
-                shortened(pair.positive.instruction or "", pair.negative.instruction or "", width),
-                no_wrap=True,
-                overflow="ellipsis",
-            ),
-            *(
-                _number(v)
-                for v in (
-                    pair.positive.reward,
-                    pair.plain.reward,
-                    pair.negative.reward,
-                    None if gap is None else gap.delta,
-                )
-            ),
+            Text(texts, no_wrap=True, overflow="ellipsis"),
+            *(_number(side.reward) for side in (good, plain, bad)),
+            "–" if gap is None else _number(gap.delta),
             "–" if gap is None else f"{_number(gap.low)} … {_number(gap.high)}",
             Text(pair.verdict, style=VERDICT_STYLES[pair.verdict]),
         )
     return table
 
 
-def _answers_table(found: Probe, *, many: bool) -> Table:
+def _answers_table(probe: Probe, *, many: bool) -> Table:
     table = _table("the answers, under the positive/negative instruction", many=many)
     for heading in ("d", "inverted", "leaks", "blank", "tokens", "cut", "likelihood"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for pair in found.pairs:
+    for pair in probe.pairs:
         good, bad = pair.positive, pair.negative
         table.add_row(
             *_first_cells(pair, many=many),
@@ -175,27 +162,21 @@ def _number(value: float | None) -> str:
     """At most five characters for the usual sizes of a reward."""
     if value is None:
         return "–"
-    return (
-        f"{value:+.2f}"
-        if abs(value) < 9.995
-        else f"{value:+.1f}"
-        if abs(value) < 99.95
-        else f"{value:+.3g}"
-    )
+    if abs(value) < 9.995:
+        return f"{value:+.2f}"
+    return f"{value:+.1f}" if abs(value) < 99.95 else f"{value:+.3g}"
 
 
 # ---- what to do with it --------------------------------------------------------------------------
 
 
-def remarks(found: Probe, settings: ProbeSettings) -> list[str]:
-    """What the numbers mean for training: placements compared, leaks, unlikely negatives, answers
-    that were cut.
-    """
+def remarks(probe: Probe, settings: ProbeSettings) -> list[str]:
+    """What the numbers mean for training: placements compared, leaks, unlikely negatives, cuts."""
     lines: list[str] = []
-    if len(found.placements) > 1 and found.placements[0].gap is not None:
-        lines += [_placement_line(p, found) for p in found.placements]
-    where = {p: f" ({p.placement})" if len(found.placements) > 1 else "" for p in found.pairs}
-    for p in found.pairs:
+    if len(probe.placements) > 1 and probe.placements[0].gap is not None:
+        lines += [_placement_line(p, probe) for p in probe.placements]
+    where = {p: f" ({p.placement})" if len(probe.placements) > 1 else "" for p in probe.pairs}
+    for p in probe.pairs:
         for side, name in ((p.positive, "positives"), (p.negative, "negatives")):
             if side.leaks >= LEAKY:
                 lines.append(
@@ -205,45 +186,42 @@ def remarks(found: Probe, settings: ProbeSettings) -> list[str]:
         if p.likelihood_difference <= -UNLIKELY:
             lines.append(
                 f"pair {p.number}{where[p]}: the negatives are {-p.likelihood_difference:.1f} "
-                "nats per token less likely than the "
-                "positives under the plain prompt; the model would hardly write them, so ranking "
-                "them low teaches little"
+                "nats per token less likely than the positives under the plain prompt; the model "
+                "would hardly write them, so ranking them low teaches little"
             )
-    cut = [side.clipped for p in found.pairs for side in (p.positive, p.negative)]
+    cut = [side.clipped for p in probe.pairs for side in (p.positive, p.negative)]
     if sum(cut) / len(cut) > 0.5:
         lines.append(
             f"{sum(cut) / len(cut):.0%} of the answers were cut at "
-            f"{settings.max_completion_length} tokens, so a difference in length may "
-            "be hidden: raise --max_completion_length to see it"
+            f"{settings.max_completion_length} tokens, so a difference in length may be hidden: "
+            "raise --max_completion_length to see it"
         )
     return lines
 
 
-def _placement_line(placement: PlacementProbe, found: Probe) -> str:
-    mine = [p for p in found.pairs if p.placement == placement.placement]
-    good = sum(p.verdict in WORKING for p in mine)
-    line = f"{placement.placement}: {good} of {len(mine)} pairs work"
+def _placement_line(placement: PlacementProbe, probe: Probe) -> str:
+    here = [p for p in probe.pairs if p.placement == placement.placement]
+    good = sum(p.verdict in WORKING for p in here)
+    line = f"{placement.placement}: {good} of {len(here)} pairs work"
     if placement.gap is None:
         return line
-    line += (
-        f", mean gap {_number(placement.gap.delta)} [{_number(placement.gap.low)}, "
-        f"{_number(placement.gap.high)}]"
-    )
-    best = found.placements[0]
+    low, high = _number(placement.gap.low), _number(placement.gap.high)
+    line += f", mean gap {_number(placement.gap.delta)} [{low}, {high}]"
+    best = probe.placements[0]
     behind = paired_bootstrap(placement.gaps, best.gaps) if placement is not best else None
     if behind is not None and behind.low <= 0:
         line += f", not clearly behind {best.placement}"
     return line
 
 
-def next_steps(found: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
+def next_steps(probe: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
     """What to do, and the command to train with at the placement with the largest mean gap; no
     command when no pair works.
     """
-    best = found.placements[0].placement
-    mine = sorted((p for p in found.pairs if p.placement == best), key=lambda p: p.number)
-    good = [p.number for p in mine if p.verdict in WORKING]
-    rest = [p.number for p in mine if p.number not in good]
+    best = probe.placements[0].placement
+    here = sorted((p for p in probe.pairs if p.placement == best), key=lambda p: p.number)
+    good = [p.number for p in here if p.verdict in WORKING]
+    rest = [p.number for p in here if p.number not in good]
     if not good:
         where, other = f"with placement {best}", "--placement all, "
         if settings.placement == "all":
@@ -255,10 +233,8 @@ def next_steps(found: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
         )
     what = "every pair works; train with the bank:"
     if rest:
-        what = (
-            f"drop {_pairs(rest)} from a copy of the bank ({len(good)} left), then train with "
-            "the copy:"
-        )
+        copy = f"drop {_pairs(rest)} from a copy of the bank ({len(good)} left)"
+        what = f"{copy}, then train with the copy:"
     options = {
         "model_name_or_path": settings.model,
         "dataset_name": settings.dataset_name,
@@ -274,10 +250,8 @@ def next_steps(found: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
 
 
 def _pairs(numbers: Sequence[int]) -> str:
-    shown = [str(n) for n in numbers]
-    return (
-        f"pair {shown[0]}" if len(shown) == 1 else f"pairs {', '.join(shown[:-1])} and {shown[-1]}"
-    )
+    *first, last = [str(n) for n in numbers]
+    return f"pairs {', '.join(first)} and {last}" if first else f"pair {last}"
 
 
 def _filled(words: Sequence[str], width: int) -> list[str]:

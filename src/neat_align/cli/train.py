@@ -1,4 +1,4 @@
-"""`neat-align train`."""
+"""`neat-align train`: a run from a recipe and options."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def train(
     config: ConfigOption = None,
     show_help: Annotated[bool, typer.Option("--help", help="List every option.")] = False,
 ) -> None:
-    """Train a model: neat-align train --config recipes/NAME.yaml [--any_option value]."""
+    """Train a model: neat-align train --config RECIPE.yaml [--option value ...]"""
     quiet()
     from neat_align.cli.options import parse_options, print_help
     from neat_align.cli.progress import terminal_callbacks
-    from neat_align.cli.run_table import print_result
+    from neat_align.cli.tables import print_result
     from neat_align.pipeline import run_training
 
     if show_help:
