@@ -244,9 +244,7 @@ class NEATTrainer(Trainer):
         with listening(self.parts.ranks.stop), self.writing():
             start = directory.take_start(resume_from_checkpoint, self.parts.run_key)
             self.round_callback.start_from(start)
-            directory.record_start(
-                self.parts.data.rows, [r.name for r in self.parts.scored_by.rewards]
-            )
+            self.parts.record_start()
             with directory.own_limits(start, has_stopped=self.stopped_because is not None):
                 try:
                     checkpoint = None if start.checkpoint is None else str(start.checkpoint)

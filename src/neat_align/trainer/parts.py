@@ -128,6 +128,11 @@ class TrainerParts:
             # the first.
             logs["train_loss"] = loss.total / max(1, step)
 
+    def record_start(self) -> None:
+        """Write run.json, unless an earlier start of the run has."""
+        names = [reward.name for reward in self.scored_by.rewards]
+        self.directory.record_start(self.data.rows, names)
+
     def run_key(self) -> dict[str, object]:
         """What this run may not change when it goes on: options that decide results, data, model,
         rewards, processes.
