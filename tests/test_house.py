@@ -1,4 +1,4 @@
-"""The house keeps its rules: short files and functions, rooms that list their files, one trainer."""
+"""The house keeps its rules: short files and functions, rooms that list their files."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 losses.py         the losses, as pure functions of tensors
 pairs.py          which completions are compared, and how well the policy orders them
-objective.py      a configuration's weighted sum of losses, divided by counts over the whole step
+objective.py      the weighted sum of losses, divided by counts over the whole step
 batches.py        groups as tensors: rows for the model, and tables that rank them
 current_round.py  the groups that are being learned from, as Trainer's data set
 step_engine.py    micro-batches under a token budget, forward and backward, out of memory

@@ -91,14 +91,7 @@ class NEATTrainer(Trainer):
         args = NEATConfig(output_dir="neat-run") if args is None else args
         check_callbacks(args, callbacks or ())
         data = read_data(args, train_dataset, eval_dataset)
-        setup = set_up_policy(
-            args,
-            model,
-            data,
-            tokenizer=processing_class,
-            peft_config=peft_config,
-            ref_model=ref_model,
-        )
+        setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
             args, contrast, reward_funcs, judge_funcs, reward_processing_classes

@@ -106,7 +106,6 @@ def set_up_policy(
     args: NEATConfig,
     model: Any,
     data: TrainingData,
-    *,
     tokenizer: Any,
     peft_config: Any,
     ref_model: torch.nn.Module | None,
