@@ -16,7 +16,7 @@ Facts = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Drift:
+class DriftMeasurement:
     """A measurement, the start's, and why training should stop (None: it should not)."""
 
     facts: Facts
@@ -47,7 +47,7 @@ class DriftMonitor:
             write_json(self.start_file, facts)
         return facts
 
-    def measure(self) -> Drift | None:
+    def measure(self) -> DriftMeasurement | None:
         """The numbers now, against the start and against the limits; None when drift is off."""
         if not self.args.drift_prompts:
             return None
@@ -56,7 +56,7 @@ class DriftMonitor:
         stop_because = limit_passed(
             facts, max_kl=self.args.max_kl, min_distinct2_ratio=self.args.min_distinct2_ratio
         )
-        return Drift(facts, start, stop_because)
+        return DriftMeasurement(facts, start, stop_because)
 
     def _measure(self) -> Facts:
         prompts = self.args.drift_prompts
