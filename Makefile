@@ -31,7 +31,7 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv demo compare bench faults test test-all lint type audit format lock lock-hashes clean
+.PHONY: help venv demo compare bench faults test test-slow test-all lint type audit format lock lock-hashes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,9 +44,10 @@ demo: $(DEMO_READY) ## Align a small model on this machine's CPU, with a report
 test: $(DEV_READY) ## The default tests (under five minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-all: $(DEV_READY) ## Every test, also those marked slow
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+test-slow: $(DEV_READY) ## The tests marked slow: the real model, whole runs (about eight minutes on two cores)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow ## Every test
 
 lint: $(DEV_READY) ## Style, formatting, and who imports whom
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from typing import Any
 
 import fault_points as fp
 
-import neat_align.group_trainer
+import neat_align.learning.step_engine
 from neat_align import NEATTrainer
 from neat_align.cli.app import PAUSED
 from neat_align.rewards import resolve
@@ -371,7 +371,7 @@ def not_finite(b: Bench, fast: bool) -> Iterator[Try]:
 
 def poison(what: str, step: int) -> None:
     """Break the step's weights, loss or gradient in this process."""
-    compute, total = NEATTrainer.compute_loss, neat_align.group_trainer.total_loss
+    compute, total = NEATTrainer.compute_loss, neat_align.learning.step_engine.total_loss
 
     def poisoned(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         now = self.state.global_step + 1 == step
@@ -379,7 +379,7 @@ def poison(what: str, step: int) -> None:
         if now and what == "weights":
             weights.data[:] = math.nan
         bad = now and what == "loss"
-        neat_align.group_trainer.total_loss = (
+        neat_align.learning.step_engine.total_loss = (
             (lambda terms, **_: terms.ranking * math.nan) if bad else total
         )
         loss = compute(self, model, *args, **kwargs)

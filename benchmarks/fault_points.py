@@ -32,8 +32,10 @@ from neat_align import NEATTrainer, pipeline
 from neat_align.cli.app import PAUSED
 from neat_align.cli.options import options_from
 from neat_align.errors import NEATError, RewardUnavailableError
+from neat_align.evaluation.drift_monitor import DriftMonitor
 from neat_align.rewards import http
 from neat_align.rounds.rollout_store import RolloutStore
+from neat_align.runs.run_directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -75,10 +77,10 @@ LOADING, OPENING, SAVING, BETWEEN = (
 # Stages of a run, by the function that is one.
 STAGES = (
     (pipeline, "build_trainer", LOADING),
-    (NEATTrainer, "open_run", OPENING),
+    (RunDirectory, "open", OPENING),
     (NEATTrainer, "evaluate", "in an evaluation"),
-    (NEATTrainer, "measure_start", "while it measures drift"),
-    (NEATTrainer, "end_round", "while it measures drift"),
+    (DriftMonitor, "measure_start", "while it measures drift"),
+    (DriftMonitor, "measure", "while it measures drift"),
     (NEATTrainer, "make_round", "between sampling and scoring"),
     (RolloutStore, "draw", "while it samples"),
     (neat_align.rounds.make_round, "scored_in_shards", "while it scores"),

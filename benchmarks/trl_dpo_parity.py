@@ -237,13 +237,13 @@ def ours(
         trainer = PairTrainer(
             model, None, config, rows, processing_class=tokenizer, peft_config=peft_config(setting)
         )
-        assert trainer.layout == ("padded" if sharing == "off" else "packed")
+        assert trainer.parts.policies.layout == ("padded" if sharing == "off" else "packed")
         start = trained_weights(trainer.policy)
         flat = [(g, c) for g in groups for c in g.completions]
         scored = iter(
             score_completions(
                 *(base.eval(), [g.prompt_ids for g, _ in flat], [c.token_ids for _, c in flat]),
-                layout=trainer.layout,
+                layout=trainer.parts.policies.layout,
                 pad_token_id=tokenizer.pad_token_id,
                 autocast_dtype=None,
             )

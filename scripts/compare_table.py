@@ -1,7 +1,9 @@
-"""Print comparisons as Markdown from their committed result files: python scripts/compare_table.py
-docs/results/compare-demo.json …
+"""Print comparisons as Markdown from their committed result files.
 
-`--short` prints the README's table, `--against METHOD` what METHOD gains over each of the others.
+    python scripts/compare_table.py docs/results/compare-demo.json …
+
+`--short` prints the table of docs/results.md, `--readme` the README's, `--against METHOD` what
+METHOD gains over each of the others.
 """
 
 from __future__ import annotations
@@ -71,6 +73,27 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
     return lines
 
 
+# The README's rows, and what each trains on; everybody samples as many completions.
+README_METHODS = {
+    "rrhf": "ranking of plain answers, with the LM loss (RRHF)",
+    "dpo": "the best against the worst plain answer (DPO)",
+    "neat-pp": "NEAT without negative prompts",
+    "neat": "**NEAT**",
+}
+
+
+def readme(result: Mapping[str, Any]) -> list[str]:
+    """A few methods, and three columns: what is gained on the held-out reward, and at which price."""
+    judge = f"judges/{result['judges'][0]}"
+    lines = ["| method | held-out reward | KL | perplexity |", "|---|---|---|---|"]
+    rows = {row["method"]: row["at_budget"] for row in result["table"]}
+    for method, words in README_METHODS.items():
+        at = rows[method]
+        cells = [words, change(at[judge]), f"{at['kl']['mean']:.3f}", ratio(at.get("perplexity"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def against(result: Mapping[str, Any], method: str) -> list[str]:
     """What a method gains over each of the others, paired."""
     judge = f"judges/{result['judges'][0]}" if result["judges"] else "reward"
@@ -125,6 +148,7 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--readme", action="store_true")
     parser.add_argument("--against")
     parser.add_argument("--diagnosis", action="store_true")
     args = parser.parse_args()
@@ -132,6 +156,8 @@ def main() -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         if args.against:
             lines = against(result, args.against)
+        elif args.readme:
+            lines = readme(result)
         elif args.diagnosis:
             lines = diagnosis(result)
         else:

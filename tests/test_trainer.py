@@ -23,6 +23,7 @@ from neat_align import (
     PromptError,
     RewardError,
 )
+from neat_align.cli.progress import terminal_callbacks
 from neat_align.learning.batches import collate_groups
 from neat_align.learning.objective import LossCounts, loss_terms
 from neat_align.modeling.layout import choose_layout
@@ -171,7 +172,7 @@ def test_any_layout_and_token_budget_make_the_same_step(
         t.create_optimizer()
         t.optimizer = torch.optim.SGD(t.policy.parameters(), lr=1.0)
         t.train()
-        assert t.layout == ("padded" if name == "padded" else "packed")
+        assert t.parts.policies.layout == ("padded" if name == "padded" else "packed")
         line = next(line for line in logged(tmp_path / name) if "loss" in line)
         found[name] = (weights(t), line)
     start = weights(trainer(tmp_path / "start", family))
@@ -216,7 +217,7 @@ def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(
         ]
     )
     logps = before.clone().requires_grad_()
-    terms = loss_terms(batch, logps, LossCounts(1, 1, 1, 1), t.objective_params)
+    terms = loss_terms(batch, logps, LossCounts(1, 1, 1, 1), t.parts.engine.objective)
     (gradient,) = torch.autograd.grad(terms.ranking, logps)
     # Descending the gradient lowers every token of the worst completion, and touches no padding.
     length = len(group.completions[worst].token_ids)
@@ -277,11 +278,11 @@ def test_the_model_learns_what_the_reward_asks_for(tmp_path: Path) -> None:
     """Ranking accuracy on a fixed round rises when the round is trained on again and again."""
     t = trainer(tmp_path, num_train_epochs=1, per_device_train_batch_size=8, learning_rate=3e-3)
     made = t.make_round(0)
-    (batch,) = t._collate(list(made.groups))["groups"]
+    (batch,) = t.parts.engine.collate(list(made.groups))["micro_batches"]
     optimizer = torch.optim.AdamW(t.policy.parameters(), lr=3e-3)
     losses = []
     for _ in range(15):
-        loss = t.compute_loss(t.policy, {"groups": batch})
+        loss = t.compute_loss(t.policy, {"micro_batch": batch})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -421,11 +422,11 @@ def test_the_reference_stays_at_the_start_with_and_without_an_adapter(tmp_path: 
             tmp_path / name, peft_config=peft_config, ranking_loss="dpo", learning_rate=1e-2
         )
         prompts, answers = [[3, 4, 5]], [[6, 7, 8]]
-        before = t._ref_logprobs(prompts, answers)
-        assert t._policy_logprobs(prompts, answers) == before
+        before = t.parts.policies.start_logprobs(prompts, answers)
+        assert t.parts.policies.logprobs(prompts, answers) == before
         t.train()
-        assert t._ref_logprobs(prompts, answers) == before
-        assert t._policy_logprobs(prompts, answers) != before
+        assert t.parts.policies.start_logprobs(prompts, answers) == before
+        assert t.parts.policies.logprobs(prompts, answers) != before
 
 
 def test_negatives_can_be_written_by_the_start_policy(tmp_path: Path) -> None:
@@ -578,10 +579,13 @@ def test_chat_data_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 
 
 def test_log_completions_prints_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path, log_completions=True).train()
+    callbacks = terminal_callbacks(config(tmp_path, log_completions=True))
+    trainer(tmp_path, log_completions=True, callbacks=callbacks).train()
     shown = capsys.readouterr().out
     assert "positive" in shown
     assert "negative" in shown
+    with pytest.raises(ConfigError, match=r"callbacks=neat_align\.terminal_callbacks"):
+        trainer(tmp_path / "silent", log_completions=True)
 
 
 def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
@@ -751,8 +755,11 @@ def test_the_layout_is_checked_with_the_adapter_on(
         checked.append(model.get_model_status().enabled)
         return choose_layout(model, prompts, **kwargs)
 
-    monkeypatch.setattr("neat_align.trainer.choose_layout", check)
+    monkeypatch.setattr("neat_align.trainer.setup.choose_layout", check)
     assert (
-        trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"])).layout == "packed"
+        trainer(
+            tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"])
+        ).parts.policies.layout
+        == "packed"
     )
     assert checked == [True]

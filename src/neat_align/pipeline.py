@@ -127,7 +127,7 @@ def run_training(
     if not script.resume and config.process_index == 0:
         _check_empty(Path(str(config.output_dir)))
     trainer = build_trainer(script, config, callbacks)
-    with listening(trainer.stop), trainer.writing():
+    with listening(trainer.parts.ranks.stop), trainer.writing():
         return _train(trainer, script)
 
 
@@ -135,7 +135,7 @@ def _train(trainer: NEATTrainer, script: ScriptArguments) -> dict[str, Any]:
     started = time.monotonic()
     resume = True if script.resume else None
     trainer.open_run(resume)  # before an evaluation is paid for
-    before = evaluation_before(trainer) if trainer.eval_rows else None
+    before = evaluation_before(trainer) if trainer.parts.data.eval_rows else None
     trainer.train(resume_from_checkpoint=resume)
     out = trainer.output_dir
     if trainer.args.world_size == 1:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from neat_align import ConfigError, NEATConfig, NEATTrainer
+from neat_align.learning.batches import without_unread_completions
 from neat_align.prompts.loading import rows_from_dataset
 from neat_align.rounds.completions import Completion, CompletionGroup, Origin
 from tiny import FAMILIES, Family, tiny_model, tiny_tokenizer
@@ -105,7 +106,7 @@ GROUPS = [
 
 def gradient(t: NEATTrainer, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:
     t.policy.zero_grad(set_to_none=True)
-    loss = t.compute_loss(t.policy, {"groups": batch})
+    loss = t.compute_loss(t.policy, {"micro_batch": batch})
     loss.backward()
     return float(loss.detach()), {
         name: p.grad.clone() for name, p in t.policy.named_parameters() if p.grad is not None
@@ -158,12 +159,13 @@ def test_what_is_left_out_had_no_gradient(
     tmp_path: Path, changes: dict[str, Any], layout: str
 ) -> None:
     t = trainer(tmp_path, prefix_sharing=LAYOUTS[layout], **changes)
-    assert t.layout == layout
-    whole, (batch,) = t._batch(GROUPS), t._collate(GROUPS)["groups"]
+    assert t.parts.policies.layout == layout
+    engine = t.parts.engine
+    whole, (batch,) = engine.micro_batch(GROUPS), engine.collate(GROUPS)["micro_batches"]
     if t.args.ranking_loss != "none":
-        assert t.count([batch]).ranking == t.count([whole]).ranking
+        assert engine.count([batch]).ranking == engine.count([whole]).ranking
     if t.args.lm_weight:
-        assert t.count([batch]).lm == t.count([whole]).lm
+        assert engine.count([batch]).lm == engine.count([whole]).lm
     loss, found = gradient(t, batch)
     expected_loss, expected = gradient(t, whole)
     assert loss == pytest.approx(expected_loss, rel=1e-4)
@@ -213,7 +215,9 @@ def test_what_is_left_out_had_no_gradient(
 )
 def test_what_is_kept_by_hand(tmp_path: Path, changes: dict[str, Any], kept: list[str]) -> None:
     t = trainer(tmp_path, **changes)
-    assert [" ".join(c.text for c in t.trained_part(g).completions) for g in GROUPS] == kept
+    assert [
+        " ".join(c.text for c in without_unread_completions(g, t.args).completions) for g in GROUPS
+    ] == kept
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -233,7 +237,7 @@ def test_without_a_ranking_loss_the_gradient_is_that_of_the_targets_likelihood(
         prefix_sharing=LAYOUTS[layout],
         lm_on_cut_completions=cut,
     )
-    (batch,) = t._collate(GROUPS)["groups"]
+    (batch,) = t.parts.engine.collate(GROUPS)["micro_batches"]
     loss, found = gradient(t, batch)
     targets = [(0, 1), (1, 3), (2, 0), (3, 3)] if cut else [(0, 3), (1, 3), (2, 0)]
     losses = []

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +25,7 @@ from neat_align.files.secrets import redacted, scrubbed
 from neat_align.rewards import http
 from neat_align.rewards.http import TOKEN_VARIABLE
 from neat_align.sampling.transformers_sampler import TransformersSampler
+from neat_align.trainer.setup import TrainingData
 from reward_server import Asked, Behaviour, Handler, RewardServer, by_length
 from tiny import save_tiny
 
@@ -280,7 +282,7 @@ def test_arguments_are_pickled_without_secrets_and_used_with_them(tmp_path: Path
 
 def test_a_comparison_keeps_no_secret_in_its_options(tmp_path: Path) -> None:
     trainer = NEATTrainer.__new__(NEATTrainer)
-    trainer.rows, trainer.eval_rows = [], []
+    trainer.parts = cast("Any", SimpleNamespace(data=TrainingData([], [], conversational=False)))
     options = {
         "run_name": f"https://me:{PASSWORD}@tracker.example",
         "wandb_api_key": PASSWORD,

@@ -312,7 +312,7 @@ def test_a_damaged_round_is_made_again_by_the_policy_that_sampled_it(
 def test_a_full_disk_while_saving_leaves_the_older_checkpoint(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    target = "neat_align.durable_trainer.mark_complete" if where == "marker" else "torch.save"
+    target = "neat_align.runs.run_directory.mark_complete" if where == "marker" else "torch.save"
     real: Callable[..., Any] = mark_complete if where == "marker" else torch.save
     saves = 0
 
@@ -427,7 +427,7 @@ def test_what_is_not_finite_names_its_prompts_and_changes_no_weight(
     trained: list[str] = []
 
     def poisoned(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        b = inputs["groups"]
+        b = inputs["micro_batch"]
         if t.state.global_step != 2:
             return compute(model, inputs, *args, **kwargs)
         before.update(weights(t))
@@ -438,13 +438,13 @@ def test_what_is_not_finite_names_its_prompts_and_changes_no_weight(
             return loss
         if what == "loss":
             monkeypatch.setattr(
-                "neat_align.group_trainer.total_loss",
+                "neat_align.learning.step_engine.total_loss",
                 lambda terms, **_: terms.ranking * float("nan"),
             )
         else:
             infinite = float("inf")
             monkeypatch.setattr(
-                "neat_align.group_trainer.completion_logprobs",
+                "neat_align.learning.step_engine.completion_logprobs",
                 lambda m, rows: completion_logprobs(m, rows) - infinite,
             )
         return compute(model, inputs, *args, **kwargs)
@@ -492,12 +492,13 @@ def test_out_of_memory_in_training_cuts_the_step_and_keeps_its_loss(
     roomy.train()
     t = small(tmp_path / "tight", **changes)
     compute, raised = t.compute_loss, 0
-    limit = max(t._tokens_in(g) for g in roomy.rounds.groups) + 1
+    limit = max(t.parts.engine._tokens_in(g) for g in roomy.rounds.groups) + 1
 
     def tight(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal raised
         over = (
-            inputs["groups"].rows.input_ids.numel() > limit and len(t._sub_steps) == 2
+            inputs["micro_batch"].rows.input_ids.numel() > limit
+            and len(t.parts.engine._groups) == 2
         )  # after an accumulation step that was fine
         if over and where == "forward":
             raised += 1
@@ -513,9 +514,9 @@ def test_out_of_memory_in_training_cuts_the_step_and_keeps_its_loss(
             handle = next(t.policy.parameters()).register_hook(fail)
             t.add_callback(_Removes(handle))
             monkeypatch.setattr(
-                t,
+                t.parts.engine,
                 "_halve_micro_batches",
-                lambda halve=t._halve_micro_batches: (handle.remove(), halve()),
+                lambda halve=t.parts.engine._halve_micro_batches: (handle.remove(), halve()),
             )
         return loss
 
@@ -524,7 +525,7 @@ def test_out_of_memory_in_training_cuts_the_step_and_keeps_its_loss(
         t.train()
     assert raised >= 1
     assert sum("memory ran out in training" in r.getMessage() for r in caplog.records) == 1
-    assert t.micro_batch_tokens < t.args.max_tokens_per_micro_batch
+    assert t.parts.engine.micro_batch_tokens < t.args.max_tokens_per_micro_batch
     for name, value in weights(roomy).items():
         torch.testing.assert_close(weights(t)[name], value, rtol=1e-4, atol=1e-5)
     for a, b in zip(lines(tmp_path / "roomy"), lines(tmp_path / "tight"), strict=True):

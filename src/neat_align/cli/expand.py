@@ -49,12 +49,12 @@ def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, f
 
     _check_output(output, form)
     trainer = build_trainer(replace(script, holdout=0), config, terminal_callbacks(config))
-    if (trainer.round_folder(0) / "manifest.json").is_file() and not script.resume:
+    if (trainer.parts.directory.round_folder(0) / "manifest.json").is_file() and not script.resume:
         raise ConfigError(
             f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
             "--output, or pass --resume true to write the same groups out again"
         )
-    with listening(trainer.stop), trainer.writing():
+    with listening(trainer.parts.ranks.stop), trainer.writing():
         made = trainer.make_round(0)
     written = _write(made, trainer, output, form)
     print(f"{written} rows ({form}) in {output}; they hold text written to be harmful, on purpose")
@@ -79,12 +79,15 @@ def _write(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -
     from neat_align.files.atomic import write_atomic, write_table
     from neat_align.rounds.completions import groups_to_table
     from neat_align.rounds.exports import preference_rows, ranked_rows
+    from neat_align.trainer.round_maker import round_params
 
     if form == "groups":
-        write_table(output, groups_to_table(made.groups, [r.name for r in trainer.rewards]))
+        write_table(
+            output, groups_to_table(made.groups, [r.name for r in trainer.parts.scored_by.rewards])
+        )
         return len(made.groups)
     to_rows = {"ranked": ranked_rows, "preference": preference_rows}[form]
-    rows: list[dict[str, Any]] = to_rows(made.groups, rank_by=trainer.round_params().rank_by)
+    rows: list[dict[str, Any]] = to_rows(made.groups, rank_by=round_params(trainer.args).rank_by)
     if output.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(output, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

@@ -30,6 +30,7 @@ from neat_align.errors import CollapseError, ConfigError
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.files.secrets import redacted
+from neat_align.learning.batches import without_unread_completions
 from neat_align.modeling.packing import tokens_in
 from neat_align.pipeline import build_trainer
 from neat_align.reporting.comparison_report import write_comparison_report
@@ -37,6 +38,7 @@ from neat_align.rounds.round_files import read_round
 from neat_align.runs.run_key import fingerprint
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
+from neat_align.trainer.round_maker import round_params
 
 FORMAT = 1
 # Held-out prompts whose answers are kept for the page.
@@ -165,7 +167,7 @@ def _build(
     settings, config = read_options(given)
     callback = _EvaluateRounds(folder)
     trainer = build_trainer(settings, config, callbacks=[callback])
-    if not trainer.eval_rows:
+    if not trainer.parts.data.eval_rows:
         raise ConfigError(
             "a comparison needs held-out prompts: set holdout or eval_dataset_name under settings"
         )
@@ -251,7 +253,7 @@ def _train(trainer: NEATTrainer, shared: Path) -> str | None:
     the comparison.
     """
     resume = (trainer.output_dir / "rounds").exists()
-    first, cached = trainer.round_folder(0), shared / _first_round_key(trainer)
+    first, cached = trainer.parts.directory.round_folder(0), shared / _first_round_key(trainer)
     if not resume and cached.is_dir():
         write_folder(first, lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
         resume = True
@@ -293,7 +295,7 @@ def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | 
 
 
 def _data_key(trainer: NEATTrainer) -> list[str]:
-    return [fingerprint(trainer.rows), fingerprint(trainer.eval_rows)]
+    return [fingerprint(trainer.parts.data.rows), fingerprint(trainer.parts.data.eval_rows)]
 
 
 def _first_round_key(trainer: NEATTrainer) -> str:
@@ -301,9 +303,9 @@ def _first_round_key(trainer: NEATTrainer) -> str:
     the same first round.
     """
     decides = {
-        "params": asdict(trainer.round_params()),
-        "bank": asdict(trainer.bank),
-        "rewards": [[r.name, r.weight] for r in trainer.rewards],
+        "params": asdict(round_params(trainer.args)),
+        "bank": asdict(trainer.parts.setup.bank),
+        "rewards": [[r.name, r.weight] for r in trainer.parts.scored_by.rewards],
         "groups": len(trainer.rounds),
         "data": _data_key(trainer),
     }
@@ -315,9 +317,11 @@ def _trained_tokens(trainer: NEATTrainer) -> int:
     for folder in sorted((trainer.output_dir / "rounds").iterdir()):
         made = read_round(folder)
         for group in made.groups if made is not None else ():
-            part = trainer.trained_part(group)
+            part = without_unread_completions(group, trainer.args)
             total += tokens_in(
-                len(part.prompt_ids), [len(c.token_ids) for c in part.completions], trainer.layout
+                len(part.prompt_ids),
+                [len(c.token_ids) for c in part.completions],
+                trainer.parts.policies.layout,
             )
     return total
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from neat_align.config import NEATConfig
 from neat_align.modeling.packing import Layout, Rows, moved_to, pack_rows, pad_rows
 from neat_align.rounds.completions import ORIGINS, CompletionGroup
-from neat_align.rounds.ranking import RankBy, best_index, rank_keys
+from neat_align.rounds.ranking import (
+    RankBy,
+    best_index,
+    extremes,
+    kept_completions,
+    rank_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class GroupBatch:
     """Some groups as one batch of rows, and the [groups, k] tables that rank them.
 
     Row r is completion `slot[r]` of group `group[r]`. `present` says which slots hold a completion;
-    `keys` is what ranks it (NaN where absent or abstained); `origins` indexes `groups.ORIGINS` (−1
+    `keys` is what ranks it (NaN where absent or abstained); `origins` indexes `ORIGINS` (−1
     where absent); `best_row` is the row of the language-modelling target (−1 where there is none).
     `ref_logps` are the start policy's log-probabilities in nats; `has_ref` says whether they were
     computed. `names` are the groups' prompt ids, for messages.
@@ -55,18 +63,6 @@ def collate_groups(
     layout: Layout = "padded",
 ) -> GroupBatch:
     """One batch from several groups of any sizes."""
-    flat = [(g, k, c) for g, group in enumerate(groups) for k, c in enumerate(group.completions)]
-    rows: Rows
-    if layout == "packed":
-        rows = pack_rows(
-            [g.prompt_ids for g in groups], [[c.token_ids for c in g.completions] for g in groups]
-        )
-    else:
-        rows = pad_rows(
-            [groups[g].prompt_ids for g, _, _ in flat],
-            [c.token_ids for _, _, c in flat],
-            pad_token_id,
-        )
     shape = (len(groups), max(len(g.completions) for g in groups))
     present = torch.zeros(shape, dtype=torch.bool)
     keys = torch.full(shape, torch.nan)
@@ -86,20 +82,62 @@ def collate_groups(
         if best is not None:
             best_row[g] = first_row + best
         first_row += len(group.completions)
-    has_ref = all(len(c.ref_logprobs) == len(c.token_ids) for _, _, c in flat)
-    ref = torch.zeros(rows.completion_ids.shape)
-    if has_ref:
-        for r, (_, _, c) in enumerate(flat):
-            ref[r, : len(c.ref_logprobs)] = torch.tensor(c.ref_logprobs)
+    rows = _rows(groups, layout, pad_token_id)
+    ref_logps = _reference_logps(groups, rows)
     return GroupBatch(
         rows=rows,
-        group=torch.tensor([g for g, _, _ in flat]),
-        slot=torch.tensor([k for _, k, _ in flat]),
+        group=torch.tensor([g for g, group in enumerate(groups) for _ in group.completions]),
+        slot=torch.tensor([k for group in groups for k in range(len(group.completions))]),
         present=present,
         keys=keys,
         origins=origins,
         best_row=best_row,
-        ref_logps=ref,
-        has_ref=has_ref,
+        ref_logps=torch.zeros(rows.completion_ids.shape) if ref_logps is None else ref_logps,
+        has_ref=ref_logps is not None,
         names=tuple(g.prompt_id for g in groups),
     )
+
+
+def _rows(groups: Sequence[CompletionGroup], layout: Layout, pad_token_id: int) -> Rows:
+    completions = [[c.token_ids for c in g.completions] for g in groups]
+    prompts = [g.prompt_ids for g in groups]
+    if layout == "packed":
+        return pack_rows(prompts, completions)
+    repeated = [p for p, answers in zip(prompts, completions, strict=True) for _ in answers]
+    return pad_rows(repeated, [ids for answers in completions for ids in answers], pad_token_id)
+
+
+def _reference_logps(
+    groups: Sequence[CompletionGroup], rows: Rows
+) -> Float[Tensor, "rows tokens"] | None:
+    """The start policy's log-probabilities in nats; None unless every completion has them."""
+    completions = [c for g in groups for c in g.completions]
+    if any(len(c.ref_logprobs) != len(c.token_ids) for c in completions):
+        return None
+    logps = torch.zeros(rows.completion_ids.shape)
+    for r, completion in enumerate(completions):
+        logps[r, : len(completion.ref_logprobs)] = torch.tensor(completion.ref_logprobs)
+    return logps
+
+
+def without_unread_completions(group: CompletionGroup, config: NEATConfig) -> CompletionGroup:
+    """The group without completions that no term of the configured loss reads.
+
+    With the best against the worst and no KL term, for example, two of a group are enough.
+    """
+    ranks_all = config.pair_selection == "all" and config.ranking_loss != "none"
+    if ranks_all or config.kl_weight > 0 or config.negative_penalty != "none":
+        return group
+    keys = rank_keys(group, cast("RankBy", config.rank_by))
+    read: list[int | None] = []
+    if config.lm_weight:
+        best = best_index(
+            group,
+            keys,
+            allow_bad_origins=config.lm_on_bad_origins,
+            allow_cut=config.lm_on_cut_completions,
+        )
+        read.append(best)
+    if config.pair_selection == "best_worst":
+        read += extremes(keys, config.reward_margin) or ()
+    return kept_completions(group, read)

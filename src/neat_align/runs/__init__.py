@@ -1,3 +1,13 @@
-"""Runs: what is kept in a run directory, exact resume, complete checkpoints, the lock, signals,
-ranks acting together.
+"""Runs: what is kept in a run directory, and how a run survives.
+
+run_directory.py      opening, resuming and saving, as the one process that writes sees it
+record.py             run.json: what was run, on what, with which versions
+run_key.py            run-key.json: what a run may not change when it goes on
+checkpoints.py        checkpoints that are complete or absent
+resume_state.py       what exact resume needs and Trainer's checkpoints leave out
+trainer_internals.py  every private name of Trainer that is used
+lock.py               one writer a run directory
+ranks.py              the processes of a run acting together
+signals.py            SIGINT and SIGTERM as a request to stop
+events.py             what a run tells whoever watches it
 """

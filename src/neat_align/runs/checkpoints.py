@@ -151,3 +151,8 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None = None) -> None
             path.replace(gone)
             sync(output_dir)
             shutil.rmtree(gone, ignore_errors=True)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer step of a checkpoint, by its name; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

@@ -43,3 +43,19 @@ def stage_reporter(
     finally:
         for callback in listeners:
             callback.on_stages_end(title)
+
+
+def tell_round(
+    callbacks: Sequence[TrainerCallback], round_index: int, groups: Sequence[CompletionGroup]
+) -> None:
+    """Tell every `RunCallback` which groups a round made."""
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):
+            callback.on_round_made(round_index, groups)
+
+
+def shows_groups(callback: TrainerCallback) -> bool:
+    """Whether a callback does something with the groups of a round."""
+    return isinstance(callback, RunCallback) and (
+        type(callback).on_round_made is not RunCallback.on_round_made
+    )

@@ -1,7 +1,8 @@
 """What a run needs to go on exactly and Trainer's checkpoints leave out: sums between two log
 lines, the place in metrics.jsonl, why the run stopped, what alarms compare with.
 
-Each process writes its own `bookmark-RANK.json` into the checkpoint, before the marker.
+Each rank writes its own `bookmark-RANK.json` into the checkpoint, before the marker. (The file
+keeps the name that older versions gave it.)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from neat_align.files.atomic import read_json, write_json
+from neat_align.runs.trainer_internals import RunningLoss
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,26 @@ class ResumeState:
     stopped_because: str | None = None
     alarm_baselines: dict[str, float] = field(default_factory=dict)
 
+    def running_loss(self) -> RunningLoss:
+        """Trainer's sums of the loss."""
+        return RunningLoss(self.loss_since_log, self.total_loss, self.logged_step)
 
-def write_resume_state(checkpoint: Path, rank: int, bookmark: ResumeState) -> None:
-    """Write a process's bookmark into a checkpoint that has no marker yet."""
-    write_json(checkpoint / f"bookmark-{rank}.json", asdict(bookmark))
+
+# The first rank's file: every checkpoint has to have it.
+RANK_ZERO_FILE = "bookmark-0.json"
+
+
+def write_resume_state(checkpoint: Path, rank: int, state: ResumeState) -> None:
+    """Write a rank's state into a checkpoint that has no marker yet."""
+    write_json(checkpoint / f"bookmark-{rank}.json", asdict(state))
 
 
 def read_resume_state(checkpoint: Path, rank: int) -> ResumeState | None:
-    """A process's bookmark; the first process's where it has none of its own (fewer saved); None in
-    older checkpoints.
+    """A rank's state; rank 0's where it has none of its own (fewer ranks saved).
+
+    None in checkpoints of versions that wrote none.
     """
-    for name in (f"bookmark-{rank}.json", "bookmark-0.json"):
+    for name in (f"bookmark-{rank}.json", RANK_ZERO_FILE):
         if (checkpoint / name).is_file():
             values: dict[str, Any] = read_json(checkpoint / name)
             return ResumeState(**values)

@@ -1,0 +1,289 @@
+"""The step engine: one optimizer step on groups of completions.
+
+Groups are cut into micro-batches under a token budget. The loss of a micro-batch is divided by
+counts over the *whole* optimizer step (all micro-batches, all ranks), so how a step is cut changes
+neither its loss nor its gradient. That is also what lets a step that ran out of memory be made
+again in smaller micro-batches.
+
+The engine owns no model and no optimizer: the trainer hands it a function that does one
+micro-batch's forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
+
+from neat_align.config import NEATConfig
+from neat_align.errors import name_list
+from neat_align.learning.batches import GroupBatch, collate_groups, without_unread_completions
+from neat_align.learning.finite import non_finite_batch, non_finite_gradient
+from neat_align.learning.losses import total_loss
+from neat_align.learning.objective import (
+    LossCounts,
+    counts_of,
+    loss_terms,
+    objective_params,
+    ranking_facts,
+)
+from neat_align.learning.step_metrics import StepMetrics, Sums
+from neat_align.modeling.logprobs import completion_logprobs
+from neat_align.modeling.packing import Layout, fill_budget, padding_fraction, tokens_in
+from neat_align.modeling.precision import autocast
+from neat_align.modeling.shared_prefix import sharing_prefixes
+from neat_align.rounds.completions import CompletionGroup
+from neat_align.rounds.ranking import RankBy
+
+logger = logging.getLogger(__name__)
+
+# Forward and backward over one micro-batch: Trainer's own training step.
+ForwardBackward = Callable[[torch.nn.Module, GroupBatch, LossCounts], Tensor]
+# How bad a number that is not finite is: a loss breaks the gradient of every rank, so it is named
+# rather than the gradients that it broke.
+BAD_GRADIENT, BAD_LOSS = 1, 2
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """What is not a finite number on this rank, and how bad that is: 0 where all is well."""
+
+    messages: tuple[str, ...] = ()
+    severity: int = 0
+
+
+class StepEngine:
+    """Micro-batches, loss and checks of one optimizer step.
+
+    Args:
+        args: the configuration; its objective and its `max_tokens_per_micro_batch`.
+        accelerator: for sums over ranks and for skipping DDP's gradient exchange.
+        forward_backward: what the trainer does with a micro-batch.
+        layout: packed or padded rows.
+        pad_token_id: of the policy's tokenizer.
+        sharded: whether ranks hold parts of the weights. They step in lockstep then: every rank
+            does one forward pass a step, whatever the token budget.
+    """
+
+    def __init__(
+        self,
+        args: NEATConfig,
+        accelerator: Accelerator,
+        forward_backward: ForwardBackward,
+        *,
+        layout: Layout,
+        pad_token_id: int,
+        sharded: bool,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.forward_backward = forward_backward
+        self.layout = layout
+        self.pad_token_id = pad_token_id
+        self.sharded = sharded
+        self.objective = objective_params(args)
+        self.micro_batch_tokens = args.max_tokens_per_micro_batch
+        self.metrics = StepMetrics()
+        # Of the optimizer step that is being made: its groups by accumulation step, the metrics
+        # before it, what was not finite.
+        self._groups: list[list[CompletionGroup]] = []
+        self._metrics_before: Sums = {}
+        self._non_finite: list[str] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return cast("torch.device", self.accelerator.device)
+
+    # ---- micro-batches ----
+
+    def collate(self, groups: list[CompletionGroup]) -> dict[str, Any]:
+        """A batch of the data loader: micro-batches under the token budget, and their groups."""
+        groups = [without_unread_completions(g, self.args) for g in groups]
+        return {"micro_batches": self._micro_batches(groups), "groups": groups}
+
+    def _micro_batches(self, groups: Sequence[CompletionGroup]) -> list[GroupBatch]:
+        sizes = [self._tokens_in(g) for g in groups]
+        budget = sum(sizes) if self.sharded else self.micro_batch_tokens
+        return [
+            self.micro_batch([groups[i] for i in members]) for members in fill_budget(sizes, budget)
+        ]
+
+    def _tokens_in(self, group: CompletionGroup) -> int:
+        lengths = [len(c.token_ids) for c in group.completions]
+        return tokens_in(len(group.prompt_ids), lengths, self.layout)
+
+    def micro_batch(self, groups: Sequence[CompletionGroup]) -> GroupBatch:
+        """These groups as one micro-batch."""
+        return collate_groups(
+            groups,
+            pad_token_id=self.pad_token_id,
+            rank_by=cast("RankBy", self.args.rank_by),
+            lm_on_bad_origins=self.args.lm_on_bad_origins,
+            lm_on_cut=self.args.lm_on_cut_completions,
+            layout=self.layout,
+        )
+
+    # ---- a step ----
+
+    def begin(self, batches: Iterable[dict[str, Any]]) -> LossCounts:
+        """Begin an optimizer step on these batches of the data loader: what its loss terms are
+        divided by.
+        """
+        self._groups, self._metrics_before = [], self.metrics.copy()
+        return self.count([micro for batch in batches for micro in batch["micro_batches"]])
+
+    def count(self, micro_batches: Sequence[GroupBatch]) -> LossCounts:
+        """Counts over these micro-batches and over all ranks."""
+        counts = counts_of(micro_batches, self.objective)
+        if self.args.world_size > 1:
+            counts = cast("Tensor", self.accelerator.reduce(counts.to(self.device), "sum"))
+        return LossCounts(*counts.clamp(min=1).tolist())
+
+    def accumulate(
+        self, model: torch.nn.Module, batch: dict[str, Any], counts: LossCounts
+    ) -> Tensor:
+        """Forward and backward over the micro-batches of one accumulation step; its loss.
+
+        When memory runs out on a single rank, the gradient of the step so far is thrown away and
+        made again in micro-batches of half as many tokens, which stay that small. Several ranks
+        cannot do that: the others wait for this one's gradient.
+        """
+        self._groups.append(batch["groups"])
+        loss = self._unless_out_of_memory(
+            lambda: self._forward_backward(model, batch["micro_batches"], counts)
+        )
+        while loss is None:
+            self._halve_micro_batches()
+            model.zero_grad()
+            self.metrics.restore(self._metrics_before)
+            self._non_finite = []
+            loss = self._unless_out_of_memory(lambda: self._replay(model, counts))
+        return loss
+
+    def _forward_backward(
+        self, model: torch.nn.Module, micro_batches: Sequence[GroupBatch], counts: LossCounts
+    ) -> Tensor:
+        losses = []
+        for micro_batch in micro_batches:
+            with contextlib.ExitStack() as opened:
+                if micro_batch is not micro_batches[-1]:
+                    opened.enter_context(self.accelerator.no_sync(model))
+                if self.layout == "packed":
+                    # Over the backward pass too: gradient checkpointing runs the attention again.
+                    opened.enter_context(sharing_prefixes(model))
+                losses.append(self.forward_backward(model, micro_batch, counts))
+        return torch.stack(losses).sum()
+
+    def _replay(self, model: torch.nn.Module, counts: LossCounts) -> Tensor:
+        """All accumulation steps so far, again; the loss of the last one (Trainer has the rest)."""
+        losses = []
+        for groups in self._groups:
+            micro_batches = [m.to(self.device) for m in self._micro_batches(groups)]
+            losses.append(self._forward_backward(model, micro_batches, counts))
+        return losses[-1]
+
+    def _unless_out_of_memory(self, work: Callable[[], Tensor]) -> Tensor | None:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if self.args.world_size > 1 or self.sharded:
+                raise
+        # Outside of the except block: the exception would keep the failed batch's tensors alive.
+        clear_device_cache(garbage_collection=True)
+        return None
+
+    def _halve_micro_batches(self) -> None:
+        """Halve the token budget. Raises torch.OutOfMemoryError when one group alone is too large.
+
+        The largest micro-batch so far is halved, which may be less than the budget.
+        """
+        sizes = [[self._tokens_in(g) for g in groups] for groups in self._groups]
+        shared = []
+        for row in sizes:
+            for members in fill_budget(row, self.micro_batch_tokens):
+                if len(members) > 1:
+                    shared.append(sum(row[i] for i in members))
+        if not shared:
+            raise torch.OutOfMemoryError(
+                "memory ran out in training on one group at a time (the largest has "
+                f"{max(map(max, sizes))} tokens): turn gradient_checkpointing on, or lower "
+                "max_completion_length or the number of completions per prompt"
+            )
+        is_first_time = self.micro_batch_tokens == self.args.max_tokens_per_micro_batch
+        self.micro_batch_tokens = max(shared) // 2
+        if is_first_time:
+            logger.warning(
+                "memory ran out in training: the step is made again in micro-batches of at most %d "
+                "tokens, with the same loss. max_tokens_per_micro_batch sets how many from the "
+                "start",
+                self.micro_batch_tokens,
+            )
+
+    # ---- loss ----
+
+    def loss(
+        self,
+        model: torch.nn.Module,
+        micro_batch: GroupBatch,
+        counts: LossCounts | None,
+        *,
+        step: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> Tensor:
+        """Loss of one micro-batch in nats, scaled to its share of the whole step.
+
+        Without `counts` the micro-batch is taken for the whole step. `step` counts from 1.
+        """
+        counts = self.count([micro_batch]) if counts is None else counts
+        # Accelerate puts autocast around the model; packed rows run the head outside of it.
+        with autocast(self.device.type, autocast_dtype):
+            logps = completion_logprobs(model, micro_batch.rows)
+        p = self.objective
+        terms = loss_terms(micro_batch, logps, counts, p)
+        loss = total_loss(
+            terms,
+            lm_weight=p.lm_weight,
+            negative_weight=p.negative_weight,
+            kl_weight=p.kl_weight,
+        )
+        message = non_finite_batch(micro_batch, logps, loss, step)
+        if message is not None:
+            # Said before the optimizer step: raised here, it would leave the other ranks waiting
+            # for this gradient.
+            self._non_finite.append(message)
+        for name in ("ranking", "lm", "negative", "kl"):
+            self.metrics.add(f"loss/{name}", float(getattr(terms, name).detach()), 0.0)
+        for fact in ranking_facts(micro_batch, logps, p):
+            self.metrics.add(*fact)
+        self.metrics.add("packing/padding_fraction", padding_fraction(micro_batch.rows))
+        tokens = float(micro_batch.rows.input_ids.numel())
+        self.metrics.add("packing/tokens_per_micro_batch", tokens)
+        # Ranks average their gradients; the counts are global, so the shares have to be summed.
+        return cast("Tensor", loss * self.args.world_size)
+
+    def non_finite(
+        self, parameters: Iterable[tuple[str, torch.nn.Parameter]], step: int
+    ) -> NonFinite:
+        """What in this step's losses or gradients is not finite on this rank, with its prompts.
+
+        Call it before the optimizer step.
+        """
+        if self._non_finite:
+            return NonFinite(tuple(self._non_finite), BAD_LOSS)
+        scaler = self.accelerator.scaler
+        # fp16's loss scaling expects gradients that overflow, and skips such steps itself.
+        if scaler is not None and scaler.is_enabled():
+            return NonFinite()
+        message = non_finite_gradient(parameters, step)
+        if message is None:
+            return NonFinite()
+        prompts = name_list([g.prompt_id for groups in self._groups for g in groups])
+        return NonFinite((f"{message}; prompts {prompts}",), BAD_GRADIENT)

@@ -1,0 +1,280 @@
+"""A run's directory as the one process that writes it sees it: opening, resuming, checkpoints.
+
+A checkpoint is synced and marked before anybody is told of it; older ones are deleted only after
+that; resuming takes the newest complete one by its path; and nothing goes on when the run was
+started with other settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError, SaveError
+from neat_align.files.atomic import cut_to, read_json, size_of
+from neat_align.prompts.rows import PromptRow
+from neat_align.rounds.round_files import set_aside_round
+from neat_align.runs.checkpoints import (
+    checkpoint_to_resume,
+    damage_of,
+    is_complete,
+    mark_complete,
+    rotate,
+    step_of,
+    unmark,
+)
+from neat_align.runs.lock import LOCK_FILE, one_writer
+from neat_align.runs.ranks import Ranks
+from neat_align.runs.record import record_changes, write_run_record
+from neat_align.runs.resume_state import (
+    RANK_ZERO_FILE,
+    ResumeState,
+    read_resume_state,
+    write_resume_state,
+)
+from neat_align.runs.run_key import check_same_run, keep_key
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Where a run goes on from: a checkpoint (None: its first step). Whether settings changed."""
+
+    checkpoint: Path | None
+    settings_changed: bool
+
+    def resume_state(self, rank: int) -> ResumeState | None:
+        """What the checkpoint says that Trainer does not restore."""
+        return None if self.checkpoint is None else read_resume_state(self.checkpoint, rank)
+
+
+class RunDirectory:
+    """The directory of one run.
+
+    Args:
+        args: the configuration; `output_dir` is the directory.
+        ranks: the run's processes. Methods are called on all of them unless they say otherwise.
+        steps_per_round: optimizer steps in a round.
+    """
+
+    def __init__(self, args: NEATConfig, ranks: Ranks, *, steps_per_round: int) -> None:
+        self.path = Path(str(args.output_dir))
+        self.args = args
+        self.ranks = ranks
+        self.steps_per_round = steps_per_round
+        # Trainer would delete old checkpoints before the new one is marked: it is told of no limit
+        # (`own_limits`).
+        self.save_total_limit = args.save_total_limit
+        self._start: RunStart | None = None
+        self._is_writer = False
+        self._lock_was_there = False
+
+    @property
+    def metrics_file(self) -> Path:
+        """Everything that was logged, a JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def round_folder(self, index: int) -> Path:
+        """Where a round lives; rounds count from 0."""
+        return self.path / "rounds" / f"{index:05d}"
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Where the checkpoint of an optimizer step lives."""
+        return self.path / f"checkpoint-{step}"
+
+    def has_complete_checkpoint(self, step: int) -> bool:
+        """Whether that step's checkpoint can be resumed from. (Any rank may ask alone.)"""
+        return is_complete(self.checkpoint_folder(step))
+
+    # ---- opening ----
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only run that writes here; inside of another such block, do nothing.
+
+        Raises ConfigError when another process is writing here.
+        """
+        if self._is_writer:
+            yield
+            return
+        with contextlib.ExitStack() as held:
+            self._lock_was_there = (self.path / LOCK_FILE).exists()
+            self.ranks.run_on_rank_zero(
+                lambda: held.enter_context(one_writer(self.path)),
+                "while it asked for the run directory",
+            )
+            self._is_writer = True
+            try:
+                yield
+            finally:
+                self._is_writer = False
+
+    def open(self, resume: str | bool | None, run_key: Callable[[], Mapping[str, Any]]) -> None:
+        """Begin the run or take it up: refuse what cannot go on, set aside what was interrupted.
+
+        `run_key` gives what the run may not change. Raises ConfigError when the directory holds a
+        run and `resume` is not set, or none and it is, when settings changed (unless
+        `allow_changes`), and when there is no complete checkpoint to go on from.
+        """
+        opened: list[Any] = [None]
+
+        def open_on_rank_zero() -> None:
+            opened[0] = self._open(resume, dict(run_key()))
+
+        self.ranks.run_on_rank_zero(open_on_rank_zero, "while it opened the run")
+        self._start = broadcast_object_list(opened)[0]
+
+    def take_start(
+        self, resume: str | bool | None, run_key: Callable[[], Mapping[str, Any]]
+    ) -> RunStart:
+        """Where training begins; opens the run unless that is done already."""
+        if self._start is None:
+            self.open(resume, run_key)
+        start, self._start = self._start, None
+        assert start is not None
+        return start
+
+    def _open(self, resume: str | bool | None, key: dict[str, Any]) -> RunStart:
+        has_key = (self.path / "run-key.json").is_file()
+        self._check_may_open(resume, has_key=has_key)
+        changes = check_same_run(self.path, key, allow_changes=self.args.allow_changes)
+        checkpoint = self._checkpoint(resume)
+        kept_bytes = self._metrics_bytes(checkpoint, has_key=has_key)
+        cut_to(self.metrics_file, kept_bytes)
+        if changes:
+            step = step_of(checkpoint)
+            record_changes(self.path, self.args, step, changes)
+            self._set_aside_rounds_after(step)
+        keep_key(self.path, key)
+        return RunStart(checkpoint, bool(changes))
+
+    def _check_may_open(self, resume: str | bool | None, *, has_key: bool) -> None:
+        started = any((self.path / name).exists() for name in ("rounds", "run.json"))
+        if not resume and started:
+            raise ConfigError(
+                f"{self.path} already holds a run: pass resume_from_checkpoint=True to go on with "
+                "it, or another output_dir"
+            )
+        # Killed before its first step, a run has its key, or only its lock.
+        if resume is True and not (started or has_key or self._lock_was_there):
+            (self.path / LOCK_FILE).unlink()  # or the next attempt would take this one for a run
+            raise ConfigError(
+                f"{self.path} holds no run to resume: leave resume_from_checkpoint out to start one"
+            )
+
+    def _checkpoint(self, resume: str | bool | None) -> Path | None:
+        if not isinstance(resume, str):
+            return checkpoint_to_resume(self.path) if resume else None
+        damage = damage_of(Path(resume))
+        if damage is not None:
+            raise ConfigError(
+                f"{resume} cannot be resumed from: {damage}. resume_from_checkpoint=True takes the "
+                "newest complete one"
+            )
+        return Path(resume)
+
+    def _metrics_bytes(self, checkpoint: Path | None, *, has_key: bool) -> int:
+        """How much of metrics.jsonl was written before the place that the run goes on from."""
+        everything = size_of(self.metrics_file)
+        if checkpoint is not None:
+            state = read_resume_state(checkpoint, 0)
+            is_own = checkpoint.parent.resolve() == self.path.resolve()
+            if not is_own or state is None or state.metrics_bytes is None:
+                return everything
+            return state.metrics_bytes
+        if (self.path / "run.json").is_file():
+            return int(read_json(self.path / "run.json").get("metrics_bytes", everything))
+        # Before training there is only the first evaluation, whose file is written after its line.
+        evaluated = (self.path / "evaluation-before.json").is_file()
+        return everything if evaluated or not has_key else 0
+
+    def _set_aside_rounds_after(self, step: int) -> None:
+        """Rounds that begin after the step were sampled by a policy that this run will not have."""
+        first = -(-step // self.steps_per_round)
+        for folder in sorted((self.path / "rounds").glob("[0-9]*")):
+            if folder.name.isdigit() and int(folder.name) >= first:
+                set_aside_round(folder, "it was sampled by another policy")
+
+    def record_start(self, rows: Sequence[PromptRow], reward_names: Sequence[str]) -> None:
+        """Write run.json, unless an earlier start of the run has."""
+        if self.ranks.is_rank_zero and not (self.path / "run.json").is_file():
+            size = size_of(self.metrics_file)
+            write_run_record(self.path, self.args, rows, reward_names, size)
+
+    @contextlib.contextmanager
+    def own_limits(self, start: RunStart, *, has_stopped: bool) -> Iterator[None]:
+        """Keep from Trainer what is done here while it trains: deleting checkpoints, and going on
+        with a run that had stopped by itself.
+        """
+        a = self.args
+        before = a.save_total_limit, a.num_train_epochs, a.max_steps
+        a.save_total_limit = None
+        if has_stopped:
+            rounds = -(-step_of(start.checkpoint) // self.steps_per_round)
+            a.num_train_epochs, a.max_steps = rounds, -1
+        try:
+            yield
+        finally:
+            a.save_total_limit, a.num_train_epochs, a.max_steps = before
+
+    # ---- checkpoints ----
+
+    def save_checkpoint(
+        self,
+        step: int,
+        write: Callable[[], None],
+        state: Callable[[], ResumeState],
+        *,
+        required: Sequence[str],
+        best: str | None,
+    ) -> None:
+        """A checkpoint of `step`, then its marker; older ones are deleted only after that.
+
+        `write` writes Trainer's files, and `required` names those without which the checkpoint is
+        not one. `best` is the checkpoint that deletion spares. Raises SaveError, and leaves none
+        of the checkpoint, when it could not be written whole.
+        """
+        folder = self.checkpoint_folder(step)
+
+        def save() -> None:
+            if self.ranks.is_rank_zero and folder.exists():
+                unmark(folder)
+            write()
+            write_resume_state(folder, self.args.process_index, state())
+
+        def finish() -> None:
+            names = [*required, RANK_ZERO_FILE]
+            mark_complete(folder, required=names, resumable=not self.args.save_only_model)
+            rotate(self.path, self.save_total_limit, keep=best)
+
+        try:
+            self.ranks.run_on_all_ranks(save, f"while it saved {folder.name}")
+            self.ranks.run_on_rank_zero(finish, f"while it finished {folder.name}")
+        # A full disk is an OSError to Python, a RuntimeError to torch.save, and its own error to
+        # safetensors.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.ranks.is_rank_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise SaveError(
+                f"{folder} could not be written ({type(error).__name__}: {error}). What there was "
+                "of it is deleted, older checkpoints are untouched: make room, and go on with "
+                "--resume true (resume_from_checkpoint=True)"
+            ) from error
+
+
+def required_files(args: NEATConfig, *, sharded: bool) -> tuple[str, ...]:
+    """Trainer's files without which a checkpoint cannot be resumed from exactly.
+
+    Sharded weights and optimizer states are saved in their framework's own form.
+    """
+    if sharded or args.save_only_model:
+        return ("trainer_state.json",)
+    random_state = "rng_state.pth" if args.world_size == 1 else "rng_state_0.pth"
+    return ("optimizer.pt", "scheduler.pt", random_state, "trainer_state.json")

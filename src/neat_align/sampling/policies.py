@@ -1,0 +1,105 @@
+"""The policy that learns and the policy it started from, scored and sampled in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from neat_align.modeling.logprobs import score_completions
+from neat_align.modeling.packing import Layout, TokenIds
+from neat_align.modeling.precision import half_precision_copy
+from neat_align.modeling.reference import Reference
+from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.sampling.transformers_sampler import BatchLimit, TransformersSampler
+
+
+@dataclass(frozen=True)
+class Policies:
+    """The current policy and the start policy.
+
+    `reference` opens the start policy, which may be the current model with its adapter off: only
+    while it is open. `merged_copy` says whether completions are sampled from a copy in
+    `autocast_dtype` with adapters merged, which is faster on CPUs. `batch_size` completions are
+    sampled at once, or fewer once memory ran out (`batch_limit` remembers that).
+    """
+
+    model: torch.nn.Module
+    reference: Reference
+    layout: Layout
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    batch_size: int
+    autocast_dtype: torch.dtype | None
+    merged_copy: bool
+    batch_limit: BatchLimit = field(default_factory=BatchLimit)
+
+    def logprobs(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> list[tuple[float, ...]]:
+        """Per-token log-probabilities of the completions under the current policy, in nats."""
+        return self._score(self.model, prompts, completions)
+
+    def start_logprobs(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> list[tuple[float, ...]]:
+        """The same under the start policy."""
+        with self.reference() as model:
+            return self._score(model, prompts, completions)
+
+    def _score(
+        self,
+        model: torch.nn.Module,
+        prompts: Sequence[TokenIds],
+        completions: Sequence[TokenIds],
+    ) -> list[tuple[float, ...]]:
+        return score_completions(
+            model,
+            prompts,
+            completions,
+            layout=self.layout,
+            pad_token_id=self.pad_token_id,
+            autocast_dtype=self.autocast_dtype,
+        )
+
+    def sampler(self) -> TransformersSampler:
+        """Draws from the current policy as it is now: a copy does not follow later steps."""
+        return self._sampler(self.model)
+
+    def start_sampler(self) -> Sampler:
+        """Draws from the start policy.
+
+        A copy of it is made once, here; where there is none, the start policy is opened only while
+        it draws, since an adapter must be on for everything else.
+        """
+        with self.reference() as model:
+            sampler = self._sampler(model)
+            return _WhileOpen(self) if sampler.model is model else sampler
+
+    def _sampler(self, model: torch.nn.Module) -> TransformersSampler:
+        dtype = self.autocast_dtype
+        if dtype is not None and self.merged_copy:
+            model, dtype = half_precision_copy(model, dtype), None
+        return TransformersSampler(
+            model, self.eos_token_ids, self.pad_token_id, self.batch_size, dtype, self.batch_limit
+        )
+
+
+@dataclass(frozen=True)
+class _WhileOpen:
+    """Draws from the start policy, opened for every draw."""
+
+    policies: Policies
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Sample]:
+        """One `Sample` a request, in order."""
+        with self.policies.reference() as model:
+            sampler = self.policies._sampler(model)
+            return sampler.sample(requests, params, progress=progress)

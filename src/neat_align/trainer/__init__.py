@@ -1,0 +1,14 @@
+"""The trainer: the one place that knows all stages, composed of the rooms below it.
+
+neat_trainer.py    NEATTrainer, a subclass of `transformers.Trainer` alone
+setup.py           data, policy, rewards and layout, checked before anything is sampled
+parts.py           what the trainer is composed of, and what the parts do together
+round_maker.py     a round from the current policy, made on rank 0 and read by all
+round_callback.py  rounds among Trainer's events
+"""
+
+from __future__ import annotations
+
+from neat_align.trainer.neat_trainer import NEATTrainer
+
+__all__ = ["NEATTrainer"]

@@ -1,0 +1,292 @@
+"""NEATTrainer: a `transformers.Trainer` in which one epoch is one NEAT round.
+
+`on_epoch_begin` samples, scores and ranks this round's groups with the current policy and swaps
+them into the training data; the epoch's iterator is made after that, so no batch is older than its
+round (`round_callback`). What the trainer adds to Trainer is composed (`trainer_parts`): policies,
+round maker, step engine, drift monitor, run directory and ranks can each be used alone.
+
+Where this departs from a textbook Trainer: the loss of a micro-batch is divided by counts over the
+whole optimizer step (`learning.step_engine`); a checkpoint counts only when its `COMPLETE.json` is
+written, and a run goes on exactly (`runs.run_directory`); evaluation samples from the policy
+instead of computing a loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError, RunInterrupted
+from neat_align.evaluation.held_out import Evaluation
+from neat_align.learning.batches import GroupBatch
+from neat_align.learning.current_round import CurrentRoundDataset
+from neat_align.learning.objective import LossCounts
+from neat_align.prompts.row_checks import as_rows
+from neat_align.rewards.protocol import RewardSpec
+from neat_align.rounds.completions import CompletionGroup
+from neat_align.rounds.round_files import FinishedRound
+from neat_align.runs.run_directory import required_files
+from neat_align.runs.signals import listening
+from neat_align.runs.trainer_internals import running_loss, save_trainer_checkpoint
+from neat_align.trainer.parts import TrainerParts, compose
+from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
+from neat_align.trainer.setup import (
+    check_callbacks,
+    contrast_reward,
+    keep_one_progress_bar,
+    read_data,
+    set_up_policy,
+    set_up_rewards,
+)
+
+
+class NEATTrainer(Trainer):
+    """Train a causal language model with NEAT.
+
+    Args:
+        model: a `PreTrainedModel`, a PEFT model, or a name or path (loaded in fp32).
+        reward_funcs: one or several of: the name of a shipped reward ("vader", "minilm_tone"), a
+            server's URL, "contrast" (the policy's own opinion), "package.module:function", the name
+            of a sequence-classification model, such a model, or
+            `f(prompts, completions, completion_ids, **columns)`. None with `rank_by: origin`.
+        args: a `NEATConfig`.
+        train_dataset: a `datasets.Dataset` or any iterable of rows with `prompt`, or
+            `prompt`/`chosen`/`rejected`.
+        eval_dataset: held-out rows of the same form; `evaluate()` samples on their plain prompts.
+        processing_class: the tokenizer; None loads the model's own.
+        reward_processing_classes: a tokenizer per reward function, for models given as objects.
+        callbacks, optimizers: as in `Trainer`; `terminal_callbacks(args)` gives the command line's.
+        peft_config: a PEFT configuration; the adapter switched off is then the start policy.
+        ref_model: the start policy for KL, dpo and npo; None is the adapter switched off, else a
+            frozen copy of `model`.
+        judge_funcs: rewards that evaluation reports and training never sees.
+    """
+
+    # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
+    loss_is_scaled_for_ga = True
+    args: NEATConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | torch.nn.Module,
+        reward_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+        args: NEATConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        ref_model: PreTrainedModel | torch.nn.Module | None = None,
+        judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+    ) -> None:
+        args = NEATConfig(output_dir="neat-run") if args is None else args
+        check_callbacks(args, callbacks or ())
+        data = read_data(args, train_dataset, eval_dataset)
+        setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
+        contrast = contrast_reward(args, setup, self._sum_logprobs)
+        scored_by = set_up_rewards(
+            args, contrast, reward_funcs, judge_funcs, reward_processing_classes
+        )
+        self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
+        self.round_callback = RoundCallback(self, self.rounds)
+        self.last_evaluation: Evaluation | None = None
+        super().__init__(
+            model=cast("Any", setup.model),
+            args=args,
+            data_collator=self._collate,
+            train_dataset=self.rounds,
+            eval_dataset=cast("Any", data.eval_rows or None),
+            processing_class=setup.tokenizer,
+            callbacks=[self.round_callback, *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.parts: TrainerParts = compose(
+            args,
+            data,
+            setup,
+            scored_by,
+            accelerator=self.accelerator,
+            forward_backward=self._forward_backward,
+            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            num_groups=len(self.rounds),
+            steps_per_round=self.steps_per_round,
+        )
+        keep_one_progress_bar(self)
+        # The last callback, so that all others have seen the save.
+        self.add_callback(StopAfterSaveCallback(self.parts.ranks))
+
+    def _sum_logprobs(self, *rows: Any) -> list[float]:
+        return [sum(row) for row in self.parts.policies.logprobs(*rows)]
+
+    def _collate(self, groups: list[CompletionGroup]) -> dict[str, Any]:
+        return self.parts.engine.collate(groups)
+
+    @property
+    def policy(self) -> torch.nn.Module:
+        """The model that learns, without any wrapper of accelerate."""
+        return cast("torch.nn.Module", self.model)
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory."""
+        return self.parts.directory.path
+
+    @property
+    def stopped_because(self) -> str | None:
+        """Why training stopped by itself before its last round, if it did."""
+        return self.round_callback.stopped_because
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps in a round."""
+        a = self.args
+        groups_per_step = a.train_batch_size * a.gradient_accumulation_steps * a.world_size
+        return -(-len(self.rounds) // int(groups_per_step))
+
+    def make_round(self, index: int) -> FinishedRound:
+        """Sample, score and rank a round, or read it when it is finished on the disk."""
+        return self.parts.round_maker.make(
+            index,
+            is_start=self.state.global_step == 0,
+            start_is_current=not self.parts.setup.reference_given,
+            callbacks=self.callback_handler.callbacks,
+        )
+
+    # ---- Trainer's steps ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The step's batches, and what its loss terms are divided by, for Trainer's token count."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.parts.engine.begin(batches)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward over the micro-batches of one accumulation step."""
+        return self.parts.engine.accumulate(model, inputs, num_items_in_batch)
+
+    def _forward_backward(
+        self, model: torch.nn.Module, micro_batch: GroupBatch, counts: LossCounts
+    ) -> Tensor:
+        return super().training_step(model, {"micro_batch": micro_batch}, cast("Any", counts))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Loss of one micro-batch, already scaled to its share of the whole step."""
+        if return_outputs:
+            raise ValueError("NEATTrainer has no model outputs to return: use completion_logprobs")
+        return self.parts.engine.loss(
+            model,
+            inputs["micro_batch"],
+            num_items_in_batch,
+            step=self.state.global_step + 1,
+            autocast_dtype=self.parts.policies.autocast_dtype,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the training metrics gathered since the last training log added to it."""
+        if "loss" in logs or "train_loss" in logs:
+            self.parts.complete_training_log(logs, self.state.global_step, running_loss(self))
+        super().log(logs, start_time)
+
+    # ---- a run that survives ----
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only run that writes into the run directory."""
+        return self.parts.directory.writing()
+
+    def open_run(self, resume: str | bool | None) -> None:
+        """Begin the run in the output directory or take it up (see `RunDirectory.open`).
+
+        `train` does this itself; call it first (inside of `writing`) to have it done before an
+        evaluation is paid for.
+        """
+        self.parts.directory.open(resume, self.parts.run_key)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train for `num_train_epochs` rounds.
+
+        `resume_from_checkpoint=True` goes on from the newest complete checkpoint, or from the first
+        round's finished work when there is none yet: same weights, rounds and metrics as without
+        the break. On SIGINT or SIGTERM what is being done is finished, a complete checkpoint is
+        written, and RunInterrupted, a SystemExit with code 128 + signal, is raised; a second signal
+        ends the process at once.
+        """
+        directory = self.parts.directory
+        with listening(self.parts.ranks.stop), self.writing():
+            start = directory.take_start(resume_from_checkpoint, self.parts.run_key)
+            self.round_callback.start_from(start)
+            self.parts.record_start()
+            with directory.own_limits(start, has_stopped=self.stopped_because is not None):
+                try:
+                    checkpoint = None if start.checkpoint is None else str(start.checkpoint)
+                    output = super().train(checkpoint, trial, ignore_keys_for_eval)
+                except RunInterrupted:
+                    # Loggers and bars are closed as at any other end.
+                    self.callback_handler.on_train_end(self.args, self.state, self.control)
+                    self.is_in_train = False
+                    raise
+            self.parts.ranks.raise_if_stop_requested("after training had finished")
+            return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's checkpoint, marked once it is complete. Raises SaveError."""
+        self.parts.directory.save_checkpoint(
+            self.state.global_step,
+            lambda: save_trainer_checkpoint(self, model, trial),
+            self.round_callback.resume_state,
+            required=required_files(self.args, sharded=self.parts.engine.sharded),
+            best=self.state.best_model_checkpoint,
+        )
+
+    def save_checkpoint_now(self) -> None:
+        """A complete checkpoint of the last step, outside of Trainer's order."""
+        self._save_checkpoint(self.model, None)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample and judge the current policy on held-out rows (plain prompt).
+
+        `last_evaluation` keeps the whole of it. Raises ConfigError when there are no rows.
+        """
+        if ignore_keys is not None:
+            raise ConfigError(
+                "ignore_keys has no meaning: evaluate samples and collects no outputs"
+            )
+        given = eval_dataset is not None
+        self.last_evaluation = self.parts.evaluate(
+            as_rows(eval_dataset, "eval_dataset") if given else self.parts.data.eval_rows,
+            self.callback_handler.callbacks,
+            is_start=self.state.global_step == 0,
+            may_stop=not self.is_in_train,
+        )
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.last_evaluation.summary().items()}
+        self.log(dict(metrics))
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,159 @@
+"""The round maker: rounds of groups from the current policy, made on rank 0 and read by all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+from transformers import TrainerCallback
+
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError
+from neat_align.prompts.instruction_banks import InstructionBank
+from neat_align.prompts.rows import PromptRow
+from neat_align.rewards.protocol import NamedReward
+from neat_align.rounds.make_round import make_round
+from neat_align.rounds.params import RoundParams, RoundTools
+from neat_align.rounds.ranking import RankBy
+from neat_align.rounds.round_files import (
+    FinishedRound,
+    next_position,
+    read_round,
+    set_aside_if_damaged,
+)
+from neat_align.runs.events import stage_reporter
+from neat_align.runs.ranks import Ranks
+from neat_align.runs.run_directory import RunDirectory
+from neat_align.sampling.policies import Policies
+from neat_align.sampling.protocol import SamplingParams
+
+
+def sampling_params(args: NEATConfig) -> SamplingParams:
+    """How completions are drawn, from the configuration."""
+    return SamplingParams(args.max_completion_length, args.temperature, args.top_p, args.top_k)
+
+
+def round_params(args: NEATConfig) -> RoundParams:
+    """What a round is made of, from the configuration."""
+    return RoundParams(
+        seed=args.seed,
+        num_positive=args.num_positive,
+        num_negative=args.num_negative,
+        num_plain=args.num_plain,
+        use_human_completions=args.use_human_completions,
+        placement=args.instruction_placement,
+        sampling=sampling_params(args),
+        rank_by=cast("RankBy", args.rank_by),
+        negative_source=cast("Literal['instruction', 'other_prompts']", args.negative_source),
+        reward_margin=args.reward_margin,
+        max_prompt_length=args.max_prompt_length,
+        min_pair_fraction=args.min_pair_fraction,
+    )
+
+
+class RoundMaker:
+    """Makes the rounds of a run.
+
+    Args:
+        args: the configuration.
+        rows: the training data's rows.
+        num_groups: groups of a round.
+        policies: who samples and who gives log-probabilities.
+        tokenizer: the policy's.
+        bank: the instructions.
+        rewards: what scores completions.
+        directory: where rounds are kept.
+        ranks: the run's processes.
+    """
+
+    def __init__(
+        self,
+        args: NEATConfig,
+        rows: Sequence[PromptRow],
+        num_groups: int,
+        *,
+        policies: Policies,
+        tokenizer: Any,
+        bank: InstructionBank,
+        rewards: tuple[NamedReward, ...],
+        directory: RunDirectory,
+        ranks: Ranks,
+    ) -> None:
+        self.args = args
+        self.rows = rows
+        self.num_groups = num_groups
+        self.policies = policies
+        self.tokenizer = tokenizer
+        self.bank = bank
+        self.rewards = rewards
+        self.directory = directory
+        self.ranks = ranks
+
+    def set_aside_if_damaged(self, index: int) -> None:
+        """Set a round aside when its groups are not what was written.
+
+        Only for a round that begins now: the policy has to be the one that sampled it.
+        """
+        folder = self.directory.round_folder(index)
+        where = f"before round {index + 1}"
+        self.ranks.run_on_rank_zero(lambda: set_aside_if_damaged(folder), where)
+
+    def make(
+        self,
+        index: int,
+        *,
+        is_start: bool,
+        start_is_current: bool,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> FinishedRound:
+        """Sample, score and rank a round, or read it when it is finished on the disk.
+
+        `is_start`: no optimizer step has been made. `start_is_current`: the start policy is the
+        model's own start, so before the first step both policies are one. Raises ConfigError when
+        the round before it is missing, and what `make_round` raises.
+        """
+        position = next_position(self.directory.round_folder(index - 1)) if index > 0 else 0
+        if position is None:
+            raise ConfigError(
+                f"round {index - 1} is missing under {self.directory.path / 'rounds'}: it says "
+                "which prompts come next"
+            )
+        folder = self.directory.round_folder(index)
+        where = f"in round {index + 1}; its finished answers and scores are kept"
+
+        def work() -> None:
+            with stage_reporter(callbacks, f"round {index + 1}") as progress:
+                make_round(
+                    self.rows,
+                    num_groups=self.num_groups,
+                    position=position,
+                    round_index=index,
+                    params=round_params(self.args),
+                    tools=self._tools(where, is_start=is_start, start_is_current=start_is_current),
+                    folder=folder,
+                    progress=progress,
+                )
+
+        self.ranks.run_on_rank_zero(work, where)
+        made = read_round(folder)
+        assert made is not None
+        return made
+
+    def _tools(self, where: str, *, is_start: bool, start_is_current: bool) -> RoundTools:
+        policies, keep_reference = self.policies, is_start or self.args.needs_reference
+        start_logprobs = policies.start_logprobs if keep_reference else None
+        # The same function twice: it runs once.
+        both_are_one = is_start and start_is_current
+        sampler = policies.sampler()
+        is_current = self.args.negative_policy == "current"
+        return RoundTools(
+            tokenizer=self.tokenizer,
+            bank=self.bank,
+            rewards=self.rewards,
+            sampler=sampler,
+            negative_sampler=sampler if is_current else policies.start_sampler(),
+            policy_logprobs=start_logprobs if both_are_one else policies.logprobs,
+            ref_logprobs=start_logprobs,
+            shard_size=self.args.generation_batch_size,
+            between_shards=lambda: self.ranks.raise_if_this_rank_must_stop(where),
+        )
