@@ -25,7 +25,7 @@ def inspect(
     ] = None,
     sort: Annotated[
         Sort,
-        typer.Option(help="order of the file, largest reward gap first, or best reward first"),
+        typer.Option(help="As sampled, widest reward gap first, or best reward first."),
     ] = Sort.order,
     search: Annotated[
         str | None, typer.Option(help="Only groups whose text contains this.")

@@ -28,9 +28,9 @@ def print_closing(console: Console, result: dict[str, Any], run: Path) -> None:
     if result["stopped_because"]:
         console.print(f"stopped early: {result['stopped_because']}", markup=False, style="yellow")
     minutes, gib = result["wall_seconds"] / 60, result["peak_rss_bytes"] / 2**30
-    rounds, steps = result["rounds"], result["steps"]
+    rounds, steps = _count(result["rounds"], "round"), _count(result["steps"], "step")
     lines = [
-        f"{rounds} rounds, {steps} steps, {minutes:.1f} minutes, {gib:.1f} GiB at most",
+        f"{rounds}, {steps}, {minutes:.1f} minutes, {gib:.1f} GiB at most",
         f"model   {run / 'model'}",
         f"report  {run / 'report.html'}",
         f"numbers {run / 'result.json'}",
@@ -38,6 +38,10 @@ def print_closing(console: Console, result: dict[str, Any], run: Path) -> None:
         f"look at what it wrote:  neat-align inspect {run} --sort gap",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def result_table(result: dict[str, Any]) -> Table:
