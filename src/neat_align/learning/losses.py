@@ -1,9 +1,9 @@
 """The losses of NEAT, as pure functions of tensors: no model, no configuration, no device, no
 synchronisation.
 
-Read top to bottom: what a completion scores, the four ranking losses on ordered pairs (`pairs`), the
-language-modelling loss, the penalties, and their sum. The
-equations, their sources and the tests that hold them are tabled in `docs/method.md`.
+Read top to bottom: what a completion scores, the four ranking losses on ordered pairs (`pairs`),
+the language-modelling loss, the penalties, and their sum. The equations, their sources and the
+tests that hold them are tabled in `docs/method.md`.
 
 Conventions
     log π(token) is a natural logarithm, so losses are in nats; a *score* is in nats per token when

@@ -1,5 +1,4 @@
-"""The objective: from a batch's log-probabilities to the weighted terms of a step's loss, and to the
-metrics that the log shows of them.
+"""The objective: from a batch's log-probabilities to the terms of a step's loss, and to metrics.
 
 Each term is divided by a count over the whole optimizer step (every micro-batch, every rank).
 The counts depend on the data alone, so they are known before the first forward pass, and 1×8 groups
