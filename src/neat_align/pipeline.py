@@ -28,6 +28,7 @@ from neat_align.reporting.run_report import write_report
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
+from neat_align.unsupported import check_command_options
 
 
 def load_data(script: ScriptArguments) -> tuple[list[PromptRow], list[PromptRow]]:
@@ -89,6 +90,7 @@ def build_trainer(
     """The trainer of a run, with everything checked that can be checked before sampling."""
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
+    check_command_options(config)
     rows, held_out = load_data(script)
     name = demo_model_path() if script.model_name_or_path == "demo" else script.model_name_or_path
     model = load_policy(
