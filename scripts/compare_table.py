@@ -83,7 +83,7 @@ README_METHODS = {
 
 
 def readme(result: Mapping[str, Any]) -> list[str]:
-    """A few methods, and three columns: what is gained on the held-out reward, and at which price."""
+    """A few methods: what is gained on the held-out reward, and at which price."""
     judge = f"judges/{result['judges'][0]}"
     lines = ["| method | held-out reward | KL | perplexity |", "|---|---|---|---|"]
     rows = {row["method"]: row["at_budget"] for row in result["table"]}

@@ -28,6 +28,7 @@ from neat_align.reporting.run_report import write_report
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
+from neat_align.unsupported import check_command_options
 
 
 def load_data(script: ScriptArguments) -> tuple[list[PromptRow], list[PromptRow]]:
@@ -36,41 +37,45 @@ def load_data(script: ScriptArguments) -> tuple[list[PromptRow], list[PromptRow]
         raise ConfigError(
             "dataset_name is missing: name a file with prompts, a hub data set, or demo"
         )
-    demo = script.dataset_name == "demo"
-    if demo:
-        if script.dataset_train_split is not None:
-            raise ConfigError(
-                f"dataset_train_split is {script.dataset_train_split!r}, but the demo's prompts "
-                "have no splits: take it out"
-            )
-        rows = demo_rows("train")[: script.dataset_limit]
-    else:
-        rows = load_rows(
-            script.dataset_name, split=script.dataset_train_split, limit=script.dataset_limit
-        )
-    held_out: list[PromptRow] = []
-    if script.eval_dataset_name is not None:
-        held_out = load_rows(script.eval_dataset_name, split=script.eval_dataset_split)
-    elif demo:
-        shipped = demo_rows("heldout")
-        if script.holdout > len(shipped):
-            raise ConfigError(
-                f"holdout is {script.holdout}, but the demo holds {len(shipped)} prompts out: "
-                "lower it, or give eval_dataset_name"
-            )
-        held_out = _spread(shipped, script.holdout)
-    elif script.holdout:
-        if script.holdout >= len(rows):
-            raise ConfigError(
-                f"holdout is {script.holdout} but there are only {len(rows)} rows: lower it, or "
-                "give eval_dataset_name"
-            )
-        held_out = _spread(rows, script.holdout)
+    rows = _training_rows(script)
+    held_out = _held_out_rows(script, rows)
     prompts = {json.dumps(row.prompt) for row in held_out}
     rows = [row for row in rows if json.dumps(row.prompt) not in prompts]
     if script.as_conversations:
         return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
     return rows, held_out
+
+
+def _training_rows(script: ScriptArguments) -> list[PromptRow]:
+    split, limit = script.dataset_train_split, script.dataset_limit
+    if script.dataset_name != "demo":
+        return load_rows(script.dataset_name, split=split, limit=limit)
+    if split is not None:
+        raise ConfigError(
+            f"dataset_train_split is {split!r}, but the demo's prompts have no splits: take it out"
+        )
+    return demo_rows("train")[:limit]
+
+
+def _held_out_rows(script: ScriptArguments, rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Rows of `eval_dataset_name`, else `holdout` of the demo's own or of the training rows."""
+    n = script.holdout
+    if script.eval_dataset_name is not None:
+        return load_rows(script.eval_dataset_name, split=script.eval_dataset_split)
+    if script.dataset_name == "demo":
+        shipped = demo_rows("heldout")
+        if n > len(shipped):
+            raise ConfigError(
+                f"holdout is {n}, but the demo holds {len(shipped)} prompts out: lower it, or give "
+                "eval_dataset_name"
+            )
+        return _spread(shipped, n)
+    if n and n >= len(rows):
+        raise ConfigError(
+            f"holdout is {n} but there are only {len(rows)} rows: lower it, or give "
+            "eval_dataset_name"
+        )
+    return _spread(rows, n) if n else []
 
 
 def _spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
@@ -85,6 +90,7 @@ def build_trainer(
     """The trainer of a run, with everything checked that can be checked before sampling."""
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
+    check_command_options(config)
     rows, held_out = load_data(script)
     name = demo_model_path() if script.model_name_or_path == "demo" else script.model_name_or_path
     model = load_policy(
@@ -140,7 +146,7 @@ def _train(trainer: NEATTrainer, script: ScriptArguments) -> dict[str, Any]:
     out = trainer.output_dir
     if trainer.args.world_size == 1:
         write_folder(out / "model", lambda folder: trainer.save_model(str(folder)))
-    else:  # all processes save parts of it into one folder
+    else:  # all ranks save parts of it into one folder
         trainer.save_model(str(out / "model"))
     result: dict[str, Any] = {}
     if before is not None:
@@ -170,19 +176,16 @@ def _check_empty(folder: Path) -> None:
     """Refuse to write a run among what is there already: nothing could tell the two apart later."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir is {folder}, which is a file: choose a folder")
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if found:
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if names:
         raise ConfigError(
-            f"output_dir is {folder}, which is not empty ({', '.join(found[:4])}): choose another "
-            "one, or pass --resume true to go on with "
-            "the run in it"
+            f"output_dir is {folder}, which is not empty ({', '.join(names[:4])}): choose another "
+            "one, or pass --resume true to go on with the run in it"
         )
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:
-    """The start policy on the held-out prompts; a resumed run reads what it measured before it was
-    interrupted.
-    """
+    """The start policy on the held-out prompts; a resumed run reads what it measured before."""
     path = trainer.output_dir / "evaluation-before.json"
     if path.is_file():
         return Evaluation(**read_json(path))

@@ -768,6 +768,18 @@ ROWS = (
         ConfigError,
         ("fp16 and bf16 are both true", "set bf16 to false"),
     ),
+    Row(
+        "an option that nothing reads",
+        recipe("seed: 1\nper_device_eval_batch_size: 16\n"),
+        ConfigError,
+        ("r.yaml:2: per_device_eval_batch_size is read by nothing", "leave it out"),
+    ),
+    Row(
+        "sharded weights",
+        recipe("deepspeed: {zero_optimization: {stage: 3}}\n"),
+        ConfigError,
+        ("r.yaml:1: deepspeed asks for DeepSpeed's ZeRO stage 3", "sampling needs them whole"),
+    ),
     Row("special tokens inside user text", special_tokens_in_user_text, None),
     Row(
         "special tokens in what a reward model reads",

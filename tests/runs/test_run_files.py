@@ -30,7 +30,7 @@ from neat_align.runs.checkpoints import (
     unmark,
 )
 from neat_align.runs.lock import LOCK_FILE, one_writer
-from neat_align.runs.run_key import check_same_run, keep_key, key_changes
+from neat_align.runs.run_key import check_same_run, key_changes, write_key
 from neat_align.runs.signals import StopRequest, interrupted, listening
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
@@ -259,7 +259,7 @@ def test_shards_are_as_few_as_the_size_allows_and_alike() -> None:
 def test_changes_are_said_one_a_line_and_can_be_allowed(tmp_path: Path) -> None:
     key: dict[str, Any] = {"processes": 1, "options": {"seed": 1, "beta": 2.0}}
     assert check_same_run(tmp_path, key, allow_changes=False) == []
-    keep_key(tmp_path, key)
+    write_key(tmp_path, key)
     now = {
         "processes": 2,
         "new part": "not compared",
@@ -273,7 +273,7 @@ def test_changes_are_said_one_a_line_and_can_be_allowed(tmp_path: Path) -> None:
         "processes was 1 and is 2",
         "beta was 2.0 and is 3.0",
     ]
-    keep_key(tmp_path, now)
+    write_key(tmp_path, now)
     assert check_same_run(tmp_path, now, allow_changes=False) == []
     assert key_changes({}, now) == []
 

@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 logger = logging.getLogger(__name__)
 
 
-# ---- alarms --------------------------------------------------------------------------------------
-
-
 @dataclass
 class Alarms:
     """Warnings that a run is collapsing, each kind said once a round.

@@ -1,9 +1,9 @@
 """The losses of NEAT, as pure functions of tensors: no model, no configuration, no device, no
 synchronisation.
 
-Read top to bottom: what a completion scores, which pairs are ordered, the four ranking losses on
-those pairs, the language-modelling loss, the penalties, their sum, and two diagnostics. The
-equations, their sources and the tests that hold them are tabled in `docs/method.md`.
+Read top to bottom: what a completion scores, the four ranking losses on ordered pairs (`pairs`),
+the language-modelling loss, the penalties, and their sum. The equations, their sources and the
+tests that hold them are tabled in `docs/method.md`.
 
 Conventions
     log π(token) is a natural logarithm, so losses are in nats; a *score* is in nats per token when
@@ -37,8 +37,6 @@ UNLIKELIHOOD_EPSILON = 1e-5
 """The unlikelihood penalty takes p as (1 − ε)p, so that it stays finite, and its gradient with it,
 at p = 1.
 """
-
-
 K3_LIMIT = 20.0
 """The k3 estimate goes on as a straight line where a token's log-ratio to the reference is above
 this, in nats.

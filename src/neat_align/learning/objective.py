@@ -1,7 +1,6 @@
-"""From a batch of groups and its log-probabilities to the four terms of the loss, and to what the
-log says of them.
+"""The objective: from a batch's log-probabilities to the terms of a step's loss, and to metrics.
 
-Each term is divided by a count over the whole optimizer step (every micro-batch, every process).
+Each term is divided by a count over the whole optimizer step (every micro-batch, every rank).
 The counts depend on the data alone, so they are known before the first forward pass, and 1×8 groups
 give the same gradient as 8×1.
 """
@@ -81,12 +80,10 @@ def objective_params(config: NEATConfig) -> ObjectiveParams:
 
 def pairs_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k k"]:
     """Which completion ranks above which."""
-    select = (
-        pair_masks.best_against_worst
-        if p.pair_selection == "best_worst"
-        else pair_masks.preferred_pairs
-    )
-    return select(b.keys, b.present & ~b.keys.isnan(), p.reward_margin)
+    is_ranked = b.present & ~b.keys.isnan()
+    if p.pair_selection == "best_worst":
+        return pair_masks.best_against_worst(b.keys, is_ranked, p.reward_margin)
+    return pair_masks.preferred_pairs(b.keys, is_ranked, p.reward_margin)
 
 
 def penalised_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k"]:
@@ -156,20 +153,17 @@ def loss_terms(
     best = b.best_row[b.best_row >= 0]
     penalised = penalised_of(b, p)[b.group, b.slot]
     if p.negative_penalty == "npo":
-        row_scores, row_refs = (
-            scores[b.group, b.slot][penalised],
-            ref_scores[b.group, b.slot][penalised],
-        )
-        negative = losses.npo_penalty(row_scores, row_refs, beta=p.npo_beta)
+        own = scores[b.group, b.slot][penalised]
+        ref = ref_scores[b.group, b.slot][penalised]
+        negative = losses.npo_penalty(own, ref, beta=p.npo_beta)
     else:
         negative = losses.unlikelihood_penalty(logps[penalised], mask[penalised])
+    kl = losses.kl_k3(logps, b.ref_logps, mask).sum() if b.has_ref else logps.new_zeros(())
     return losses.LossTerms(
         ranking=ranking_losses(scores, ref_scores, pairs_of(b, p), p).sum() / counts.ranking,
         lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,
         negative=negative.sum() / counts.negative,
-        kl=losses.kl_k3(logps, b.ref_logps, mask).sum() / counts.kl
-        if b.has_ref
-        else logps.new_zeros(()),
+        kl=kl / counts.kl,
     )
 
 

@@ -46,9 +46,6 @@ def best_against_worst(
     return chosen & preferred_pairs(keys, present, margin)
 
 
-# ---- penalties -----------------------------------------------------------------------------------
-
-
 def penalised(
     keys: Float[Tensor, "groups k"],
     present: Bool[Tensor, "groups k"],

@@ -1,7 +1,7 @@
-"""Checkpoints that are complete or absent: a marker, written last, names every file with its size
-and hash.
+"""Checkpoints that are complete or absent.
 
-`COMPLETE.json` is written after everything it names is on the disk. What has none was interrupted
+A marker, `COMPLETE.json`, names every file with its size and hash, and is written after all of
+them are on the disk. What has none was interrupted
 while it was written; what has one that no longer agrees with its files was damaged later. Neither
 is ever resumed from: both are set aside as `checkpoint-N.incomplete`.
 """
@@ -83,12 +83,8 @@ def damage_of(checkpoint: Path) -> str | None:
 
 def numbered_checkpoints(output_dir: Path) -> list[Path]:
     """A run's checkpoints, newest (highest step) first, whether complete or not."""
-    found = [
-        (int(m.group(1)), p)
-        for p in output_dir.glob("checkpoint-*")
-        if (m := _NAME.search(p.name)) and p.is_dir()
-    ]
-    return [p for _, p in sorted(found, reverse=True)]
+    folders = [p for p in output_dir.glob("checkpoint-*") if _NAME.search(p.name) and p.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def checkpoint_to_resume(output_dir: Path) -> Path | None:

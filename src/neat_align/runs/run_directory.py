@@ -40,7 +40,7 @@ from neat_align.runs.resume_state import (
     read_resume_state,
     write_resume_state,
 )
-from neat_align.runs.run_key import check_same_run, keep_key
+from neat_align.runs.run_key import check_same_run, write_key
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class RunDirectory:
             step = step_of(checkpoint)
             record_changes(self.path, self.args, step, changes)
             self._set_aside_rounds_after(step)
-        keep_key(self.path, key)
+        write_key(self.path, key)
         return RunStart(checkpoint, bool(changes))
 
     def _check_may_open(self, resume: str | bool | None, *, has_key: bool) -> None:

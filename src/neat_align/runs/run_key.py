@@ -20,99 +20,82 @@ from neat_align.prompts.rows import PromptRow
 logger = logging.getLogger(__name__)
 
 
+# Options that change where a run writes, what it says, how fast it is or how much memory it takes,
+# and nothing that it computes (rounding apart): they may change when a run goes on. Every other
+# option may not.
+FREE_OPTIONS = frozenset(
+    [
+        "output_dir",
+        "run_name",
+        "project",
+        "report_to",
+        "logging_strategy",
+        "logging_steps",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "log_on_each_node",
+        "log_level",
+        "log_level_replica",
+        "log_completions",
+        "disable_tqdm",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "save_only_model",
+        "save_on_each_node",
+        "enable_jit_checkpoint",
+        "push_to_hub",
+        "hub_token",
+        "hub_private_repo",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_always_push",
+        "hub_revision",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "skip_memory_metrics",
+        "debug",
+        "ddp_timeout",
+        "generation_batch_size",
+        "max_tokens_per_micro_batch",
+        "torch_empty_cache_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+        "dataloader_persistent_workers",
+        "dataloader_in_order",
+        "eval_strategy",
+        "eval_steps",
+        "eval_delay",
+        "eval_on_start",
+        "per_device_eval_batch_size",
+        "eval_accumulation_steps",
+        "include_num_input_tokens_seen",
+        "restore_callback_states_from_checkpoint",
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "resume_from_checkpoint",
+        "local_rank",
+        "allow_changes",
+        "alarm_logp_drop",
+        "alarm_ratio",
+    ]
+)
+
+
 def fingerprint(rows: Sequence[PromptRow]) -> str:
     """SHA-256 over the rows' ids, prompts and answers, in order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.id, row.prompt, row.chosen, row.rejected]).encode("ascii"))
     return digest.hexdigest()
-
-
-# Options that change where a run writes, what it says, how fast it is or how much memory it takes,
-# and nothing that it computes (rounding apart): they may change when a run goes on. Every other
-# option may not.
-FREE_OPTIONS = frozenset(
-    {
-        *(
-            "output_dir",
-            "run_name",
-            "project",
-            "report_to",
-            "logging_strategy",
-            "logging_steps",
-            "logging_first_step",
-        ),
-        *(
-            "logging_nan_inf_filter",
-            "log_on_each_node",
-            "log_level",
-            "log_level_replica",
-            "log_completions",
-            "disable_tqdm",
-        ),
-        *(
-            "save_strategy",
-            "save_steps",
-            "save_total_limit",
-            "save_only_model",
-            "save_on_each_node",
-            "enable_jit_checkpoint",
-        ),
-        *(
-            "push_to_hub",
-            "hub_token",
-            "hub_private_repo",
-            "hub_model_id",
-            "hub_strategy",
-            "hub_always_push",
-            "hub_revision",
-        ),
-        *(
-            "trackio_space_id",
-            "trackio_bucket_id",
-            "trackio_static_space_id",
-            "skip_memory_metrics",
-            "debug",
-            "ddp_timeout",
-        ),
-        *("generation_batch_size", "max_tokens_per_micro_batch", "torch_empty_cache_steps"),
-        *(
-            "gradient_checkpointing",
-            "gradient_checkpointing_kwargs",
-            "activation_checkpointing",
-            "activation_checkpointing_kwargs",
-        ),
-        *(
-            "dataloader_num_workers",
-            "dataloader_pin_memory",
-            "dataloader_prefetch_factor",
-            "dataloader_multiprocessing_context",
-        ),
-        *("dataloader_persistent_workers", "dataloader_in_order"),
-        *(
-            "eval_strategy",
-            "eval_steps",
-            "eval_delay",
-            "eval_on_start",
-            "per_device_eval_batch_size",
-            "eval_accumulation_steps",
-        ),
-        *(
-            "include_num_input_tokens_seen",
-            "restore_callback_states_from_checkpoint",
-            "do_train",
-            "do_eval",
-            "do_predict",
-        ),
-        *(
-            "resume_from_checkpoint",
-            "local_rank",
-            "allow_changes",
-            "alarm_logp_drop",
-            "alarm_ratio",
-        ),
-    }
-)
 
 
 def text_fingerprint(value: Any) -> str:
@@ -148,18 +131,18 @@ def key_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     A part that the older key does not have is not compared.
     """
-    found = []
+    changes = []
     for name, value in now.items():
         if name == "options":
             old = was.get(name, {})
-            found += [
+            changes += [
                 f"{k} was {old[k]!r} and is {v!r}"
                 for k, v in sorted(value.items())
                 if k in old and old[k] != v
             ]
         elif name in was and was[name] != value:
-            found.append(f"{name} was {was[name]!r} and is {value!r}")
-    return found
+            changes.append(f"{name} was {was[name]!r} and is {value!r}")
+    return changes
 
 
 def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool) -> list[str]:
@@ -185,9 +168,10 @@ def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool
     return changes
 
 
-def keep_key(output_dir: Path, key: dict[str, Any]) -> None:
-    """Write the run's key, once what its changes ask for is done: until then the next attempt finds
-    them again.
+def write_key(output_dir: Path, key: dict[str, Any]) -> None:
+    """Write the run's key, once what its changes ask for is done.
+
+    Until then the next attempt finds the changes again.
     """
     path = output_dir / "run-key.json"
     if not path.is_file() or read_json(path) != key:

@@ -1,9 +1,8 @@
-"""SIGINT and SIGTERM as a request: what is being done is finished and kept, and then the process
-leaves.
+"""SIGINT and SIGTERM as a request to stop.
 
-A handler only notes the signal. The trainer looks at the note where it can leave without losing
-anything: between the shards of a round, after an optimizer step, after a save. A second signal does
-not wait.
+What is being done is finished and kept, and then the process leaves. A handler only notes the
+signal; the trainer looks at the note where it can leave without losing anything: between the
+batches of a round, after an optimizer step, after a save. A second signal does not wait.
 """
 
 from __future__ import annotations

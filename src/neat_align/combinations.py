@@ -1,0 +1,130 @@
+"""Combinations of a NEAT run's options: which is read only with which, and which cannot work.
+
+An option's own limits stand beside it in `config`; a constant here is named there as `only_with`.
+"""
+
+from __future__ import annotations
+
+from neat_align.constraints import OnlyWith, Rule
+
+OTHER_PROMPTS = (
+    OnlyWith(
+        "num_negative",
+        "negative_source is other_prompts but num_negative is 0: remove it, or ask for negatives",
+        none_of=(0,),
+    ),
+    OnlyWith(
+        "rank_by",
+        "negative_source is other_prompts and rank_by is reward: a good answer to another prompt "
+        "may well have a high reward, so it would be no negative; set rank_by: origin_then_reward "
+        "(or origin)",
+        none_of=("reward",),
+    ),
+)
+INITIAL_POLICY = (
+    OnlyWith(
+        "negative_source",
+        "negative_policy is initial but negative_source is other_prompts: the current policy "
+        "writes those; remove one",
+        none_of=("other_prompts",),
+    ),
+    OnlyWith(
+        "num_negative",
+        "negative_policy is initial but num_negative is 0: remove it, or sample negatives",
+        none_of=(0,),
+    ),
+)
+PAIR_SELECTION = (
+    OnlyWith(
+        "ranking_loss",
+        "pair_selection is set but ranking_loss is none: no pair is ranked; remove it",
+        none_of=("none",),
+    ),
+)
+HINGE_MARGIN = (
+    OnlyWith(
+        "ranking_loss",
+        "hinge_margin is set but ranking_loss is {c.ranking_loss}: remove it, or use ranking_loss: "
+        "hinge",
+        one_of=("hinge",),
+    ),
+)
+BETA = (
+    OnlyWith(
+        "ranking_loss",
+        "beta is set but ranking_loss {c.ranking_loss} has none: remove it (the hinge's scale is "
+        "hinge_margin)",
+        none_of=("hinge", "none"),
+    ),
+)
+GAMMA = (
+    OnlyWith(
+        "ranking_loss",
+        "gamma is set but ranking_loss is {c.ranking_loss}: only logistic has a target margin",
+        one_of=("logistic",),
+    ),
+)
+LM_TARGET = (
+    OnlyWith(
+        "lm_weight",
+        "lm_on_bad_origins or lm_on_cut_completions is set but lm_weight is 0: there is no "
+        "language-modelling target",
+        none_of=(0,),
+    ),
+)
+NEGATIVE_PENALTY = (
+    OnlyWith(
+        "num_negative",
+        "negative_penalty is set but num_negative is 0: there would be nothing to penalise",
+        none_of=(0,),
+    ),
+    OnlyWith(
+        "pair_selection",
+        "negative_penalty looks at whole groups and pair_selection: best_worst trains on two of "
+        "each: use one of the two",
+        one_of=("all",),
+    ),
+)
+NPO_BETA = (
+    OnlyWith(
+        "negative_penalty",
+        "npo_beta is set but negative_penalty is {c.negative_penalty}: remove it, or use "
+        "negative_penalty: npo",
+        one_of=("npo",),
+    ),
+)
+MAX_KL = (
+    OnlyWith(
+        "drift_prompts",
+        "max_kl is set but drift_prompts is 0: nothing would measure the KL; set drift_prompts to "
+        "8 or more",
+        none_of=(0,),
+    ),
+)
+
+# What no single option can tell.
+RULES = (
+    Rule(
+        lambda c: "\0" in str(c.output_dir),
+        "output_dir is {c.output_dir!r}, which holds a NUL character, and no path can: remove it",
+    ),
+    Rule(
+        lambda c: c.num_generations == 0,
+        "num_positive, num_negative and num_plain are all 0: nothing would be sampled; set at "
+        "least one",
+    ),
+    Rule(
+        lambda c: c.num_generations == 1 and not c.use_human_completions,
+        "num_positive, num_negative and num_plain add up to 1 and use_human_completions is false: "
+        "one completion a prompt leaves nothing to rank; ask for two or more",
+    ),
+    Rule(
+        lambda c: c.ranking_loss == "none" and c.lm_weight == 0,
+        "ranking_loss is none and lm_weight is 0: nothing would be learned; set one of them",
+    ),
+    Rule(
+        lambda c: (c.negative_penalty == "none") != (c.negative_weight == 0),
+        "negative_penalty is {c.negative_penalty} and negative_weight is {c.negative_weight}: set "
+        "both, or neither",
+    ),
+)
