@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from neat_align import ConfigError, NEATConfig
 from neat_align.cli.options import parse_options
-from neat_align.constraints import (
+from neat_align.config.constraints import (
     OnlyWith,
     Rule,
     check_options,
@@ -26,9 +26,9 @@ from neat_align.constraints import (
     option,
     read_numbers,
 )
+from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS, check_not_sharded
 from neat_align.pipeline import build_trainer
 from neat_align.script_arguments import ScriptArguments
-from neat_align.unsupported import REFUSED, SCRIPT_OPTIONS, check_not_sharded
 
 # ---- every option of TrainingArguments -----------------------------------------------------------
 
