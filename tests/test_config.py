@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from neat_align import ConfigError, NEATConfig
 from neat_align.cli.options import parse_options
-from neat_align.constraints import (
+from neat_align.config.constraints import (
     OnlyWith,
     Rule,
     check_options,
@@ -26,9 +27,9 @@ from neat_align.constraints import (
     option,
     read_numbers,
 )
+from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS, check_not_sharded
 from neat_align.pipeline import build_trainer
 from neat_align.script_arguments import ScriptArguments
-from neat_align.unsupported import REFUSED, SCRIPT_OPTIONS, check_not_sharded
 
 # ---- every option of TrainingArguments -----------------------------------------------------------
 
@@ -470,5 +471,5 @@ def test_limits_of_a_run(changes: dict[str, Any], message: str) -> None:
 
 
 def test_runs_of_before_find_their_configuration_where_it_was() -> None:
-    """training_args.bin in every checkpoint is a pickle of it."""
-    assert (NEATConfig.__module__, NEATConfig.__qualname__) == ("neat_align.config", "NEATConfig")
+    """training_args.bin in every checkpoint is a pickle that names this place."""
+    assert import_module("neat_align.config").NEATConfig is NEATConfig

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from neat_align.config import NEATConfig
+from neat_align.config.unsupported import check_command_options
 from neat_align.demo.model import demo_model_path
 from neat_align.demo.rows import demo_rows
 from neat_align.errors import ConfigError
@@ -28,7 +29,6 @@ from neat_align.reporting.run_report import write_report
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
-from neat_align.unsupported import check_command_options
 
 
 def load_data(script: ScriptArguments) -> tuple[list[PromptRow], list[PromptRow]]:

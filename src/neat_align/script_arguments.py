@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from neat_align.constraints import OnlyWith, check_options, option, read_numbers
+from neat_align.config.constraints import OnlyWith, check_options, option, read_numbers
 from neat_align.modeling.loading import check_source
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from neat_align.constraints import Rule, default_of
+from neat_align.config.constraints import Rule, default_of
 from neat_align.errors import ConfigError
 
 _EVALUATION = (

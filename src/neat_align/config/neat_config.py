@@ -13,16 +13,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from neat_align import combinations
-from neat_align.constraints import check_options, option, read_numbers
-from neat_align.errors import ConfigError
-from neat_align.files.secrets import scrubbed
-from neat_align.unsupported import (
+from neat_align.config import combinations
+from neat_align.config.constraints import check_options, option, read_numbers
+from neat_align.config.unsupported import (
     TRAINER_RULES,
     check_not_sharded,
     check_unsupported,
     choose_device,
 )
+from neat_align.errors import ConfigError
+from neat_align.files.secrets import scrubbed
 
 RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")

@@ -5,7 +5,7 @@ An option's own limits stand beside it in `config`; a constant here is named the
 
 from __future__ import annotations
 
-from neat_align.constraints import OnlyWith, Rule
+from neat_align.config.constraints import OnlyWith, Rule
 
 OTHER_PROMPTS = (
     OnlyWith(
