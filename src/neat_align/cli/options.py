@@ -21,7 +21,7 @@ import shutil
 import textwrap
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
@@ -30,6 +30,8 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from neat_align.config import NEATConfig
+from neat_align.config.constraints import default_of
+from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS
 from neat_align.errors import ConfigError
 from neat_align.files.yaml import YamlDocument, read_yaml
 from neat_align.script_arguments import ScriptArguments
@@ -183,14 +185,16 @@ def _unknown(name: str, known: Collection[str], where: str) -> str:
 
 
 def print_help() -> None:
-    """Every option with its help text and default: ours first, then those of transformers."""
+    """Every option that may be set, with its help text and default: ours first, then those of
+    transformers.
+    """
+    refused = {"hub_token", *REFUSED, *SCRIPT_OPTIONS}
+    training = [f for f in fields(NEATConfig) if f.init and f.name not in refused]
     own = NEATConfig.__annotations__
     groups = {
         "The model, the data and the rewards": fields(ScriptArguments),
-        "NEAT": [f for f in fields(NEATConfig) if f.name in own],
-        "From transformers.TrainingArguments": [
-            f for f in fields(NEATConfig) if f.name not in own and f.init
-        ],
+        "NEAT": [f for f in training if f.name in own],
+        "From transformers.TrainingArguments": [f for f in training if f.name not in own],
     }
     print(
         "Usage: neat-align train [--config RECIPE.yaml] [--name value ...]\n\n"
@@ -205,7 +209,7 @@ def print_help() -> None:
 
 
 def _option_help(option: Field[Any], width: int) -> str:
-    default = option.default if option.default_factory is MISSING else option.default_factory()
+    default = default_of(option)
     shown = "" if default in (None, "", []) else f"  (default: {default})"
     words = str(option.metadata.get("help", "")).replace("%%", "%").split()
     return f"  --{option.name}{shown}\n" + textwrap.indent(
