@@ -144,7 +144,11 @@ def _read(
 def _as_words(name: str, value: Any, where: str) -> list[str]:
     """An option of a recipe as it would stand on the command line."""
     if isinstance(value, list):
-        return [f"--{name}", *(_as_word(name, v, where) for v in value)] if value else []
+        words = [_as_word(name, v, where) for v in value]
+        for word in words:
+            if word.startswith("--"):
+                raise ConfigError(f"{where}{name} lists {word!r}, which is written like an option")
+        return [f"--{name}", *words] if words else []
     return [f"--{name}={_as_word(name, value, where)}"]
 
 
