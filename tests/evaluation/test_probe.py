@@ -35,7 +35,6 @@ from neat_align.evaluation.probe import (
     ProbeParams,
     ProbeTools,
     Side,
-    cohens_d,
     probe_bank,
     verdict_of,
 )
@@ -255,15 +254,6 @@ def test_where_a_reward_abstains_there_is_no_gap() -> None:
 )
 def test_verdicts(low: float, high: float, prompts: int, d: float | None, verdict: str) -> None:
     assert verdict_of(PairedDifference((low + high) / 2, low, high), prompts, d) == verdict
-
-
-def test_cohens_d_needs_numbers_and_a_spread() -> None:
-    assert cohens_d([1.0], [0.0, 1.0]) is None
-    assert cohens_d([1.0, 1.0], [0.0, 0.0]) is None
-    # Variances 2 and 8 with 1 and 2 degrees of freedom: pooled 6.
-    assert cohens_d([1.0, 3.0], [-4.0, 0.0, 4.0 / 4 - 1.0 + 4.0]) == pytest.approx(
-        2.0 / math.sqrt((2.0 + 2 * 16.0) / 3)
-    )
 
 
 # ---- what is sampled -----------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from neat_align.comparison.outcomes import Point, Run
 from neat_align.comparison.spec import BASE, CompareSpec, Method, strength_name
-from neat_align.comparison.summary import Point, Run, summarise
+from neat_align.comparison.summary import summarise
 from neat_align.config import NEATConfig
 from neat_align.errors import CollapseError, ConfigError
 from neat_align.files.atomic import read_json, write_folder, write_json

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any, Literal, TypeAlias
 
 from neat_align.errors import ConfigError, DataError
-from neat_align.evaluation.statistics import PairedDifference, mean_of, paired_bootstrap
+from neat_align.evaluation.statistics import (
+    PairedDifference,
+    cohens_d,
+    mean_of,
+    paired_bootstrap,
+)
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair, Polarity
 from neat_align.prompts.placement import Placement, instructed
 from neat_align.prompts.rendering import prompt_ids
@@ -468,17 +473,6 @@ def _means(by_prompt: Sequence[Sequence[Completion]]) -> list[float | None]:
 
 def _rewards(by_prompt: Sequence[Sequence[Completion]]) -> list[float]:
     return [c.reward for mine in by_prompt for c in mine if c.reward is not None]
-
-
-def cohens_d(positive: Sequence[float], negative: Sequence[float]) -> float | None:
-    """Difference of the means over the pooled standard deviation; None with fewer than two numbers
-    a side or no spread.
-    """
-    n, m = len(positive), len(negative)
-    if n < 2 or m < 2:
-        return None
-    pooled = ((n - 1) * variance(positive) + (m - 1) * variance(negative)) / (n + m - 2)
-    return (fmean(positive) - fmean(negative)) / pooled**0.5 if pooled > 0 else None
 
 
 def _side(by_prompt: Sequence[Sequence[Completion]], instruction: str | None) -> Side:
