@@ -27,15 +27,12 @@ from neat_align.cli.probe_run import run_probe, usable_placements
 from neat_align.cli.probe_table import next_steps, print_probe, remarks, shortened
 from neat_align.demo.model import find_gguf
 from neat_align.errors import ConfigError, DataError, PromptError
-from neat_align.evaluation.probe import (
-    PROBE_ROUND,
+from neat_align.evaluation.probe import PROBE_ROUND, ProbeParams, ProbeTools, probe_bank
+from neat_align.evaluation.probe_summary import (
     PairProbe,
     PlacementProbe,
     Probe,
-    ProbeParams,
-    ProbeTools,
     Side,
-    probe_bank,
     verdict_of,
 )
 from neat_align.evaluation.statistics import PairedDifference
