@@ -72,6 +72,7 @@ def run_of(
         ({"lengths": [21.0, 20.0]}, "answers are 205% as long as the start's"),
         ({"repetition": [0.2, 0.2]}, None),
         ({"repetition": [0.2, 0.3]}, "25% more of an answer repeats itself"),
+        # No collapse, only bad.
         (
             {
                 "rewards": [-9.0, -9.0],
@@ -80,7 +81,7 @@ def run_of(
                 "entropy": 0.0,
             },
             None,
-        ),  # no collapse, only bad
+        ),
     ],
     ids=str,
 )
@@ -238,18 +239,16 @@ def test_at_equal_budget_a_method_is_its_first_strength_at_its_end() -> None:
     assert at["kl"] == {"mean": 0.04}
     assert at["reward"] == flat(0.5, 1.5)
     assert at["judges/j"] == flat(2.0, 1.0)
-    assert at["length_controlled_reward"] == pytest.approx(
-        {"delta": 0.5, "low": 0.5, "high": 0.5}
-    )  # all 5 tokens longer: no slope
+    # All are 5 tokens longer: no slope.
+    even = {"delta": 0.5, "low": 0.5, "high": 0.5}
+    assert at["length_controlled_reward"] == pytest.approx(even)
     assert at["perplexity"] == pytest.approx({"mean": 11.0, "ratio": 1.1})
     assert at["distinct2"] == pytest.approx({"mean": 0.5, "ratio": 1.0})
     assert at["mean_length"] == pytest.approx({"mean": 15.0, "ratio": 1.5})
     assert at["clipped"] == {"mean": 0.5}
     assert at["pair_accuracy"] == {"mean": 0.5}
-    assert (table["a"]["runs"], table["a"]["collapsed"]) == (
-        2,
-        0,
-    )  # two seeds at the first strength
+    # Two seeds at the first strength.
+    assert (table["a"]["runs"], table["a"]["collapsed"]) == (2, 0)
 
 
 def test_base_has_means_and_no_differences() -> None:
@@ -283,17 +282,16 @@ def test_at_equal_kl_a_method_is_the_mean_over_its_strengths_that_pass() -> None
     assert table["b"]["at_equal_kl"]["seeds"] == 1
     assert table["b"]["at_equal_kl"]["reward"]["delta"] == pytest.approx(math.sqrt(0.5) * 0.5)
     far = rows(0.09)
-    assert far["a"]["at_equal_kl"]["reward"] == flat(
-        1.125, 2.125
-    )  # the strong one alone: 0.3 / 0.4 of 1.5
+    # The strong one alone: 0.3 / 0.4 of 1.5.
+    assert far["a"]["at_equal_kl"]["reward"] == flat(1.125, 2.125)
     assert far["b"]["at_equal_kl"] is None
     assert far["a"]["against"]["b"]["at_equal_kl"] is None
 
 
 def test_without_a_target_it_is_what_all_reached() -> None:
     assert summary(None)["kl_target"] == 0.02  # of the runs that did not collapse at once
-    whole = [r for r in runs() if r.collapsed is None]
-    assert summarise(starts(), whole, ["base", "a", "b"], None)["kl_target"] == 0.02
+    sound = [r for r in runs() if r.collapsed is None]
+    assert summarise(starts(), sound, ["base", "a", "b"], None)["kl_target"] == 0.02
     assert rows(None)["a"]["at_equal_kl"]["seeds"] == 2
     collapsed = [r for r in runs() if r.collapsed is not None and len(r.points) == 1]
     assert collapsed
@@ -344,13 +342,8 @@ def test_curves_and_runs_hold_every_round() -> None:
     curves = {(c["method"], c["strength"]): c["points"] for c in found["frontier"]}
     assert list(curves) == [("a", "s"), ("a", "strong"), ("b", "s")]
     first, last = curves["a", "s"]
-    assert (first["round"], first["kl"], first["kl_low"], first["kl_high"], first["collapsed"]) == (
-        1,
-        0.01,
-        0.01,
-        0.01,
-        False,
-    )
+    kl = (first["kl"], first["kl_low"], first["kl_high"])
+    assert (first["round"], *kl, first["collapsed"]) == (1, 0.01, 0.01, 0.01, False)
     assert last["reward"]["mean"] == pytest.approx(1.5)
     assert last["reward"]["low"] < 1.5 < last["reward"]["high"]
     assert curves["b", "s"][0]["collapsed"] is True

@@ -400,9 +400,8 @@ def test_the_preferred_answer_is_the_likelier_one_a_token(layout: Any) -> None:
     assert found.pair_accuracy[:2] == [first, 1 - first]
     assert found.pair_accuracy[2:] == [0.5, None, None]
     assert found.summary()["pair_accuracy"] == pytest.approx(0.5)
-    assert found.perplexity == pytest.approx(
-        evaluate_policy(given[:4], tools(policy), seed=0, contrast=False).perplexity
-    )  # chosen alone
+    chosen_alone = evaluate_policy(given[:4], tools(policy), seed=0, contrast=False)
+    assert found.perplexity == pytest.approx(chosen_alone.perplexity)
 
 
 # ---- perplexity ----------------------------------------------------------------------------------

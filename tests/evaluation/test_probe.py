@@ -180,9 +180,8 @@ def test_lengths_leaks_blanks_and_likelihood_by_hand() -> None:
     assert (found.positive.leaks, found.negative.leaks) == (0.0, 2 / 16)
     long = len(TOKENIZER(leak, add_special_tokens=False)["input_ids"]) + 1
     assert long > 4
-    assert (
-        found.positive.mean_length == found.plain.mean_length == 2.0
-    )  # a digit and the end of turn
+    # A digit and the end of turn.
+    assert found.positive.mean_length == found.plain.mean_length == 2.0
     assert found.length_difference == pytest.approx(2 * (long - 2) / 16)
     # Per token and per answer: a long answer counts as much as a short one.
     assert (found.positive.logprob, found.plain.logprob, found.negative.logprob) == (
@@ -272,9 +271,8 @@ def test_every_side_draws_with_the_same_numbers_and_all_in_one_call() -> None:
     (requests,) = sampler.calls
     assert len(requests) == len(set(requests))
     for r, row in enumerate(rows()):
-        prompts = {
-            tuple(prompt_ids(TOKENIZER, row.prompt))
-        }  # the plain prompt once, for all pairs and placements
+        # The plain prompt once, for all pairs and placements.
+        prompts = {tuple(prompt_ids(TOKENIZER, row.prompt))}
         for pair in TWO.pairs:
             for placement in ("system", "affix"):
                 for text in (pair.positive, pair.negative):

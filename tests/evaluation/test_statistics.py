@@ -69,9 +69,8 @@ def test_the_interval_holds_the_true_difference_about_as_often_as_it_says() -> N
     generator = torch.Generator().manual_seed(5)
     covered = 0
     for trial in range(200):
-        shared = (
-            torch.randn(50, generator=generator, dtype=torch.float64) * 10
-        )  # paired: what prompts share cancels out
+        # Paired: what prompts share cancels out.
+        shared = torch.randn(50, generator=generator, dtype=torch.float64) * 10
         after = shared + 0.5 + torch.randn(50, generator=generator, dtype=torch.float64)
         found = paired_bootstrap(shared.tolist(), after.tolist(), seed=trial, resamples=400)
         assert found is not None
