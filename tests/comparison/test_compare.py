@@ -328,9 +328,8 @@ def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
         "the test needs a step that is made again"
     )
     CALLS.clear()
-    monkeypatch.setitem(
-        INTERRUPT, "rewards", 1
-    )  # the second round is there: the evaluation after it
+    # The second round is there: the evaluation after it.
+    monkeypatch.setitem(INTERRUPT, "rewards", 1)
     with pytest.raises(RewardError):
         compared(spec(place), out)
     result, said = compared(spec(place), out)
@@ -565,6 +564,5 @@ def test_a_strength_has_a_folder_and_a_curve_of_its_own(place: Path, tmp_path: P
     assert [c["strength"] for c in result["frontier"]] == names
     assert result["kl_target"] == 1e-6
     assert result["table"][1]["at_equal_kl"]["seeds"] == 1
-    assert (
-        len(list((tmp_path / "shared-rounds").iterdir())) == 1
-    )  # how fast it learns decides nothing about what it samples first
+    # How fast it learns decides nothing about what it samples first.
+    assert len(list((tmp_path / "shared-rounds").iterdir())) == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from neat_align.comparison.summary import Run
+from neat_align.comparison.outcomes import Run
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:

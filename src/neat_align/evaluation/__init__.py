@@ -1,3 +1,1 @@
-"""Evaluation: held-out prompts before and after, drift limits, statistics, the probe, benchmark
-tasks.
-"""
+"""Evaluation: held-out prompts, drift limits, statistics, the probe, benchmark tasks."""
