@@ -28,19 +28,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import neat_align.rounds.make_round
+import neat_align.rounds.sampling_stage
 from neat_align import NEATTrainer, pipeline
 from neat_align.cli.app import PAUSED
 from neat_align.cli.options import options_from
 from neat_align.errors import NEATError, RewardUnavailableError
 from neat_align.rewards import http
-from neat_align.rounds.rollout_store import RolloutStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from reward_server import Behaviour, RewardServer
 from tiny import save_tiny
 
-# Two rounds of two steps; saves, log lines, shards and accumulation steps fall apart.
+# Two rounds of two steps; saves, log lines, batches of samples and accumulation steps fall apart.
 OPTIONS: dict[str, Any] = {
     "holdout": 2,
     "num_positive": 1,
@@ -80,8 +80,8 @@ STAGES = (
     (NEATTrainer, "measure_start", "while it measures drift"),
     (NEATTrainer, "end_round", "while it measures drift"),
     (NEATTrainer, "make_round", "between sampling and scoring"),
-    (RolloutStore, "draw", "while it samples"),
-    (neat_align.rounds.make_round, "scored_in_shards", "while it scores"),
+    (neat_align.rounds.sampling_stage, "draw_samples", "while it samples"),
+    (neat_align.rounds.make_round, "score_groups", "while it scores"),
     (NEATTrainer, "training_step", "in a training step"),
     (NEATTrainer, "_save_checkpoint", SAVING),
     (pipeline, "write_folder", "while it saves the model"),

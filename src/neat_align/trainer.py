@@ -369,8 +369,8 @@ class NEATTrainer(GroupTrainer):
                     else self._start_sampler(),
                     policy_logprobs=policy,
                     ref_logprobs=ref,
-                    shard_size=self.args.generation_batch_size,
-                    between_shards=lambda: self._leave_alone(
+                    batch_size=self.args.generation_batch_size,
+                    between_batches=lambda: self._leave_alone(
                         f"in round {index + 1}; its finished answers and scores are kept"
                     ),
                 )

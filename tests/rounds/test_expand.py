@@ -282,7 +282,7 @@ def test_an_interrupted_round_takes_up_its_samples(tmp_path: Path) -> None:
 
 
 def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Path) -> None:
-    rows = conversations(40)  # 5 answers each: shards of 12 groups, the last of four
+    rows = conversations(40)  # 5 answers each: batches of 12 groups, the last of four
     expected = run(rows, tmp_path / "whole", tools(Scripted(numbered)), num_groups=40)
     sampler, paid = Counting(Scripted(numbered)), list[list[str]]()
 
