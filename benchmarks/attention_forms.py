@@ -21,7 +21,7 @@ from train_step import gradient_step, make_ids
 
 from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows
 from neat_align.modeling.logprobs import completion_logprobs
-from neat_align.modeling.packing import NOWHERE, PackedRows, pack_rows
+from neat_align.modeling.packing import PADDING_POSITION, PackedRows, pack_rows
 from neat_align.modeling.precision import autocast
 
 
@@ -37,7 +37,7 @@ def head(model: Any, states: Tensor, rows: PackedRows) -> Tensor:
 def segments_of(rows: PackedRows) -> Tensor:
     """0 for the prompt, 1 … K for the completions, at every place of the row."""
     out = torch.zeros(rows.input_ids.shape[1], dtype=torch.long, device=rows.input_ids.device)
-    fed = rows.layout.key_position[:, rows.layout.prompt_index.shape[1] :] < NOWHERE
+    fed = rows.layout.key_position[:, rows.layout.prompt_index.shape[1] :] < PADDING_POSITION
     for k, (index, mask) in enumerate(zip(rows.layout.completion_index, fed, strict=True), start=1):
         out[index[mask]] = k
     return out

@@ -9,14 +9,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from neat_align.errors import ConfigError
 
-# ---- what the policy must be ---------------------------------------------------------------------
-
 
 def check_policy(
     model: Any, tokenizer: Any, max_prompt_length: int, max_completion_length: int
 ) -> None:
-    """Refuse, before anything is sampled, a model that cannot continue text, or that tokenizer or
-    lengths do not fit.
+    """Refuse a model that cannot continue text, or that the tokenizer or the lengths do not fit.
+
+    Before anything is sampled. Lengths are in tokens. Raises ConfigError.
     """
     check_causal(model.config, str(model.config.name_or_path or type(model).__name__))
     rows = model.get_input_embeddings().weight.shape[0]
@@ -32,8 +31,9 @@ def check_policy(
 
 
 def check_causal(config: Any, name: str) -> None:
-    """Refuse encoders and encoder-decoders: the first see the words they should predict, the second
-    take prompts elsewhere.
+    """Refuse encoders and encoder-decoders; `config` is the model's, `name` what messages call it.
+
+    The first see the words that they should predict, the second take prompts elsewhere.
     """
     needed = "a policy continues its prompt, so name a causal (decoder-only) language model"
     if config.is_encoder_decoder:
@@ -44,18 +44,6 @@ def check_causal(config: Any, name: str) -> None:
             f"{name} is an encoder ({config.model_type}), which sees the words that it should "
             f"predict; {needed}"
         )
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to zero: of dropout modules, and those that attention and OPT's
-    layers keep as numbers.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
 
 
 def check_context(model: Any, max_prompt_length: int, max_completion_length: int) -> None:
@@ -92,3 +80,16 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("no weight of the model is trainable: unfreeze some, or pass peft_config")
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to zero.
+
+    Of dropout modules, and those that attention and OPT's layers keep as numbers.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
