@@ -55,8 +55,8 @@ def check_source(name: str, revision: str | None, trust_remote_code: bool) -> No
     elif trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise ConfigError(
             f"trust_remote_code is true for {name}, and model_revision is {revision!r}: code from "
-            "the hub can change at any time, so set "
-            "model_revision to the full commit (40 hex digits) whose code you have read"
+            "the hub can change at any time, so set model_revision to the full commit (40 hex "
+            "digits) whose code you have read"
         )
 
 
@@ -130,8 +130,7 @@ def _load_adapter(name: str, revision: str | None, trust_remote_code: bool) -> P
     except OSError as error:
         raise ConfigError(
             f"the adapter {name} has no adapter_model.safetensors, and weights are read from "
-            "safetensors only: load it with peft and "
-            "write it again with save_pretrained"
+            "safetensors only: load it with peft and write it again with save_pretrained"
         ) from error
     check_source(base_name, adapter.revision, trust_remote_code)
     base = _load_model(base_name, adapter.revision, trust_remote_code)

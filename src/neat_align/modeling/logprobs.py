@@ -113,8 +113,7 @@ def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor,
     if runs_again and not is_sharing(model):
         raise RuntimeError(
             "packed rows with gradient checkpointing need `sharing_prefixes(model)` to be open "
-            "around forward and backward: "
-            "the backward pass computes the attention again"
+            "around forward and backward: the backward pass computes the attention again"
         )
     taken: list[Tensor] = []
 

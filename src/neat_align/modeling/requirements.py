@@ -23,9 +23,8 @@ def check_policy(
     if needed > rows > 0:  # 0: DeepSpeed's ZeRO-3 holds the weights elsewhere
         raise ConfigError(
             f"the tokenizer has token ids up to {needed - 1} and the model has embeddings for "
-            f"{rows} tokens only: pass the model's own "
-            "tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and train the new "
-            "ones"
+            f"{rows} tokens only: pass the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) and train the new ones"
         )
     check_context(model, max_prompt_length, max_completion_length)
 
@@ -73,10 +72,9 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
         name, dtype = half[0]
         raise ConfigError(
             f"{len(half)} trainable weights are held in {str(dtype).removeprefix('torch.')} (the "
-            f"first is {name}): small updates would "
-            "round away and nothing would be learned. Load the model with dtype=torch.float32 "
-            "(bf16: true still computes in bf16 "
-            "autocast), or train a LoRA adapter with peft_config"
+            f"first is {name}): small updates would round away and nothing would be learned. Load "
+            "the model with dtype=torch.float32 (bf16: true still computes in bf16 autocast), or "
+            "train a LoRA adapter with peft_config"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("no weight of the model is trainable: unfreeze some, or pass peft_config")
