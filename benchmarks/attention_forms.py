@@ -1,5 +1,6 @@
-"""Four ways to let K completions share their prompt in training, forward and backward, on the same
-tokens.
+"""Four ways to let K completions share their prompt in training, timed on the same tokens.
+
+Forward and backward pass.
 
   python benchmarks/attention_forms.py --json OUT
 
@@ -29,9 +30,8 @@ def head(model: Any, states: Tensor, rows: PackedRows) -> Tensor:
     """The same chunked head for every form."""
     ids = rows.completion_ids[rows.completion_mask]
     chunk = chunk_rows(model.config.vocab_size, states.device)
-    return chosen_logprobs(states, model.lm_head.weight, None, ids, LogitTail(), chunk).view_as(
-        rows.completion_ids
-    )
+    logprobs = chosen_logprobs(states, model.lm_head.weight, None, ids, LogitTail(), chunk)
+    return logprobs.view_as(rows.completion_ids)
 
 
 def segments_of(rows: PackedRows) -> Tensor:

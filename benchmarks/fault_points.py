@@ -106,8 +106,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (minus a signal's number), what it printed, seconds of CPU
-    time.
+    """How a process ended.
+
+    `code` is its exit code (minus a signal's number), `said` what it printed.
     """
 
     code: int

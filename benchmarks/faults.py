@@ -1,5 +1,6 @@
-"""What survives what? A tiny run is broken in every way below, gone on with, and compared with the
-run that nobody broke.
+"""What survives what? A tiny run is broken in every way below, and gone on with.
+
+Then it is compared with the run that nobody broke.
 
     python benchmarks/faults.py --json OUT [--fast] [--jobs N] [--only WORDS]
 
@@ -126,8 +127,9 @@ def start_workers(b: Bench, tries: Sequence[Try], jobs: int) -> int:
 
 
 def outcomes(tries: Sequence[Try], reading: int) -> dict[int, str | None]:
-    """By the number of a try, why it is lost or None; what was not tried is left out. Shows how far
-    it is.
+    """By the number of a try, why it is lost or None; what was not tried is left out.
+
+    Shows how far it is.
     """
     ended: dict[int, str | None] = {}
     heard = 0

@@ -1,5 +1,6 @@
-"""One whole round (sample, score, train one step) against one step of TRL's online trainers, on
-equal work.
+"""One whole round (sample, score, train one step) against one step of TRL's online trainers.
+
+On equal work.
 
     python benchmarks/round.py --json OUT
 
@@ -13,7 +14,7 @@ sides in turn.
               samples from a bf16 copy. No drift measurement
   grpo        TRL's GRPOTrainer, without a KL term (its default): no reference model runs
   online_dpo  TRL's experimental OnlineDPOTrainer, which samples two completions a prompt (--k 2)
-  and runs a reference model
+              and runs a reference model
 """
 
 from __future__ import annotations
@@ -34,39 +35,11 @@ from transformers import TrainerCallback
 
 from neat_align import NEATConfig, NEATTrainer
 
-WORDS = (
-    *(
-        "my",
-        "neighbour",
-        "asked",
-        "whether",
-        "the",
-        "old",
-        "bicycle",
-        "in",
-        "the",
-        "yard",
-        "could",
-        "be",
-        "mended",
-    ),
-    *(
-        "before",
-        "the",
-        "summer",
-        "fair",
-        "and",
-        "I",
-        "said",
-        "that",
-        "I",
-        "would",
-        "look",
-        "at",
-        "it",
-        "soon",
-    ),
+TEXT = (
+    "my neighbour asked whether the old bicycle in the yard could be mended "
+    "before the summer fair and I said that I would look at it soon"
 )
+WORDS = TEXT.split()
 
 
 def text_of(tokenizer: Any, tokens: int, number: int) -> str:
@@ -233,20 +206,8 @@ def main() -> None:
         f"{args.completion}, {args.dtype}"
     )
     harness.show(title, ["side", "seconds", "range", "over ours"], rows)
-    setting = {
-        k: getattr(args, k)
-        for k in (
-            "peer",
-            "prompt",
-            "completion",
-            "k",
-            "prompts",
-            "rows",
-            "max_tokens",
-            "dtype",
-            "model",
-        )
-    }
+    names = ("peer", "prompt", "completion", "k", "prompts", "rows", "max_tokens", "dtype", "model")
+    setting = {name: getattr(args, name) for name in names}
     result = {
         "setting": {**setting, "device": harness.device().type},
         "seconds": {name: harness.spread(values) for name, values in seconds.items()},

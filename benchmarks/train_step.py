@@ -96,9 +96,7 @@ def trl_trainer(model: Any, folder: str, bf16: bool) -> Any:
 def make_sides(
     args: argparse.Namespace, wanted: tuple[str, ...]
 ) -> tuple[Any, dict[str, Callable[[], Tensor]]]:
-    """The model, and a function a side that gives [k, completion] log-probabilities with their
-    gradient.
-    """
+    """The model, and a function a side: [k, completion] log-probabilities with their gradient."""
     model = harness.load_model(args.model)
     # TRL asks for checkpointing by default; here every side keeps its activations.
     dtype = harness.DTYPES[args.dtype]
@@ -151,8 +149,9 @@ def memory_of(args: argparse.Namespace) -> None:
 
 
 def compared(args: argparse.Namespace) -> tuple[float, float]:
-    """Largest difference of log-probabilities, and relative error of the gradient, ours against
-    strong; in fp32.
+    """Largest difference of log-probabilities, and relative error of the gradient, in fp32.
+
+    Ours against strong.
     """
     model, sides = make_sides(
         argparse.Namespace(**{**vars(args), "dtype": "fp32"}), ("neat", "strong")

@@ -1,5 +1,6 @@
-"""Print the README's speed table from the committed benchmark results: python
-scripts/bench_table.py benchmarks/results
+"""Print the README's speed table from the committed benchmark results.
+
+    python scripts/bench_table.py benchmarks/results
 
 `--grid` prints the tables of docs/experiments.md instead: every P, R and K that was measured, and
 how a step grows.
@@ -60,8 +61,9 @@ def main(folder: Path) -> None:
 
 
 def grid(folder: Path) -> None:
-    """Over padded rows at every measured point, with the share of the token bound; then time and
-    memory as one thing grows.
+    """Over padded rows at every measured point, with the share of the token bound.
+
+    Then time and memory as one thing grows.
     """
     print(
         "| prompt, completion, K | token bound | over padded rows, fp32 | share of bound | over "

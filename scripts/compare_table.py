@@ -1,5 +1,6 @@
-"""Print comparisons as Markdown from their committed result files: python scripts/compare_table.py
-docs/results/compare-demo.json …
+"""Print comparisons as Markdown from their committed result files.
+
+    python scripts/compare_table.py docs/results/compare-demo.json …
 
 `--short` prints the README's table, `--against METHOD` what METHOD gains over each of the others.
 """

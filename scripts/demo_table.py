@@ -1,5 +1,6 @@
-"""Print the README's demo table from the committed result files: python scripts/demo_table.py
-docs/results/demo-seed*.json
+"""Print the README's demo table from the committed result files.
+
+python scripts/demo_table.py docs/results/demo-seed*.json
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Fit the head of the `minilm_tone` judge: L2-regularised logistic regression on frozen MiniLM
-embeddings of the tone anchors.
+"""Fit the head of the `minilm_tone` judge.
 
-    python scripts/fit_tone_head.py [--validate rt_polarity.jsonl] [--result
-    docs/results/tone_head.json]
+L2-regularised logistic regression on frozen MiniLM embeddings of the tone anchors.
+
+    python scripts/fit_tone_head.py [--validate rt_polarity.jsonl]
+                                    [--result docs/results/tone_head.json]
 
 Deterministic: float64 LBFGS from zero on a convex loss. The strength of the regularisation is
 fixed. Leaving each topic out in turn cannot choose it: the anchors are separable, so that log-loss
@@ -92,8 +93,9 @@ def left_out(x: Tensor, y: Tensor, topics: Sequence[str], strength: float) -> di
 
 
 def validate(path: Path, weights: Tensor, bias: Tensor) -> dict[str, Any]:
-    """AUC of this head and of VADER on rows with `prompt`, `chosen` and `label`: the rest of each
-    sentence, then the whole of it.
+    """AUC of this head and of VADER on rows with `prompt`, `chosen` and `label`.
+
+    On the rest of each sentence, then on all of it.
     """
     rows = read_rows(path)
     y = torch.tensor([LABELS[row["label"]] for row in rows], dtype=torch.float64)

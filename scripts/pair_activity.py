@@ -1,5 +1,7 @@
-"""Do the negatives teach? Per origin of the loser: share of pairs still active, share of the
-ranking gradient, log-probability.
+"""Do the negatives teach?
+
+Per origin of the loser: share of pairs still active, share of the ranking gradient, and mean
+log-probability.
 
     python scripts/pair_activity.py --out docs/results/pair-activity.json RUN_DIR...
 
