@@ -171,8 +171,7 @@ def table(tries: Sequence[Try], ended: dict[int, str | None]) -> list[dict[str, 
     return list(rows.values())
 
 
-def main() -> None:
-    """All faults, a table, a result file; exit code 1 when anything was lost."""
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +188,12 @@ def main() -> None:
         default=math.inf,
         help="no try begins later; the rest is not tried, and the result says so",
     )
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """All faults, a table, a result file; exit code 1 when anything was lost."""
+    a = arguments()
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="neat-align-faults-") as folder:

@@ -19,6 +19,7 @@ sides in turn.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
@@ -162,7 +163,7 @@ def one_step(
     return clock.seconds, trainer
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.add_argument("--peer", choices=list(PEERS), default="grpo")
     parser.add_argument("--prompt", type=int, default=256)
@@ -175,6 +176,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.peer == "online_dpo" and args.k != 2:
         raise SystemExit("online_dpo samples two completions a prompt: give --k 2")
+    return args
+
+
+def share_kept(trainer: NEATTrainer, args: argparse.Namespace) -> float:
+    """Share of our completions that are left after filtering; the work must be equal."""
+    trained = [c for g in trainer.rounds.groups for c in g.completions]
+    assert {len(c.token_ids) for c in trained} == {args.completion}
+    kept = len(trained) / (args.prompts * args.k)
+    assert kept > 0.95, (
+        f"only {kept:.0%} of the completions are left after filtering: the work is not equal"
+    )
+    return kept
+
+
+def main() -> None:
+    args = arguments()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     base, tokenizer = harness.load_model(args.model), harness.load_tokenizer()
@@ -186,13 +203,7 @@ def main() -> None:
         for name, make in sides.items():
             taken, trainer = one_step(make, args, base, tokenizer, texts)
             if name == "neat":
-                trained = [c for g in trainer.rounds.groups for c in g.completions]
-                assert {len(c.token_ids) for c in trained} == {args.completion}
-                kept = len(trained) / (args.prompts * args.k)
-                assert kept > 0.95, (
-                    f"only {kept:.0%} of the completions are left after filtering: the work is "
-                    "not equal"
-                )
+                kept = share_kept(trainer, args)
             if number > 0:
                 seconds[name].append(taken)
     ratio = harness.speedup(seconds[args.peer], seconds["neat"])

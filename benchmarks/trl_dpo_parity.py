@@ -24,6 +24,7 @@ has one, too (our rounds never add one; the loss is the same).
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
@@ -396,7 +397,7 @@ def parity(base: Any, tokenizer: Any, rows: list[PromptRow], setting: Setting) -
     }
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--completion", type=int, default=48, help="tokens of an answer at most")
@@ -405,7 +406,11 @@ def main() -> None:
     parser.add_argument(
         "--trl-beta", type=float, help="another beta for TRL's side, to see the check fail"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     base, tokenizer = harness.load_model(args.model), harness.load_tokenizer()

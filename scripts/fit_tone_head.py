@@ -141,8 +141,8 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def main() -> None:
-    """Cross-validate, fit, write the head, and validate."""
+def arguments() -> argparse.Namespace:
+    """Where the anchors are, and where the head and its figures go."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,8 +152,12 @@ def main() -> None:
         "--validate", type=Path, help="jsonl with prompt, chosen, label (pos or neg)"
     )
     parser.add_argument("--result", type=Path, help="write every figure here as JSON")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Cross-validate, fit, write the head, and validate."""
+    args = arguments()
     rows = read_rows(args.anchors)
     y = torch.tensor([LABELS[row["label"]] for row in rows], dtype=torch.float64)
     x = encoder().embed([row["text"] for row in rows]).double()
@@ -179,14 +183,8 @@ def main() -> None:
         "leave_one_topic_out": cross_validation,
         "measures": "tone of English text (kind or rude); not harmlessness, helpfulness or truth",
     }
-    write_json(
-        args.out,
-        {
-            "metadata": metadata,
-            "bias": bias.item(),
-            "weights": [round(w, 6) for w in weights.tolist()],
-        },
-    )
+    rounded = [round(w, 6) for w in weights.tolist()]
+    write_json(args.out, {"metadata": metadata, "bias": bias.item(), "weights": rounded})
 
     result: dict[str, Any] = {"head": metadata, "grid": grid, "versions": versions()}
     if args.validate:
