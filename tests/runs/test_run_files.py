@@ -1,4 +1,4 @@
-"""What a run keeps on the disk, without a model: lock, signals, checkpoints, shards, alarms, the
+"""What a run keeps on the disk, without a model: lock, signals, checkpoints, batches, alarms, the
 key of a run.
 """
 
@@ -23,7 +23,7 @@ import pytest
 from neat_align.errors import ConfigError, RunInterrupted, SaveError
 from neat_align.files.atomic import cut_to, write_folder
 from neat_align.learning.alarms import Alarms
-from neat_align.rounds.rollout_store import even_shards
+from neat_align.rounds.sampling_stage import even_batches
 from neat_align.runs.checkpoints import (
     MARKER,
     checkpoint_to_resume,
@@ -362,11 +362,11 @@ def test_a_file_is_cut_back_and_never_made_longer(tmp_path: Path) -> None:
     assert path.read_text() == "one\n"
 
 
-def test_shards_are_as_few_as_the_size_allows_and_alike() -> None:
-    assert [len(s) for _, s in even_shards(range(10), 4)] == [4, 4, 2]
-    assert [len(s) for _, s in even_shards(range(9), 8)] == [5, 4]
-    assert [start for start, _ in even_shards(range(9), 8)] == [0, 5]
-    assert list(even_shards([], 8)) == []
+def test_batches_are_as_few_as_the_size_allows_and_alike() -> None:
+    assert [len(s) for _, s in even_batches(range(10), 4)] == [4, 4, 2]
+    assert [len(s) for _, s in even_batches(range(9), 8)] == [5, 4]
+    assert [start for start, _ in even_batches(range(9), 8)] == [0, 5]
+    assert list(even_batches([], 8)) == []
 
 
 # ---- the same run --------------------------------------------------------------------------------
