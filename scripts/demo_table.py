@@ -1,6 +1,6 @@
 """Print the demo's table in docs/results.md from the committed result files.
 
-    python scripts/demo_table.py docs/results/demo-seed*.json
+python scripts/demo_table.py docs/results/demo-seed*.json
 """
 
 from __future__ import annotations
