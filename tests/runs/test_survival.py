@@ -24,7 +24,7 @@ from neat_align.modeling.logprobs import completion_logprobs
 from neat_align.runs.checkpoints import MARKER, is_complete, mark_complete
 from neat_align.runs.lock import one_writer
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from test_trainer import TOKENIZER, count_e, logged, trainer, weights
+from small_trainer import TOKENIZER, count_e, logged, trainer, weights
 from tiny import tiny_model
 
 # Two rounds of two steps. Log lines fall between saves, batches and accumulation steps are several.
