@@ -1,4 +1,4 @@
-"""A NEATTrainer on a tiny random model, twelve prompts and a reward that random text spreads over."""
+"""A NEATTrainer on a tiny random model, twelve prompts, and a reward that varies on random text."""
 
 from __future__ import annotations
 

@@ -660,11 +660,11 @@ def test_the_seed_draws_the_adapter(tmp_path: Path) -> None:
 def test_dropout_is_off_wherever_it_is_kept() -> None:
     """OPT applies it as a function, from a number; attention keeps a number, too."""
     shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for config in (
+    for model_config in (
         OPTConfig(**shape, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5),
         LlamaConfig(**shape, intermediate_size=16, attention_dropout=0.5),
     ):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).train()
         ids = torch.arange(3, 23)[None]
         assert not torch.equal(model(ids).logits, model(ids).logits)
         disable_dropout(model)
