@@ -1,5 +1,6 @@
-"""Four ways to let K completions share their prompt in training, forward and backward, on the same
-tokens.
+"""Four ways to let K completions share their prompt in training, timed on the same tokens.
+
+Forward and backward pass.
 
   python benchmarks/attention_forms.py --json OUT
 
@@ -11,8 +12,10 @@ cache   the prompt first, its keys and values then repeated for a batch of compl
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import harness
 import torch
@@ -21,23 +24,25 @@ from train_step import gradient_step, make_ids
 
 from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows
 from neat_align.modeling.logprobs import completion_logprobs
-from neat_align.modeling.packing import NOWHERE, PackedRows, pack_rows
+from neat_align.modeling.packing import PADDING_POSITION, PackedRows, pack_rows
 from neat_align.modeling.precision import autocast
+
+# Tokens of the prompt, tokens of a completion, completions.
+POINTS = ((64, 64, 4), (256, 64, 8), (512, 128, 8))
 
 
 def head(model: Any, states: Tensor, rows: PackedRows) -> Tensor:
     """The same chunked head for every form."""
     ids = rows.completion_ids[rows.completion_mask]
     chunk = chunk_rows(model.config.vocab_size, states.device)
-    return chosen_logprobs(states, model.lm_head.weight, None, ids, LogitTail(), chunk).view_as(
-        rows.completion_ids
-    )
+    logprobs = chosen_logprobs(states, model.lm_head.weight, None, ids, LogitTail(), chunk)
+    return logprobs.view_as(rows.completion_ids)
 
 
 def segments_of(rows: PackedRows) -> Tensor:
     """0 for the prompt, 1 … K for the completions, at every place of the row."""
     out = torch.zeros(rows.input_ids.shape[1], dtype=torch.long, device=rows.input_ids.device)
-    fed = rows.layout.key_position[:, rows.layout.prompt_index.shape[1] :] < NOWHERE
+    fed = rows.layout.key_position[:, rows.layout.prompt_index.shape[1] :] < PADDING_POSITION
     for k, (index, mask) in enumerate(zip(rows.layout.completion_index, fed, strict=True), start=1):
         out[index[mask]] = k
     return out
@@ -90,70 +95,69 @@ def by_cache(model: Any, rows: PackedRows) -> Tensor:
     return head(model, states.flatten(0, 1), rows)
 
 
+Form: TypeAlias = Callable[[Any, PackedRows], Tensor]
+
+
+def measured(
+    model: Any, forms: dict[str, Form], point: tuple[int, int, int], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Median seconds of each form at one (P, R, K), and how far their log-probabilities differ."""
+    p, r, k = point
+    prompt, completions = make_ids(p, r, k)
+    rows = pack_rows([prompt], [completions]).to(harness.device())
+    logprobs_of: dict[str, Tensor] = {}
+
+    def step(name: str) -> None:
+        model.config._attn_implementation = "flex_attention" if name == "flex" else "sdpa"
+        model.zero_grad(set_to_none=False)
+
+        def logprobs() -> Tensor:
+            with autocast(harness.device().type, harness.DTYPES[args.dtype]):
+                logprobs_of[name] = forms[name](model, rows)
+            return logprobs_of[name]
+
+        gradient_step(logprobs)
+
+    seconds = harness.in_turn({name: partial(step, name) for name in forms}, args.repeats)
+    ours = logprobs_of["pieces"]
+    return {
+        "prompt": p,
+        "completion": r,
+        "k": k,
+        "seconds": {name: harness.spread(values)["median"] for name, values in seconds.items()},
+        "max_logprob_difference": max(
+            float((other - ours).detach().abs().max()) for other in logprobs_of.values()
+        ),
+    }
+
+
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="fp32")
     args = parser.parse_args()
     model = harness.load_model(args.model).to(harness.device()).train()
-    dtype = harness.DTYPES[args.dtype]
-    forms: dict[str, Callable[[Any, PackedRows], Tensor]] = {
+    forms: dict[str, Form] = {
         "pieces": completion_logprobs,
         "mask": by_mask,
         "cache": by_cache,
     }
     if harness.device().type != "cpu":
         forms["flex"] = by_flex
-    result: dict[str, Any] = {
+    settings = [measured(model, forms, point, args) for point in POINTS]
+    table = []
+    for m in settings:
+        ours = m["seconds"]["pieces"]
+        times = [f"{seconds:.3f} ({seconds / ours:.2f}x)" for seconds in m["seconds"].values()]
+        point = f"{m['prompt']} + {m['k']} x {m['completion']}"
+        table.append([point, *times, f"{m['max_logprob_difference']:.0e}"])
+    title = f"seconds, forward and backward, {args.dtype}"
+    harness.show(title, ["P + K x R", *forms, "differ by, nats"], table)
+    result = {
         "dtype": args.dtype,
         "model": args.model,
         "device": harness.device().type,
-        "settings": [],
+        "settings": settings,
     }
-    table = []
-    for p, r, k in ((64, 64, 4), (256, 64, 8), (512, 128, 8)):
-        prompt, completions = make_ids(p, r, k)
-        rows = pack_rows([prompt], [completions]).to(harness.device())
-        found: dict[str, Tensor] = {}
-
-        def step(name: str, rows: PackedRows = rows, found: dict[str, Tensor] = found) -> None:
-            model.config._attn_implementation = "flex_attention" if name == "flex" else "sdpa"
-            model.zero_grad(set_to_none=False)
-
-            def logprobs() -> Tensor:
-                with autocast(harness.device().type, dtype):
-                    found[name] = forms[name](model, rows)
-                return found[name]
-
-            gradient_step(logprobs)
-
-        seconds = harness.in_turn(
-            {name: (lambda name=name: step(name)) for name in forms}, args.repeats
-        )
-        medians = {name: harness.spread(values)["median"] for name, values in seconds.items()}
-        difference = max(
-            float((found[name] - found["pieces"]).detach().abs().max()) for name in forms
-        )
-        result["settings"].append(
-            {
-                "prompt": p,
-                "completion": r,
-                "k": k,
-                "seconds": medians,
-                "max_logprob_difference": difference,
-            }
-        )
-        table.append(
-            [
-                f"{p} + {k} x {r}",
-                *(f"{m:.3f} ({m / medians['pieces']:.2f}x)" for m in medians.values()),
-                f"{difference:.0e}",
-            ]
-        )
-    harness.show(
-        f"seconds, forward and backward, {args.dtype}",
-        ["P + K x R", *forms, "differ by, nats"],
-        table,
-    )
     harness.save(args.json, result)
 
 

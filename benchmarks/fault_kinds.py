@@ -1,5 +1,6 @@
-"""The faults of `faults.py`: where each strikes, how the run has to end, and what it is compared
-with after it has gone on.
+"""The faults of `faults.py`.
+
+Where each strikes, how the run has to end, and what it is compared with after it has gone on.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ TIMES = ("runtime", "per_second")
 
 @dataclass(frozen=True)
 class Bench:
-    """What tries share: the unbroken run and its events, a run that was stopped after its third
-    step, a free port.
+    """What tries share.
+
+    The unbroken run and its events, a run that was stopped after its third step, a free port.
     """
 
     base: Path
@@ -52,8 +54,9 @@ class Bench:
 
 @dataclass(frozen=True)
 class Try:
-    """One fault. `work` is given a folder that is not there yet, and says why the try is lost, or
-    None.
+    """One fault.
+
+    `work` is given a folder that is not there yet, and says why the try is lost, or None.
     """
 
     fault: str
@@ -141,8 +144,9 @@ def broken(
 def spread(
     b: Bench, count: int, kinds: Sequence[str] = (), salt: str = ""
 ) -> list[tuple[int, fp.Event]]:
-    """So many events, drawn with the seed, in turn from each stage, the busiest first; `kinds` ()
-    means any.
+    """So many events, drawn with the seed, in turn from each stage, the busiest first.
+
+    `kinds` () means any.
     """
     rng = random.Random(f"{b.seed}/{salt}")
     by_stage: dict[str, list[int]] = {}
@@ -318,8 +322,9 @@ def servers(b: Bench, fast: bool) -> Iterator[Try]:
 
 
 def alone(folder: Path, lock: Path, work: Callable[[Path], str | None]) -> str | None:
-    """One try at a time: a reward's name holds the server's port, so that all of them need the same
-    one.
+    """One try at a time.
+
+    A reward's name holds the server's port, so that all of them need the same one.
     """
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -327,25 +332,30 @@ def alone(folder: Path, lock: Path, work: Callable[[Path], str | None]) -> str |
 
 
 def impatient() -> None:
-    """Wait for a server for a moment only. Not an option: those may not change when the run goes
-    on.
+    """Wait for a server for a moment only.
+
+    Not by an option: those may not change when the run goes on.
     """
     resolve.DEFAULT_TIMEOUT = 0.3
 
 
 def after(good: int, behaviour: Behaviour) -> Behaviour:
     """Good answers first."""
-    return lambda handler, asked, number: (by_length if number < good else behaviour)(
-        handler, asked, number
-    )
+
+    def answer(handler: Any, asked: Any, number: int) -> None:
+        (by_length if number < good else behaviour)(handler, asked, number)
+
+    return answer
 
 
 def but_for(bad: int, behaviour: Behaviour | None) -> Behaviour:
     """Bad answers first."""
     assert behaviour is not None
-    return lambda handler, asked, number: (behaviour if number < bad else by_length)(
-        handler, asked, number
-    )
+
+    def answer(handler: Any, asked: Any, number: int) -> None:
+        (behaviour if number < bad else by_length)(handler, asked, number)
+
+    return answer
 
 
 def not_finite(b: Bench, fast: bool) -> Iterator[Try]:

@@ -28,13 +28,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import neat_align.rounds.make_round
+import neat_align.rounds.sampling_stage
 from neat_align import NEATTrainer, pipeline
 from neat_align.cli.app import PAUSED
 from neat_align.cli.options import options_from
 from neat_align.errors import NEATError, RewardUnavailableError
 from neat_align.evaluation.drift_monitor import DriftMonitor
 from neat_align.rewards import http
-from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.runs.run_directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from reward_server import Behaviour, RewardServer
 from tiny import save_tiny
 
-# Two rounds of two steps; saves, log lines, shards and accumulation steps fall apart.
+# Two rounds of two steps; saves, log lines, batches of samples and accumulation steps fall apart.
 OPTIONS: dict[str, Any] = {
     "holdout": 2,
     "num_positive": 1,
@@ -82,8 +82,8 @@ STAGES = (
     (DriftMonitor, "measure_start", "while it measures drift"),
     (DriftMonitor, "measure", "while it measures drift"),
     (NEATTrainer, "make_round", "between sampling and scoring"),
-    (RolloutStore, "draw", "while it samples"),
-    (neat_align.rounds.make_round, "scored_in_shards", "while it scores"),
+    (neat_align.rounds.sampling_stage, "draw_samples", "while it samples"),
+    (neat_align.rounds.make_round, "score_groups", "while it scores"),
     (NEATTrainer, "training_step", "in a training step"),
     (NEATTrainer, "_save_checkpoint", SAVING),
     (pipeline, "write_folder", "while it saves the model"),
@@ -108,8 +108,9 @@ class Event:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code (minus a signal's number), what it printed, seconds of CPU
-    time.
+    """How a process ended.
+
+    `code` is its exit code (minus a signal's number), `said` what it printed.
     """
 
     code: int

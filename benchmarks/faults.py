@@ -1,5 +1,6 @@
-"""What survives what? A tiny run is broken in every way below, gone on with, and compared with the
-run that nobody broke.
+"""What survives what? A tiny run is broken in every way below, and gone on with.
+
+Then it is compared with the run that nobody broke.
 
     python benchmarks/faults.py --json OUT [--fast] [--jobs N] [--only WORDS]
 
@@ -126,8 +127,9 @@ def start_workers(b: Bench, tries: Sequence[Try], jobs: int) -> int:
 
 
 def outcomes(tries: Sequence[Try], reading: int) -> dict[int, str | None]:
-    """By the number of a try, why it is lost or None; what was not tried is left out. Shows how far
-    it is.
+    """By the number of a try, why it is lost or None; what was not tried is left out.
+
+    Shows how far it is.
     """
     ended: dict[int, str | None] = {}
     heard = 0
@@ -169,8 +171,7 @@ def table(tries: Sequence[Try], ended: dict[int, str | None]) -> list[dict[str, 
     return list(rows.values())
 
 
-def main() -> None:
-    """All faults, a table, a result file; exit code 1 when anything was lost."""
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -187,7 +188,12 @@ def main() -> None:
         default=math.inf,
         help="no try begins later; the rest is not tried, and the result says so",
     )
-    a = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """All faults, a table, a result file; exit code 1 when anything was lost."""
+    a = arguments()
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="neat-align-faults-") as folder:

@@ -1,5 +1,6 @@
-"""Sampling: our sampler against the generation of TRL's GRPOTrainer, for the same number of
-sequences and tokens.
+"""Sampling: our sampler against the generation of TRL's GRPOTrainer.
+
+The same number of sequences and tokens.
 
     python benchmarks/generation.py --json OUT
 

@@ -1,5 +1,6 @@
-"""What the benchmarks share: a model, sides timed in turn, peak memory in a process of its own, a
-result file.
+"""What the benchmarks share.
+
+A model, sides timed in turn, peak memory in a process of its own, a result file.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ GIB = 2**30
 
 
 def load_model(name: str) -> Any:
-    """`demo` is SmolLM2-135M-Instruct; `llama-1b` a randomly initialised Llama shape of 1.2 billion
-    weights. fp32 weights.
+    """A model with fp32 weights.
+
+    `demo` is SmolLM2-135M-Instruct; `llama-1b` a randomly initialised Llama shape of 1.2 billion
+    weights.
     """
     if name == "demo":
         return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
@@ -74,8 +77,9 @@ def synchronize() -> None:
 
 
 def in_turn(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side: one run each to warm up, then `repeats` rounds in which every side runs
-    once, in turning order.
+    """Seconds of each side.
+
+    One run each to warm up, then `repeats` rounds in which every side runs once, in turning order.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
@@ -107,8 +111,9 @@ def speedup(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 
 
 class PeakMemory:
-    """Peak bytes added while it is open: resident set on a CPU (sampled by the kernel), allocator's
-    peak on a GPU.
+    """Peak bytes added while it is open.
+
+    Resident set on a CPU (sampled by the kernel), allocator's peak on a GPU.
     """
 
     def __enter__(self) -> PeakMemory:

@@ -1,5 +1,6 @@
-"""One whole round (sample, score, train one step) against one step of TRL's online trainers, on
-equal work.
+"""One whole round (sample, score, train one step) against one step of TRL's online trainers.
+
+On equal work.
 
     python benchmarks/round.py --json OUT
 
@@ -13,11 +14,12 @@ sides in turn.
               samples from a bf16 copy. No drift measurement
   grpo        TRL's GRPOTrainer, without a KL term (its default): no reference model runs
   online_dpo  TRL's experimental OnlineDPOTrainer, which samples two completions a prompt (--k 2)
-  and runs a reference model
+              and runs a reference model
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
@@ -34,39 +36,11 @@ from transformers import TrainerCallback
 
 from neat_align import NEATConfig, NEATTrainer
 
-WORDS = (
-    *(
-        "my",
-        "neighbour",
-        "asked",
-        "whether",
-        "the",
-        "old",
-        "bicycle",
-        "in",
-        "the",
-        "yard",
-        "could",
-        "be",
-        "mended",
-    ),
-    *(
-        "before",
-        "the",
-        "summer",
-        "fair",
-        "and",
-        "I",
-        "said",
-        "that",
-        "I",
-        "would",
-        "look",
-        "at",
-        "it",
-        "soon",
-    ),
+TEXT = (
+    "my neighbour asked whether the old bicycle in the yard could be mended "
+    "before the summer fair and I said that I would look at it soon"
 )
+WORDS = TEXT.split()
 
 
 def text_of(tokenizer: Any, tokens: int, number: int) -> str:
@@ -189,7 +163,7 @@ def one_step(
     return clock.seconds, trainer
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.add_argument("--peer", choices=list(PEERS), default="grpo")
     parser.add_argument("--prompt", type=int, default=256)
@@ -202,6 +176,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.peer == "online_dpo" and args.k != 2:
         raise SystemExit("online_dpo samples two completions a prompt: give --k 2")
+    return args
+
+
+def share_kept(trainer: NEATTrainer, args: argparse.Namespace) -> float:
+    """Share of our completions that are left after filtering; the work must be equal."""
+    trained = [c for g in trainer.rounds.groups for c in g.completions]
+    assert {len(c.token_ids) for c in trained} == {args.completion}
+    kept = len(trained) / (args.prompts * args.k)
+    assert kept > 0.95, (
+        f"only {kept:.0%} of the completions are left after filtering: the work is not equal"
+    )
+    return kept
+
+
+def main() -> None:
+    args = arguments()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     base, tokenizer = harness.load_model(args.model), harness.load_tokenizer()
@@ -213,13 +203,7 @@ def main() -> None:
         for name, make in sides.items():
             taken, trainer = one_step(make, args, base, tokenizer, texts)
             if name == "neat":
-                trained = [c for g in trainer.rounds.groups for c in g.completions]
-                assert {len(c.token_ids) for c in trained} == {args.completion}
-                kept = len(trained) / (args.prompts * args.k)
-                assert kept > 0.95, (
-                    f"only {kept:.0%} of the completions are left after filtering: the work is "
-                    "not equal"
-                )
+                kept = share_kept(trainer, args)
             if number > 0:
                 seconds[name].append(taken)
     ratio = harness.speedup(seconds[args.peer], seconds["neat"])
@@ -233,20 +217,8 @@ def main() -> None:
         f"{args.completion}, {args.dtype}"
     )
     harness.show(title, ["side", "seconds", "range", "over ours"], rows)
-    setting = {
-        k: getattr(args, k)
-        for k in (
-            "peer",
-            "prompt",
-            "completion",
-            "k",
-            "prompts",
-            "rows",
-            "max_tokens",
-            "dtype",
-            "model",
-        )
-    }
+    names = ("peer", "prompt", "completion", "k", "prompts", "rows", "max_tokens", "dtype", "model")
+    setting = {name: getattr(args, name) for name in names}
     result = {
         "setting": {**setting, "device": harness.device().type},
         "seconds": {name: harness.spread(values) for name, values in seconds.items()},

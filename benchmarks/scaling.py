@@ -1,5 +1,6 @@
-"""How time and memory of a training step grow: with K, with the prompt, with the completion, with
-the groups per batch.
+"""How time and memory of a training step grow.
+
+With K, with the prompt, with the completion, with the groups per batch.
 
     python benchmarks/scaling.py --json OUT
 

@@ -96,9 +96,7 @@ def trl_trainer(model: Any, folder: str, bf16: bool) -> Any:
 def make_sides(
     args: argparse.Namespace, wanted: tuple[str, ...]
 ) -> tuple[Any, dict[str, Callable[[], Tensor]]]:
-    """The model, and a function a side that gives [k, completion] log-probabilities with their
-    gradient.
-    """
+    """The model, and a function a side: [k, completion] log-probabilities with their gradient."""
     model = harness.load_model(args.model)
     # TRL asks for checkpointing by default; here every side keeps its activations.
     dtype = harness.DTYPES[args.dtype]
@@ -151,8 +149,9 @@ def memory_of(args: argparse.Namespace) -> None:
 
 
 def compared(args: argparse.Namespace) -> tuple[float, float]:
-    """Largest difference of log-probabilities, and relative error of the gradient, ours against
-    strong; in fp32.
+    """Largest difference of log-probabilities, and relative error of the gradient, in fp32.
+
+    Ours against strong.
     """
     model, sides = make_sides(
         argparse.Namespace(**{**vars(args), "dtype": "fp32"}), ("neat", "strong")
@@ -187,15 +186,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds = harness.in_turn({name: stepping(side) for name, side in sides.items()}, args.repeats)
     del model, sides
-    setting = [
-        f"--{name}={getattr(args, name)}"
-        for name in ("prompt", "completion", "k", "dtype", "model")
-    ]
-    memory = (
-        {name: harness.in_own_process([*setting, f"--memory-of={name}"]) for name in wanted}
-        if not args.no_memory
-        else {}
-    )
+    options = ("prompt", "completion", "k", "dtype", "model")
+    setting = [f"--{name}={getattr(args, name)}" for name in options]
+    memory: dict[str, Any] = {}
+    if not args.no_memory:
+        for name in wanted:
+            memory[name] = harness.in_own_process([*setting, f"--memory-of={name}"])
     p, r, k = args.prompt, args.completion, args.k
     result: dict[str, Any] = {
         "setting": {
@@ -220,9 +216,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if memory:
             result[f"memory_ratio_vs_{names[side]}"] = memory["neat"] / memory[side]
     if "strong" in wanted:
-        result["share_of_token_bound"] = (
-            result["speedup_vs_strong_baseline"] / result["token_bound"]
-        )
+        reached = result["speedup_vs_strong_baseline"]
+        result["share_of_token_bound"] = reached / result["token_bound"]
     return result
 
 

@@ -1,19 +1,21 @@
-"""Does our `dpo` ranking loss train as TRL's own DPOTrainer does? Same pairs, same order, same
-start: the losses, step by step.
+"""Does our `dpo` ranking loss train as TRL's own DPOTrainer does?
+
+Same pairs, same order, same start: the losses, step by step.
 
     python benchmarks/trl_dpo_parity.py --json OUT
 
-The model writes good and bad answers to the demo's prompts (`expand`); the best and the worst
+The model writes good and bad answers to the demo's prompts (`make_round`); the best and the worst
 answer of each prompt are the pair. Both trainers then get the same text: the rendered prompt, and
 two answers. Each tokenises it by itself, and the token ids must be equal, or there is no
 comparison. fp32, AdamW without weight decay, constant rate without warm-up, the same clipping of
-gradients, no dropout, pairs in the order of the data; on our side `length_power: 0`, `lm_weight:
-0`, and groups of exactly one pair.
+gradients, no dropout, pairs in the order of the data; on our side `length_power: 0`,
+`lm_weight: 0`, and groups of exactly one pair.
 
   packed  NEATTrainer, prompts shared within a pair
   padded  NEATTrainer, padded rows: its distance to `packed` is what rounding alone makes of two
-  ways to add the same numbers trl     TRL's DPOTrainer; the reference model runs in every step,
-  where ours is scored once, before the first
+          ways to add the same numbers
+  trl     TRL's DPOTrainer; the reference model runs in every step, where ours is scored once,
+          before the first
 
 Text, not TRL's chat form: there the chat template's line break after an answer's end would be one
 more trained token. And of an answer that was cut: TRL ends every text answer with eos, so here ours
@@ -22,6 +24,7 @@ has one, too (our rounds never add one; the loss is the same).
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
@@ -73,8 +76,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trained:
-    """A side's run: loss (nats) and norm of the gradient before clipping at every step, and the
-    weights that trained.
+    """A side's run.
+
+    Loss (nats) and norm of the gradient before clipping at every step, and the trained weights.
     """
 
     losses: list[float]
@@ -140,8 +144,9 @@ def pair_groups(rows: Sequence[PromptRow], tokenizer: Any, longest: int) -> list
 def resampled_alike(
     groups: Sequence[CompletionGroup], pairs: Sequence[CompletionGroup]
 ) -> dict[str, float]:
-    """What the detour over text changed: shares of the answers that were cut, and whose text gives
-    the sampled ids again.
+    """What the detour over text changed.
+
+    Shares of the answers that were cut, and of those whose text gives the sampled ids again.
     """
     sampled: dict[str, Completion] = {c.text: c for g in groups for c in g.completions}
     answers = [c for g in pairs for c in g.completions]
@@ -158,8 +163,9 @@ def _without_end(c: Completion) -> tuple[int, ...]:
 
 
 class PairTrainer(NEATTrainer):
-    """Every round is the same given pairs instead of fresh samples; everything after that is
-    NEATTrainer's own.
+    """Every round is the same given pairs instead of fresh samples.
+
+    Everything after that is NEATTrainer's own.
     """
 
     pairs: tuple[CompletionGroup, ...] = ()
@@ -265,8 +271,9 @@ def trls(
     groups: Sequence[CompletionGroup],
     setting: Setting,
 ) -> Trained:
-    """TRL's DPOTrainer on the same text. Raises SystemExit when it made other token ids of it than
-    we did.
+    """TRL's DPOTrainer on the same text.
+
+    Raises SystemExit when it made other token ids of it than we did.
     """
     from trl import DPOConfig, DPOTrainer
 
@@ -356,9 +363,7 @@ def within(found: Mapping[str, float]) -> bool:
 
 
 def parity(base: Any, tokenizer: Any, rows: list[PromptRow], setting: Setting) -> dict[str, Any]:
-    """Train all sides from copies of `base` on text pairs; curves, and the differences between
-    them.
-    """
+    """Train all sides from copies of `base` on text pairs: curves, and how they differ."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = None  # the prompts are rendered already
     longest = base.config.max_position_embeddings
@@ -392,7 +397,7 @@ def parity(base: Any, tokenizer: Any, rows: list[PromptRow], setting: Setting) -
     }
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = harness.parser(__doc__)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--completion", type=int, default=48, help="tokens of an answer at most")
@@ -401,7 +406,11 @@ def main() -> None:
     parser.add_argument(
         "--trl-beta", type=float, help="another beta for TRL's side, to see the check fail"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     base, tokenizer = harness.load_model(args.model), harness.load_tokenizer()
@@ -416,9 +425,8 @@ def main() -> None:
     }
     groups = sampled_groups(copy.deepcopy(base), tokenizer, demo_rows("train"), "vader", **sampling)
     rows = text_pairs(groups, tokenizer)
-    rows = rows[
-        : len(rows) // args.pairs_per_step * args.pairs_per_step
-    ]  # whole batches, so that a mean of means is a mean
+    # Full batches, so that a mean of means is a mean.
+    rows = rows[: len(rows) // args.pairs_per_step * args.pairs_per_step]
     result: dict[str, Any] = {
         "setting": {
             "model": args.model,

@@ -47,8 +47,9 @@ def pip_audit(requirements: Path, *options: str) -> Mapping[str, Any] | str:
 
 
 def why_unreachable(report: Mapping[str, Any] | str) -> str | None:
-    """Why the advisory service is of no use, from a report on KNOWN; None when it knows its
-    vulnerabilities.
+    """Why the advisory service is of no use, from a report on KNOWN.
+
+    None when it knows its vulnerabilities.
     """
     if isinstance(report, str):
         return report

@@ -78,8 +78,9 @@ def readme(folder: Path) -> None:
 
 
 def grid(folder: Path) -> None:
-    """Over padded rows at every measured point, with the share of the token bound; then time and
-    memory as one thing grows.
+    """Over padded rows at every measured point, with the share of the token bound.
+
+    Then time and memory as one thing grows.
     """
     print(
         "| prompt, completion, K | token bound | over padded rows, fp32 | share of bound | over "

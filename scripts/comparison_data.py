@@ -1,5 +1,6 @@
-"""Short prompts from a data set, as the comparisons on other data use them: `python
-scripts/comparison_data.py IN.jsonl OUT.jsonl`.
+"""Short prompts from a data set, as the comparisons on other data use them.
+
+    python scripts/comparison_data.py IN.jsonl OUT.jsonl
 
 Of the rows with one user turn of at most `--words` words it keeps `--rows`, evenly spaced, in the
 file's order. Transcripts become their one human turn; with `--text`, prompts stay text to be

@@ -26,11 +26,10 @@ def main(paths: list[str]) -> None:
         }
         print(
             f"| {r['seed']} | {r['reward_before']:.2f} → {r['reward_after']:.2f} | "
-            f"{r['reward_delta']:+.2f} [{low:+.2f}, {high:+.2f}] "
-            f"| {r['second_judge_delta']:+.3f} | {change['perplexity']:+.1%} | "
-            f"{change['distinct2']:+.1%} | {change['mean_length']:+.1%} "
-            f"| {r['kl_per_token']:.3f} | {r['wall_seconds'] / 60:.1f} | "
-            f"{r['peak_rss_bytes'] / 2**30:.1f} |"
+            f"{r['reward_delta']:+.2f} [{low:+.2f}, {high:+.2f}] | {r['second_judge_delta']:+.3f} "
+            f"| {change['perplexity']:+.1%} | {change['distinct2']:+.1%} | "
+            f"{change['mean_length']:+.1%} | {r['kl_per_token']:.3f} | "
+            f"{r['wall_seconds'] / 60:.1f} | {r['peak_rss_bytes'] / 2**30:.1f} |"
         )
 
 

@@ -1,5 +1,6 @@
-"""Print the table of docs/reliability.md from a result of `make faults`: python
-scripts/faults_table.py benchmarks/results/faults.json
+"""Print the table of docs/reliability.md from a result of `make faults`.
+
+python scripts/faults_table.py benchmarks/results/faults.json
 """
 
 from __future__ import annotations

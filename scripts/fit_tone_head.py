@@ -1,8 +1,9 @@
-"""Fit the head of the `minilm_tone` judge: L2-regularised logistic regression on frozen MiniLM
-embeddings of the tone anchors.
+"""Fit the head of the `minilm_tone` judge.
 
-    python scripts/fit_tone_head.py [--validate rt_polarity.jsonl] [--result
-    docs/results/tone_head.json]
+L2-regularised logistic regression on frozen MiniLM embeddings of the tone anchors.
+
+    python scripts/fit_tone_head.py [--validate rt_polarity.jsonl]
+                                    [--result docs/results/tone_head.json]
 
 Deterministic: float64 LBFGS from zero on a convex loss. The strength of the regularisation is
 fixed. Leaving each topic out in turn cannot choose it: the anchors are separable, so that log-loss
@@ -92,8 +93,9 @@ def left_out(x: Tensor, y: Tensor, topics: Sequence[str], strength: float) -> di
 
 
 def validate(path: Path, weights: Tensor, bias: Tensor) -> dict[str, Any]:
-    """AUC of this head and of VADER on rows with `prompt`, `chosen` and `label`: the rest of each
-    sentence, then the whole of it.
+    """AUC of this head and of VADER on rows with `prompt`, `chosen` and `label`.
+
+    On the rest of each sentence, then on all of it.
     """
     rows = read_rows(path)
     y = torch.tensor([LABELS[row["label"]] for row in rows], dtype=torch.float64)
@@ -139,8 +141,8 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def main() -> None:
-    """Cross-validate, fit, write the head, and validate."""
+def arguments() -> argparse.Namespace:
+    """Where the anchors are, and where the head and its figures go."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,8 +152,12 @@ def main() -> None:
         "--validate", type=Path, help="jsonl with prompt, chosen, label (pos or neg)"
     )
     parser.add_argument("--result", type=Path, help="write every figure here as JSON")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Cross-validate, fit, write the head, and validate."""
+    args = arguments()
     rows = read_rows(args.anchors)
     y = torch.tensor([LABELS[row["label"]] for row in rows], dtype=torch.float64)
     x = encoder().embed([row["text"] for row in rows]).double()
@@ -177,14 +183,8 @@ def main() -> None:
         "leave_one_topic_out": cross_validation,
         "measures": "tone of English text (kind or rude); not harmlessness, helpfulness or truth",
     }
-    write_json(
-        args.out,
-        {
-            "metadata": metadata,
-            "bias": bias.item(),
-            "weights": [round(w, 6) for w in weights.tolist()],
-        },
-    )
+    rounded = [round(w, 6) for w in weights.tolist()]
+    write_json(args.out, {"metadata": metadata, "bias": bias.item(), "weights": rounded})
 
     result: dict[str, Any] = {"head": metadata, "grid": grid, "versions": versions()}
     if args.validate:

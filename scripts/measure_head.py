@@ -1,5 +1,6 @@
-"""What a non-contiguous slice costs the language-model head without gradients: python
-scripts/measure_head.py --out FILE
+"""What a non-contiguous slice costs the language-model head without gradients.
+
+    python scripts/measure_head.py --out FILE
 
 A model that keeps only some logits hands its head a slice of the hidden states. Each side runs in a
 process of its own.

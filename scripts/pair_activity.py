@@ -1,5 +1,7 @@
-"""Do the negatives teach? Per origin of the loser: share of pairs still active, share of the
-ranking gradient, log-probability.
+"""Do the negatives teach?
+
+Per origin of the loser: share of pairs still active, share of the ranking gradient, and mean
+log-probability.
 
     python scripts/pair_activity.py --out docs/results/pair-activity.json RUN_DIR...
 
@@ -85,10 +87,10 @@ def main() -> None:
                     active = record.get(f"ranking/active_pair_fraction/{origin}")
                     print(
                         f"| {run.name} | {record['round'] + 1} | {origin} | "
-                        f"{'—' if active is None else f'{active:.2f}'} "
-                        f"| {record[f'ranking/gradient_share/{origin}']:.2f} | "
-                        f"{record[f'logps/{origin}']:.2f} "
-                        f"| {record.get(f'reward/{origin}', float('nan')):.2f} | "
+                        f"{'—' if active is None else f'{active:.2f}'} | "
+                        f"{record[f'ranking/gradient_share/{origin}']:.2f} | "
+                        f"{record[f'logps/{origin}']:.2f} | "
+                        f"{record.get(f'reward/{origin}', float('nan')):.2f} | "
                         f"{record['contrast/inversion_rate']:.2f} |"
                     )
     args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

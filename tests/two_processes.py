@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from neat_align import CollapseError
 from neat_align.errors import RunInterrupted
-from test_trainer import trainer, weights
+from small_trainer import trainer, weights
 
 RANK = int(os.environ.get("RANK", "0"))
 

@@ -31,6 +31,7 @@ def parsed(folder: Path, text: str, *arguments: str) -> tuple[ScriptArguments, N
             "lr_scheduler_kwargs: {a: 2024-01-01}\n",
             "r.yaml:1: lr_scheduler_kwargs holds a mapping that is no JSON",
         ),
+        ("reward_funcs: [vader, --seed, 3]\n", "r.yaml:1: reward_funcs lists '--seed'"),
         ("seed: 1\n\nholdout: -1\n", "r.yaml:3: holdout is -1"),
         ("beta: 3.0\nranking_loss: hinge\n", "r.yaml:1: beta is set but ranking_loss"),
         ("3: 4\n", "r.yaml:1: unknown option '3'"),

@@ -16,12 +16,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from neat_align import ConfigError, NEATTrainer, RewardError
+from neat_align import ConfigError, RewardError
 from neat_align.cli.app import app
 from neat_align.cli.compare import show_comparison
 from neat_align.comparison.spec import CompareSpec, parse_spec
 from neat_align.files.atomic import read_json
 from neat_align.rounds.round_files import read_round
+from neat_align.trainer.round_callback import RoundCallback
 from pages import assert_sealed
 from tiny import save_tiny
 
@@ -300,14 +301,14 @@ def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
     """
     out = place / "interrupted"
     steps = 0
-    check = NEATTrainer.check_step
+    check = RoundCallback.on_pre_optimizer_step
 
-    def stop_in_a_round(self: NEATTrainer) -> None:
+    def stop_in_a_round(self: RoundCallback, *events: Any, **given: Any) -> None:
         nonlocal steps
         steps += 1
         if steps == 6:  # two of the first run, and the last but one of the second's four
             raise KeyboardInterrupt
-        check(self)
+        check(self, *events, **given)
 
     # Rewards: two of base; the first run's round, evaluation, and second round.
     CALLS.clear()
@@ -317,7 +318,7 @@ def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
     assert read_round(run_folder(out, "sft-best", 0) / "rounds" / "00001") is None
     monkeypatch.setitem(INTERRUPT, "rewards", None)
     with monkeypatch.context() as patched:
-        patched.setattr(NEATTrainer, "check_step", stop_in_a_round)
+        patched.setattr(RoundCallback, "on_pre_optimizer_step", stop_in_a_round)
         with pytest.raises(KeyboardInterrupt):
             compared(spec(place), out)
     assert (run_folder(out, "sft-best", 0) / "points.json").is_file()
@@ -328,9 +329,8 @@ def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
         "the test needs a step that is made again"
     )
     CALLS.clear()
-    monkeypatch.setitem(
-        INTERRUPT, "rewards", 1
-    )  # the second round is there: the evaluation after it
+    # The second round is there: the evaluation after it.
+    monkeypatch.setitem(INTERRUPT, "rewards", 1)
     with pytest.raises(RewardError):
         compared(spec(place), out)
     result, said = compared(spec(place), out)
@@ -565,6 +565,5 @@ def test_a_strength_has_a_folder_and_a_curve_of_its_own(place: Path, tmp_path: P
     assert [c["strength"] for c in result["frontier"]] == names
     assert result["kl_target"] == 1e-6
     assert result["table"][1]["at_equal_kl"]["seeds"] == 1
-    assert (
-        len(list((tmp_path / "shared-rounds").iterdir())) == 1
-    )  # how fast it learns decides nothing about what it samples first
+    # How fast it learns decides nothing about what it samples first.
+    assert len(list((tmp_path / "shared-rounds").iterdir())) == 1

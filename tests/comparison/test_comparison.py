@@ -11,16 +11,9 @@ import pytest
 from rich.console import Console
 
 from neat_align.cli.tables import comparison_table
-from neat_align.comparison import summary as comparison
-from neat_align.comparison.summary import (
-    Point,
-    Run,
-    bootstrap,
-    collapse_reason,
-    common_kl,
-    summarise,
-    values_at_kl,
-)
+from neat_align.comparison.equal_kl import common_kl, values_at_kl
+from neat_align.comparison.outcomes import Point, Run, collapse_reason
+from neat_align.comparison.summary import summarise
 
 NAN = math.nan
 
@@ -79,6 +72,7 @@ def run_of(
         ({"lengths": [21.0, 20.0]}, "answers are 205% as long as the start's"),
         ({"repetition": [0.2, 0.2]}, None),
         ({"repetition": [0.2, 0.3]}, "25% more of an answer repeats itself"),
+        # No collapse, only bad.
         (
             {
                 "rewards": [-9.0, -9.0],
@@ -87,7 +81,7 @@ def run_of(
                 "entropy": 0.0,
             },
             None,
-        ),  # no collapse, only bad
+        ),
     ],
     ids=str,
 )
@@ -183,112 +177,6 @@ def test_the_common_kl_is_what_every_run_passed_before_it_collapsed() -> None:
     assert common_kl([]) is None
 
 
-# ---- intervals -----------------------------------------------------------------------------------
-
-
-def simulated(
-    rng: np.random.Generator, seeds: int, prompts: int, truth: float, between_seeds: float
-) -> Any:
-    """Differences of a method over base: what a seed and what a prompt does to it, and noise."""
-    noise = 0.3 * rng.standard_normal((seeds, prompts))
-    return (
-        truth
-        + between_seeds * rng.standard_normal((seeds, 1))
-        + rng.standard_normal((1, prompts))
-        + noise
-    )
-
-
-def test_the_bootstrap_is_the_same_every_time_and_sees_both_seeds_and_prompts() -> None:
-    rng = np.random.default_rng(1)
-    table = simulated(rng, 4, 30, 0.5, 0.0)
-    assert bootstrap(table) == bootstrap(table.copy())
-    value, low, high = bootstrap(table)
-    assert value == pytest.approx(float(table.mean()))
-    assert low is not None
-    assert high is not None
-    assert low < value < high
-    # Prompts alone, by the normal approximation: about this wide.
-    half = 1.96 * float(table.mean(axis=0).std()) / math.sqrt(30)
-    assert high - low == pytest.approx(2 * half, rel=0.25)
-    # Seeds that differ are doubt, too: the same prompts, with seeds apart.
-    apart = table + np.array([[-2.0], [-1.0], [1.0], [2.0]])
-    wide = bootstrap(apart)
-    assert wide[0] == pytest.approx(value)
-    assert wide[1] is not None
-    assert wide[2] is not None
-    assert wide[2] - wide[1] > 2 * (high - low)
-
-
-@pytest.mark.parametrize(("seeds", "between_seeds"), [(3, 0.0), (8, 0.4)])
-def test_the_interval_holds_the_truth_about_as_often_as_it_says(
-    seeds: int, between_seeds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comparison, "RESAMPLES", 300)
-    rng = np.random.default_rng(0)
-    covered, widths = 0, []
-    for _ in range(200):
-        _, low, high = bootstrap(simulated(rng, seeds, 25, 0.5, between_seeds))
-        assert low is not None
-        assert high is not None
-        covered += low <= 0.5 <= high
-        widths.append(high - low)
-    assert 0.86 <= covered / 200 <= 0.99
-    exact = 2 * 1.96 * math.sqrt(1 / 25 + between_seeds**2 / seeds + 0.3**2 / (25 * seeds))
-    assert float(np.mean(widths)) == pytest.approx(
-        exact, rel=0.2
-    )  # it does not cover by being wide
-
-
-@pytest.mark.parametrize("missing", [False, True])
-def test_the_intercept_is_the_difference_at_equal_length(missing: bool) -> None:
-    """Reward goes up by 0.05 a token, and by 0.3 at equal length; answers are some 8
-    tokens longer.
-    """
-    rng = np.random.default_rng(2)
-    lengths = 8 + 4 * rng.standard_normal((3, 200))
-    table = 0.3 + 0.05 * lengths + 0.1 * rng.standard_normal((3, 200))
-    if missing:
-        gone = rng.random(table.shape) < 0.3
-        table = np.where(gone, NAN, table)
-        lengths = np.where(
-            gone, 1e6, lengths
-        )  # how long an answer without a reward is says nothing
-    value, low, high = bootstrap(table, "intercept", lengths)
-    assert value == pytest.approx(0.3, abs=0.03)
-    assert low is not None
-    assert high is not None
-    assert low < 0.3 < high < 0.4
-    naive = bootstrap(table)
-    assert naive[1] is not None
-    assert naive[1] > 0.5
-
-
-def test_the_intercept_by_hand() -> None:
-    """(x, y) = (0, 1), (2, 5): y = 1 + 2x. Equal lengths have no slope: the mean."""
-    assert bootstrap(np.array([[1.0, 5.0]]), "intercept", np.array([[0.0, 2.0]]))[
-        0
-    ] == pytest.approx(1.0)
-    assert bootstrap(np.array([[1.0, 5.0]]), "intercept", np.array([[3.0, 3.0]])) == (3.0, 1.0, 5.0)
-
-
-@pytest.mark.filterwarnings("error")
-def test_entries_that_are_missing_are_left_out() -> None:
-    assert bootstrap(np.array([[2.0, NAN], [NAN, 2.0]])) == (
-        2.0,
-        2.0,
-        2.0,
-    )  # also where a draw finds nothing at all
-    value, low, high = bootstrap(np.array([[1.0, NAN, 3.0], [1.0, 2.0, NAN]]))
-    assert value == 1.75
-    assert low == 1.0
-    assert high == 3.0
-    nothing = np.full((2, 3), NAN)
-    assert (
-        bootstrap(nothing) == bootstrap(nothing, "intercept", np.ones((2, 3))) == (None, None, None)
-    )
-
-
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -351,18 +239,16 @@ def test_at_equal_budget_a_method_is_its_first_strength_at_its_end() -> None:
     assert at["kl"] == {"mean": 0.04}
     assert at["reward"] == flat(0.5, 1.5)
     assert at["judges/j"] == flat(2.0, 1.0)
-    assert at["length_controlled_reward"] == pytest.approx(
-        {"delta": 0.5, "low": 0.5, "high": 0.5}
-    )  # all 5 tokens longer: no slope
+    # All are 5 tokens longer: no slope.
+    even = {"delta": 0.5, "low": 0.5, "high": 0.5}
+    assert at["length_controlled_reward"] == pytest.approx(even)
     assert at["perplexity"] == pytest.approx({"mean": 11.0, "ratio": 1.1})
     assert at["distinct2"] == pytest.approx({"mean": 0.5, "ratio": 1.0})
     assert at["mean_length"] == pytest.approx({"mean": 15.0, "ratio": 1.5})
     assert at["clipped"] == {"mean": 0.5}
     assert at["pair_accuracy"] == {"mean": 0.5}
-    assert (table["a"]["runs"], table["a"]["collapsed"]) == (
-        2,
-        0,
-    )  # two seeds at the first strength
+    # Two seeds at the first strength.
+    assert (table["a"]["runs"], table["a"]["collapsed"]) == (2, 0)
 
 
 def test_base_has_means_and_no_differences() -> None:
@@ -396,17 +282,16 @@ def test_at_equal_kl_a_method_is_the_mean_over_its_strengths_that_pass() -> None
     assert table["b"]["at_equal_kl"]["seeds"] == 1
     assert table["b"]["at_equal_kl"]["reward"]["delta"] == pytest.approx(math.sqrt(0.5) * 0.5)
     far = rows(0.09)
-    assert far["a"]["at_equal_kl"]["reward"] == flat(
-        1.125, 2.125
-    )  # the strong one alone: 0.3 / 0.4 of 1.5
+    # The strong one alone: 0.3 / 0.4 of 1.5.
+    assert far["a"]["at_equal_kl"]["reward"] == flat(1.125, 2.125)
     assert far["b"]["at_equal_kl"] is None
     assert far["a"]["against"]["b"]["at_equal_kl"] is None
 
 
 def test_without_a_target_it_is_what_all_reached() -> None:
     assert summary(None)["kl_target"] == 0.02  # of the runs that did not collapse at once
-    whole = [r for r in runs() if r.collapsed is None]
-    assert summarise(starts(), whole, ["base", "a", "b"], None)["kl_target"] == 0.02
+    sound = [r for r in runs() if r.collapsed is None]
+    assert summarise(starts(), sound, ["base", "a", "b"], None)["kl_target"] == 0.02
     assert rows(None)["a"]["at_equal_kl"]["seeds"] == 2
     collapsed = [r for r in runs() if r.collapsed is not None and len(r.points) == 1]
     assert collapsed
@@ -457,13 +342,8 @@ def test_curves_and_runs_hold_every_round() -> None:
     curves = {(c["method"], c["strength"]): c["points"] for c in found["frontier"]}
     assert list(curves) == [("a", "s"), ("a", "strong"), ("b", "s")]
     first, last = curves["a", "s"]
-    assert (first["round"], first["kl"], first["kl_low"], first["kl_high"], first["collapsed"]) == (
-        1,
-        0.01,
-        0.01,
-        0.01,
-        False,
-    )
+    kl = (first["kl"], first["kl_low"], first["kl_high"])
+    assert (first["round"], *kl, first["collapsed"]) == (1, 0.01, 0.01, 0.01, False)
     assert last["reward"]["mean"] == pytest.approx(1.5)
     assert last["reward"]["low"] < 1.5 < last["reward"]["high"]
     assert curves["b", "s"][0]["collapsed"] is True

@@ -152,10 +152,11 @@ def test_strengths_in_words() -> None:
         ),
         ({"methods": {"mine": {"beta": 3.0}}}, "there is no method 'mine'"),
         ({"methods": {"zzz": None}}, "there is no method 'zzz'. Known: base, sft-best, "),
+        # Only what stands above.
         (
             {"methods": {"mine": {"like": "yours"}, "yours": {"like": "neat"}}},
             "there is no method 'yours'",
-        ),  # only what stands above
+        ),
         (
             {"methods": {"base": {"beta": 3.0}, "neat": None}},
             "base is the start policy and is not trained; it takes no options (beta)",
@@ -247,11 +248,8 @@ def test_every_shipped_method_is_a_configuration_and_samples_four_answers() -> N
 
 
 def test_the_published_methods_learn_from_plain_answers_and_need_what_they_say() -> None:
-    own = {
-        "kl_weight": 0.0,
-        "output_dir": "x",
-        "bf16": False,
-    }  # without the KL term of the common settings
+    # Without the KL term of the common settings.
+    own = {"kl_weight": 0.0, "output_dir": "x", "bf16": False}
     configs = {
         name: options_from({**m.settings, **own})[1] for name, m in shipped_methods().items()
     }

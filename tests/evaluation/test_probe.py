@@ -27,16 +27,12 @@ from neat_align.cli.probe_run import run_probe, usable_placements
 from neat_align.cli.probe_table import next_steps, print_probe, remarks, shortened
 from neat_align.demo.model import find_gguf
 from neat_align.errors import ConfigError, DataError, PromptError
-from neat_align.evaluation.probe import (
-    PROBE_ROUND,
+from neat_align.evaluation.probe import PROBE_ROUND, ProbeParams, ProbeTools, probe_bank
+from neat_align.evaluation.probe_summary import (
     PairProbe,
     PlacementProbe,
     Probe,
-    ProbeParams,
-    ProbeTools,
     Side,
-    cohens_d,
-    probe_bank,
     verdict_of,
 )
 from neat_align.evaluation.statistics import PairedDifference
@@ -184,9 +180,8 @@ def test_lengths_leaks_blanks_and_likelihood_by_hand() -> None:
     assert (found.positive.leaks, found.negative.leaks) == (0.0, 2 / 16)
     long = len(TOKENIZER(leak, add_special_tokens=False)["input_ids"]) + 1
     assert long > 4
-    assert (
-        found.positive.mean_length == found.plain.mean_length == 2.0
-    )  # a digit and the end of turn
+    # A digit and the end of turn.
+    assert found.positive.mean_length == found.plain.mean_length == 2.0
     assert found.length_difference == pytest.approx(2 * (long - 2) / 16)
     # Per token and per answer: a long answer counts as much as a short one.
     assert (found.positive.logprob, found.plain.logprob, found.negative.logprob) == (
@@ -257,15 +252,6 @@ def test_verdicts(low: float, high: float, prompts: int, d: float | None, verdic
     assert verdict_of(PairedDifference((low + high) / 2, low, high), prompts, d) == verdict
 
 
-def test_cohens_d_needs_numbers_and_a_spread() -> None:
-    assert cohens_d([1.0], [0.0, 1.0]) is None
-    assert cohens_d([1.0, 1.0], [0.0, 0.0]) is None
-    # Variances 2 and 8 with 1 and 2 degrees of freedom: pooled 6.
-    assert cohens_d([1.0, 3.0], [-4.0, 0.0, 4.0 / 4 - 1.0 + 4.0]) == pytest.approx(
-        2.0 / math.sqrt((2.0 + 2 * 16.0) / 3)
-    )
-
-
 # ---- what is sampled -----------------------------------------------------------------------------
 
 
@@ -285,9 +271,8 @@ def test_every_side_draws_with_the_same_numbers_and_all_in_one_call() -> None:
     (requests,) = sampler.calls
     assert len(requests) == len(set(requests))
     for r, row in enumerate(rows()):
-        prompts = {
-            tuple(prompt_ids(TOKENIZER, row.prompt))
-        }  # the plain prompt once, for all pairs and placements
+        # The plain prompt once, for all pairs and placements.
+        prompts = {tuple(prompt_ids(TOKENIZER, row.prompt))}
         for pair in TWO.pairs:
             for placement in ("system", "affix"):
                 for text in (pair.positive, pair.negative):

@@ -121,9 +121,8 @@ def test_under_autocast_the_product_is_bf16_and_the_rest_fp32() -> None:
         .gather(-1, ids[:, None])
         .squeeze(-1)
     )
-    torch.testing.assert_close(
-        ours, expected, rtol=0, atol=1e-5
-    )  # bf16 after the product would be off by 1e-2
+    # bf16 after the product would be off by 1e-2.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         frozen = chosen_logprobs(states, weight.detach(), None, ids, LogitTail(), 3)
     torch.testing.assert_close(

@@ -1,5 +1,6 @@
-"""Loading runs no code and unpickles nothing: safetensors only, no remote code without a pinned
-commit, safe YAML.
+"""Loading runs no code and unpickles nothing.
+
+Safetensors only, no remote code without a pinned commit, safe YAML.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ def model_of(family: Family, seed: int = 0) -> PreTrainedModel:
 
 
 def one_row(model: torch.nn.Module, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """Log-softmax over the vocabulary at each completion token: one sequence, no padding, no mask,
-    no position ids.
+    """Log-softmax over the vocabulary at each completion token.
+
+    One sequence, no padding, no mask, no position ids.
     """
     logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
     return cast("torch.Tensor", logits[len(prompt) - 1 : -1].log_softmax(-1))
@@ -185,9 +186,8 @@ def test_no_gradient_reaches_the_logits_of_prompt_tokens_or_padding() -> None:
     assert logits.grad is not None
     width = rows.input_ids.shape[1]
     for r, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        predicts = set(
-            range(width - 6 - 1, width - 6 - 1 + len(c))
-        )  # the last prompt position, and all but the last token
+        # The last prompt position, and all but the last token.
+        predicts = set(range(width - 6 - 1, width - 6 - 1 + len(c)))
         touched = {t for t in range(width) if logits.grad[r, t].any()}
         assert touched == predicts, (p, c)
 
@@ -206,9 +206,8 @@ def test_the_prompts_own_tokens_are_not_scored() -> None:
     model = Bigram()
     a = completion_logprobs(model, pad_rows([[5, 6, 7]], [[8, 9]], PAD))
     assert torch.equal(a, completion_logprobs(model, pad_rows([[30, 31, 7]], [[8, 9]], PAD)))
-    assert not torch.equal(
-        a, completion_logprobs(model, pad_rows([[5, 6, 31]], [[8, 9]], PAD))
-    )  # the last one predicts
+    # The last one predicts.
+    assert not torch.equal(a, completion_logprobs(model, pad_rows([[5, 6, 31]], [[8, 9]], PAD)))
 
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -277,8 +276,9 @@ def test_a_model_that_agrees_is_packed(caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.mark.parametrize("longest", [20, 200])
 def test_a_window_that_only_the_mask_knows_is_found_where_it_matters(longest: int) -> None:
-    """Qwen2-MoE does not tell its attention function of its window; shorter texts than the window
-    are right packed.
+    """Qwen2-MoE does not tell its attention function of its window.
+
+    Packed, texts that are shorter than the window come out right.
     """
     config = Qwen2MoeConfig(
         vocab_size=VOCAB,
@@ -363,9 +363,7 @@ def drift(
 
 
 def by_hand(model: torch.nn.Module, start: torch.nn.Module) -> tuple[list[float], list[float]]:
-    """KL and entropy of each completion, summed over its tokens and over the vocabulary in
-    float64.
-    """
+    """KL and entropy of each completion, summed over tokens and vocabulary in float64."""
     kls, entropies = [], []
     with torch.no_grad():
         for p, c in zip(PROMPTS, COMPLETIONS, strict=True):
@@ -455,8 +453,9 @@ def test_drift_of_a_family_that_caps_its_logits(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_completions_of_one_prompt_keep_their_own_drift(layout: Layout) -> None:
-    """In packed rows they share a prompt and are batched out of order; each number must come back
-    to its own completion.
+    """In packed rows they share a prompt and are batched out of order.
+
+    Each number must come back to its own completion.
     """
     start = model_of("llama")
     model = moved(start)

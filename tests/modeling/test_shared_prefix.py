@@ -1,6 +1,4 @@
-"""Packed rows give the log-probabilities and the gradients of padded rows, in every family that
-they claim to hold.
-"""
+"""Packed rows give the numbers and gradients of padded rows, in every family they claim to hold."""
 
 from __future__ import annotations
 
@@ -192,8 +190,9 @@ def test_chunks_of_the_head_change_nothing(
 def test_the_logits_are_never_held_as_a_whole(
     adapter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tensor of a training step has more logits than a chunk of 4 (the head's weight and its
-    gradient have VOCAB rows).
+    """No tensor of a training step has more logits than a chunk of 4.
+
+    (The head's weight and its gradient have VOCAB rows.)
     """
     monkeypatch.setattr(logprobs, "chunk_rows", lambda vocabulary, device: 4)
     model: Any = model_of("llama")

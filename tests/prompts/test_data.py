@@ -693,8 +693,8 @@ def test_any_text_survives_csv(tmp_path: Path, text: str) -> None:
 
 def test_the_import_is_light() -> None:
     code = (
-        "import sys, neat_align.prompts.loading; "
-        "print([m for m in ('torch', 'datasets', 'transformers', 'pyarrow') if m in sys.modules])"
+        "import sys, neat_align.prompts.loading; print([m for m in ('torch', 'datasets', "
+        "'transformers', 'pyarrow') if m in sys.modules])"
     )
     assert (
         subprocess.run(

@@ -1,5 +1,6 @@
-"""Whatever bytes are in a file that a user names: it is read, or refused by a typed error that
-names the file.
+"""Whatever bytes are in a file that a user names: it is read, or refused by a typed error.
+
+The error names the file.
 """
 
 from __future__ import annotations
@@ -231,8 +232,9 @@ def test_any_bytes_in_a_recipe(tmp_path: Path, raw: bytes) -> None:
 @settings(FUZZ, max_examples=40)
 @given(raw=mutated([RECIPE]))
 def test_any_recipe_as_settings(tmp_path: Path, raw: bytes) -> None:
-    """The whole way: what can be read also becomes settings, or a ConfigError (which may speak of
-    an option, not of the file).
+    """What can be read also becomes settings, or a ConfigError.
+
+    That may speak of an option, not of the file.
     """
     path = tmp_path / "fuzzed.yaml"
     path.write_bytes(raw)

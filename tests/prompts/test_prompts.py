@@ -532,9 +532,8 @@ def test_the_prefix_is_joined_alike_with_and_without_control_tokens(name: str) -
 
 
 def test_the_prefix_follows_a_template_file_that_ends_in_a_newline() -> None:
-    tokenizer = make_tokenizer(
-        DROPS_EARLIER_TURNS + "\n"
-    )  # Jinja drops that newline at the end, and only there
+    # Jinja drops that newline at the end, and only there.
+    tokenizer = make_tokenizer(DROPS_EARLIER_TURNS + "\n")
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "<|im_end|>"}], "(be kind)\n")
     assert tokenizer.decode(ids).endswith("<|im_start|>assistant\n(be kind)\n")
 
@@ -697,9 +696,8 @@ def test_a_tokenizer_that_ends_texts_is_refused() -> None:
         match=r"ends every text with '<\|im_end\|>', .* set tokenizer\.add_eos_token = False",
     ):
         check_template(tokenizer, BANK, "user_suffix", conversational=False)
-    check_template(
-        tokenizer, BANK, "user_suffix", conversational=True
-    )  # the template writes its own
+    # The template writes its own.
+    check_template(tokenizer, BANK, "user_suffix", conversational=True)
 
 
 # ---- The demo's data -----------------------------------------------------------------------------

@@ -104,9 +104,7 @@ class Counting:
 
 
 class Scripted:
-    """A sampler that gives the texts that a function of the request's number (over all
-    calls) says.
-    """
+    """A sampler whose texts are a function of the request's number, counted over all calls."""
 
     def __init__(self, text_of: Callable[[int], str], tokenizer: Any = TOKENIZER) -> None:
         self.text_of, self.tokenizer, self.requests = text_of, tokenizer, list[SampleRequest]()
@@ -183,9 +181,8 @@ def test_the_batch_size_does_not_change_the_round(tmp_path: Path) -> None:
     rounds = {b: run(rows, tmp_path / str(b), tools(model_sampler(b))) for b in (1, 4, 64)}
     whole = rounds[64]
     assert len(whole.groups) == 3
-    assert Counter(c.origin for g in whole.groups for c in g.completions) == {
-        "positive": 6, "negative": 6, "plain": 3, "chosen": 3, "rejected": 3
-    }  # fmt: skip
+    counts = Counter(c.origin for g in whole.groups for c in g.completions)
+    assert counts == {"positive": 6, "negative": 6, "plain": 3, "chosen": 3, "rejected": 3}
     for b in (1, 4):
         assert [(g.prompt_id, g.prompt, g.prompt_ids) for g in rounds[b].groups] == [
             (g.prompt_id, g.prompt, g.prompt_ids) for g in whole.groups
@@ -282,7 +279,7 @@ def test_an_interrupted_round_takes_up_its_samples(tmp_path: Path) -> None:
 
 
 def test_finished_batches_of_scores_are_kept_and_not_paid_for_twice(tmp_path: Path) -> None:
-    rows = conversations(40)  # 5 answers each: shards of 12 groups, the last of four
+    rows = conversations(40)  # 5 answers each: batches of 12 groups, the last of four
     expected = run(rows, tmp_path / "whole", tools(Scripted(numbered)), num_groups=40)
     sampler, paid = Counting(Scripted(numbered)), list[list[str]]()
 
@@ -443,9 +440,8 @@ def test_blanks_repeats_and_leaks_are_removed_and_counted(tmp_path: Path) -> Non
         ("plain", 0, "Plain."),
         ("negative", 2, "No!"),
     ]
-    assert {k: v for k, v in made.metrics.items() if k.startswith("removed/")} == {
-        "removed/empty": 1, "removed/duplicate": 3, "removed/leak": 2
-    }  # fmt: skip
+    removed = {k: v for k, v in made.metrics.items() if k.startswith("removed/")}
+    assert removed == {"removed/empty": 1, "removed/duplicate": 3, "removed/leak": 2}
     assert len(good.requests) == 6
     assert len(bad.requests) == 3
 
@@ -720,9 +716,7 @@ OTHERS: dict[str, Any] = {
 def test_negatives_from_other_prompts_are_the_next_rows_further_good_answers(
     tmp_path: Path,
 ) -> None:
-    """What row r is given as negatives is what row r + 1 would have said as its third and fourth
-    positive.
-    """
+    """Row r's negatives are what row r + 1 would have said as its third and fourth positive."""
     rows, sampler, wide = conversations(3), Counting(model_sampler()), Counting(model_sampler())
     made = run(rows, tmp_path / "others", tools(sampler), params(**OTHERS))
     more = run(

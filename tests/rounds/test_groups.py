@@ -198,11 +198,8 @@ def test_keys_are_rewards_or_ranks_of_origins() -> None:
     ("completions", "expected", "with_bad_origins"),
     [
         ([completion("positive", 1.0), completion("plain", 2.0)], 1, 1),
-        (
-            [completion("positive", 2.0), completion("plain", 2.0)],
-            0,
-            0,
-        ),  # a tie goes to the earlier
+        # A tie goes to the earlier.
+        ([completion("positive", 2.0), completion("plain", 2.0)], 0, 0),
         ([completion("positive", 1.0), completion("negative", 5.0)], 0, 1),
         ([completion("chosen", 1.0), completion("rejected", 5.0)], 0, 1),
         ([completion("positive", 9.0, finish_reason="length"), completion("plain", 1.0)], 1, 1),
@@ -231,11 +228,8 @@ def test_the_target_follows_the_keys_and_not_the_rewards() -> None:
     ("completions", "expected", "with_bad_origins"),
     [
         ([completion("plain", 9.0, finish_reason="length"), completion("plain", 1.0)], 0, 0),
-        (
-            [completion("plain", 1.0), completion("plain", 1.0, finish_reason="length")],
-            0,
-            0,
-        ),  # a tie goes to the earlier
+        # A tie goes to the earlier.
+        ([completion("plain", 1.0), completion("plain", 1.0, finish_reason="length")], 0, 0),
         ([completion("plain", None, finish_reason="length"), completion("plain", 1.0)], 1, 1),
         (
             [

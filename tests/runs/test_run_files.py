@@ -1,12 +1,15 @@
-"""What a run keeps on the disk, without a model: lock, signals, checkpoints, shards, alarms, the
+"""What a run keeps on the disk, without a model: lock, signals, checkpoints, batches, alarms, the
 key of a run.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +23,7 @@ import pytest
 from neat_align.errors import ConfigError, RunInterrupted, SaveError
 from neat_align.files.atomic import cut_to, write_folder
 from neat_align.learning.alarms import Alarms
-from neat_align.rounds.rollout_store import even_shards
+from neat_align.rounds.sampling_stage import even_batches
 from neat_align.runs.checkpoints import (
     MARKER,
     checkpoint_to_resume,
@@ -29,7 +32,7 @@ from neat_align.runs.checkpoints import (
     rotate,
     unmark,
 )
-from neat_align.runs.lock import LOCK_FILE, one_writer
+from neat_align.runs.lock import HELD_FILE, LOCK_FILE, one_writer
 from neat_align.runs.run_key import check_same_run, key_changes, write_key
 from neat_align.runs.signals import StopRequest, interrupted, listening
 
@@ -50,30 +53,143 @@ def python(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 # ---- one writer ----------------------------------------------------------------------------------
 
+# What a file system without locks answers, in this process and in a second one.
+NO_LOCKS = """
+import errno, fcntl
+def refuse(*_):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+fcntl.flock = refuse
+"""
 
-def test_a_second_process_is_refused_by_name_and_a_killed_one_is_no_hindrance(
-    tmp_path: Path,
-) -> None:
-    code = (
-        HOLD
-        + "with one_writer(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def preamble(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Code for a second process, on a file system with locks or, as this one, without them."""
+    if request.param == "locks":
+        return HOLD
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    return NO_LOCKS + HOLD
+
+
+def holding(preamble: str, run_dir: Path) -> subprocess.Popen[str]:
+    """A second process that holds the lock, and does until it is stopped."""
+    code = preamble + (
+        "with one_writer(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     )
-    holder = python(code, str(tmp_path))
+    holder = python(code, str(run_dir))
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with (
-        pytest.raises(
-            ConfigError,
-            match=rf"being written by process {holder.pid} on .*choose another output_dir",
-        ),
-        one_writer(tmp_path),
-    ):
-        pass
+    return holder
+
+
+def test_a_second_process_is_refused_by_name_and_a_killed_one_is_no_hindrance(
+    tmp_path: Path, preamble: str
+) -> None:
+    holder = holding(preamble, tmp_path)
+    for _ in range(2):  # the refused attempt takes nothing away from what the next one is told
+        with (
+            pytest.raises(
+                ConfigError,
+                match=rf"being written by process {holder.pid} on .*choose another output_dir",
+            ),
+            one_writer(tmp_path),
+        ):
+            pass
     holder.kill()
     holder.wait()
     assert str(holder.pid) in (tmp_path / LOCK_FILE).read_text()  # what is left of it says so still
     with one_writer(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    with one_writer(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    assert (tmp_path / LOCK_FILE).read_text() == ""
+
+
+def test_an_exception_lets_the_lock_go_and_empties_the_text(tmp_path: Path, preamble: str) -> None:
+    with pytest.raises(RuntimeError, match="in the block"), one_writer(tmp_path):
+        raise RuntimeError("in the block")
+    assert (tmp_path / LOCK_FILE).read_text() == ""
+    holder = holding(preamble, tmp_path)
+    holder.send_signal(signal.SIGINT)
+    holder.wait()
+    assert (tmp_path / LOCK_FILE).read_text() == ""
+    with one_writer(tmp_path):
+        pass
+
+
+def test_a_process_cannot_take_its_own_lock_again(tmp_path: Path, preamble: str) -> None:
+    with one_writer(tmp_path):
+        with (
+            pytest.raises(ConfigError, match=rf"being written by process {os.getpid()} on "),
+            one_writer(tmp_path),
+        ):
+            pass
+        # Refused, it has not let go of the one that it has.
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+        second = python(preamble + "with one_writer(Path(sys.argv[1])): pass", str(tmp_path))
+        assert f"being written by process {os.getpid()} on " in second.communicate()[1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
+def test_a_disk_that_fails_is_not_one_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="put/output error"), one_writer(tmp_path):
+            pass
+        return
+    with one_writer(tmp_path):
+        assert (tmp_path / HELD_FILE).is_file()
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_the_holder_may_delete_the_run_directory(tmp_path: Path, preamble: str) -> None:
+    run = tmp_path / "run"
+    with one_writer(run):
+        shutil.rmtree(run)
+    assert not run.exists()
+
+
+def test_a_forked_child_neither_holds_nor_empties(tmp_path: Path, preamble: str) -> None:
+    code = preamble + (
+        "import os\nparent = os.getpid()\ntry:\n    with one_writer(Path(sys.argv[1])):\n"
+        "        if os.fork() == 0:\n            raise SystemExit\n        os.wait()\n"
+        "        print((Path(sys.argv[1]) / 'run.lock').read_text())\n"
+        "finally:\n    if os.getpid() != parent:\n        os._exit(0)"
+    )
+    process = python(code, str(tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert err == ""
+    assert json.loads(out)["pid"] == process.pid
+
+
+def test_without_locks_a_holder_on_another_host_is_believed_until_its_file_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = holding(NO_LOCKS + HOLD, tmp_path)
+    held = tmp_path / HELD_FILE
+    lines = held.read_text().splitlines()
+    assert lines[0] == str(holder.pid)
+    holder.kill()
+    holder.wait()
+    held.write_text("\n".join([lines[0], "elsewhere", *lines[2:]]) + "\n")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with (
+        pytest.raises(ConfigError, match=rf"{HELD_FILE} alone .* delete it if"),
+        one_writer(tmp_path),
+    ):
+        pass
+    held.unlink()
     with one_writer(tmp_path):
         pass
 
@@ -246,11 +362,11 @@ def test_a_file_is_cut_back_and_never_made_longer(tmp_path: Path) -> None:
     assert path.read_text() == "one\n"
 
 
-def test_shards_are_as_few_as_the_size_allows_and_alike() -> None:
-    assert [len(s) for _, s in even_shards(range(10), 4)] == [4, 4, 2]
-    assert [len(s) for _, s in even_shards(range(9), 8)] == [5, 4]
-    assert [start for start, _ in even_shards(range(9), 8)] == [0, 5]
-    assert list(even_shards([], 8)) == []
+def test_batches_are_as_few_as_the_size_allows_and_alike() -> None:
+    assert [len(s) for _, s in even_batches(range(10), 4)] == [4, 4, 2]
+    assert [len(s) for _, s in even_batches(range(9), 8)] == [5, 4]
+    assert [start for start, _ in even_batches(range(9), 8)] == [0, 5]
+    assert list(even_batches([], 8)) == []
 
 
 # ---- the same run --------------------------------------------------------------------------------

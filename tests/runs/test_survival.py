@@ -24,10 +24,10 @@ from neat_align.modeling.logprobs import completion_logprobs
 from neat_align.runs.checkpoints import MARKER, is_complete, mark_complete
 from neat_align.runs.lock import one_writer
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from test_trainer import TOKENIZER, count_e, logged, trainer, weights
+from small_trainer import TOKENIZER, count_e, logged, trainer, weights
 from tiny import tiny_model
 
-# Two rounds of two steps. Log lines fall between saves, shards and accumulation steps are several.
+# Two rounds of two steps. Log lines fall between saves, batches and accumulation steps are several.
 SMALL: dict[str, Any] = {
     "num_train_epochs": 2,
     "prompts_per_round": 4,
@@ -115,7 +115,7 @@ def test_a_crash_beside_any_rename_loses_nothing(
     assert_as(whole, t)
 
 
-def test_finished_shards_are_neither_sampled_nor_scored_again(
+def test_finished_batches_are_neither_sampled_nor_scored_again(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled: list[int] = []
@@ -125,7 +125,7 @@ def test_finished_shards_are_neither_sampled_nor_scored_again(
     def counting(self: Any, requests: Any, params: Any, **kwargs: Any) -> Any:
         drawn = sample(self, requests, params, **kwargs)
         sampled.extend(r.seed for r in requests)
-        if len(sampled) == 12:  # the second shard was drawn, but never written
+        if len(sampled) == 12:  # the second batch was drawn, but never written
             raise Crash
         return drawn
 
@@ -142,7 +142,7 @@ def test_finished_shards_are_neither_sampled_nor_scored_again(
         small(tmp_path, reward=reward, drift_prompts=0).train()
     with pytest.raises(ValueError, match="away"):
         small(tmp_path, reward=reward, drift_prompts=0).train(resume_from_checkpoint=True)
-    assert len(sampled) == 16 + 6  # four prompts, four answers each; the lost shard twice
+    assert len(sampled) == 16 + 6  # four prompts, four answers each; the lost batch twice
     assert len(set(sampled)) == 16
     small(tmp_path, reward=reward, drift_prompts=0, num_train_epochs=2).train(
         resume_from_checkpoint=True

@@ -137,9 +137,8 @@ def test_the_decode_loop_draws_what_generate_draws(
     asked = [SampleRequest(r.prompt_ids, r.seed + i) for r in requests(6) for i in range(3)]
     params = SamplingParams(max_new_tokens=14, temperature=1.2, top_p=0.95)
     drawn = sampler(models[family], 18, eos=(2, 7, 9)).sample(asked, params)
-    assert (
-        len({len(s.token_ids) for s in drawn}) > 5
-    )  # rows leave the batch at many different steps
+    # Rows leave the batch at many different steps.
+    assert len({len(s.token_ids) for s in drawn}) > 5
     slow = sampler(models[family], 18, eos=(2, 7, 9))
     with inference(models[family], None):
         same(drawn, slow._generate(asked, params))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from neat_align.config import PLACEMENTS
 from neat_align.errors import ConfigError
-from neat_align.evaluation.probe import MIN_PROMPTS
+from neat_align.evaluation.probe_summary import MIN_PROMPTS
 
 
 @dataclass(frozen=True)

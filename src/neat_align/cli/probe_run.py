@@ -19,7 +19,8 @@ from neat_align.cli.progress import stage_bars
 from neat_align.config import PLACEMENTS
 from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError, PromptError
-from neat_align.evaluation.probe import MIN_PROMPTS, Probe, ProbeParams, ProbeTools, probe_bank
+from neat_align.evaluation.probe import ProbeParams, ProbeTools, probe_bank
+from neat_align.evaluation.probe_summary import MIN_PROMPTS, Probe
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
 from neat_align.modeling.layout import choose_layout

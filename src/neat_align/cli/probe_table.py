@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neat_align.cli.probe_options import ProbeSettings
-from neat_align.evaluation.probe import PairProbe, PlacementProbe, Probe, Verdict
+from neat_align.evaluation.probe_summary import PairProbe, PlacementProbe, Probe, Verdict
 from neat_align.evaluation.statistics import paired_bootstrap
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
 from neat_align.reporting.terminal import printable

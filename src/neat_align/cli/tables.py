@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from neat_align.comparison.summary import Run
+from neat_align.comparison.outcomes import Run
 
 # ---- a run ---------------------------------------------------------------------------------------
 

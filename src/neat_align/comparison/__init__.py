@@ -1,1 +1,9 @@
-"""Comparison: methods x seeds at equal budget and at equal KL."""
+"""Comparison: methods x seeds at equal budget and at equal KL.
+
+spec.py         what a comparison is made of; methods.yaml holds the shipped methods
+runner.py       makes every run that is not there yet
+outcomes.py     what a run of a comparison left: points, collapse
+equal_kl.py     the methods' values at one KL
+summary.py      from the evaluations to the table, with intervals
+result_file.py  comparison.json and examples.json
+"""

@@ -12,23 +12,21 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from neat_align.comparison.outcomes import Point, Run
+from neat_align.comparison.result_file import comparison_result, example_answers
 from neat_align.comparison.spec import BASE, CompareSpec, Method, strength_name
-from neat_align.comparison.summary import Point, Run, summarise
 from neat_align.config import NEATConfig
 from neat_align.errors import CollapseError, ConfigError
 from neat_align.files.atomic import read_json, write_folder, write_json
-from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.files.secrets import redacted
 from neat_align.learning.batches import without_unread_completions
 from neat_align.modeling.packing import tokens_in
@@ -40,21 +38,11 @@ from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 from neat_align.trainer.round_maker import round_params
 
-FORMAT = 1
-# Held-out prompts whose answers are kept for the page.
-EXAMPLES = 40
 # Training metrics whose means over a round stand in the result file: what the diagnosis of
 # negatives needs.
 _DIAGNOSIS = (
-    "ranking/",
-    "logps/",
-    "loss/",
-    "grad_norm",
-    "contrast/",
-    "removed/",
-    "reward/",
-    "sampling/",
-    "completions/",
+    *("ranking/", "logps/", "loss/", "grad_norm", "contrast/"),
+    *("removed/", "reward/", "sampling/", "completions/"),
 )
 # A run's options, as a recipe holds them, as typed arguments. Raises ConfigError.
 ReadOptions = Callable[[Mapping[str, Any]], tuple[ScriptArguments, NEATConfig]]
@@ -89,9 +77,9 @@ def run_comparison(
         if not was_there:
             took.append(time.monotonic() - begun)
         on_run(i, len(jobs), run, took)
-    result = _result(spec, starts, runs, configs)
+    result = comparison_result(spec, starts, runs, configs)
     write_json(out / "comparison.json", result)
-    write_json(out / "examples.json", _examples(starts, runs, spec))
+    write_json(out / "examples.json", example_answers(starts, runs, spec))
     write_comparison_report(out)
     return result
 
@@ -117,20 +105,19 @@ def _checked_settings(
     """
     configs = {}
     for method in spec.methods:
-        for strength in spec.strengths if method.name != BASE else spec.strengths[:1]:
-            name = (
-                f"{method.name} ({strength_name(strength)})"
-                if strength and method.name != BASE
-                else method.name
-            )
+        is_base = method.name == BASE
+        for strength in spec.strengths[:1] if is_base else spec.strengths:
+            name = method.name
+            if strength and not is_base:
+                name += f" ({strength_name(strength)})"
             configs[name] = read_options(spec.options(method, strength, spec.seeds[0]))
     counts = {name: config.num_generations for name, (_, config) in configs.items() if name != BASE}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise ConfigError(
             f"the methods do not sample the same number of completions a prompt ({said}), so "
-            "their budgets are not equal: change "
-            "num_positive, num_negative and num_plain under methods until the sums agree"
+            "their budgets are not equal: change num_positive, num_negative and num_plain under "
+            "methods until the sums agree"
         )
     return configs
 
@@ -196,61 +183,56 @@ def _run(
     spec: CompareSpec, job: _Job, start: Point, shared: Path, read_options: ReadOptions
 ) -> Run:
     """A run, made or read."""
-    options = spec.options(job.method, job.strength, job.seed)
-    done = job.folder / "points.json"
-    if done.is_file():
-        _check_key(job.folder, options, None)
+    if (job.folder / "points.json").is_file():
+        _check_key(job.folder, spec.options(job.method, job.strength, job.seed), None)
     else:
-        begun = time.monotonic()
-        trainer = _build(spec, job.method, job.strength, job.seed, job.folder, read_options)
-        _check_key(job.folder, options, trainer)
-        broke = _train(trainer, shared)
-        rounds = sorted(
-            int(p.stem.rpartition("-")[2]) for p in job.folder.glob("evaluation-*.json")
-        )
-        facts = {
-            "rounds": rounds,
-            "seconds": time.monotonic() - begun,
-            "trained_tokens": _trained_tokens(trainer),
-        }
-        facts["prompts_per_round"] = len(
-            trainer.rounds
-        )  # fewer than was asked for, where the data has fewer
-        facts |= {
-            "training": [_round_means(job.folder, r) for r in rounds],
-            "stopped": trainer.stopped_because,
-            "broke": broke,
-        }
-        write_json(done, facts)
-        for checkpoint in job.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)  # the run is over, and its policy has been evaluated
-    facts = read_json(done)
+        _make_run(spec, job, shared, read_options)
+    facts = read_json(job.folder / "points.json")
     points = [
         Point(r, read_json(job.folder / f"evaluation-{r}.json"), training)
         for r, training in zip(facts["rounds"], facts["training"], strict=True)
     ]
-    run = Run(
-        job.method.name,
-        strength_name(job.strength),
-        job.seed,
-        start,
-        tuple(points),
-        broke=facts.get("broke"),
-    )
-    return replace(
-        run,
+    return Run(
+        method=job.method.name,
+        strength=strength_name(job.strength),
+        seed=job.seed,
+        start=start,
+        points=tuple(points),
         seconds=facts["seconds"],
         trained_tokens=facts["trained_tokens"],
         prompts_per_round=facts.get("prompts_per_round"),
+        broke=facts.get("broke"),
     )
 
 
-def _train(trainer: NEATTrainer, shared: Path) -> str | None:
-    """Train, from a first round that another run has sampled where there is one; why training broke
-    down, or None.
+def _make_run(spec: CompareSpec, job: _Job, shared: Path, read_options: ReadOptions) -> None:
+    """Train, or go on with, one run; its `points.json` is written last."""
+    begun = time.monotonic()
+    trainer = _build(spec, job.method, job.strength, job.seed, job.folder, read_options)
+    _check_key(job.folder, spec.options(job.method, job.strength, job.seed), trainer)
+    broke = _train(trainer, shared)
+    evaluations = job.folder.glob("evaluation-*.json")
+    rounds = sorted(int(path.stem.rpartition("-")[2]) for path in evaluations)
+    facts = {
+        "rounds": rounds,
+        "seconds": time.monotonic() - begun,
+        "trained_tokens": _trained_tokens(trainer),
+        # Fewer than was asked for, where the data has fewer.
+        "prompts_per_round": len(trainer.rounds),
+        "training": [_round_means(job.folder, r) for r in rounds],
+        "stopped": trainer.stopped_because,
+        "broke": broke,
+    }
+    write_json(job.folder / "points.json", facts)
+    for checkpoint in job.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # the run is over, and its policy has been evaluated
 
-    A method that breaks down is a result of the comparison like any other. Everything else stops
-    the comparison.
+
+def _train(trainer: NEATTrainer, shared: Path) -> str | None:
+    """Train, and say why training broke down, or None.
+
+    It begins with the first round that another run has sampled, where there is one. A method that
+    breaks down is a result of the comparison like any other; everything else stops the comparison.
     """
     resume = (trainer.output_dir / "rounds").exists()
     first, cached = trainer.parts.directory.round_folder(0), shared / _first_round_key(trainer)
@@ -268,22 +250,19 @@ def _train(trainer: NEATTrainer, shared: Path) -> str | None:
 
 
 def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | None) -> None:
-    """Refuse to mix a run with what an earlier comparison left in its folder under other
-    settings.
-    """
+    """Refuse to mix a run with what an earlier comparison left there under other settings."""
     path = folder / "options.json"
-    key = redacted(
-        json.loads(json.dumps({k: v for k, v in options.items() if v is not None}, default=str))
-    )
+    given = {k: v for k, v in options.items() if v is not None}
+    key = redacted(json.loads(json.dumps(given, default=str)))
     if path.is_file():
-        found = read_json(path)
-        was = found["options"]
+        kept = read_json(path)
+        was = kept["options"]
         changed = [
             f"{k} was {was.get(k)!r} and is {key.get(k)!r}"
             for k in sorted({*was, *key})
             if was.get(k) != key.get(k)
         ]
-        if trainer is not None and found["data"] != _data_key(trainer):
+        if trainer is not None and kept["data"] != _data_key(trainer):
             changed.append("the data changed")
         if changed:
             raise ConfigError(
@@ -299,8 +278,9 @@ def _data_key(trainer: NEATTrainer) -> list[str]:
 
 
 def _first_round_key(trainer: NEATTrainer) -> str:
-    """What decides a first round, as a name: two runs of one comparison with the same one sample
-    the same first round.
+    """What decides a first round, as a name.
+
+    Two runs of one comparison with the same one sample the same first round.
     """
     decides = {
         "params": asdict(round_params(trainer.args)),
@@ -337,81 +317,3 @@ def _round_means(folder: Path, number: int) -> dict[str, float]:
                 if name.startswith(_DIAGNOSIS) and isinstance(value, int | float):
                     sums.setdefault(name, []).append(float(value))
     return {name: fmean(values) for name, values in sorted(sums.items())}
-
-
-# ---- result --------------------------------------------------------------------------------------
-
-
-def _result(
-    spec: CompareSpec,
-    starts: Mapping[int, Point],
-    runs: Sequence[Run],
-    configs: Mapping[str, tuple[ScriptArguments, NEATConfig]],
-) -> dict[str, Any]:
-    settings, config = next(iter(configs.values()))
-    trained = next(c for name, (_, c) in configs.items() if name != BASE)
-    rounds = int(trained.num_train_epochs)
-    prompts = next(
-        (r.prompts_per_round for r in runs if r.prompts_per_round), trained.prompts_per_round
-    )
-    held_out = len(next(iter(starts.values())).evaluation["prompts"])
-    per_step = trained.per_device_train_batch_size * trained.gradient_accumulation_steps
-    budget = {
-        "rounds": rounds,
-        "prompts_per_round": prompts,
-        "completions_per_prompt": trained.num_generations,
-        "sampled_completions": rounds * prompts * trained.num_generations,
-        "optimizer_steps": rounds * -(-prompts // per_step),
-        "held_out_prompts": held_out,
-        "samples_per_prompt": config.num_eval_generations,
-    }
-    return {
-        "format": FORMAT,
-        "name": spec.name,
-        "model": settings.model_name_or_path,
-        "dataset": Path(settings.dataset_name).name,
-        "seeds": list(spec.seeds),
-        "rewards": settings.reward_funcs,
-        "judges": settings.judge_funcs,
-        "budget": budget,
-        "settings": redacted(
-            {
-                k: v
-                for k, v in spec.settings.items()
-                if k not in ("model_name_or_path", "dataset_name", "output_dir")
-            }
-        ),
-        "methods": redacted(
-            [
-                {"name": m.name, "description": m.description, "settings": dict(m.settings)}
-                for m in spec.methods
-            ]
-        ),
-        **summarise(starts, runs, [m.name for m in spec.methods], spec.kl_target),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
-    }
-
-
-def _examples(
-    starts: Mapping[int, Point], runs: Sequence[Run], spec: CompareSpec
-) -> list[dict[str, Any]]:
-    """Answers of every method's last policy to some held-out prompts, with the first seed."""
-    seed = spec.seeds[0]
-    last = {BASE: starts[seed]} | {
-        r.method: r.points[-1] for r in reversed(runs) if r.seed == seed and r.points
-    }
-    rows = []
-    for i, prompt in enumerate(starts[seed].evaluation["prompts"][:EXAMPLES]):
-        order = [m.name for m in spec.methods if m.name in last]
-        answers = {m: last[m].evaluation["completions"][i][0] for m in order}
-        rows.append(
-            {
-                "prompt": prompt,
-                "answers": answers,
-                "rewards": {m: last[m].evaluation["rewards"][i] for m in order},
-            }
-        )
-    return rows

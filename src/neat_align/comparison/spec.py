@@ -1,14 +1,18 @@
-"""What a comparison is made of: methods, strengths, seeds, one common set of settings. Read from
-YAML, checked before it runs.
+"""What a comparison is made of: methods, strengths, seeds, one common set of settings.
 
-name: demo
-like: compare-demo                   # optional: begins as this one; `comparison_source` has put it
-  under this one by now settings: {…}                        # any options of `neat-align train`,
-  the same for all seeds: [0, 1, 2] strengths: [{learning_rate: 1e-4}]   # optional: every method is
-  run at each kl_target: 0.02                      # optional: nats per token at which methods are
-  compared methods:                             # in the order of the table base:
-  # a shipped method as it is … neat: {learning_rate: 2.0e-4}      # … or with changes … mine:
-  {like: neat, beta: 4.0}      # … or a new one that begins as another
+Read from YAML, checked before it runs:
+
+    name: demo
+    like: compare-demo                    # optional: begins as this one, which the command line has
+                                          # put under this one by now
+    settings: {…}                         # any options of `neat-align train`, the same for all
+    seeds: [0, 1, 2]
+    strengths: [{learning_rate: 1e-4}]    # optional: every method is run at each
+    kl_target: 0.02                       # optional: nats per token at which methods are compared
+    methods:                              # in the order of the table
+      base:                               # a shipped method as it is …
+      neat: {learning_rate: 2.0e-4}       # … or with changes …
+      mine: {like: neat, beta: 4.0}       # … or a new one that begins as another
 """
 
 from __future__ import annotations
@@ -33,24 +37,12 @@ _FILE_KEYS = (_KEYS[0], "like", *_KEYS[1:])
 # What one comparison must not change from method to method: the policy, the data, what is judged,
 # and the budget.
 _COMMON = (
-    *(
-        "model_name_or_path",
-        "dataset_name",
-        "dataset_train_split",
-        "dataset_limit",
-        "as_conversations",
-        "holdout",
-        "eval_dataset_name",
-    ),
-    *("eval_dataset_split", "reward_funcs", "reward_weights", "judge_funcs", "output_dir"),
-    *(
-        "num_train_epochs",
-        "prompts_per_round",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_completion_length",
-    ),
-    *("temperature", "top_p", "top_k", "num_eval_generations", "num_eval_prompts", "seed"),
+    *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_limit"),
+    *("as_conversations", "holdout", "eval_dataset_name", "eval_dataset_split"),
+    *("reward_funcs", "reward_weights", "judge_funcs", "output_dir", "num_train_epochs"),
+    *("prompts_per_round", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_completion_length", "temperature", "top_p", "top_k", "num_eval_generations"),
+    *("num_eval_prompts", "seed"),
 )
 # Options of train that a comparison decides itself, and what says it here.
 _NOT_SETTINGS = {
@@ -62,8 +54,9 @@ _NOT_SETTINGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A named way to train: its changes to the common settings. `base` is the start policy and has
-    none.
+    """A named way to train: its changes to the common settings.
+
+    `base` is the start policy and has none.
     """
 
     name: str
@@ -86,8 +79,9 @@ class CompareSpec:
     kl_target: float | None = None
 
     def options(self, method: Method, strength: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """All options of one run; a strength's win over a method's, a method's over the common
-        ones.
+        """All options of one run.
+
+        A strength's options win over a method's, a method's over the common ones.
         """
         return {**self.settings, **method.settings, **strength, "seed": seed}
 
@@ -112,73 +106,87 @@ def parse_spec(raw: Any, where: str) -> CompareSpec:
             f"{where} holds {type(raw).__name__}; a comparison is a mapping with "
             f"{', '.join(_FILE_KEYS)}"
         )
-    for key in raw:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _FILE_KEYS, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"it may have {', '.join(_FILE_KEYS)}; options of train go under settings"
-            )
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-    seeds, strengths, methods = (
-        raw.get("seeds", [0]),
-        raw.get("strengths") or [{}],
-        raw.get("methods"),
+    _check_keys(raw, where)
+    seeds, strengths = raw.get("seeds", [0]), raw.get("strengths") or [{}]
+    _check_values(raw, seeds, strengths, where)
+    known = shipped_methods()
+    methods: dict[str, Method] = {BASE: known[BASE]}
+    for name, changes in raw["methods"].items():
+        folder = _folder_name(name, f"{where}: the method")
+        methods[str(name)] = _method(folder, changes, known | methods, where)
+    spec = CompareSpec(
+        name=_folder_name(raw.get("name") or Path(where).stem, f"{where}: name"),
+        settings=raw["settings"],
+        methods=tuple(methods.values()),
+        seeds=tuple(seeds),
+        strengths=tuple(strengths),
+        kl_target=raw.get("kl_target"),
     )
-    if (
-        not isinstance(seeds, list)
-        or not seeds
-        or not all(type(s) is int and s >= 0 for s in seeds)
-        or len(set(seeds)) < len(seeds)
-    ):
+    _check_common(spec, where)
+    return spec
+
+
+def _check_keys(raw: Mapping[Any, Any], where: str) -> None:
+    for key in raw:
+        if key in _KEYS:
+            continue
+        near = difflib.get_close_matches(str(key), _FILE_KEYS, n=1)
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"it may have {', '.join(_FILE_KEYS)}; options of train go under settings"
+        )
+        raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _check_values(raw: Mapping[str, Any], seeds: Any, strengths: Any, where: str) -> None:
+    """Each key's own value; `seeds` and `strengths` with their defaults."""
+    if not _are_seeds(seeds):
         raise ConfigError(
             f"{where}: seeds is {seeds!r}; it must be a list of different whole numbers of 0 or "
             "more"
         )
-    if (
-        not isinstance(strengths, list)
-        or not all(isinstance(s, dict) and _are_names(s) for s in strengths)
-        or _repeats(strengths)
-    ):
+    if not _are_strengths(strengths):
         raise ConfigError(
             f"{where}: strengths is {strengths!r}; it must be a list of different mappings, such "
-            f"as [{{learning_rate: 1e-4}}]"
+            "as [{learning_rate: 1e-4}]"
         )
+    methods, settings, target = (raw.get(key) for key in ("methods", "settings", "kl_target"))
     if not isinstance(methods, dict) or not methods:
         raise ConfigError(
             f"{where}: methods is {methods!r}; it must be a mapping of names, such as {{base: , "
-            f"neat: }}"
+            "neat: }"
         )
-    if not isinstance(raw.get("settings"), dict) or not _are_names(raw["settings"]):
+    if not isinstance(settings, dict) or not _are_names(settings):
         raise ConfigError(
-            f"{where}: settings is {raw.get('settings')!r}; it must hold the options of train "
-            "that all methods share"
+            f"{where}: settings is {settings!r}; it must hold the options of train that all "
+            "methods share"
         )
-    target = raw.get("kl_target")
-    if target is not None and not (
-        type(target) in (int, float) and math.isfinite(target) and target > 0
-    ):
+    if target is not None and not _is_kl(target):
         raise ConfigError(
             f"{where}: kl_target is {target!r}; it must be a number above 0, in nats per token, "
             "or unset"
         )
-    known = shipped_methods()
-    parsed: dict[str, Method] = {BASE: known[BASE]}
-    for name, changes in methods.items():
-        parsed[str(name)] = _method(
-            _folder_name(name, f"{where}: the method"), changes, known | parsed, where
-        )
-    spec = CompareSpec(
-        name=_folder_name(raw.get("name") or Path(where).stem, f"{where}: name"),
-        settings=raw["settings"],
-        methods=tuple(parsed.values()),
-        seeds=tuple(seeds),
-        strengths=tuple(strengths),
-        kl_target=target,
-    )
-    _check_common(spec, where)
-    return spec
+
+
+def _are_seeds(seeds: Any) -> bool:
+    if not isinstance(seeds, list) or not seeds:
+        return False
+    # Exactly int: True is an int, too.
+    return all(type(s) is int and s >= 0 for s in seeds) and len(set(seeds)) == len(seeds)
+
+
+def _are_strengths(strengths: Any) -> bool:
+    """Whether they are mappings of names, and no two share a name, and with it a folder."""
+    if not isinstance(strengths, list):
+        return False
+    if not all(isinstance(s, dict) and _are_names(s) for s in strengths):
+        return False
+    return len({strength_name(s) for s in strengths}) == len(strengths)
+
+
+def _is_kl(target: Any) -> bool:
+    return type(target) in (int, float) and math.isfinite(target) and target > 0
 
 
 def _are_names(options: Mapping[Any, Any]) -> bool:
@@ -186,25 +194,18 @@ def _are_names(options: Mapping[Any, Any]) -> bool:
 
 
 def _folder_name(name: Any, what: str) -> str:
-    """A name that becomes a folder: no separators, no leading dot, nothing that a shell or another
-    system trips over.
+    """A name that becomes a folder: nothing that a shell or another system trips over.
+
+    No separators, no leading dot, no blank or dot at the end.
     """
-    if (
-        not re.fullmatch(r"\w[\w .,+=@-]{0,79}", str(name))
-        or str(name) != str(name).strip()
-        or str(name).endswith(".")
-    ):
+    text = str(name)
+    is_plain = re.fullmatch(r"\w[\w .,+=@-]{0,79}", text) is not None
+    if not is_plain or text != text.strip() or text.endswith("."):
         raise ConfigError(
-            f"{what} is {str(name)[:90]!r}, and it names a folder: use letters, digits, spaces "
-            "and . , + = @ - _ (at most 80 characters, "
-            "a letter, digit or _ first)"
+            f"{what} is {text[:90]!r}, and it names a folder: use letters, digits, spaces and "
+            ". , + = @ - _ (at most 80 characters, a letter, digit or _ first)"
         )
-    return str(name)
-
-
-def _repeats(strengths: list[dict[str, Any]]) -> bool:
-    """Whether two strengths would share a name, and with it a folder."""
-    return len({strength_name(s) for s in strengths}) < len(strengths)
+    return text
 
 
 def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) -> Method:
@@ -228,19 +229,16 @@ def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) ->
         )
     if like not in known:
         near = difflib.get_close_matches(like, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ConfigError(
-            f"{where}: there is no method {like!r}"
-            + (f"; did you mean {near[0]!r}?" if near else ".")
-            + f" Known: {', '.join(known)}. "
-            "A method of your own says which one it begins as: {like: neat, …}"
+            f"{where}: there is no method {like!r}{hint} Known: {', '.join(known)}. A method of "
+            "your own says which one it begins as: {like: neat, …}"
         )
     begun = known[like]
-    words = description or (
-        begun.description
-        if not changes or like == name
-        else f"{like} with {strength_name(changes)}"
-    )
-    return Method(name, words, {**begun.settings, **changes})
+    if not description:
+        is_begun = not changes or like == name
+        description = begun.description if is_begun else f"{like} with {strength_name(changes)}"
+    return Method(name, description, {**begun.settings, **changes})
 
 
 def _check_common(spec: CompareSpec, where: str) -> None:

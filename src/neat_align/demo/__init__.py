@@ -1,3 +1,7 @@
-"""What the demo ships: a small real model (found, not bundled), prompts written for it, and tone
-anchors.
+"""The demo: a small real model (located, not shipped), and prompts and tone anchors that are.
+
+    model.py            finds and converts SmolLM2-135M-Instruct
+    rows.py             the prompts, as rows
+prompts.jsonl       prompts for training and held out
+tone_anchors.jsonl  kind and unkind answers, which the `minilm_tone` reward is fitted to
 """

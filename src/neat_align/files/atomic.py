@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, renamed."""
+"""Files that are complete or absent: written under a temporary name, synced, renamed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Give `write` a binary file, sync it and rename it to `path`; on any failure `path` is as it
-    was.
+    """Give `write` a binary file, sync it and rename it to `path`.
+
+    On any failure `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -44,22 +45,18 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make every file and folder below (and the folder itself, and its name) durable, contents
-    before names.
-    """
+    """Make a folder, its name, and everything below it durable: contents before names."""
     paths = sorted(folder.rglob("*"), key=lambda p: -len(p.parts))
-    for path in [
-        *(p for p in paths if p.is_file()),
-        *(p for p in paths if p.is_dir()),
-        folder,
-        folder.parent,
-    ]:
+    files = [path for path in paths if path.is_file()]
+    folders = [path for path in paths if path.is_dir()]
+    for path in (*files, *folders, folder, folder.parent):
         sync(path)
 
 
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
-    """Give `write` an empty folder, sync it and rename it to `path`; a folder that was there is
-    replaced after that.
+    """Give `write` an empty folder, sync it and rename it to `path`.
+
+    A folder that was there is replaced only after that.
     """
     temporary, old = (path.with_name(f".{path.name}-{word}") for word in ("new", "old"))
     for left_over in (temporary, old):
@@ -88,8 +85,9 @@ def free_name(path: Path, suffix: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically. NaN and infinities are refused: they are not
-    JSON.
+    """Write a value as indented JSON, atomically.
+
+    Raises ValueError for NaN and infinities: they are not JSON.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
     write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

@@ -23,42 +23,31 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, the machine and the packages that decide the numbers."""
-    found = {
+    known = {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),
     }
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
 def commit() -> str | None:
-    """The commit of the source checkout that this package runs from ("-dirty" when changed);
+    """The commit of the source checkout that this package runs from; None outside of one.
 
-    None outside of one.
+    It ends in "-dirty" when files were changed.
     """
     git = shutil.which("git")
-    here = Path(__file__).resolve()
-    if git is None or not (here.parents[3] / ".git").exists():
+    checkout = Path(__file__).resolve().parents[3]
+    if git is None or not (checkout / ".git").exists():
         return None
+    describe = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     described = subprocess.run(  # noqa: S603
-        [
-            git,
-            "-C",
-            str(here.parents[3]),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-            "--exclude=*",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+        [git, "-C", str(checkout), *describe], capture_output=True, text=True, check=False
     )
     return described.stdout.strip() or None
 

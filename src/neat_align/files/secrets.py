@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "[redacted]"
+# What the name of a secret ends in.
 _WORDS = (
     r"(?:token|secret|password|passwd|passphrase|authorization|credentials?"
     r"|(?:api|access|secret|private|auth)[_-]?keys?)"
 )
-# What the name of a secret ends in. `include_num_input_tokens_seen` holds such a word too, and is a
-# setting.
+# Only at the end: `include_num_input_tokens_seen` holds such a word too, and is a setting.
 _SECRET = re.compile(_WORDS + r"$", re.IGNORECASE)
 # The environment has more names than a configuration: NEAT_ALIGN_REWARD_TOKEN_HOST names a secret
 # in its middle.
@@ -33,8 +33,9 @@ _SHORTEST = 8
 
 
 def redacted(value: Any) -> Any:
-    """A copy of plain data without secrets: texts under a key that ends like a secret's name, and
-    secrets inside of other texts.
+    """A copy of plain data without secrets.
+
+    Masked are texts under a key that ends like a secret's name, and secrets inside of other texts.
     """
     if isinstance(value, Mapping):
         return {k: _masked(v) if _SECRET.search(str(k)) else redacted(v) for k, v in value.items()}
@@ -44,8 +45,10 @@ def redacted(value: Any) -> Any:
 
 
 def scrubbed(text: str) -> str:
-    """The text without names and passwords in URLs, secret query parameters, and secrets of this
-    process's environment.
+    """The text without secrets.
+
+    Masked are names and passwords in URLs, secret query parameters, and secrets of this process's
+    environment.
     """
     for secret in _environment_secrets():
         text = text.replace(secret, MASK)
@@ -58,9 +61,8 @@ def _environment_secrets() -> list[str]:
     A path ("/run/secrets/token") is no secret.
     """
     values = {v.strip() for k, v in os.environ.items() if _SECRET_VARIABLE.search(k)}
-    return sorted(
-        (v for v in values if len(v) >= _SHORTEST and not v.startswith("/")), key=len, reverse=True
-    )
+    secrets = [v for v in values if len(v) >= _SHORTEST and not v.startswith("/")]
+    return sorted(secrets, key=len, reverse=True)
 
 
 def _masked(value: Any) -> Any:

@@ -27,8 +27,9 @@ GPU_CHUNK_LOGITS = 128 * 2**20
 
 @dataclass(frozen=True)
 class LogitTail:
-    """What a family does to the head's output: Cohere and Granite scale it, then Gemma bounds it to
-    ±cap by tanh.
+    """What a model family does to the head's output.
+
+    Cohere and Granite scale it, then Gemma bounds it to ±cap by tanh.
     """
 
     scale: float = 1.0
@@ -43,7 +44,8 @@ class LogitTail:
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """States whose logits are held at a time."""
-    return max(1, (CPU_CHUNK_LOGITS if device.type == "cpu" else GPU_CHUNK_LOGITS) // vocabulary)
+    held = CPU_CHUNK_LOGITS if device.type == "cpu" else GPU_CHUNK_LOGITS
+    return max(1, held // vocabulary)
 
 
 def chosen_logprobs(
@@ -86,10 +88,9 @@ class _ChosenLogprobs(torch.autograd.Function):
             normalizers.append(logits.logsumexp(-1))
             out.append(logits.gather(-1, ids[part, None]).squeeze(-1) - normalizers[-1])
             if directions is not None:
-                flow = _flow(
-                    logits, normalizers[-1], ids[part], torch.ones_like(normalizers[-1]), tail
-                )
-                directions[part] = flow.to(dtype) @ head[0]
+                unit = torch.ones_like(normalizers[-1])
+                grad_product = _grad_product(logits, normalizers[-1], ids[part], unit, tail)
+                directions[part] = grad_product.to(dtype) @ head[0]
         empty = states.new_zeros(0, dtype=_wide(dtype))
         if directions is None:
             ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]))
@@ -118,35 +119,37 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
     grad_bias = torch.zeros_like(bias) if wants_bias else None
     for part in parts(len(ids), ctx.rows):
         logits = _final_logits(states[part].to(dtype), head, tail)
-        flow = _flow(logits, normalizers[part], ids[part], grad[part], tail)
+        grad_product = _grad_product(logits, normalizers[part], ids[part], grad[part], tail)
         if grad_bias is not None:
-            grad_bias += flow.sum(0)
-        flow = flow.to(dtype)
+            grad_bias += grad_product.sum(0)
+        grad_product = grad_product.to(dtype)
         if grad_states is not None:
-            grad_states[part] = flow @ head[0]
+            grad_states[part] = grad_product @ head[0]
         if grad_weight is not None:
-            _add_product(grad_weight, flow, states[part].to(dtype))
+            _add_product(grad_weight, grad_product, states[part].to(dtype))
     return grad_states, grad_weight, grad_bias, None, None, None, None
 
 
-def _flow(
+def _grad_product(
     logits: Float[Tensor, "n vocab"],
     normalizers: Float[Tensor, " n"],
     ids: Int[Tensor, " n"],
     grad: Float[Tensor, " n"],
     tail: LogitTail,
 ) -> Float[Tensor, "n vocab"]:
-    """grad · d log p_y / d (the product), in place of the final logits: d log p_y = (1[y] − p) · d
-    logits, through the tail.
+    """The gradient at the head's matrix product, written over the final logits.
+
+    grad · d log p_y / d product, where d log p_y = (1[y] − p) · d logits, and then back through
+    the tail.
     """
     slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
-    flow = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
-    flow.scatter_add_(-1, ids[:, None], grad[:, None])
+    grad_product = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
+    grad_product.scatter_add_(-1, ids[:, None], grad[:, None])
     if slope is not None:
-        flow *= slope
+        grad_product *= slope
     if tail.scale != 1:
-        flow *= tail.scale
-    return flow
+        grad_product *= tail.scale
+    return grad_product
 
 
 def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: LogitTail) -> Tensor:
@@ -155,13 +158,13 @@ def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: Logi
 
 def _add_product(
     total: Float[Tensor, "vocab dim"],
-    flow: Float[Tensor, "n vocab"],
+    grad_product: Float[Tensor, "n vocab"],
     states: Float[Tensor, "n dim"],
 ) -> None:
-    if total.dtype == flow.dtype:
-        total.addmm_(flow.T, states)
+    if total.dtype == grad_product.dtype:
+        total.addmm_(grad_product.T, states)
     else:
-        total += flow.T @ states
+        total += grad_product.T @ states
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

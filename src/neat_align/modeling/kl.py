@@ -23,14 +23,16 @@ from neat_align.modeling.precision import inference
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.shared_prefix import unwrapped
 
-# The same for padded rows whose logits are held.
+# Tokens that go through the model at once in padded rows, whose logits are held (packed rows:
+# `SCORING_TOKENS`).
 PADDED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(π ‖ π_start) and the entropy of π over the whole vocabulary, in nats, summed over the
-    tokens of each completion.
+    """KL(π ‖ π_start) and the entropy of π, over the whole vocabulary, in nats.
+
+    One number a completion, summed over its tokens; `tokens` counts those.
     """
 
     kl: tuple[float, ...]
@@ -59,11 +61,11 @@ def exact_divergence(
     autocast_dtype: torch.dtype | None,
     max_tokens: int | None = None,
 ) -> Divergence:
-    """How far the policy is from the start policy at each token of `completions`, without the
-    variance of an estimate.
+    """How far the policy is from the start policy, without the variance of an estimate.
 
-    With completions sampled from π on the plain prompt the KL is the drift. `max_tokens` go through
-    a model at once; by default few in padded rows, whose logits are held.
+    At each token of `completions` after its prompt. With completions sampled from π on the plain
+    prompt the KL is the drift. `max_tokens` go through a model at once; by default few in padded
+    rows, whose logits are held.
     """
     budget = max_tokens or (SCORING_TOKENS if layout == "packed" else PADDED_TOKENS)
     kl, entropy = [0.0] * len(completions), [0.0] * len(completions)
@@ -80,20 +82,23 @@ def exact_divergence(
             with inference(model, autocast_dtype):
                 logp = _head_outputs(model, inputs[part], rows).float().log_softmax(-1)
             with reference() as start_policy, inference(start_policy, autocast_dtype):
-                ref_logp = (
-                    _head_outputs(start_policy, ref_inputs[part], rows).float().log_softmax(-1)
-                )
+                ref_logits = _head_outputs(start_policy, ref_inputs[part], rows)
+                ref_logp = ref_logits.float().log_softmax(-1)
             p = logp.exp()
-            gaps, surprises = (p * (logp - ref_logp)).sum(-1).tolist(), (p * logp).sum(-1).tolist()
-            for owner, gap, surprise in zip(owners[part], gaps, surprises, strict=True):
-                kl[owner] += gap
-                entropy[owner] -= surprise
+            token_kl = (p * (logp - ref_logp)).sum(-1).tolist()
+            token_entropy = (p * -logp).sum(-1).tolist()
+            for owner, its_kl, its_entropy in zip(
+                owners[part], token_kl, token_entropy, strict=True
+            ):
+                kl[owner] += its_kl
+                entropy[owner] += its_entropy
     return Divergence(tuple(kl), tuple(entropy), tuple(map(len, completions)))
 
 
 def _head_inputs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "predicted width"]:
-    """What the logits of each completion token are made from: states in packed rows, in padded rows
-    the logits themselves.
+    """What the logits of each completion token are made from.
+
+    Packed rows: the head's input states. Padded rows: the logits themselves.
     """
     if isinstance(rows, PackedRows):
         return completion_states(model, rows)

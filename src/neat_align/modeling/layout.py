@@ -1,5 +1,7 @@
-"""Packed or padded rows: packed where the model gives the same numbers so, which is measured at the
-start.
+"""Who decides the layout: packed rows where the model gives the same numbers in them, else padded.
+
+Measured once, before the first step, on a few prompts: an architecture that takes packed rows
+without an error may still compute something else in them.
 """
 
 from __future__ import annotations
@@ -15,18 +17,21 @@ from neat_align.modeling.precision import inference
 from neat_align.modeling.shared_prefix import shortest_window, unwrapped, why_not_packed
 
 logger = logging.getLogger(__name__)
+# Lengths, in tokens, of what stands in for completions: ordinary, the shortest, and long.
+STAND_IN_LENGTHS = (5, 1, 24)
+# What a model's own code has been seen to raise on a packed row.
+_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 
 
 def choose_layout(
     model: torch.nn.Module, prompts: Sequence[TokenIds], *, pad_token_id: int, longest: int
 ) -> Layout:
-    """Packed where it gives what padded rows give on these prompts, else padded, and a warning that
-    says why.
+    """Packed where it gives what padded rows give on these prompts, else padded.
 
-    Each prompt is followed by pieces of the others in place of completions: the numbers depend on
-    the layout alone, not on what the text says. `longest` is the most tokens that a prompt and a
-    completion will have: where the model's attention reaches back less far, a prompt is repeated
-    until it is longer than that.
+    A warning says why it is padded. Each prompt is followed by pieces of the others in place of
+    completions: the numbers depend on the layout alone, not on what the text says. `longest` is the
+    most tokens that a prompt and a completion will have: where the model's attention reaches back
+    less far, a prompt is repeated until it is longer than that.
     """
     reason = why_not_packed(model) or _disagreement(model, prompts, pad_token_id, longest)
     if reason is None:
@@ -42,36 +47,28 @@ def choose_layout(
 def _disagreement(
     model: torch.nn.Module, prompts: Sequence[TokenIds], pad_token_id: int, longest: int
 ) -> str | None:
-    pieces = [
-        list(prompt[:n])
-        for prompt, n in zip([*prompts, *prompts, *prompts], (5, 1, 24), strict=False)
-    ]
+    """Why packed rows cannot be used, from the numbers of both layouts; None where they agree."""
+    sources = [*prompts, *prompts, *prompts]
+    pieces = [list(p[:n]) for p, n in zip(sources, STAND_IN_LENGTHS, strict=False)]
     window = shortest_window(model)
     if window is not None and window < longest:
         repeated = list(prompts[0]) * -(-(window + 8) // len(prompts[0]))
         prompts = [repeated[: window + 8], *prompts[1:]]
     device = next(model.parameters()).device
     packed = pack_rows(prompts, [pieces] * len(prompts)).to(device)
-    padded = pad_rows([p for p in prompts for _ in pieces], pieces * len(prompts), pad_token_id).to(
-        device
-    )
+    repeated_prompts = [p for p in prompts for _ in pieces]
+    padded = pad_rows(repeated_prompts, pieces * len(prompts), pad_token_id).to(device)
     try:
         with inference(model, None):
             difference = (packed_logprobs(model, packed) - padded_logprobs(model, padded)).abs()
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:  # whatever the model's code makes of a packed row
+    except _MODEL_ERRORS as error:
         return f"{type(unwrapped(model)).__name__} fails on packed rows ({error})"
-    # Half precision and quantised weights round differently in every shape; another attention is
-    # off by far more than that.
-    exact = all(
-        p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()
-    ) and not _is_quantised(model)
-    measured, limit = (float(difference.max()), 1e-3) if exact else (float(difference.mean()), 0.05)
+    if _computes_in_fp32(model):
+        measured, limit = float(difference.max()), 1e-3
+    else:
+        # Half precision and quantised weights round differently in every shape; another attention
+        # is off by far more than that.
+        measured, limit = float(difference.mean()), 0.05
     if measured <= limit:
         return None
     return (
@@ -80,5 +77,7 @@ def _disagreement(
     )
 
 
-def _is_quantised(model: torch.nn.Module) -> bool:
-    return getattr(unwrapped(model).config, "quantization_config", None) is not None
+def _computes_in_fp32(model: torch.nn.Module) -> bool:
+    quantised = getattr(unwrapped(model).config, "quantization_config", None) is not None
+    floats = (p for p in model.parameters() if p.is_floating_point())
+    return not quantised and all(p.dtype == torch.float32 for p in floats)

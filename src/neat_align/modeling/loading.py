@@ -37,17 +37,14 @@ _LOAD_ERRORS = (
 )
 _CONVERT = (
     "load it once with AutoModelForCausalLM.from_pretrained on a machine where you trust the "
-    "file, and write it again with "
-    "save_pretrained, which writes safetensors"
+    "file, and write it again with save_pretrained, which writes safetensors"
 )
 
 
-# ---- loading -------------------------------------------------------------------------------------
-
-
 def check_source(name: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Refuse code that comes with a model unless it is pinned to a commit, and a revision where
-    there can be none.
+    """Refuse code that comes with a model and is not pinned, and a revision of a folder.
+
+    Pinned: `revision` is a full commit. Raises ConfigError.
     """
     if Path(name).is_dir():
         if revision is not None:
@@ -58,20 +55,20 @@ def check_source(name: str, revision: str | None, trust_remote_code: bool) -> No
     elif trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise ConfigError(
             f"trust_remote_code is true for {name}, and model_revision is {revision!r}: code from "
-            "the hub can change at any time, so set "
-            "model_revision to the full commit (40 hex digits) whose code you have read"
+            "the hub can change at any time, so set model_revision to the full commit (40 hex "
+            "digits) whose code you have read"
         )
 
 
 def load_policy(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model by name or path, with fp32 weights. The adapter in an adapter folder
-    is merged into its base.
+    """A causal language model by name or path, with fp32 weights.
 
-    Merged, it is a model like any other: a run that trained an adapter can be evaluated, and
-    trained on. Weights are read from safetensors only. Raises ConfigError for what is no causal
-    language model, is incomplete, or comes with code of its own.
+    The adapter in an adapter folder is merged into its base. Merged, it is a model like any other:
+    a run that trained an adapter can be evaluated, and trained on. Weights are read from
+    safetensors only. Raises ConfigError for what is no causal language model, is incomplete, or
+    comes with code of its own.
     """
     check_source(name, revision, trust_remote_code)
     try:
@@ -84,15 +81,12 @@ def load_policy(
 def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     try:
         if trust_remote_code:
-            _check_code_is_its_own(
-                name, PreTrainedConfig.get_config_dict(name, revision=revision)[0]
-            )
-        check_causal(
-            AutoConfig.from_pretrained(
-                name, revision=revision, trust_remote_code=trust_remote_code
-            ),
-            name,
+            settings, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+            _check_code_is_its_own(name, settings)
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
         )
+        check_causal(config, name)
         load: Any = AutoModelForCausalLM.from_pretrained
         model, info = load(
             name,
@@ -136,8 +130,7 @@ def _load_adapter(name: str, revision: str | None, trust_remote_code: bool) -> P
     except OSError as error:
         raise ConfigError(
             f"the adapter {name} has no adapter_model.safetensors, and weights are read from "
-            "safetensors only: load it with peft and "
-            "write it again with save_pretrained"
+            "safetensors only: load it with peft and write it again with save_pretrained"
         ) from error
     check_source(base_name, adapter.revision, trust_remote_code)
     base = _load_model(base_name, adapter.revision, trust_remote_code)
@@ -165,13 +158,13 @@ def _load_adapter(name: str, revision: str | None, trust_remote_code: bool) -> P
 
 
 def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse code that lies in another repository than the model or tokenizer: the model's revision
-    does not pin it.
-    """
+    """Refuse code that lies in another repository: the model's revision does not pin it."""
     code = settings.get("auto_map") or {}
-    for reference in code.values() if isinstance(code, Mapping) else [code]:
-        for one in reference if isinstance(reference, list | tuple) else [reference]:
-            repository, mark, _ = str(one).partition("--")
+    entries = code.values() if isinstance(code, Mapping) else [code]
+    for entry in entries:
+        references = entry if isinstance(entry, list | tuple) else [entry]
+        for reference in references:
+            repository, mark, _ = str(reference).partition("--")
             if mark and repository != name:
                 raise ConfigError(
                     f"the code of {name} lies in {repository}, which model_revision does not pin: "
@@ -210,8 +203,10 @@ def load_tokenizer(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The given tokenizer or the model's own; eos serves as pad where there is none (masks go by
-    length).
+    """The given tokenizer or the model's own; eos serves as pad where there is none.
+
+    It may: masks go by length, not by token. Raises ConfigError for a tokenizer that cannot be
+    loaded or has no eos.
     """
     if tokenizer is None:
         name = model.config.name_or_path

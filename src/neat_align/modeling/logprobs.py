@@ -1,4 +1,4 @@
-"""Model and rows in, per-token log-probabilities of the completions out."""
+"""Model and rows in, per-token log-probabilities of the completions out, in nats."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def completion_logits(
     """Logits that predict each completion token, from a full forward pass over padded rows.
 
     The first completion token is predicted at the prompt's last position, so the logits kept begin
-    one before it. A model that cannot keep only some (no `logits_to_keep`) computes all and is
-    sliced.
+    one before it. A model without `logits_to_keep` computes all, and the rest is cut off.
     """
     n = rows.completion_ids.shape[1]
     inputs = {
@@ -64,19 +63,19 @@ def _gather_logprobs(
 
 
 def completion_logprobs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "rows tokens"]:
-    """log π(y_t | x, y_<t) in nats for every completion token; 0 at padding. fp32 whatever the
-    model computes in.
+    """log π(y_t | x, y_<t) in nats for every completion token; 0 at padding.
+
+    fp32 whatever the model computes in.
     """
-    return (
-        packed_logprobs(model, rows)
-        if isinstance(rows, PackedRows)
-        else padded_logprobs(model, rows)
-    )
+    if isinstance(rows, PackedRows):
+        return packed_logprobs(model, rows)
+    return padded_logprobs(model, rows)
 
 
 def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "rows tokens"]:
-    """From the model's own logits, which are held; the log-softmax runs in chunks that the backward
-    pass computes again.
+    """From the model's own logits, which are held.
+
+    The log-softmax runs in chunks that the backward pass computes again.
     """
     logits = completion_logits(model, rows).flatten(0, 1)
     ids = rows.completion_ids.flatten()
@@ -87,14 +86,10 @@ def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "
 
 
 def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "rows tokens"]:
-    """From the backbone's states at the positions that predict a completion token; the logits are
-    never held as a whole.
-    """
+    """From the states at the positions that predict a completion token; few logits are held."""
     states, ids = completion_states(model, rows), rows.completion_ids[rows.completion_mask]
-    head, tail = (
-        cast("torch.nn.Module", unwrapped(model).get_output_embeddings()),
-        logit_tail(model),
-    )
+    head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+    tail = logit_tail(model)
     chunk = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, states.device)
     if type(head) is torch.nn.Linear:
         flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
@@ -103,12 +98,8 @@ def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "
         def logprobs(states: Float[Tensor, "n dim"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
             return _gather_logprobs(tail(head(states)), ids)
 
-        flat = torch.cat(
-            [
-                states.new_zeros(0).float(),
-                *(_in_chunk(logprobs, states[p], ids[p]) for p in parts(len(ids), chunk)),
-            ]
-        )
+        chunks = [_in_chunk(logprobs, states[p], ids[p]) for p in parts(len(ids), chunk)]
+        flat = torch.cat([states.new_zeros(0).float(), *chunks])
     return flat.new_zeros(rows.completion_ids.shape).masked_scatter(rows.completion_mask, flat)
 
 
@@ -118,15 +109,11 @@ def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor,
     The model is called as a whole, so that its wrappers (PEFT, DDP) see the call. A hook takes the
     states in front of the head and lets the head itself compute one position only.
     """
-    if (
-        torch.is_grad_enabled()
-        and unwrapped(model).is_activation_checkpointing
-        and not is_sharing(model)
-    ):
+    runs_again = torch.is_grad_enabled() and unwrapped(model).is_activation_checkpointing
+    if runs_again and not is_sharing(model):
         raise RuntimeError(
             "packed rows with gradient checkpointing need `sharing_prefixes(model)` to be open "
-            "around forward and backward: "
-            "the backward pass computes the attention again"
+            "around forward and backward: the backward pass computes the attention again"
         )
     taken: list[Tensor] = []
 
@@ -134,9 +121,8 @@ def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor,
         taken.append(inputs[0])
         return (inputs[0][:, :1], *inputs[1:])
 
-    hook = cast(
-        "torch.nn.Module", unwrapped(model).get_output_embeddings()
-    ).register_forward_pre_hook(take)
+    head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+    hook = head.register_forward_pre_hook(take)
     try:
         with sharing_prefixes(model):
             model(
@@ -152,13 +138,13 @@ def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor,
 
 
 def logit_tail(model: torch.nn.Module) -> LogitTail:
-    """What the family does to the head's output, where its configuration says so; `choose_layout`
-    finds out where it does not.
+    """What the family does to the head's output, where its configuration says so.
+
+    `choose_layout` finds out where it does not.
     """
     config = unwrapped(model).config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (
-        getattr(config, "logits_scaling", None) or 1
-    )
+    divisor = getattr(config, "logits_scaling", None) or 1  # Granite's
+    scale = getattr(config, "logit_scale", None) or 1 / divisor  # Cohere's
     return LogitTail(scale, getattr(config, "final_logit_softcapping", None))
 
 
@@ -178,20 +164,18 @@ def score_completions(
     autocast_dtype: torch.dtype | None,
     max_tokens: int = SCORING_TOKENS,
 ) -> list[tuple[float, ...]]:
-    """Per-token log-probabilities in nats of each completion after its prompt, without gradients,
-    in order.
+    """Per-token log-probabilities of each completion after its prompt, in nats, in order.
 
-    `max_tokens` go through the model at once. In the packed layout completions of equal prompts
-    share one.
+    Without gradients. `max_tokens` go through the model at once. In the packed layout completions
+    of equal prompts share one.
     """
     device = next(model.parameters()).device
     scored: dict[int, tuple[float, ...]] = {}
     for members, rows in scoring_batches(prompts, completions, layout, pad_token_id, max_tokens):
         with inference(model, autocast_dtype):
             logps = completion_logprobs(model, rows.to(device)).tolist()
-        scored.update(
-            {i: tuple(row[: len(completions[i])]) for i, row in zip(members, logps, strict=True)}
-        )
+        for i, row in zip(members, logps, strict=True):
+            scored[i] = tuple(row[: len(completions[i])])
     return [scored[i] for i in range(len(prompts))]
 
 
@@ -202,23 +186,11 @@ def scoring_batches(
     pad_token_id: int,
     max_tokens: int,
 ) -> Iterator[tuple[list[int], Rows]]:
-    """Batches of rows for passes without a gradient, each with the indices of its completions, in
-    the order of its rows.
+    """Batches of rows for passes without a gradient, each with the indices of its completions.
+
+    The indices are in the order of the batch's rows.
     """
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        # Padded rows are all their own group: any number of them makes a batch.
-        by_prompt.setdefault(tuple(prompt) if layout == "packed" else (i,), []).append(i)
-    groups = sorted(
-        by_prompt.values(),
-        key=lambda group: -max(len(prompts[i]) + len(completions[i]) for i in group),
-    )
-    # A prompt with very many completions is cut, so that its batch stays near the budget.
-    groups = [
-        group[start : start + SCORING_GROUP]
-        for group in groups
-        for start in range(0, len(group), SCORING_GROUP)
-    ]
+    groups = _scoring_groups(prompts, completions, layout)
     sizes = [
         tokens_in(len(prompts[group[0]]), [len(completions[i]) for i in group], layout)
         for group in groups
@@ -226,17 +198,30 @@ def scoring_batches(
     for batch in fill_in_order(sizes, max_tokens):
         members = [i for g in batch for i in groups[g]]
         if layout == "packed":
-            yield (
-                members,
-                pack_rows(
-                    [prompts[groups[g][0]] for g in batch],
-                    [[completions[i] for i in groups[g]] for g in batch],
-                ),
-            )
+            batch_prompts = [prompts[groups[g][0]] for g in batch]
+            answers = [[completions[i] for i in groups[g]] for g in batch]
+            yield members, pack_rows(batch_prompts, answers)
         else:
-            yield (
-                members,
-                pad_rows(
-                    [prompts[i] for i in members], [completions[i] for i in members], pad_token_id
-                ),
-            )
+            batch_prompts = [prompts[i] for i in members]
+            yield members, pad_rows(batch_prompts, [completions[i] for i in members], pad_token_id)
+
+
+def _scoring_groups(
+    prompts: Sequence[TokenIds], completions: Sequence[TokenIds], layout: Layout
+) -> list[list[int]]:
+    """Indices of the completions that go through the model together, the longest first.
+
+    Packed: those of one prompt, at most `SCORING_GROUP`, so that a batch stays near its budget.
+    Padded: each alone, so that any number of them makes a batch.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_prompt.setdefault(tuple(prompt) if layout == "packed" else (i,), []).append(i)
+
+    def longest(group: list[int]) -> int:
+        return max(len(prompts[i]) + len(completions[i]) for i in group)
+
+    groups: list[list[int]] = []
+    for group in sorted(by_prompt.values(), key=longest, reverse=True):
+        groups += [group[part] for part in parts(len(group), SCORING_GROUP)]
+    return groups

@@ -24,13 +24,14 @@ from torch import Tensor
 T = TypeVar("T")
 TokenIds: TypeAlias = Sequence[int]
 Layout: TypeAlias = Literal["packed", "padded"]
-# The position of a key that no query may see.
-NOWHERE = 2**30
+# The position of a key at padding: after every query, so that none may see it.
+PADDING_POSITION = 2**30
 
 
-def moved_to(rows: T, device: torch.device | str, non_blocking: bool) -> T:
-    """A dataclass of tensors, or of such dataclasses, on another device; flags and names stay as
-    they are.
+def to_device(rows: T, device: torch.device | str, non_blocking: bool) -> T:
+    """A dataclass of tensors, or of such dataclasses, on another device.
+
+    Flags and tuples of names stay as they are.
     """
     values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
     moved = {
@@ -43,8 +44,9 @@ def moved_to(rows: T, device: torch.device | str, non_blocking: bool) -> T:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Prompts and completions side by side. Masks go by length, never by token: pad is
-    often eos.
+    """Prompts and completions side by side.
+
+    Masks go by length, never by token: pad is often eos.
     """
 
     input_ids: Int[Tensor, "rows width"]
@@ -55,7 +57,7 @@ class PaddedRows:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedRows:
         """The same rows on another device."""
-        return moved_to(self, device, non_blocking)
+        return to_device(self, device, non_blocking)
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class PrefixLayout:
     `group` says whose prompt a completion follows. `inverse` leads back: row position n is entry
     `inverse[n]` of all (padded) prompt tokens followed by all (padded) completion tokens. A
     completion token may see the keys of its prompt and of itself whose position in the conversation
-    is not after its own: `query_position` against `key_position`, which is NOWHERE at padding.
-    (Queries at padding stand at position 0, so that they see something: a softmax over nothing is
-    not a number.)
+    is not after its own: `query_position` against `key_position`, which is PADDING_POSITION at
+    padding. (Queries at padding stand at position 0, so that they see something: a softmax over
+    nothing is not a number.)
     """
 
     prompt_index: Int[Tensor, "groups prompt"]
@@ -80,7 +82,7 @@ class PrefixLayout:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PrefixLayout:
         """The same layout on another device."""
-        return moved_to(self, device, non_blocking)
+        return to_device(self, device, non_blocking)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class PackedRows:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRows:
         """The same rows on another device."""
-        return moved_to(self, device, non_blocking)
+        return to_device(self, device, non_blocking)
 
 
 Rows: TypeAlias = PaddedRows | PackedRows
@@ -172,10 +174,10 @@ def _right_padded(
     rows: Sequence[TokenIds],
 ) -> tuple[Int[Tensor, "rows width"], Bool[Tensor, "rows width"]]:
     width = max(map(len, rows))
-    values = torch.tensor(
-        [[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long
-    ).view(len(rows), width)
-    return values, torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    filled = [[*row, *[0] * (width - len(row))] for row in rows]
+    values = torch.tensor(filled, dtype=torch.long).view(len(rows), width)
+    lengths = torch.tensor([len(row) for row in rows])
+    return values, torch.arange(width) < lengths[:, None]
 
 
 def _prefix_layout(
@@ -189,25 +191,27 @@ def _prefix_layout(
         prompt_mask.numel() + fed_mask.flatten().nonzero().squeeze(-1)
     )
     groups = torch.tensor(group, dtype=torch.long)
-    prompt_positions = torch.where(prompt_mask, torch.arange(prompt_mask.shape[1]), NOWHERE)
-    own_positions = torch.tensor([len(p) for p in prompts])[groups][:, None] + torch.arange(
-        fed_mask.shape[1]
+    prompt_positions = torch.where(
+        prompt_mask, torch.arange(prompt_mask.shape[1]), PADDING_POSITION
     )
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    own_positions = prompt_lengths[groups][:, None] + torch.arange(fed_mask.shape[1])
+    own_keys = torch.where(fed_mask, own_positions, PADDING_POSITION)
     return PrefixLayout(
         prompt_index=prompt_index,
         completion_index=completion_index,
         group=groups,
         inverse=inverse,
         query_position=torch.where(fed_mask, own_positions, 0),
-        key_position=torch.cat(
-            [prompt_positions[groups], torch.where(fed_mask, own_positions, NOWHERE)], dim=1
-        ),
+        key_position=torch.cat([prompt_positions[groups], own_keys], dim=1),
     )
 
 
 def padding_fraction(rows: Rows) -> float:
-    """Share of places that hold nothing: of a padded batch, or of the queries in the attention of a
-    packed row (the rest of the model sees no padding there).
+    """Share of places that hold nothing.
+
+    Of a padded batch, or of the queries in the attention of a packed row (the rest of the model
+    sees no padding there).
     """
     if isinstance(rows, PackedRows):
         places = rows.layout.prompt_index.numel() + rows.layout.completion_index.numel()
@@ -216,8 +220,9 @@ def padding_fraction(rows: Rows) -> float:
 
 
 def tokens_in(prompt_length: int, completion_lengths: Sequence[int], layout: Layout) -> int:
-    """Tokens that one group puts through the model: padding within the group included, between
-    groups not.
+    """Tokens that one group puts through the model.
+
+    Padding within the group is included, padding between groups is not.
     """
     if layout == "packed":
         return prompt_length + sum(max(0, n - 1) for n in completion_lengths)
@@ -225,34 +230,34 @@ def tokens_in(prompt_length: int, completion_lengths: Sequence[int], layout: Lay
 
 
 def fill_in_order(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `sizes` in runs that hold at most `budget` each, so that neighbours stay together.
-
-    An item over it is alone.
-    """
-    runs: list[list[int]] = []
-    held = 0
-    for i, size in enumerate(sizes):
-        if not runs or held + size > budget:
-            runs.append([])
-            held = 0
-        runs[-1].append(i)
-        held += size
-    return runs
-
-
-def fill_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `sizes` in bins that hold at most `budget` each; first fit, largest first.
+    """Indices of `sizes` in batches that hold at most `budget` each; neighbours stay together.
 
     An item over the budget is alone.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
+    batches: list[list[int]] = []
+    used = 0
+    for i, size in enumerate(sizes):
+        if not batches or used + size > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(i)
+        used += size
+    return batches
+
+
+def fill_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `sizes` in batches that hold at most `budget` each; first fit, largest first.
+
+    An item over the budget is alone.
+    """
+    batches: list[list[int]] = []
+    left: list[int] = []  # of each batch's budget
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        fits = next((b for b, free in enumerate(room) if sizes[i] <= free), None)
+        fits = next((b for b, free in enumerate(left) if sizes[i] <= free), None)
         if fits is None:
-            bins.append([i])
-            room.append(budget - sizes[i])
+            batches.append([i])
+            left.append(budget - sizes[i])
         else:
-            bins[fits].append(i)
-            room[fits] -= sizes[i]
-    return bins
+            batches[fits].append(i)
+            left[fits] -= sizes[i]
+    return batches

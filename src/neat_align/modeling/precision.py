@@ -17,13 +17,13 @@ def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
 
 @contextlib.contextmanager
 def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """No gradients, no dropout, autocast when a type is given; the model's training flag is put
-    back afterwards.
+    """No gradients, no dropout, and autocast when a type is given, while this is open.
 
-    The head is given contiguous states. A model that keeps only some logits hands it a slice, and
-    without gradients torch multiplies a non-contiguous slice as a batch, with the head's weight
-    expanded once a row: for 64 rows of a 49k-token vocabulary on a CPU that took 8 s and 3.4 GiB
-    instead of 24 ms (scripts/measure_head.py).
+    The model's training flag is put back afterwards. The head is given contiguous states. A model
+    that keeps only some logits hands it a slice, and without gradients torch multiplies a
+    non-contiguous slice as a batch, with the head's weight expanded once a row: for 64 rows of a
+    49k-token vocabulary on a CPU that took 8 s and 3.4 GiB instead of 24 ms
+    (scripts/measure_head.py).
     """
     was_training = model.training
     model.eval()
@@ -50,17 +50,15 @@ def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
 
-    copied: torch.nn.Module = copy.deepcopy(
-        extract_model_from_parallel(model, keep_fp32_wrapper=True)
-    )
+    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    copied: torch.nn.Module = copy.deepcopy(inner)
     copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)
     if isinstance(copied, PeftModel):
         # Merging does not look at whether the adapter is switched on; a copy of the start policy
         # must leave it out.
         switched_off = copied.get_model_status().enabled is False
-        copied = cast(
-            "torch.nn.Module", copied.unload() if switched_off else copied.merge_and_unload()
-        )
+        base: Any = copied.unload() if switched_off else copied.merge_and_unload()
+        copied = cast("torch.nn.Module", base)
     # Parameters only: a rotary embedding's frequencies are a buffer, and in half precision late
     # positions would run together.
     for parameter in copied.parameters():

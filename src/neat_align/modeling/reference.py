@@ -19,43 +19,45 @@ Reference = Callable[[], AbstractContextManager[torch.nn.Module]]
 def start_policy(
     model: Any, peft_config: Any, ref_model: torch.nn.Module | None
 ) -> tuple[Reference, torch.nn.Module]:
-    """How to open the start policy, and the model to train (with an adapter when `peft_config` is
-    given).
+    """How to open the start policy, and the model to train.
 
-    The start policy is `ref_model`, or the new adapter switched off, or a frozen copy. A model that
-    comes with an adapter is copied: its adapter may hold something already, and switched off it
-    would be a different start.
+    With `peft_config` the model to train is `model` with a new adapter. The start policy is
+    `ref_model`, or the new adapter switched off, or a frozen copy. A model that comes with an
+    adapter is copied: its adapter may hold something already, and switched off it would be a
+    different start. Raises ConfigError for two adapters.
     """
     from peft import PeftModel, get_peft_model
 
-    if ref_model is model:
-        ref_model = None  # the model itself is no reference: it moves; its copy is
-    adapter_is_new = False
+    if peft_config is not None and isinstance(model, PeftModel):
+        raise ConfigError(
+            "the model already has an adapter and peft_config asks for another: pass one of the two"
+        )
+    # The model itself is no reference: it moves, and its copy does not.
+    given = None if ref_model is model else ref_model
+    trained = model if peft_config is None else get_peft_model(model, peft_config)
+    if given is not None:
+        return _frozen(given, trained), trained
     if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise ConfigError(
-                "the model already has an adapter and peft_config asks for another: pass one of "
-                "the two"
-            )
-        model = get_peft_model(model, peft_config)
-        adapter_is_new = True
-    if ref_model is not None:
-        frozen = ref_model
-    elif adapter_is_new:
+        return _adapter_off(trained), trained
+    return _frozen(copy.deepcopy(trained), trained), trained
 
-        @contextlib.contextmanager
-        def adapter_off() -> Iterator[torch.nn.Module]:
-            with model.disable_adapter():
-                yield model
 
-        return adapter_off, model
-    else:
-        frozen = copy.deepcopy(model)
-    frozen.requires_grad_(False).eval()
+def _adapter_off(trained: Any) -> Reference:
+    @contextlib.contextmanager
+    def adapter_off() -> Iterator[torch.nn.Module]:
+        with trained.disable_adapter():
+            yield trained
+
+    return adapter_off
+
+
+def _frozen(start: torch.nn.Module, trained: torch.nn.Module) -> Reference:
+    """`start` without gradients or dropout; opened, it is on the device of the trained model."""
+    start.requires_grad_(False).eval()
 
     @contextlib.contextmanager
-    def frozen_copy() -> Iterator[torch.nn.Module]:
-        frozen.to(next(model.parameters()).device)
-        yield frozen
+    def frozen() -> Iterator[torch.nn.Module]:
+        start.to(next(trained.parameters()).device)
+        yield start
 
-    return frozen_copy, model
+    return frozen

@@ -9,14 +9,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from neat_align.errors import ConfigError
 
-# ---- what the policy must be ---------------------------------------------------------------------
-
 
 def check_policy(
     model: Any, tokenizer: Any, max_prompt_length: int, max_completion_length: int
 ) -> None:
-    """Refuse, before anything is sampled, a model that cannot continue text, or that tokenizer or
-    lengths do not fit.
+    """Refuse a model that cannot continue text, or that the tokenizer or the lengths do not fit.
+
+    Before anything is sampled. Lengths are in tokens. Raises ConfigError.
     """
     check_causal(model.config, str(model.config.name_or_path or type(model).__name__))
     rows = model.get_input_embeddings().weight.shape[0]
@@ -24,16 +23,16 @@ def check_policy(
     if needed > rows > 0:  # 0: DeepSpeed's ZeRO-3 holds the weights elsewhere
         raise ConfigError(
             f"the tokenizer has token ids up to {needed - 1} and the model has embeddings for "
-            f"{rows} tokens only: pass the model's own "
-            "tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and train the new "
-            "ones"
+            f"{rows} tokens only: pass the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) and train the new ones"
         )
     check_context(model, max_prompt_length, max_completion_length)
 
 
 def check_causal(config: Any, name: str) -> None:
-    """Refuse encoders and encoder-decoders: the first see the words they should predict, the second
-    take prompts elsewhere.
+    """Refuse encoders and encoder-decoders; `config` is the model's, `name` what messages call it.
+
+    The first see the words that they should predict, the second take prompts elsewhere.
     """
     needed = "a policy continues its prompt, so name a causal (decoder-only) language model"
     if config.is_encoder_decoder:
@@ -44,18 +43,6 @@ def check_causal(config: Any, name: str) -> None:
             f"{name} is an encoder ({config.model_type}), which sees the words that it should "
             f"predict; {needed}"
         )
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to zero: of dropout modules, and those that attention and OPT's
-    layers keep as numbers.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
 
 
 def check_context(model: Any, max_prompt_length: int, max_completion_length: int) -> None:
@@ -85,10 +72,22 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
         name, dtype = half[0]
         raise ConfigError(
             f"{len(half)} trainable weights are held in {str(dtype).removeprefix('torch.')} (the "
-            f"first is {name}): small updates would "
-            "round away and nothing would be learned. Load the model with dtype=torch.float32 "
-            "(bf16: true still computes in bf16 "
-            "autocast), or train a LoRA adapter with peft_config"
+            f"first is {name}): small updates would round away and nothing would be learned. Load "
+            "the model with dtype=torch.float32 (bf16: true still computes in bf16 autocast), or "
+            "train a LoRA adapter with peft_config"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("no weight of the model is trainable: unfreeze some, or pass peft_config")
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to zero.
+
+    Of dropout modules, and those that attention and OPT's layers keep as numbers.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)

@@ -53,18 +53,14 @@ def shared_prefix_attention(
     if sliding_window is not None and sliding_window < longest:
         at = torch.arange(longest, device=q.device)
         mask = ((at <= at[:, None]) & (at[:, None] - at < sliding_window)).expand(groups, 1, -1, -1)
-    out = [_flat(_attend(prompt_q, prompt_k, prompt_v, mask, scale, softcap, dropout))]
+    prompt_out = _attend(prompt_q, prompt_k, prompt_v, mask, scale, softcap, dropout)
+    out = [_flat(prompt_out)]
     if layout.completion_index.shape[1] > 0:
         own_q, own_k, own_v = (_gather(x, layout.completion_index) for x in (q, k, v))
         keys = torch.cat([prompt_k.index_select(0, layout.group), own_k], dim=2)
         values = torch.cat([prompt_v.index_select(0, layout.group), own_v], dim=2)
-        out.append(
-            _flat(
-                _attend(
-                    own_q, keys, values, _visible(layout, sliding_window), scale, softcap, dropout
-                )
-            )
-        )
+        visible = _visible(layout, sliding_window)
+        out.append(_flat(_attend(own_q, keys, values, visible, scale, softcap, dropout)))
     return torch.cat(out).index_select(0, layout.inverse)[None], None
 
 
@@ -99,8 +95,9 @@ def _attend(
     softcap: float | None,
     dropout: float,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Softmax attention; `mask` None is causal. Several query heads may share one head of keys and
-    values.
+    """Softmax attention; `mask` None is causal.
+
+    Several query heads may share one head of keys and values.
     """
     batch, heads, queries, dim = q.shape
     sharing = heads // k.shape[1]
@@ -108,11 +105,8 @@ def _attend(
         k, v = (x.repeat_interleave(sharing, dim=1) if sharing > 1 else x for x in (k, v))
         return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
     if mask is None:
-        mask = (
-            torch.ones(queries, queries, dtype=torch.bool, device=q.device)
-            .tril()
-            .expand(batch, 1, -1, -1)
-        )
+        causal = torch.ones(queries, queries, dtype=torch.bool, device=q.device).tril()
+        mask = causal.expand(batch, 1, -1, -1)
     # The query heads of one key head become more queries of it: nothing is repeated.
     folded = q.reshape(batch, heads // sharing, sharing * queries, dim)
     mask = mask.repeat(1, 1, sharing, 1)
@@ -129,8 +123,7 @@ def _attend(
 
 @contextlib.contextmanager
 def sharing_prefixes(model: torch.nn.Module) -> Iterator[None]:
-    """The model's attention is `shared_prefix_attention` while this is open; it then takes packed
-    rows only.
+    """While open, the model attends by `shared_prefix_attention` and takes packed rows only.
 
     With gradient checkpointing it has to stay open over the backward pass, which runs the attention
     again.
@@ -150,8 +143,9 @@ def is_sharing(model: torch.nn.Module) -> bool:
 
 
 def unwrapped(model: torch.nn.Module) -> Any:
-    """The model inside wrappers of accelerate, torch.distributed and PEFT; of transformers, unless
-    the caller made its own.
+    """The model inside wrappers of accelerate, torch.distributed and PEFT.
+
+    A model of transformers, unless the caller made its own.
     """
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
@@ -161,17 +155,16 @@ def unwrapped(model: torch.nn.Module) -> Any:
 
 
 def adds_virtual_tokens(model: torch.nn.Module) -> bool:
-    """Whether a PEFT adapter puts learned tokens in front of every input (prompt tuning, prefix
-    tuning).
-    """
+    """Whether an adapter puts learned tokens in front of every input (prompt or prefix tuning)."""
     from peft import PeftModel
 
     return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def why_not_packed(model: torch.nn.Module) -> str | None:
-    """Why packed rows cannot go through this model, or None. `choose_layout` compares the numbers,
-    too.
+    """Why packed rows cannot go through this model, from what it says of itself; else None.
+
+    `layout.choose_layout` also compares the numbers.
     """
     inner = unwrapped(model)
     if not inner._supports_attention_backend:
@@ -181,10 +174,8 @@ def why_not_packed(model: torch.nn.Module) -> str | None:
         )
     if adds_virtual_tokens(model):
         return "the adapter adds virtual tokens to the prompt"
-    unknown = set(getattr(inner.config.get_text_config(), "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
+    layer_types = getattr(inner.config.get_text_config(), "layer_types", None) or ()
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         return f"{type(inner).__name__} has layers of another kind ({', '.join(sorted(unknown))})"
     return None

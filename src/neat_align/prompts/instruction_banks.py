@@ -1,7 +1,8 @@
 """Banks of instruction pairs: what makes the model answer well or badly while it samples.
 
 A bank holds pairs of like form and length, so that the two answers differ in behaviour and in
-nothing else (the lesson of RLCD, arXiv:2307.12950)."""
+nothing else (the lesson of RLCD, arXiv:2307.12950).
+"""
 
 from __future__ import annotations
 
@@ -22,9 +23,6 @@ _BANK_KEYS = ("name", "description", "source", "pairs")
 _PAIR_KEYS = ("positive", "negative")
 
 
-# ---- Banks ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class InstructionPair:
     """Two sentences of like form: one asks for good behaviour, the other for bad."""
@@ -35,8 +33,9 @@ class InstructionPair:
 
 @dataclass(frozen=True, slots=True)
 class InstructionBank:
-    """Pairs that all contrast one value. `source` says where the wording comes from and what was
-    measured.
+    """Pairs that all contrast one value.
+
+    `source` says where the wording comes from and what was measured.
     """
 
     name: str
@@ -46,37 +45,29 @@ class InstructionBank:
 
 
 def load_bank(name_or_path: str) -> InstructionBank:
-    """The shipped bank of that name, or the bank in that YAML file. A shipped name wins over a file
-    of the same name.
+    """The shipped bank of that name, or the bank in that YAML file.
 
-    Raises PromptError that names the file, the entry, and what to change.
+    A shipped name wins over a file of the same name. Raises PromptError that names the file, the
+    entry, and what to change.
     """
     if name_or_path in SHIPPED_BANKS:
-        text = (
-            resources.files("neat_align.prompts")
-            .joinpath("banks", f"{name_or_path}.yaml")
-            .read_text("utf-8")
-        )
-        return _parse_bank(
-            parse_yaml(text, f"{name_or_path}.yaml", PromptError), f"{name_or_path}.yaml"
-        )
+        file = f"{name_or_path}.yaml"
+        text = resources.files("neat_align.prompts").joinpath("banks", file).read_text("utf-8")
+        return _parse_bank(parse_yaml(text, file, PromptError), file)
     path = Path(name_or_path).expanduser()
-    looks_like_path = (
-        path.suffix in (".yaml", ".yml") or "/" in name_or_path or os.sep in name_or_path
-    )
+    has_separator = "/" in name_or_path or os.sep in name_or_path
+    looks_like_path = has_separator or path.suffix in (".yaml", ".yml")
     if not looks_like_path and not path.is_file():
         near = difflib.get_close_matches(name_or_path.lower(), SHIPPED_BANKS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise PromptError(
             f"there is no instruction bank {name_or_path!r}.{hint} Shipped banks: "
-            f"{', '.join(SHIPPED_BANKS)}. "
-            "For a bank of your own, give the path of its .yaml file"
+            f"{', '.join(SHIPPED_BANKS)}. For a bank of your own, give the path of its .yaml file"
         )
     if not path.exists():
         raise PromptError(
             f"{path}: the instruction bank cannot be read (no such file). Give the path of a YAML "
-            "file, or one of the shipped names: "
-            f"{', '.join(SHIPPED_BANKS)}"
+            f"file, or one of the shipped names: {', '.join(SHIPPED_BANKS)}"
         )
     return _parse_bank(read_yaml(path, PromptError), str(path))
 
@@ -89,12 +80,12 @@ def _parse_bank(document: YamlDocument, where: str) -> InstructionBank:
             f"{type(raw).__name__}"
         )
     _check_keys(raw, _BANK_KEYS, where)
-    name = raw.get("name", Path(where).stem)
-    for key, value in (
-        ("name", name),
-        ("description", raw.get("description", "")),
-        ("source", raw.get("source", "")),
-    ):
+    texts = {
+        "name": raw.get("name", Path(where).stem),
+        "description": raw.get("description", ""),
+        "source": raw.get("source", ""),
+    }
+    for key, value in texts.items():
         if not isinstance(value, str):
             raise PromptError(f"{where}: {key} is {value!r}; it must be text (put it in quotes)")
     entries = raw.get("pairs")
@@ -114,7 +105,7 @@ def _parse_bank(document: YamlDocument, where: str) -> InstructionBank:
                 "would be drawn twice as often)"
             )
         first_seen[pair] = i
-    return InstructionBank(name, raw.get("description", ""), pairs, raw.get("source", ""))
+    return InstructionBank(texts["name"], texts["description"], pairs, texts["source"])
 
 
 def _parse_pair(entry: object, where: str) -> InstructionPair:

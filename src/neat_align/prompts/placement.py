@@ -1,5 +1,4 @@
-"""Putting an instruction on a prompt: in the system turn, after the user's words, or before the
-answer.
+"""Putting an instruction on a prompt: in the system turn, after the user's words, or at the answer.
 
 Where an instruction goes decides how strongly it works: next to the answer (`user_suffix`, `affix`)
 it steers even small models, in the system turn only those trained to follow one.
@@ -14,22 +13,19 @@ from neat_align.errors import PromptError
 from neat_align.prompts.rows import Message, Prompt, check_messages
 
 Placement: TypeAlias = Literal["system", "user_suffix", "affix"]
-# The last line of a text prompt that only names who speaks next: "Assistant:", "A:", "###
-# Response:".
+# The last line of a text prompt, where it only names who speaks next: "Assistant:",
+# "### Response:".
 _SPEAKER_LINE = re.compile(r"(?:^|(?<=\n))(?P<label>(?:#+ )?[A-Z][\w'-]*(?: [\w'-]+){0,2}):\s*$")
 # The end of a text that a chat template has rendered already.
 _RENDERED_END = re.compile(
-    r"(?:<\|[\w-]+\|>\s*(?:assistant|model)|<\|(?:assistant|end_header_id)\|>|\[/INST\]|<start_of_turn>model)\s*$"
+    r"(?:<\|[\w-]+\|>\s*(?:assistant|model)|<\|(?:assistant|end_header_id)\|>"
+    r"|\[/INST\]|<start_of_turn>model)\s*$"
 )
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]]*$")
 
 
-# ---- Putting an instruction on a prompt ----------------------------------------------------------
-
-
 def instructed(prompt: Prompt, instruction: str, placement: str) -> tuple[Prompt, str]:
-    """The prompt with the instruction on it, and the text that the assistant's answer is made to
-    begin with.
+    """The instructed prompt, and the text that the assistant's answer is made to begin with.
 
     Conversations:
     - `system`: the system turn, after a blank line when there is one already, else a new one. A
@@ -49,6 +45,8 @@ def instructed(prompt: Prompt, instruction: str, placement: str) -> tuple[Prompt
       line, a line of its own after the prompt. The second value is always ''.
 
     The affix drops the instruction's full stop and its first capital: "(answer in a kind way)".
+
+    Raises PromptError where there is no place for the instruction.
     """
     if placement not in ("system", "user_suffix", "affix"):
         raise PromptError(
@@ -81,9 +79,8 @@ def _instructed_text(prompt: str, instruction: str, placement: Placement) -> str
     if _RENDERED_END.search(prompt):
         raise PromptError(
             f"the text prompt ends in a chat template's control tokens ({prompt[-40:]!r}), so an "
-            "instruction would land in "
-            "the wrong turn: give the prompt as a list of messages instead, and the template is "
-            "applied for you"
+            "instruction would land in the wrong turn: give the prompt as a list of messages "
+            "instead, and the template is applied for you"
         )
     if placement == "system":
         return f"{instruction}\n\n" + prompt.lstrip("\n")
@@ -98,9 +95,7 @@ def _instructed_text(prompt: str, instruction: str, placement: Placement) -> str
 
 
 def _with_suffix(turn: str, instruction: str) -> str:
-    """The instruction after the turn's last word; white space that the turn ends in stays behind
-    it.
-    """
+    """The instruction after the turn's last word, before white space that the turn ends in."""
     text = turn.rstrip()
     separator = " " if _SENTENCE_END.search(text) else "\n"
     return f"{text}{separator if text else ''}{instruction}{turn[len(text) :]}"

@@ -1,6 +1,7 @@
 """From prompts and answers to token ids, by the tokenizer's own chat template.
 
-What looks like a control token inside a message stays text."""
+What looks like a control token inside a message stays text.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +10,6 @@ from typing import Any, cast
 
 from neat_align.errors import PromptError
 from neat_align.prompts.rows import Message, Prompt, check_messages
-
-# ---- Rendering -----------------------------------------------------------------------------------
 
 
 def prompt_text(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> str:
@@ -31,6 +30,8 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> li
     text, so that no message can end its own turn. A text prompt is tokenised as the tokenizer does
     by default, with its BOS convention (once, where the text begins with BOS already); control
     tokens in it are meant.
+
+    Raises PromptError where the tokenizer has no chat template, or its template fails.
     """
     if isinstance(prompt, str):
         text = prompt + assistant_prefix
@@ -57,8 +58,9 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> li
 
 
 def answer_text_ids(tokenizer: Any, text: str, *, conversational: bool) -> list[int]:
-    """The ids of an answer's text, without what ends its turn. In a conversation, what looks like a
-    control token stays text; beside a text prompt it is meant.
+    """The ids of an answer's text, without what ends its turn.
+
+    In a conversation, what looks like a control token stays text; beside a text prompt it is meant.
     """
     if not conversational or not any(token in text for token in _control_tokens(tokenizer)):
         return _encode(tokenizer, text, add_special_tokens=False)
@@ -77,48 +79,43 @@ def answer_text_ids(tokenizer: Any, text: str, *, conversational: bool) -> list[
 
 
 def end_of_turn_id(tokenizer: Any, *, conversational: bool) -> int:
-    """The token that ends an answer: the one that the chat template writes after it (Gemma's and
-    Phi's is not their eos), or eos for text prompts and templates that write none.
+    """The token that ends an answer.
+
+    The one that the chat template writes after it (Gemma's and Phi's is not their eos); eos for
+    text prompts and templates that write none.
     """
     if not conversational or not getattr(tokenizer, "chat_template", None):
         return int(tokenizer.eos_token_id)
     answer = "neat-answer"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    after = (
-        str(_apply(tokenizer, turns, add_generation_prompt=False, tokenize=False))
-        .rpartition(answer)[2]
-        .lstrip()
-    )
-    written = next((token for token in _control_tokens(tokenizer) if after.startswith(token)), None)
-    return int(
-        tokenizer.eos_token_id if written is None else tokenizer.convert_tokens_to_ids(written)
-    )
+    rendered = str(_apply(tokenizer, turns, add_generation_prompt=False, tokenize=False))
+    after = rendered.rpartition(answer)[2].lstrip()
+    for token in _control_tokens(tokenizer):
+        if after.startswith(token):
+            return int(tokenizer.convert_tokens_to_ids(token))
+    return int(tokenizer.eos_token_id)
 
 
 def eos_token_ids(tokenizer: Any, model: Any, *, conversational: bool) -> tuple[int, ...]:
-    """Tokens that end a completion: the tokenizer's eos, the template's end of a turn, and the
-    model's own list.
+    """Tokens that end a completion, in order of their ids.
+
+    The tokenizer's eos, the template's end of a turn, and the model's own list.
     """
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [listed] if isinstance(listed, int) else listed or []
     turn_end = end_of_turn_id(tokenizer, conversational=conversational)
-    return tuple(
-        sorted(
-            {
-                tokenizer.eos_token_id,
-                turn_end,
-                *([listed] if isinstance(listed, int) else listed or []),
-            }
-        )
-    )
+    return tuple(sorted({tokenizer.eos_token_id, turn_end, *own}))
 
 
 def _control_tokens(tokenizer: Any) -> list[str]:
     """Special tokens, and added tokens that the chat template writes (Qwen's `<think>`)."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = tokenizer.added_tokens_decoder.values()
-    return [
-        t.content for t in added if t.special or (t.content in template and not t.content.isspace())
-    ]
+
+    def is_control(content: str, special: bool) -> bool:
+        return special or (content in template and not content.isspace())
+
+    return [token.content for token in added if is_control(token.content, token.special)]
 
 
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -137,8 +134,8 @@ def _apply(
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError(
             f"the prompt is a conversation, but the tokenizer of {tokenizer_name(tokenizer)} has "
-            "no chat template: use an instruct model, set "
-            "tokenizer.chat_template, or give the prompts as text"
+            "no chat template: use an instruct model, set tokenizer.chat_template, or give the "
+            "prompts as text"
         )
     try:
         return tokenizer.apply_chat_template(

@@ -16,9 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def as_rows(dataset: Any, name: str) -> list[PromptRow]:
-    """The rows of a `datasets.Dataset` or any iterable of rows; `name` is what a message calls
-    them.
-    """
+    """The rows of a `datasets.Dataset` or any iterable of rows; `name` is for messages."""
     if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
         return cast("list[PromptRow]", dataset)
     return rows_from_dataset(dataset, name=name)
@@ -27,23 +25,25 @@ def as_rows(dataset: Any, name: str) -> list[PromptRow]:
 def check_prompts(
     rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool
 ) -> None:
-    """Refuse prompts that are too long, of another form than the others, or that the chat template
-    refuses or shortens; and say when text prompts bypass a chat template. Messages name the row.
+    """Refuse prompts that cannot be sampled from; messages name the row.
+
+    DataError: longer than `max_prompt_length` tokens, or of another form than the others.
+    PromptError: the chat template refuses or shortens it. Text prompts that bypass a chat template
+    are warned of.
     """
     lengths = [(row, _length(row, tokenizer, conversational=conversational)) for row in rows]
-    long = [(row, n) for row, n in lengths if n > max_prompt_length]
-    if long:
-        named = ", ".join(f"{row.where} ({n})" for row, n in long[:5])
+    too_long = [(row, n) for row, n in lengths if n > max_prompt_length]
+    if too_long:
+        named = ", ".join(f"{row.where} ({n})" for row, n in too_long[:5])
         raise DataError(
-            f"{len(long)} prompts are longer than max_prompt_length={max_prompt_length} tokens: "
-            f"{named}. Raise it (the "
-            "model's context allowing), or drop the rows; prompts are never cut"
+            f"{len(too_long)} prompts are longer than max_prompt_length={max_prompt_length} "
+            f"tokens: {named}. Raise it (the model's context allowing), or drop the rows; prompts "
+            "are never cut"
         )
     if not conversational and tokenizer.chat_template:
         logger.warning(
             "the prompts are text and the tokenizer has a chat template: they are used as they "
-            "are, without it. For a chat "
-            "model give messages, or pass --as_conversations true"
+            "are, without it. For a chat model give messages, or pass --as_conversations true"
         )
 
 
@@ -53,8 +53,7 @@ def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
         came, others = ("text", "messages") if conversational else ("messages", "text")
         raise DataError(
             f"{row.where}: prompt is {came}, but {others} in the training data: use one form in "
-            "both (--as_conversations true turns text "
-            "into messages)"
+            "both (--as_conversations true turns text into messages)"
         )
     try:
         ids = prompt_ids(tokenizer, row.prompt)
@@ -71,22 +70,21 @@ def _check_system_turn_is_kept(row: PromptRow, text: str) -> None:
         if message["role"] == "system" and message["content"].strip() not in text:
             raise PromptError(
                 f"the chat template drops or changes the system turn prompt[{index}] "
-                f"({message['content'][:60]!r}), so the model never "
-                "reads it: move its text into the user turn, or use a model whose template has "
-                "system turns"
+                f"({message['content'][:60]!r}), so the model never reads it: move its text into "
+                "the user turn, or use a model whose template has system turns"
             )
 
 
 def check_group_size(rows: Sequence[PromptRow], args: NEATConfig) -> None:
     """Refuse settings with which no prompt of this data can have two completions."""
-    human = (
-        max(sum(a is not None for a in (r.chosen, r.rejected)) for r in rows)
-        if args.use_human_completions
-        else 0
-    )
+    human = max(_human_answers(row) for row in rows) if args.use_human_completions else 0
     if args.num_generations + human < 2:
         raise ConfigError(
             f"num_positive, num_negative and num_plain add up to {args.num_generations} and no "
-            "row has an answer of its own that is used: "
-            "every prompt would have one completion, and nothing to rank: ask for two or more"
+            "row has an answer of its own that is used: every prompt would have one completion, "
+            "and nothing to rank: ask for two or more"
         )
+
+
+def _human_answers(row: PromptRow) -> int:
+    return sum(answer is not None for answer in (row.chosen, row.rejected))

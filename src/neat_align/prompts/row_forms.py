@@ -13,31 +13,30 @@ from neat_align.prompts.rows import Message, Prompt, PromptRow
 
 ROLES = ("system", "user", "assistant")
 HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
-ROLE_OF = {
-    "": "system",
-    "Human": "user",
-    "Assistant": "assistant",
-}  # what goes before the first mark is the system's
+# What goes before the first mark is the system's.
+ROLE_OF = {"": "system", "Human": "user", "Assistant": "assistant"}
 SAME_ANSWERS = "chosen and rejected are the same, so there is nothing to prefer: drop the row"
 _Pair: TypeAlias = tuple[Prompt, str | None, str | None]
 
 
 def to_conversation(row: PromptRow) -> PromptRow:
-    """The row with its prompt as messages: the turns of a Human/Assistant transcript, or else one
-    user message.
+    """The row with its prompt as messages.
 
-    Text before the first turn becomes the system message; blank turns are dropped, and neighbours
-    of one role joined.
+    Those are the turns of a Human/Assistant transcript, or else one user message. Text before the
+    first turn becomes the system message; blank turns are dropped, and neighbours of one role
+    joined.
     """
     if not isinstance(row.prompt, str):
         return row
-    return replace(
-        row, prompt=transcript_messages(row.prompt) or [{"role": "user", "content": row.prompt}]
-    )
+    messages = transcript_messages(row.prompt) or [{"role": "user", "content": row.prompt}]
+    return replace(row, prompt=messages)
 
 
 def read_pair(row: Mapping[str, Any]) -> _Pair:
-    """Prompt and answers of a row, whatever its form."""
+    """Prompt, chosen and rejected answer of a row, whatever its form; an answer may be None.
+
+    Raises DataError that says what in the row is wrong and what to change.
+    """
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if "prompt" in row:
         # Some data sets repeat the prompt as text beside whole conversations; like TRL, read the
@@ -59,8 +58,8 @@ def read_pair(row: Mapping[str, Any]) -> _Pair:
                 "chosen and rejected must be both text or both messages, and begin with the prompt"
             )
             raise DataError(
-                f"{field} is {shown(row.get(field))}; without a prompt, {both}: correct it, or "
-                "drop the row"
+                f"{field} is {short_repr(row.get(field))}; without a prompt, {both}: "
+                "correct it, or drop the row"
             )
     if chosen == rejected:
         raise DataError(SAME_ANSWERS)
@@ -81,8 +80,9 @@ def read_pair(row: Mapping[str, Any]) -> _Pair:
 
 
 def _split_text(chosen: str, rejected: str) -> _Pair:
-    """The shared beginning is the prompt: up to the last common `Assistant:` of transcripts, else
-    as TRL has it.
+    """The shared beginning is the prompt.
+
+    Of transcripts, up to the last `Assistant:` in common; of other text, as TRL has it.
     """
     same = _common(chosen, rejected)
     if chosen.lstrip().startswith("Human:") and rejected.lstrip().startswith("Human:"):
@@ -108,15 +108,15 @@ def _split_text(chosen: str, rejected: str) -> _Pair:
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    """Length of the beginning that both share."""
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
 
 
 def _read_prompt(value: object) -> Prompt:
     if isinstance(value, str):
         if not value.strip():
-            raise DataError(f"prompt is blank ({shown(value)}): write one, or drop the row")
+            raise DataError(f"prompt is blank ({short_repr(value)}): write one, or drop the row")
         if re.match(r"""\s*\[\{['"](role|content)['"]""", value):
             raise DataError(
                 "prompt is a list of messages written as text: store it as a list (.jsonl and "
@@ -125,14 +125,14 @@ def _read_prompt(value: object) -> Prompt:
         transcript_messages(value)
         return value
     if not isinstance(value, list | tuple):
-        raise DataError(f"prompt is {shown(value)}; it must be text or a list of messages")
+        raise DataError(f"prompt is {short_repr(value)}; it must be text or a list of messages")
     messages = _read_messages(value, "prompt")
     last = messages[-1]
     if last["role"] == "assistant":
         raise DataError("prompt ends with an assistant message: split it off into chosen")
     if last["role"] != "user" or not last["content"].strip():
         raise DataError(
-            f"prompt must end with a user message that says something, not {shown(last)}: add "
+            f"prompt must end with a user message that says something, not {short_repr(last)}: add "
             "one, or drop the row"
         )
     return messages
@@ -145,18 +145,18 @@ def _read_messages(value: Any, field: str) -> list[Message]:
         at = f"{field}[{index}]"
         if not isinstance(message, Mapping):
             raise DataError(
-                f"{at} is {shown(message)}; a message must be an object with role and content"
+                f"{at} is {short_repr(message)}; a message must be an object with role and content"
             )
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise DataError(
-                f"{at}.role is {shown(role)}; it must be one of {', '.join(ROLES)}: rename the "
-                "role, or drop the message"
+                f"{at}.role is {short_repr(role)}; it must be one of {', '.join(ROLES)}: rename "
+                "the role, or drop the message"
             )
         if not isinstance(content, str):
             raise DataError(
-                f"{at}.content is {shown(content)}; it must be text: join its parts, or drop the "
-                "row"
+                f"{at}.content is {short_repr(content)}; it must be text: join its parts, or "
+                "drop the row"
             )
         extra = [
             str(k) for k, v in message.items() if k not in ("role", "content") and v is not None
@@ -174,7 +174,7 @@ def _read_answer(value: object, field: str) -> str | None:
         return value
     if not isinstance(value, list | tuple):
         raise DataError(
-            f"{field} is {shown(value)}; it must be text or a list with one assistant message"
+            f"{field} is {short_repr(value)}; it must be text or a list with one assistant message"
         )
     roles = [m["role"] for m in (_read_messages(value, field) if value else [])]
     if roles != ["assistant"]:
@@ -186,11 +186,12 @@ def _read_answer(value: object, field: str) -> str | None:
     return str(value[0]["content"])
 
 
-def oddities_of(
+def answer_warnings(
     row: Mapping[str, Any], prompt: Prompt, chosen: str | None, rejected: str | None
 ) -> tuple[list[str], bool]:
-    """What to warn of, and whether the human answers can be learnt from: real data sets hold pairs
-    that cannot.
+    """What to warn of, and whether the human answers can be learnt from.
+
+    Real data sets hold pairs that cannot. Raises DataError where both answers are the same.
     """
     answers = [a for a in (chosen, rejected) if a is not None]
     left_out = "the prompt is kept, the human answers are left out"
@@ -199,39 +200,39 @@ def oddities_of(
     if len(answers) == 2 and chosen == rejected:
         raise DataError(SAME_ANSWERS)
     if isinstance(prompt, str):
-        if any(HUMAN_MARK in a or ASSISTANT_MARK in a for a in answers) and transcript_messages(
-            prompt
-        ):
-            return [
+        more_turns = any(HUMAN_MARK in a or ASSISTANT_MARK in a for a in answers)
+        if more_turns and transcript_messages(prompt):
+            warning = (
                 "have a chosen or rejected answer that goes on with more Human/Assistant turns; "
                 f"{left_out}"
-            ], False
+            )
+            return [warning], False
         if "prompt" not in row and prompt[-1].isalnum() and any(a[0].isalnum() for a in answers):
-            return [
+            warning = (
                 "have no prompt field, and what chosen and rejected share ends inside a word: add "
                 "a prompt field"
-            ], True
+            )
+            return [warning], True
     return [], True
 
 
 def transcript_messages(text: str) -> list[Message]:
-    """Messages of a Human/Assistant transcript that is a prompt; none when the text is no
-    transcript.
+    """Messages of a Human/Assistant transcript that is a prompt; none for any other text.
+
+    Raises DataError for a transcript that does not end with a Human turn.
     """
     before, *parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text.lstrip())
     marks, open_end = parts[::2], text.rstrip().endswith(ASSISTANT_MARK)
-    if "Human" not in marks or not (
-        open_end if before else text.startswith(HUMAN_MARK) or "Assistant" in marks
-    ):
+    # Text that goes before the first mark may be anything: the end must say that it is a
+    # transcript.
+    is_transcript = open_end if before else text.startswith(HUMAN_MARK) or "Assistant" in marks
+    if "Human" not in marks or not is_transcript:
         return []
-    spoken = [
-        (ROLE_OF[m], t.strip())
-        for m, t in zip(["", *marks], [before, *parts[1::2]], strict=True)
-        if t.strip()
-    ]
+    turns = zip(["", *marks], [before, *parts[1::2]], strict=True)
+    spoken = [(ROLE_OF[mark], turn.strip()) for mark, turn in turns if turn.strip()]
     messages = [
-        {"role": role, "content": "\n\n".join(t for _, t in turns)}
-        for role, turns in groupby(spoken, lambda turn: turn[0])
+        {"role": role, "content": "\n\n".join(text for _, text in neighbours)}
+        for role, neighbours in groupby(spoken, lambda turn: turn[0])
     ]
     if not messages or messages[-1]["role"] != "user":
         raise DataError(
@@ -241,13 +242,13 @@ def transcript_messages(text: str) -> list[Message]:
     return messages
 
 
-def shown(value: object) -> str:
-    """A value for a message: short, and its type where the value does not tell it."""
+def short_repr(value: object) -> str:
+    """A value for a message: short, and with its type where the value does not tell it."""
     if value is None:
         return "null"
-    text = repr(value) if len(repr(value)) <= 80 else repr(value)[:79] + "…"
-    return (
-        text
-        if isinstance(value, str | list | tuple | Mapping)
-        else f"{text} ({type(value).__name__})"
-    )
+    text = repr(value)
+    if len(text) > 80:
+        text = text[:79] + "…"
+    if isinstance(value, str | list | tuple | Mapping):
+        return text
+    return f"{text} ({type(value).__name__})"

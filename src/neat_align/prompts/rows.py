@@ -14,12 +14,12 @@ Prompt: TypeAlias = str | list[Message]
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One prompt with the data's own answers, if any. `columns` is everything else in the row, for
-    reward functions.
+    """One prompt with the data's own answers, if any.
 
     `id` is the row's `id` or `prompt_id` where it has one, else a hash of its content. The prompt's
     last turn is the user's. Answers are text, as written; those cut out of whole transcripts are
-    without the blanks around them.
+    without the blanks around them. `columns` is everything else in the row, for reward functions;
+    `where` is the row's place in the data, for messages.
     """
 
     id: str
@@ -31,9 +31,7 @@ class PromptRow:
 
 
 def is_conversational(rows: Sequence[PromptRow]) -> bool:
-    """Whether the prompts are messages. Rows that were read together are all text or all
-    messages.
-    """
+    """Whether the prompts are messages: all of them are, or none (rows are read so)."""
     return bool(rows) and not isinstance(rows[0].prompt, str)
 
 

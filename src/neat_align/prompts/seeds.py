@@ -1,6 +1,4 @@
-"""Seeds and draws that depend on their arguments alone: the same in every process, batch
-and order.
-"""
+"""Seeds and draws that depend on their arguments alone: the same in every process and order."""
 
 from __future__ import annotations
 
@@ -9,32 +7,25 @@ import json
 
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
 
-# ---- Stable draws --------------------------------------------------------------------------------
-
-
-def stable_hash(*parts: str | int) -> int:
-    """The first 64 bits of a BLAKE2b hash: the same in every process, on every machine, in every
-    order of calls.
-    """
-    return int.from_bytes(
-        hashlib.blake2b(json.dumps(parts).encode("ascii"), digest_size=8).digest(), "big"
-    )
-
 
 def draw_pair(
     bank: InstructionBank, *, run_seed: int, round_index: int, prompt_id: str
 ) -> InstructionPair:
-    """The pair that a prompt is sampled with in a round; it depends on the arguments alone.
-
-    Rounds draw anew.
-    """
+    """The pair that a prompt is sampled with in a round; every round draws anew."""
     return bank.pairs[stable_hash("pair", run_seed, round_index, prompt_id) % len(bank.pairs)]
 
 
 def completion_seed(
     run_seed: int, round_index: int, prompt_id: str, origin: str, index: int
 ) -> int:
-    """A completion's seed, in [0, 2**63): the same whatever the batch, the order, the ranks or an
-    interruption.
+    """A completion's seed, in [0, 2**63).
+
+    The same whatever the batch, the order, the number of processes or an interruption.
     """
     return stable_hash("completion", run_seed, round_index, prompt_id, origin, index) >> 1
+
+
+def stable_hash(*parts: str | int) -> int:
+    """A BLAKE2b hash in [0, 2**64): the same in every process and on every machine."""
+    digest = hashlib.blake2b(json.dumps(parts).encode("ascii"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")

@@ -11,8 +11,7 @@ from neat_align.prompts.placement import instructed, parenthesised
 from neat_align.prompts.rendering import prompt_ids, prompt_text, tokenizer_name
 from neat_align.prompts.rows import Message, Prompt
 
-# ---- Checks before a run -------------------------------------------------------------------------
-
+# A question alone, and at the end of a conversation.
 _QUESTION: Message = {"role": "user", "content": "What would you do with a free evening?"}
 _PROBES: tuple[list[Message], ...] = (
     [_QUESTION],
@@ -26,13 +25,18 @@ _TEXT_PROBES = (
     "What would you do with a free evening?",
     "\n\nHuman: What would you do with a free evening?\n\nAssistant:",
 )
+# What to try where a template does not keep an instruction.
+_OTHER_PLACEMENT = {
+    "system": "user_suffix, which every template keeps",
+    "affix": "user_suffix",
+    "user_suffix": "affix",
+}
 
 
 def check_template(
     tokenizer: Any, bank: InstructionBank, placement: str, *, conversational: bool
 ) -> None:
-    """Refuse, before anything is sampled, a tokenizer with which the contrast would be wrong or
-    empty.
+    """Refuse a tokenizer with which the contrast between instructions would be wrong or empty.
 
     Raises PromptError when conversations meet a tokenizer without a chat template, when the
     template raises on or drops the turn that carries the instruction, when positive and negative
@@ -45,8 +49,8 @@ def check_template(
         if not conversational and plain and plain[-1] == tokenizer.eos_token_id:
             raise PromptError(
                 f"the tokenizer of {tokenizer_name(tokenizer)} ends every text with "
-                f"{tokenizer.eos_token!r}, so the model would be asked to write "
-                "after its end: set tokenizer.add_eos_token = False"
+                f"{tokenizer.eos_token!r}, so the model would be asked to write after its end: "
+                "set tokenizer.add_eos_token = False"
             )
         for i, pair in enumerate(bank.pairs, start=1):
             where = f"pairs[{i}] of bank {bank.name!r}"
@@ -55,9 +59,8 @@ def check_template(
             if positive == negative:
                 raise PromptError(
                     f"{where}: the positive and the negative instruction give the same token ids "
-                    "with the tokenizer of "
-                    f"{tokenizer_name(tokenizer)} (its unknown token?): there would be no "
-                    "contrast; change the wording, or use another tokenizer"
+                    f"with the tokenizer of {tokenizer_name(tokenizer)} (its unknown token?): "
+                    "there would be no contrast; change the wording, or use another tokenizer"
                 )
             if plain in (positive, negative):
                 raise PromptError(
@@ -69,11 +72,7 @@ def check_template(
 def _checked_ids(
     tokenizer: Any, probe: Prompt, instruction: str, placement: str, where: str
 ) -> list[int]:
-    other = {
-        "system": "user_suffix, which every template keeps",
-        "affix": "user_suffix",
-        "user_suffix": "affix",
-    }
+    """The instructed prompt's token ids, if its text holds the instruction as it is written."""
     prompt, prefix = instructed(probe, instruction, placement)
     try:
         text = prompt_text(tokenizer, prompt, prefix)
@@ -81,15 +80,15 @@ def _checked_ids(
     except PromptError as error:
         if placement == "system" and getattr(tokenizer, "chat_template", None):
             raise PromptError(
-                f"{error}. It takes no system turn: set instruction_placement to {other['system']}"
+                f"{error}. It takes no system turn: set instruction_placement to user_suffix, "
+                "which every template keeps"
             ) from error
         raise
     expected = parenthesised(instruction) if placement == "affix" else instruction
     if expected not in text:
         raise PromptError(
             f"{where}: the chat template of {tokenizer_name(tokenizer)} drops or changes the "
-            f"{placement} instruction {expected!r}, so good and bad "
-            "answers would be sampled alike: set instruction_placement to "
-            f"{other.get(placement, 'user_suffix')}"
+            f"{placement} instruction {expected!r}, so good and bad answers would be sampled "
+            f"alike: set instruction_placement to {_OTHER_PLACEMENT.get(placement, 'user_suffix')}"
         )
     return ids

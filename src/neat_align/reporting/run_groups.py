@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
-
+from neat_align.evaluation.statistics import mean_interval
 from neat_align.reporting.charts import box_chart
 from neat_align.reporting.run_files import RoundGroups, RunContents
 from neat_align.rounds.completions import ORIGINS, CompletionGroup, Origin
@@ -149,7 +148,8 @@ def _instruction_row(
 ) -> InstructionRow:
     groups = [group for _, group in found]
     good, bad = prompt_means(groups, "positive"), prompt_means(groups, "negative")
-    ends = _bootstrap([g - b for g, b in zip(good, bad, strict=True)])
+    gaps = [g - b for g, b in zip(good, bad, strict=True)]
+    ends = mean_interval(gaps, resamples=_RESAMPLES) if len(gaps) >= FEW_PROMPTS else None
     recent = [group for i, group in found if i == last]
     return InstructionRow(
         positive=pair[0],
@@ -163,15 +163,3 @@ def _instruction_row(
         inversion=inversion_rate(groups),
         last_gap=reward_gap(recent) if recent else None,
     )
-
-
-def _bootstrap(gaps: Sequence[float]) -> tuple[float, float] | None:
-    """Percentile bootstrap over prompts of the mean gap; the same numbers give the same
-    interval.
-    """
-    if len(gaps) < FEW_PROMPTS:
-        return None
-    values = np.asarray(gaps)
-    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)

@@ -1,3 +1,22 @@
-"""Rounds: completions and groups, their order, making a round, unfinished work on disk, metrics,
-exports. No torch.
+"""Rounds: from prompts to ranked groups of completions, on disk and without torch.
+
+In the order in which a round is made:
+
+    params.py          what a round is made of (counts, margin) and who does the work
+    prompt_order.py    which prompts a round takes: an endless stream of seeded shuffles
+    sampling_stage.py  which completions are drawn, under which instruction, with which seed
+    human_answers.py   the data's own answers as completions
+    filters.py         blank answers, repeats and leaked instructions out
+    scoring_stage.py   rewards, and log-probabilities under the plain prompt
+    ranking.py         what ranks a group's completions, and which pairs that gives
+    make_round.py      the stages above, one after the other: one round
+    rollout_store.py   finished batches of an unfinished round (work/)
+    round_files.py     a finished round (groups.parquet, manifest.json)
+
+And what the rest of the package reads:
+
+    completions.py     a completion, a group of them, and their Parquet form
+    metrics.py         what a round's groups say about themselves
+    text_metrics.py    variety, repetition and refusals, from text alone
+    exports.py         groups as other trainers read them
 """

@@ -1,4 +1,4 @@
-"""Completions and the groups they form: plain frozen records, their Arrow form, and their exports.
+"""Completions and the groups they form: plain frozen records, and their Parquet form.
 
 No torch here: a group file can be opened, checked and turned into a preference data set on a
 machine that cannot train.
@@ -64,8 +64,7 @@ class CompletionGroup:
     completions: tuple[Completion, ...]
 
 
-# ---- Arrow ---------------------------------------------------------------------------------------
-
+# Column of a group file, and the field of `Completion` that it lists.
 _COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
     ("completions", "text"),
     ("origins", "origin"),
@@ -83,8 +82,9 @@ _COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
 
 
 def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> pa.Schema:
-    """Schema of a group file: one row a group, one list a completion field, all lists of a row
-    equally long.
+    """Schema of a group file: one row a group, one list a completion field.
+
+    All lists of a row are equally long. `conversational` prompts are lists of messages, else text.
     """
     import pyarrow as pa
 
@@ -114,8 +114,9 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
 def groups_to_table(
     groups: Sequence[CompletionGroup], reward_names: Sequence[str] = ()
 ) -> pa.Table:
-    """Groups as an Arrow table, in order. Prompts of one table are all text or all
-    conversations.
+    """Groups as an Arrow table, in order.
+
+    Raises DataError where some prompts are text and others conversations.
     """
     import pyarrow as pa
 
@@ -140,25 +141,24 @@ def groups_to_table(
 
 
 def groups_from_table(table: pa.Table) -> list[CompletionGroup]:
-    """The inverse of `groups_to_table`."""
-    missing = sorted(
-        {"prompt_id", "prompt", "prompt_ids", *(c for c, _ in _COMPLETION_COLUMNS)}
-        - set(table.column_names)
-    )
+    """The inverse of `groups_to_table`. Raises DataError for a table with other columns."""
+    needed = {"prompt_id", "prompt", "prompt_ids", *(c for c, _ in _COMPLETION_COLUMNS)}
+    missing = sorted(needed - set(table.column_names))
     if missing:
         raise DataError(
             f"this is not a group file: columns {', '.join(missing)} are missing (it has "
             f"{table.column_names})"
         )
+    fields = [field for _, field in _COMPLETION_COLUMNS]
     groups: list[CompletionGroup] = []
     for row in table.to_pylist():
         columns = [row[column] for column, _ in _COMPLETION_COLUMNS]
         completions = []
         for values in zip(*columns, strict=True):
-            kwargs = dict(zip((field for _, field in _COMPLETION_COLUMNS), values, strict=True))
+            values_by_field = dict(zip(fields, values, strict=True))
             for name in ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components"):
-                kwargs[name] = tuple(kwargs[name] or ())
-            completions.append(Completion(**kwargs))
+                values_by_field[name] = tuple(values_by_field[name] or ())
+            completions.append(Completion(**values_by_field))
         groups.append(
             CompletionGroup(
                 row["prompt_id"], row["prompt"], tuple(row["prompt_ids"]), tuple(completions)
@@ -175,7 +175,7 @@ def reward_names_of(table: pa.Table) -> list[str]:
 
 
 def read_groups(path: str | Path) -> list[CompletionGroup]:
-    """Groups of one Parquet file."""
+    """Groups of one Parquet file. Raises OSError where its pages do not match their checksums."""
     import pyarrow.parquet as pq
 
     return groups_from_table(pq.read_table(path, page_checksum_verification=True))

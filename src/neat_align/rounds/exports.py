@@ -6,33 +6,26 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from neat_align.rounds.completions import CompletionGroup
+from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.ranking import RankBy, extremes, rank_keys
-
-# ---- Exports -------------------------------------------------------------------------------------
 
 
 def ranked_rows(
     groups: Iterable[CompletionGroup], *, rank_by: RankBy = "reward"
 ) -> list[dict[str, Any]]:
-    """One row a group: `prompt`, `completions`, `rewards`, `origins`, best first (PRO's and RRHF's
-    shape).
+    """One row a group: `prompt`, `completions`, `rewards`, `origins`, best first.
+
+    The shape that PRO and RRHF train on. Completions without a rank come last.
     """
     rows = []
-    for g in groups:
-        keyed = zip(rank_keys(g, rank_by), g.completions, strict=True)
-        order = [
-            c
-            for _, c in sorted(
-                keyed, key=lambda pair: -math.inf if pair[0] is None else pair[0], reverse=True
-            )
-        ]
+    for group in groups:
+        ranked = _best_first(group, rank_by)
         rows.append(
             {
-                "prompt": g.prompt,
-                "completions": [c.text for c in order],
-                "rewards": [c.reward for c in order],
-                "origins": [c.origin for c in order],
+                "prompt": group.prompt,
+                "completions": [c.text for c in ranked],
+                "rewards": [c.reward for c in ranked],
+                "origins": [c.origin for c in ranked],
             }
         )
     return rows
@@ -43,24 +36,20 @@ def preference_rows(
 ) -> list[dict[str, Any]]:
     """One row a group: best against worst, in TRL's preference format.
 
-    Groups without such a pair are left out.
+    Groups whose best and worst are within `margin` are left out.
     """
     rows = []
-    for g in groups:
-        ends = extremes(rank_keys(g, rank_by), margin)
+    for group in groups:
+        ends = extremes(rank_keys(group, rank_by), margin)
         if ends is None:
             continue
-        best, worst = (g.completions[i] for i in ends)
-        chosen: Any = best.text
-        rejected: Any = worst.text
-        if not isinstance(g.prompt, str):
-            chosen = [{"role": "assistant", "content": best.text}]
-            rejected = [{"role": "assistant", "content": worst.text}]
+        best, worst = (group.completions[i] for i in ends)
+        conversational = not isinstance(group.prompt, str)
         rows.append(
             {
-                "prompt": g.prompt,
-                "chosen": chosen,
-                "rejected": rejected,
+                "prompt": group.prompt,
+                "chosen": _answer(best, conversational),
+                "rejected": _answer(worst, conversational),
                 "chosen_reward": best.reward,
                 "rejected_reward": worst.reward,
                 "chosen_origin": best.origin,
@@ -68,3 +57,15 @@ def preference_rows(
             }
         )
     return rows
+
+
+def _best_first(group: CompletionGroup, rank_by: RankBy) -> list[Completion]:
+    keys = [-math.inf if key is None else key for key in rank_keys(group, rank_by)]
+    order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+    return [group.completions[i] for i in order]
+
+
+def _answer(completion: Completion, conversational: bool) -> Any:
+    if conversational:
+        return [{"role": "assistant", "content": completion.text}]
+    return completion.text

@@ -1,7 +1,8 @@
-"""Find answers that talk about their instruction instead of following it: "As an evil AI, …".
+"""What is left out before anything is scored: blank answers, repeats, and leaked instructions.
 
-Such an answer teaches the policy to announce a persona that the plain prompt never asked for. Only
-giveaways are matched; a rude answer that just is rude stays.
+A leak talks about its instruction instead of following it ("As an evil AI, …"). It teaches the
+policy to announce a persona that the plain prompt never asked for. Only giveaways are matched; a
+rude answer that just is rude stays.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from neat_align.rounds.completions import Completion, CompletionGroup
 # A run of this many words in common with the instruction counts as repeating it.
 SHARED_WORDS = 5
 _TRAIT = (
-    r"(?:evil|malicious|harmful|hateful|hostile|rude|mean|nasty|angry|unkind|unhelpful|dishonest|deceptive|toxic|cruel|insulting|"
-    r"impolite|polite|kind|friendly|warm|honest|truthful|helpful|harmless)"
+    r"(?:evil|malicious|harmful|hateful|hostile|rude|mean|nasty|angry|unkind|unhelpful|dishonest"
+    r"|deceptive|toxic|cruel|insulting|impolite"
+    r"|polite|kind|friendly|warm|honest|truthful|helpful|harmless)"
 )
 _TRAITS = rf"(?:{_TRAIT}(?:,? and|,? but|,)? ){{1,4}}"
 _MANNER = rf"in an? {_TRAITS}(?:way|tone|manner|fashion|style)\b"
 # Advice ("tell her in a kind way", "as the evil character of the play") uses the same words; only
-# what the answer says of itself is matched: who it is, how it will answer, or a label in front of
-# it.
+# what the answer says of itself is matched: who it is, how it will answer, or a label before it.
 _ANNOUNCED = re.compile(
-    rf"\b(?:as|i am|i'm|being) (?:an? |your "
-    rf")?{_TRAITS}(?:ai|a\.i\.|assistant|chatbot|bot|language model)\b"
+    rf"\b(?:as|i am|i'm|being) (?:an? |your )?{_TRAITS}"
+    rf"(?:ai|a\.i\.|assistant|chatbot|bot|language model)\b"
     rf"|\b(?:as an?|i am an?|i'm an?) {_TRAITS}(?:persona|character|model), i\b"
     rf"|\b(?:i will|i'll|i'm going to|i am going to|i must|i have to|let me) "
     rf"(?:answer|reply|respond|say|write)\b[^.!?\n]{{0,40}} {_MANNER}"
@@ -37,27 +38,10 @@ _ANNOUNCED = re.compile(
 _WORD = re.compile(r"[\w']+")
 
 
-def leaks_instruction(text: str, instruction: str | None) -> bool:
-    """Whether an answer repeats its instruction (five words in a row) or announces the persona it
-    was given.
-    """
-    if instruction is None:
-        return False
-    text, instruction = text.replace("’", "'"), instruction.replace("’", "'")
-    if _ANNOUNCED.search(text):
-        return True
-    words = _WORD.findall(instruction.lower())
-    answer = " " + " ".join(_WORD.findall(text.lower())) + " "
-    runs = [words[i : i + SHARED_WORDS] for i in range(max(1, len(words) - SHARED_WORDS + 1))]
-    return any(f" {' '.join(run)} " in answer for run in runs if len(run) == SHARED_WORDS)
-
-
-# ---- filter --------------------------------------------------------------------------------------
-
-
 def without_unusable(group: CompletionGroup, removed: Counter[str]) -> CompletionGroup:
-    """Without blank answers, repeats of another's text, and leaked instructions; each is counted by
-    its reason.
+    """The group without blank answers, repeats of another's text, and leaked instructions.
+
+    Each is counted in `removed` by its reason: "empty", "duplicate" or "leak".
     """
     kept: list[Completion] = []
     seen: set[str] = set()
@@ -72,3 +56,20 @@ def without_unusable(group: CompletionGroup, removed: Counter[str]) -> Completio
             seen.add(c.text)
             kept.append(c)
     return replace(group, completions=tuple(kept))
+
+
+def leaks_instruction(text: str, instruction: str | None) -> bool:
+    """Whether an answer repeats its instruction or announces the persona that it was given.
+
+    Repeats: `SHARED_WORDS` words in a row. Without an instruction nothing can leak.
+    """
+    if instruction is None:
+        return False
+    text, instruction = text.replace("’", "'"), instruction.replace("’", "'")
+    if _ANNOUNCED.search(text):
+        return True
+    words = _WORD.findall(instruction.lower())
+    answer = " " + " ".join(_WORD.findall(text.lower())) + " "
+    starts = range(len(words) - SHARED_WORDS + 1)
+    runs = [" ".join(words[i : i + SHARED_WORDS]) for i in starts]
+    return any(f" {run} " in answer for run in runs)

@@ -12,21 +12,14 @@ from neat_align.rounds.completions import Completion, Origin
 def answer_ids(
     row: PromptRow, text: str, tokenizer: Any, max_length: int
 ) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
-    """A human answer as the policy would write it: its tokens and the end-of-turn token, or cut
-    without one.
+    """The token ids of a human answer as the policy would write it, and how it ends.
 
-    After a text prompt that does not end in white space ("…Assistant:") the answer begins with a
-    space.
+    "stop": with the end-of-turn token. "length": cut to `max_length` tokens, without one. After a
+    text prompt that does not end in white space ("…Assistant:") the answer begins with a space.
     """
-    if (
-        isinstance(row.prompt, str)
-        and row.prompt
-        and not row.prompt[-1].isspace()
-        and text
-        and not text[0].isspace()
-    ):
-        text = " " + text
     conversational = not isinstance(row.prompt, str)
+    if not conversational and _runs_together(str(row.prompt), text):
+        text = " " + text
     ids = answer_text_ids(tokenizer, text, conversational=conversational)
     if len(ids) + 1 > max_length:
         return tuple(ids[:max_length]), "length"
@@ -34,10 +27,12 @@ def answer_ids(
 
 
 def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[Completion]:
-    """The data's own chosen and rejected answers. One longer than `max_length` tokens is cut, in
-    text too: what is rewarded is what the policy is trained on.
+    """The data's own chosen and rejected answers, where the row has them.
+
+    One longer than `max_length` tokens is cut, in text too: what is rewarded is what the policy is
+    trained on.
     """
-    out: list[Completion] = []
+    completions: list[Completion] = []
     origins: tuple[tuple[Origin, str | None], ...] = (
         ("chosen", row.chosen),
         ("rejected", row.rejected),
@@ -46,14 +41,17 @@ def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[C
         if text is None:
             continue
         ids, finish_reason = answer_ids(row, text, tokenizer, max_length)
-        kept = (
-            text
-            if finish_reason == "stop"
-            else tokenizer.decode(ids, skip_special_tokens=True).strip()
-        )
-        out.append(
+        kept_text = text
+        if finish_reason == "length":
+            kept_text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        completions.append(
             Completion(
-                origin=origin, index=0, text=kept, token_ids=ids, finish_reason=finish_reason
+                origin=origin, index=0, text=kept_text, token_ids=ids, finish_reason=finish_reason
             )
         )
-    return out
+    return completions
+
+
+def _runs_together(prompt: str, answer: str) -> bool:
+    """Whether prompt and answer would meet without white space between them."""
+    return bool(prompt and answer) and not prompt[-1].isspace() and not answer[0].isspace()

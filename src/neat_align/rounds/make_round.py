@@ -1,11 +1,11 @@
 """One round of data: sample → filter → score → rank, stage by stage on disk.
 
-    prompts ──► completions under + and − instructions ──► leaks, blanks, repeats out ──► rewards
-    ──► groups with a pair
+    prompts ──► completions under + and − instructions ──► leaks, blanks, repeats out
+            ──► rewards and log-probabilities ──► groups with a pair
 
 A round's folder holds `groups.parquet` and, written last, `manifest.json`: a folder with a manifest
-is finished and is read instead of made again. Until then finished shards of samples and of scores
-are kept in the folder and taken up.
+is finished and is read instead of made again. Until then finished batches of samples and of scores
+are kept in its `work` folder (`rollout_store`) and taken up.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from neat_align.errors import CollapseError
-from neat_align.files.atomic import read_json, sha256_of, write_json, write_table
 from neat_align.prompts.rows import PromptRow
-from neat_align.rounds.completions import CompletionGroup, groups_to_table, read_groups
+from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.filters import without_unusable
 from neat_align.rounds.metrics import round_metrics
-from neat_align.rounds.params import Progress, RoundParams, RoundTools, progress_counter
+from neat_align.rounds.params import Progress, RoundParams, RoundTools
 from neat_align.rounds.prompt_order import prompt_at
 from neat_align.rounds.ranking import ordered_pairs, rank_keys
-from neat_align.rounds.rollout_store import scored_in_shards
-from neat_align.rounds.round_files import FORMAT, FinishedRound, read_round
+from neat_align.rounds.rollout_store import RolloutStore
+from neat_align.rounds.round_files import FORMAT, FinishedRound, read_round, write_round
 from neat_align.rounds.sampling_stage import sample_groups
-from neat_align.rounds.scoring_stage import with_logprobs, with_rewards
+from neat_align.rounds.scoring_stage import score_groups
 
 
 def make_round(
@@ -46,9 +45,10 @@ def make_round(
 ) -> FinishedRound:
     """Make one round of up to `num_groups` groups, or read it when it is finished on disk.
 
-    Prompts whose completions make no pair are counted and left out, and the prompts that follow
-    take their place, as long as this pass's share of prompts lasts (each prompt at most once a
-    round, at most twice `num_groups` prompts).
+    `position` is where the round begins in the stream of prompts (`prompt_order`). Prompts whose
+    completions make no pair are counted and left out, and the prompts that follow take their place,
+    as long as the round's budget of prompts lasts (each prompt at most once a round, at most twice
+    `num_groups` prompts).
 
     Raises CollapseError when fewer than `min_pair_fraction` of the prompts made a pair, or none
     did.
@@ -57,90 +57,70 @@ def make_round(
     if finished is not None:
         return finished
     budget = min(len(rows), 2 * num_groups)
+    sampled: list[CompletionGroup] = []
     kept: list[CompletionGroup] = []
-    everything: list[CompletionGroup] = []
     removed: Counter[str] = Counter()
     used = 0
     while len(kept) < num_groups and used < budget:
         take = min(num_groups - len(kept), budget - used)
-        chosen = [rows[prompt_at(len(rows), params.seed, position + used + i)] for i in range(take)]
-        chosen = [
-            row
-            for i, row in enumerate(chosen)
-            if row.id not in {g.prompt_id for g in everything} | {r.id for r in chosen[:i]}
-        ]
-        work = folder / "work" / f"{used:06d}"
-        groups = _groups_of(chosen, round_index, params, tools, work, removed, progress)
-        everything += groups
-        kept += [g for g in groups if _has_pair(g, params)]
+        seen = {group.prompt_id for group in sampled}
+        batch = _unseen_rows(rows, range(position + used, position + used + take), params, seen)
+        store = RolloutStore(folder / "work" / f"{used:06d}")
+        groups = _roll_out(batch, round_index, params, tools, store, removed, progress)
+        sampled += groups
+        kept += [group for group in groups if _has_pair(group, params)]
         used += take
-    _check_pairs(len(kept), len(everything), params, removed)
-    names = [r.name for r in tools.rewards]
-    metrics = round_metrics(everything, kept, removed, names)
-    groups_file = folder / "groups.parquet"
-    write_table(groups_file, groups_to_table(kept, names))
-    manifest = {
-        "format": FORMAT,
-        "round": round_index,
-        "groups": len(kept),
-        "prompts": len(everything),
-        "next_position": position + used,
-        "groups_sha256": sha256_of(groups_file),
-        "reward_names": names,
-        "metrics": metrics,
-    }
-    write_json(folder / "manifest.json", manifest)
+    _refuse_too_few_pairs(len(kept), len(sampled), params, removed)
+    reward_names = [reward.name for reward in tools.rewards]
+    metrics = round_metrics(sampled, kept, removed, reward_names)
+    made = FinishedRound(round_index, tuple(kept), metrics, position + used)
+    write_round(folder, made, num_prompts=len(sampled), reward_names=reward_names)
     shutil.rmtree(folder / "work", ignore_errors=True)
-    return FinishedRound(round_index, tuple(kept), metrics, position + used)
+    return made
 
 
-def _groups_of(
+def _unseen_rows(
+    rows: Sequence[PromptRow], positions: range, params: RoundParams, seen: set[str]
+) -> list[PromptRow]:
+    """The rows at these positions of the prompt stream, each prompt once and none of `seen`.
+
+    A round that runs from one pass over the data into the next can meet a prompt again.
+    """
+    unseen: dict[str, PromptRow] = {}
+    for position in positions:
+        row = rows[prompt_at(len(rows), params.seed, position)]
+        if row.id not in seen:
+            unseen.setdefault(row.id, row)
+    return list(unseen.values())
+
+
+def _roll_out(
     rows: Sequence[PromptRow],
     round_index: int,
     params: RoundParams,
     tools: RoundTools,
-    work: Path,
+    store: RolloutStore,
     removed: Counter[str],
     progress: Progress | None,
 ) -> list[CompletionGroup]:
-    """Sample, filter and score some prompts; each finished stage is kept in `work`."""
+    """Sample, filter and score these prompts; what is finished is in `store`."""
     if not rows:
         return []
-    sampled_file, plan_file = work / "sampled.parquet", work / "plan.json"
-    plan = _plan(rows, round_index, params, tools)
-    found = read_json(plan_file) if plan_file.is_file() else None
-    if found is None or found["sampling"] != plan["sampling"]:
-        # Work of other rows or other settings: start this slice again rather than mix two runs.
-        shutil.rmtree(work, ignore_errors=True)
-    elif found != plan:
-        for path in work.glob("scored-*.parquet"):
-            path.unlink()
-    write_json(plan_file, plan)
-    if sampled_file.is_file():
-        sampled = read_groups(sampled_file)
-    else:
-        sampled = sample_groups(rows, round_index, params, tools, work, progress)
-        write_table(sampled_file, groups_to_table(sampled))
-    usable = [without_unusable(g, removed) for g in sampled]
-    return scored_in_shards(
-        usable,
-        lambda numbers: with_logprobs(
-            with_rewards([usable[i] for i in numbers], [rows[i] for i in numbers], tools.rewards),
-            tools,
-        ),
-        folder=work,
-        size=tools.shard_size,
-        reward_names=[r.name for r in tools.rewards],
-        between=tools.between_shards,
-        progress=progress_counter(progress, "score", len(usable)),
-    )
+    store.open_for(_plan(rows, round_index, params, tools))
+    sampled = store.read_sampled()
+    if sampled is None:
+        sampled = sample_groups(rows, round_index, params, tools, store, progress)
+        store.write_sampled(sampled)
+    usable = [without_unusable(group, removed) for group in sampled]
+    return score_groups(usable, rows, tools, store, progress)
 
 
 def _plan(
     rows: Sequence[PromptRow], round_index: int, params: RoundParams, tools: RoundTools
 ) -> dict[str, Any]:
-    """What decides the samples and scores of a slice, as JSON: kept work is taken up only when it
-    is the same.
+    """What decides the samples and scores of these prompts, as JSON.
+
+    Stored work is taken up only where this is the same.
     """
     return {
         "sampling": {
@@ -154,21 +134,19 @@ def _plan(
     }
 
 
-# ---- rank ----------------------------------------------------------------------------------------
-
-
 def _has_pair(group: CompletionGroup, params: RoundParams) -> bool:
     return bool(ordered_pairs(rank_keys(group, params.rank_by), params.reward_margin))
 
 
-def _check_pairs(kept: int, tried: int, params: RoundParams, removed: Counter[str]) -> None:
-    if kept == 0 or kept < params.min_pair_fraction * tried:
+def _refuse_too_few_pairs(
+    kept: int, sampled: int, params: RoundParams, removed: Counter[str]
+) -> None:
+    if kept == 0 or kept < params.min_pair_fraction * sampled:
         raise CollapseError(
-            f"{kept} of {tried} prompts gave two completions whose rewards differ by more than "
+            f"{kept} of {sampled} prompts gave two completions whose rewards differ by more than "
             f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left "
-            "out): there is too little to rank. "
-            "Either the reward does not tell these answers "
+            "out): there is too little to rank. Either the reward does not tell these answers "
             "apart (try another reward, or a smaller margin), or the policy no longer obeys the "
-            "negative instruction "
-            "(negative_policy: initial, or fewer rounds); the last checkpoint is kept"
+            "negative instruction (negative_policy: initial, or fewer rounds); the last "
+            "checkpoint is kept"
         )

@@ -11,7 +11,7 @@ from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.ranking import RankBy
 from neat_align.sampling.protocol import Sampler, SamplingParams
 
-# (stage, finished, of how many)
+# Told (stage, finished, of how many).
 Progress = Callable[[str, int, int], None]
 # (prompt ids, completion ids) → per-token log-probabilities in nats, in order.
 LogprobFunction = Callable[
@@ -37,8 +37,9 @@ class RoundParams:
     negative_source: Literal["instruction", "other_prompts"] = "instruction"
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:
-        """How many completions of each origin are sampled, good ones first (of two equal texts the
-        first is kept).
+        """How many completions of each origin are sampled.
+
+        Good ones come first: of two equal texts the first is kept.
         """
         return (
             ("positive", self.num_positive),
@@ -49,13 +50,15 @@ class RoundParams:
 
 @dataclass(frozen=True)
 class RoundTools:
-    """Who does the work. `negative_sampler` writes the negatives; `policy_logprobs` and
-    `ref_logprobs` score every completion under the plain prompt, for the current and for the start
-    policy (None: not computed).
+    """Who does the work.
 
-    Samples and scores are kept on the disk every `shard_size` completions; reward functions are
-    called with as many at most. `between_shards` is called before each of these pieces: what it
-    raises (a run that is asked to stop) loses none.
+    `negative_sampler` writes the negatives; `policy_logprobs` and `ref_logprobs` score every
+    completion under the plain prompt, for the current and for the start policy (None: not
+    computed).
+
+    A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
+    `between_batches` is called before each: what it raises (a run that is asked to stop) loses no
+    finished batch.
     """
 
     tokenizer: Any
@@ -65,12 +68,12 @@ class RoundTools:
     negative_sampler: Sampler
     policy_logprobs: LogprobFunction | None = None
     ref_logprobs: LogprobFunction | None = None
-    shard_size: int = 64
-    between_shards: Callable[[], None] = lambda: None
+    batch_size: int = 64
+    between_batches: Callable[[], None] = lambda: None
 
 
 def progress_counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
-    """A counter of what a stage has finished, which tells `progress` of every piece."""
+    """A function that adds to what a stage has finished and tells `progress` the sum."""
     finished = 0
 
     def report(n: int) -> None:

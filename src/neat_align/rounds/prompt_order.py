@@ -7,18 +7,17 @@ from functools import lru_cache
 
 
 def prompt_at(n_rows: int, seed: int, position: int) -> int:
-    """Row number at a position of the endless prompt stream: a fresh seeded shuffle for every pass
-    over the data.
+    """Row number at a position of the endless stream, counted from 0.
+
+    Every pass over the data is a fresh shuffle, seeded by `seed` and the pass.
     """
     cycle, offset = divmod(position, n_rows)
     return _pass_order(n_rows, seed, cycle)[offset]
 
 
-@lru_cache(
-    maxsize=2
-    # the pass a round is in, and the one it may end in: a shuffle of a million rows takes half a
-    # second
-)
+# Two: the pass a round is in, and the one it may end in. A shuffle of a million rows takes half a
+# second.
+@lru_cache(maxsize=2)
 def _pass_order(n_rows: int, seed: int, cycle: int) -> tuple[int, ...]:
     order = list(range(n_rows))
     random.Random(f"{seed}/{cycle}").shuffle(order)

@@ -1,6 +1,4 @@
-"""The order of a group's completions: what ranks them, which pairs there are, which one is the
-best.
-"""
+"""The order of a group's completions: what ranks them, which pairs there are, which is the best."""
 
 from __future__ import annotations
 
@@ -23,10 +21,9 @@ ORIGIN_RANK: dict[Origin, int] = {
 }
 # Origins that were written to be bad; never the target of the language-modelling loss by default.
 BAD_ORIGINS: frozenset[Origin] = frozenset({"negative", "rejected"})
+# How far `rank_by: origin_then_reward` puts the best bad completion below the worst good one, in
+# reward units.
 ORIGIN_STEP = 1.0
-"""How far `rank_by: origin_then_reward` puts the best bad completion below the worst good one, in
-reward units.
-"""
 
 
 def rank_keys(group: CompletionGroup, rank_by: RankBy) -> list[float | None]:
@@ -65,8 +62,7 @@ def best_index(
     allow_bad_origins: bool = False,
     allow_cut: bool = False,
 ) -> int | None:
-    """Index of the language-modelling target y*: of the completions that ended by themselves, the
-    one with the highest key.
+    """Index of the language-modelling target y*: the completion with the highest key.
 
     `keys` are `rank_keys`. Completions of negative or rejected origin are eligible only with
     `allow_bad_origins`, cut ones only with `allow_cut` (they have no end of turn, so they teach
@@ -85,8 +81,9 @@ def best_index(
 
 
 def extremes(keys: Sequence[float | None], margin: float) -> tuple[int, int] | None:
-    """Indices of the best and the worst key, the earlier one where several are equal; None when
-    they are within `margin`.
+    """Indices of the best and the worst key; None when they are within `margin`.
+
+    Where several are equal, the earlier one.
     """
     present = [(i, k) for i, k in enumerate(keys) if k is not None]
     if not present:
@@ -96,8 +93,9 @@ def extremes(keys: Sequence[float | None], margin: float) -> tuple[int, int] | N
 
 
 def kept_completions(group: CompletionGroup, indices: Iterable[int | None]) -> CompletionGroup:
-    """The group with only these completions, in their order; the first one where none is named,
-    since a group is never empty.
+    """The group with only these completions, in their order.
+
+    The first one where none is named, since a group is never empty.
     """
     wanted = {i for i in indices if i is not None} or {0}
     return replace(

@@ -1,118 +1,68 @@
-"""Finished pieces of a round's work, kept in its folder until the round is whole: nothing is
-sampled or rewarded twice.
+"""The rollout store: what is finished of an unfinished round, so that nothing is made twice.
 
-A piece is a file named after its first member. Pieces are found by what they hold, not by how many
-there are, so a run that goes on with another `generation_batch_size` takes them up as well; with
-the same one the missing pieces are those that an uninterrupted run would have made, to the bit.
+    work/000000/plan.json          what the samples and the scores are made from
+                samples-*.parquet  finished batches of samples
+                sampled.parquet    all groups, sampled and not yet filtered
+                scored-*.parquet   finished batches of scored groups
+
+A batch's file is named after its first member. What is finished is read from the files' contents,
+not from their number, so a run that goes on with another `generation_batch_size` takes them up as
+well; with the same one, the missing batches are those that an uninterrupted run would have made,
+to the bit.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neat_align.errors import CollapseError
-from neat_align.files.atomic import write_table
+from neat_align.files.atomic import read_json, write_json, write_table
 from neat_align.rounds.completions import CompletionGroup, groups_to_table, read_groups
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import Sample
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def even_shards(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
-    """(position of the first, members) of as few shards as `size` allows, and alike."""
-    count = max(1, -(-len(items) // max(1, size)))
-    step = max(1, -(-len(items) // count))
-    for start in range(0, len(items), step):
-        yield start, items[start : start + step]
-
-
-def group_shards(
-    groups: Sequence[CompletionGroup], size: int
-) -> Iterator[tuple[int, Sequence[CompletionGroup]]]:
-    """(position of the first, members) of runs of groups with at most `size` completions; a larger
-    group is alone.
-    """
-    start, held = 0, 0
-    for i, group in enumerate(groups):
-        n = len(group.completions)
-        if i > start and held + n > size:
-            yield start, groups[start:i]
-            start, held = i, 0
-        held += n
-    if start < len(groups):
-        yield start, groups[start:]
-
-
 @dataclass(frozen=True)
 class RolloutStore:
-    """Samples of one slice of prompts, by the number of their request."""
+    """Samples and scored groups of some prompts of a round, in a folder of their own."""
 
     folder: Path
-    size: int
 
-    def draw(
-        self,
-        sampler: Sampler,
-        numbered: Sequence[tuple[int, SampleRequest]],
-        params: SamplingParams,
-        *,
-        check: Callable[[Sequence[int], Sequence[Sample]], None],
-        names: Callable[[Sequence[int]], str],
-        between: Callable[[], None],
-        progress: Callable[[int], None],
-    ) -> dict[int, Sample]:
-        """A sample for each numbered request: read where it is there, else drawn, checked and
-        written a shard at a time.
+    def open_for(self, plan: Mapping[str, Any]) -> None:
+        """Keep what was made from this plan, drop the rest, and write the plan down.
 
-        `between` is called before every shard; what it raises ends the work with all finished
-        shards kept. `names` says whose requests those are, for messages.
+        `plan` is JSON: under "sampling" what decides the samples, beside it what decides the
+        scores. Other samples have other scores, so a change of the first drops both.
         """
-        found = self.read({number for number, _ in numbered})
-        progress(len(found))
-        # Prompts of a length stand together, and equal ones meet in a batch; within a shard the
-        # sampler orders them itself.
-        order = sorted(numbered, key=lambda n: (-len(n[1].prompt_ids), n[1].prompt_ids))
-        for _, shard in even_shards(order, self.size):
-            missing = sorted(
-                (item for item in shard if item[0] not in found), key=lambda item: item[0]
-            )
-            if not missing:
-                continue
-            between()
-            numbers = [number for number, _ in missing]
-            try:
-                samples = sampler.sample(
-                    [request for _, request in missing], params, progress=progress
-                )
-            except CollapseError as error:
-                raise CollapseError(f"{error}; prompts {names(numbers)}") from error
-            check(numbers, samples)
-            self.write(numbers, samples)
-            found.update(zip(numbers, samples, strict=True))
-        return found
+        plan_file = self.folder / "plan.json"
+        stored = read_json(plan_file) if plan_file.is_file() else None
+        if stored is None or stored["sampling"] != plan["sampling"]:
+            # Other rows or other settings: start again rather than mix two runs.
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif stored != plan:
+            for path in self.folder.glob("scored-*.parquet"):
+                path.unlink()
+        write_json(plan_file, plan)
 
-    def read(self, wanted: set[int]) -> dict[int, Sample]:
-        """What earlier attempts finished."""
-        import pyarrow.parquet as pq
-
-        found: dict[int, Sample] = {}
+    def read_samples(self, numbers: set[int]) -> dict[int, Sample]:
+        """The finished samples among these request numbers, by number."""
+        samples: dict[int, Sample] = {}
         for path in sorted(self.folder.glob("samples-*.parquet")):
-            for row in _undamaged(
-                path, lambda p: pq.read_table(p, page_checksum_verification=True).to_pylist()
-            ):
-                if row["request"] in wanted:
-                    found[row["request"]] = Sample(
+            for row in _read_or_skip(path, _table_rows):
+                if row["request"] in numbers:
+                    samples[row["request"]] = Sample(
                         tuple(row["token_ids"]), row["finish_reason"], row["logprob"]
                     )
-        return found
+        return samples
 
-    def write(self, numbers: Sequence[int], samples: Sequence[Sample]) -> None:
-        """Keep a finished shard."""
+    def write_samples(self, numbers: Sequence[int], samples: Sequence[Sample]) -> None:
+        """Store a finished batch: a sample a request number, in order."""
         import pyarrow as pa
 
         columns: dict[str, Any] = {
@@ -123,59 +73,52 @@ class RolloutStore:
         }
         write_table(self.folder / f"samples-{numbers[0]:06d}.parquet", pa.table(columns))
 
+    def read_sampled(self) -> list[CompletionGroup] | None:
+        """All sampled groups, or None while sampling is not finished."""
+        path = self.folder / "sampled.parquet"
+        return read_groups(path) if path.is_file() else None
 
-def _undamaged(path: Path, read: Callable[[Path], list[T]]) -> list[T]:
-    """What a kept shard holds; a damaged one holds nothing, and what it held is made again."""
+    def write_sampled(self, groups: Sequence[CompletionGroup]) -> None:
+        """Store all sampled groups: sampling is finished."""
+        write_table(self.folder / "sampled.parquet", groups_to_table(groups))
+
+    def read_scored(self, groups: Sequence[CompletionGroup]) -> dict[str, CompletionGroup]:
+        """The finished ones of these groups with their scores, by prompt id."""
+        texts = {g.prompt_id: _texts(g) for g in groups}
+        scored: dict[str, CompletionGroup] = {}
+        for path in sorted(self.folder.glob("scored-*.parquet")):
+            # Scores of other completions (samples that were lost and drawn again) are not these
+            # groups' scores.
+            for group in _read_or_skip(path, read_groups):
+                if texts.get(group.prompt_id) == _texts(group):
+                    scored[group.prompt_id] = group
+        return scored
+
+    def write_scored(
+        self, first: int, groups: Sequence[CompletionGroup], reward_names: Sequence[str]
+    ) -> None:
+        """Store a finished batch of scored groups; `first` is the position of its first group."""
+        write_table(
+            self.folder / f"scored-{first:06d}.parquet", groups_to_table(groups, reward_names)
+        )
+
+
+def _table_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path, page_checksum_verification=True).to_pylist()
+    return rows
+
+
+def _read_or_skip(path: Path, read: Callable[[Path], list[T]]) -> list[T]:
+    """What a stored batch holds; of a damaged one nothing, so that it is made again."""
     try:
         return read(path)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # pyarrow's errors and DataError are ValueErrors or OSErrors
-        logger.warning(
-            "%s is damaged and is made again (%s)", path, " ".join(str(error).split())[:200]
-        )
+    except (OSError, ValueError) as error:  # pyarrow's errors and DataError are among these
+        said = " ".join(str(error).split())[:200]
+        logger.warning("%s is damaged and is made again (%s)", path, said)
         return []
 
 
 def _texts(group: CompletionGroup) -> list[tuple[str, int, str]]:
     return [(c.origin, c.index, c.text) for c in group.completions]
-
-
-def scored_in_shards(
-    groups: Sequence[CompletionGroup],
-    score: Callable[[Sequence[int]], list[CompletionGroup]],
-    *,
-    folder: Path,
-    size: int,
-    reward_names: Sequence[str],
-    between: Callable[[], None],
-    progress: Callable[[int], None],
-) -> list[CompletionGroup]:
-    """The groups with their scores: read where they are there, else made by `score` (given
-    positions) and written, a shard of at most `size` completions at a time. Groups have unique
-    prompt ids.
-    """
-    found: dict[str, CompletionGroup] = {}
-    texts = {g.prompt_id: _texts(g) for g in groups}
-    for path in sorted(folder.glob("scored-*.parquet")):
-        # Scores of other completions (samples that were lost and drawn again) are not these groups'
-        # scores.
-        found.update(
-            (g.prompt_id, g)
-            for g in _undamaged(path, read_groups)
-            if texts.get(g.prompt_id) == _texts(g)
-        )
-    progress(sum(g.prompt_id in found for g in groups))
-    for start, shard in group_shards(groups, size):
-        missing = [start + i for i, g in enumerate(shard) if g.prompt_id not in found]
-        if not missing:
-            continue
-        between()
-        made = score(missing)
-        write_table(
-            folder / f"scored-{missing[0]:06d}.parquet", groups_to_table(made, reward_names)
-        )
-        found.update((g.prompt_id, g) for g in made)
-        progress(len(missing))
-    return [found[g.prompt_id] for g in groups]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from neat_align.errors import DataError, name_list
+from neat_align.errors import CollapseError, DataError, name_list
 from neat_align.prompts.instruction_banks import Polarity
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
@@ -16,7 +17,21 @@ from neat_align.rounds.human_answers import human_completions
 from neat_align.rounds.params import Progress, RoundParams, RoundTools, progress_counter
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_stage import refuse_non_finite
-from neat_align.sampling.protocol import Sample, SampleRequest
+from neat_align.sampling.protocol import Sample, Sampler, SampleRequest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCompletion:
+    """A completion that is to be drawn: for which row, as what, and with which request."""
+
+    row: int
+    prompt_id: str
+    origin: Polarity
+    index: int
+    instruction: str | None
+    request: SampleRequest
 
 
 def sample_groups(
@@ -24,88 +39,25 @@ def sample_groups(
     round_index: int,
     params: RoundParams,
     tools: RoundTools,
-    work: Path,
+    store: RolloutStore,
     progress: Progress | None,
 ) -> list[CompletionGroup]:
-    """Draw every completion of these prompts, or take up what an interrupted attempt has drawn in
-    `work`.
+    """Draw every completion of these prompts, or read what an interrupted attempt has stored.
 
-    The data's own answers come last in each group. Nothing is filtered or scored yet.
+    One group a row, in order; the data's own answers come last in each. Nothing is filtered or
+    scored yet. Raises DataError for a prompt over `max_prompt_length`, and CollapseError, with the
+    prompts, where the policy gives numbers that are not finite.
     """
     plain_ids = [_checked_prompt_ids(row, params, tools) for row in rows]
-    plans: list[tuple[int, Polarity, int, str | None, SampleRequest]] = []
-    for r in range(len(rows)):
-        for polarity, count in params.counts():
-            asked, written_as, first = _writer(r, rows, polarity, params)
-            if asked is None or not count:
-                continue
-            pair = draw_pair(
-                tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=asked.id
-            )
-            instruction = {"positive": pair.positive, "negative": pair.negative, "plain": None}[
-                written_as
-            ]
-            ids = plain_ids[r]
-            if instruction is not None:
-                ids = tuple(
-                    prompt_ids(
-                        tools.tokenizer, *instructed(asked.prompt, instruction, params.placement)
-                    )
-                )
-            for index in range(count):
-                seed = completion_seed(
-                    params.seed, round_index, asked.id, written_as, first + index
-                )
-                plans.append((r, polarity, index, instruction, SampleRequest(ids, seed)))
-    report = progress_counter(progress, "sample", len(plans))
+    planned = _plan_completions(rows, plain_ids, round_index, params, tools)
+    report = progress_counter(progress, "sample", len(planned))
+    samples: dict[int, Sample] = {}
+    for sampler, share in _shares(planned, tools):
+        samples |= draw_samples(sampler, share, params, tools, store, report)
 
-    def names(numbers: Sequence[int]) -> str:
-        return name_list([rows[plans[n][0]].id for n in numbers])
-
-    def check(numbers: Sequence[int], samples: Sequence[Sample]) -> None:
-        refuse_non_finite(
-            "log-probability", [rows[plans[n][0]].id for n in numbers], [s.logprob for s in samples]
-        )
-
-    completions: dict[int, list[Completion]] = {r: [] for r in range(len(rows))}
-    numbered = list(enumerate(p[4] for p in plans))
-    # Good and bad answers may come from two policies; one policy draws all of them in the same full
-    # batches.
-    if tools.sampler is tools.negative_sampler:
-        shares = [(tools.sampler, numbered)]
-    else:
-        negatives = {n for n, p in enumerate(plans) if p[1] == "negative"}
-        shares = [
-            (tools.sampler, [item for item in numbered if item[0] not in negatives]),
-            (tools.negative_sampler, [item for item in numbered if item[0] in negatives]),
-        ]
-    drawn: dict[int, Sample] = {}
-    for sampler, mine in shares:
-        shards = RolloutStore(work, tools.shard_size)
-        drawn |= shards.draw(
-            sampler,
-            mine,
-            params.sampling,
-            check=check,
-            names=names,
-            between=tools.between_shards,
-            progress=report,
-        )
-    for number, (r, polarity, index, instruction, request) in enumerate(plans):
-        sample = drawn[number]
-        text = tools.tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip()
-        completions[r].append(
-            Completion(
-                origin=polarity,
-                index=index,
-                text=text,
-                token_ids=sample.token_ids,
-                finish_reason=sample.finish_reason,
-                instruction=instruction,
-                seed=request.seed,
-                sampling_logprob=sample.logprob,
-            )
-        )
+    completions: list[list[Completion]] = [[] for _ in rows]
+    for number, plan in enumerate(planned):
+        completions[plan.row].append(_completion(plan, samples[number], tools.tokenizer))
     if params.use_human_completions:
         for r, row in enumerate(rows):
             completions[r] += human_completions(
@@ -117,18 +69,148 @@ def sample_groups(
     ]
 
 
-def _writer(
-    r: int, rows: Sequence[PromptRow], polarity: Polarity, params: RoundParams
-) -> tuple[PromptRow | None, Polarity, int]:
-    """Whose prompt a completion of row `r` answers, under which instruction, and the first index
-    that its seeds count from.
+def draw_samples(
+    sampler: Sampler,
+    planned: Mapping[int, PlannedCompletion],
+    params: RoundParams,
+    tools: RoundTools,
+    store: RolloutStore,
+    report: Callable[[int], None],
+) -> dict[int, Sample]:
+    """A sample for each planned completion, by its number: stored already, or drawn and stored.
 
-    Its own, but for negatives from other prompts: those are the next row's good answers, drawn
-    beside the ones that row keeps. A row that is alone has nobody to take them from.
+    Drawn in batches of at most `tools.batch_size`; `tools.between_batches` is called before each.
     """
-    if polarity != "negative" or params.negative_source == "instruction":
-        return rows[r], polarity, 0
-    return (rows[(r + 1) % len(rows)] if len(rows) > 1 else None), "positive", params.num_positive
+    samples = store.read_samples(set(planned))
+    report(len(samples))
+    # Prompts of one length stand together, and equal ones meet in a batch; within a batch the
+    # sampler orders them itself.
+    order = sorted(planned, key=lambda n: _longest_first(planned[n].request))
+    for _, batch in even_batches(order, tools.batch_size):
+        missing = sorted(n for n in batch if n not in samples)
+        if not missing:
+            continue
+        tools.between_batches()
+        prompts = [planned[n].prompt_id for n in missing]
+        requests = [planned[n].request for n in missing]
+        try:
+            batch_samples = sampler.sample(requests, params.sampling, progress=report)
+        except CollapseError as error:
+            raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
+        refuse_non_finite("log-probability", prompts, [s.logprob for s in batch_samples])
+        store.write_samples(missing, batch_samples)
+        samples.update(zip(missing, batch_samples, strict=True))
+    return samples
+
+
+def even_batches(items: Sequence[T], batch_size: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """(position of the first, members) of as few batches as `batch_size` allows, of like size."""
+    count = max(1, -(-len(items) // max(1, batch_size)))
+    step = max(1, -(-len(items) // count))
+    for start in range(0, len(items), step):
+        yield start, items[start : start + step]
+
+
+def _plan_completions(
+    rows: Sequence[PromptRow],
+    plain_ids: Sequence[tuple[int, ...]],
+    round_index: int,
+    params: RoundParams,
+    tools: RoundTools,
+) -> list[PlannedCompletion]:
+    """Every completion of these rows, row by row, the good ones of a row first.
+
+    A completion's place in this list is its number in the rollout store.
+    """
+    planned: list[PlannedCompletion] = []
+    for r, row in enumerate(rows):
+        for origin, count in params.counts():
+            source = _source(r, rows, origin, params)
+            if source is None or not count:
+                continue
+            instruction = _instruction(source, round_index, params, tools)
+            ids = plain_ids[r]
+            if instruction is not None:
+                instructed_prompt = instructed(source.row.prompt, instruction, params.placement)
+                ids = tuple(prompt_ids(tools.tokenizer, *instructed_prompt))
+            for index in range(count):
+                seed = completion_seed(
+                    params.seed,
+                    round_index,
+                    source.row.id,
+                    source.polarity,
+                    source.first_index + index,
+                )
+                request = SampleRequest(ids, seed)
+                planned.append(PlannedCompletion(r, row.id, origin, index, instruction, request))
+    return planned
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The prompt that completions answer, its polarity, and the index their seeds count from."""
+
+    row: PromptRow
+    polarity: Polarity
+    first_index: int
+
+
+def _source(
+    r: int, rows: Sequence[PromptRow], origin: Polarity, params: RoundParams
+) -> _Source | None:
+    """What completions of this origin for row `r` are sampled from.
+
+    The row itself, but for negatives from other prompts: those are the next row's good answers,
+    drawn beside the ones that row keeps. A row that is alone has nobody to take them from: None.
+    """
+    if origin != "negative" or params.negative_source == "instruction":
+        return _Source(rows[r], origin, 0)
+    if len(rows) == 1:
+        return None
+    return _Source(rows[(r + 1) % len(rows)], "positive", params.num_positive)
+
+
+def _instruction(
+    source: _Source, round_index: int, params: RoundParams, tools: RoundTools
+) -> str | None:
+    if source.polarity == "plain":
+        return None
+    pair = draw_pair(
+        tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=source.row.id
+    )
+    return pair.positive if source.polarity == "positive" else pair.negative
+
+
+def _shares(
+    planned: Sequence[PlannedCompletion], tools: RoundTools
+) -> list[tuple[Sampler, dict[int, PlannedCompletion]]]:
+    """Who draws which completions: good and bad ones may come from two policies.
+
+    One policy draws all of them together, so that its batches are full.
+    """
+    numbered = dict(enumerate(planned))
+    if tools.sampler is tools.negative_sampler:
+        return [(tools.sampler, numbered)]
+    negatives = {n: p for n, p in numbered.items() if p.origin == "negative"}
+    others = {n: p for n, p in numbered.items() if p.origin != "negative"}
+    return [(tools.sampler, others), (tools.negative_sampler, negatives)]
+
+
+def _longest_first(request: SampleRequest) -> tuple[int, tuple[int, ...]]:
+    return -len(request.prompt_ids), request.prompt_ids
+
+
+def _completion(plan: PlannedCompletion, sample: Sample, tokenizer: Any) -> Completion:
+    return Completion(
+        origin=plan.origin,
+        index=plan.index,
+        text=tokenizer.decode(sample.token_ids, skip_special_tokens=True).strip(),
+        token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason,
+        instruction=plan.instruction,
+        seed=plan.request.seed,
+        sampling_logprob=sample.logprob,
+    )
 
 
 def _checked_prompt_ids(row: PromptRow, params: RoundParams, tools: RoundTools) -> tuple[int, ...]:
@@ -136,7 +218,7 @@ def _checked_prompt_ids(row: PromptRow, params: RoundParams, tools: RoundTools) 
     if len(ids) > params.max_prompt_length:
         raise DataError(
             f"{row.where}: the prompt is {len(ids)} tokens and max_prompt_length is "
-            f"{params.max_prompt_length}: raise it (the model's "
-            "context allowing), or drop the row; prompts are never cut"
+            f"{params.max_prompt_length}: raise it (the model's context allowing), or drop the "
+            "row; prompts are never cut"
         )
     return ids

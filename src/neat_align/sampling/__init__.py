@@ -1,1 +1,11 @@
-"""Sampling: the `Sampler` protocol, and the samplers that keep it."""
+"""Sampling: the `Sampler` protocol, and the samplers that keep it.
+
+    protocol.py              what a sampler is asked for and what it gives back; no torch
+    transformers_sampler.py  a transformers model on any device
+    policies.py              the current and the start policy, scored and sampled in one way
+    draw.py                  one token from one random number: what a sampler owes its seed
+    decode_attention.py      faster attention for one new token a sequence, on a CPU
+
+A sampler of another engine is a new file beside `transformers_sampler.py`; `policies.py` makes the
+sampler of a run.
+"""

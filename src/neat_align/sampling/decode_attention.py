@@ -34,8 +34,9 @@ def decode_attention(
     scaling: float | None = None,
     **others: Any,  # what transformers passes to every attention function
 ) -> tuple[Float[Tensor, "rows queries heads value_dim"], None]:
-    """Products for a single query a row, transformers' own function for all else; the signature is
-    its interface's.
+    """Products for a single query a row, transformers' own function for all else.
+
+    The signature is that of transformers' attention functions.
     """
     rows, heads, queries, dim = query.shape
     plain_mask = attention_mask is None or attention_mask.dtype == torch.bool
@@ -57,36 +58,34 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def fast_decoding(model: torch.nn.Module) -> Iterator[None]:
-    """On a CPU, a model that uses torch's kernel decodes with `decode_attention` while this is
-    open; others are left alone.
+    """While open, a model on a CPU that uses torch's kernel decodes with `decode_attention`.
 
-    Some models look at their attention's name themselves, so a step is compared first.
+    Other models are left alone. Some models look at their attention's name themselves, so a step is
+    compared first.
     """
     config = unwrapped(model).config
     before = config._attn_implementation
-    may = (
-        next(model.parameters()).device.type == "cpu"
-        and before == "sdpa"
-        and unwrapped(model)._supports_attention_backend
-    )
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    uses_kernel = before == "sdpa" and unwrapped(model)._supports_attention_backend
     try:
-        if may and _fits(model):
+        if on_cpu and uses_kernel and _gives_the_same(model):
             config._attn_implementation = ATTENTION
         yield
     finally:
         config._attn_implementation = before
 
 
-def _fits(model: torch.nn.Module) -> bool:
-    """Whether the model computes the same when its attention has another name, and every call gives
-    what torch's kernel gives.
+def _gives_the_same(model: torch.nn.Module) -> bool:
+    """Whether the model computes the same with `decode_attention` as with torch's kernel.
 
-    Calls are compared one by one, since in bf16 what they round differently adds up over the
-    layers: at unusual tokens the logits of two correct computations can be as far apart as a wrong
-    mask would put them.
+    That is: the model's own code does not mind another name of its attention, and every call gives
+    what the kernel gives. Calls are compared one by one, since in bf16 what they round differently
+    adds up over the layers: at unusual tokens the logits of two correct computations can be as far
+    apart as a wrong mask would put them.
     """
     config = unwrapped(model).config
-    before, agree = config._attn_implementation, []
+    before = config._attn_implementation
+    agreements: list[bool] = []
 
     def both(
         module: torch.nn.Module,
@@ -97,8 +96,8 @@ def _fits(model: torch.nn.Module) -> bool:
         **others: Any,
     ) -> Any:
         expected = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-        found, _ = decode_attention(module, query, key, value, attention_mask, **others)
-        agree.append(_agree(found, expected[0], value))
+        ours, _ = decode_attention(module, query, key, value, attention_mask, **others)
+        agreements.append(_agree(ours, expected[0], value))
         return expected
 
     expected = _two_steps(model)
@@ -106,12 +105,13 @@ def _fits(model: torch.nn.Module) -> bool:
     AttentionMaskInterface.register(_BOTH, sdpa_mask)
     try:
         config._attn_implementation = _BOTH
-        found = _two_steps(model)
+        renamed = _two_steps(model)
     finally:
         config._attn_implementation = before
     # The kernel is torch's both times. (Weights that give no numbers agree with nothing: the draw
     # says so.)
-    return all(agree) and bool((found - expected).abs().max() <= 0.1 * expected.std())
+    same_model = bool((renamed - expected).abs().max() <= 0.1 * expected.std())
+    return all(agreements) and same_model
 
 
 def _two_steps(model: torch.nn.Module) -> Float[Tensor, "rows vocab"]:
@@ -128,6 +128,6 @@ def _two_steps(model: torch.nn.Module) -> Float[Tensor, "rows vocab"]:
     return logits[:, -1].float().log_softmax(-1)
 
 
-def _agree(found: Tensor, expected: Tensor, value: Tensor) -> bool:
+def _agree(ours: Tensor, expected: Tensor, value: Tensor) -> bool:
     # Outputs are means of values; bf16 rounds weights and values by half a percent.
-    return bool((found - expected).abs().max() <= 0.02 * value.abs().max())
+    return bool((ours - expected).abs().max() <= 0.02 * value.abs().max())

@@ -24,27 +24,27 @@ def uniforms(
     seeds: Sequence[int], tokens: int, device: torch.device
 ) -> Float[Tensor, "rows tokens"]:
     """Numbers in [0, 1), a row for each seed."""
-    rows = [
-        torch.rand(
-            tokens, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32
-        )
-        for seed in seeds
-    ]
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.rand(tokens, generator=generator, device="cpu", dtype=torch.float32))
     return torch.stack(rows).to(device)
 
 
 def draw(
     logits: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"], params: SamplingParams
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """A token a row, and its log-probability in nats under the untempered, unwarped policy."""
+    """A token a row, and its log-probability in nats under the untempered, unwarped policy.
+
+    `uniform` holds a number in [0, 1) a row. Raises CollapseError for logits that are not finite.
+    """
     logits = logits.float()
     warped = logits / params.temperature if params.temperature != 1 else logits
     for warper in _warpers(params):
         warped = warper(torch.empty(0, dtype=torch.long), warped)
     # A GPU sums in parallel, which in fp32 need not be monotone; a CPU adds one by one.
-    running = warped.softmax(
-        -1, dtype=torch.float32 if logits.device.type == "cpu" else torch.float64
-    ).cumsum_(-1)
+    dtype = torch.float32 if logits.device.type == "cpu" else torch.float64
+    running = warped.softmax(-1, dtype=dtype).cumsum_(-1)
     if not bool(running[:, -1].isfinite().all()):
         raise CollapseError(
             "the policy's logits are not finite while it samples: the weights or the number type "
@@ -52,12 +52,11 @@ def draw(
         )
     # The sum may end a rounding error away from 1; scaled by it, the number is always passed. A
     # token of probability 0 never moves the sum, so it is never the one.
-    tokens = torch.searchsorted(running, (uniform[:, None] * running[:, -1:]), right=True).squeeze(
-        -1
-    )
+    thresholds = uniform[:, None] * running[:, -1:]
+    tokens = torch.searchsorted(running, thresholds, right=True).squeeze(-1)
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    chosen = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return tokens, chosen
+    logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return tokens, logprobs
 
 
 def _warpers(params: SamplingParams) -> list[LogitsProcessor]:

@@ -11,8 +11,9 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One completion to draw: the rendered prompt's token ids (instruction included), and the
-    completion's own seed.
+    """One completion to draw.
+
+    `prompt_ids` is the rendered prompt, instruction included; `seed` is the completion's own.
     """
 
     prompt_ids: tuple[int, ...]
@@ -35,8 +36,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw. `top_k` 0 and `top_p` 1 keep every token; `max_new_tokens` counts the
-    end-of-turn token.
+    """How to draw.
+
+    `top_k` 0 and `top_p` 1 keep every token; `max_new_tokens` counts the end-of-turn token.
     """
 
     max_new_tokens: int
@@ -56,7 +58,8 @@ class Sampler(Protocol):
         *,
         progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
-        """One `Sample` a request, in order. `progress` is called with the number of completions
-        just finished.
+        """One `Sample` a request, in order.
+
+        `progress` is called with the number of completions just finished.
         """
         ...

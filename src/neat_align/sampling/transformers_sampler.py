@@ -32,19 +32,16 @@ from neat_align.modeling.precision import inference
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
 from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.draw import draw, uniforms
-from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import FinishReason, Sample, SampleRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
-# Completions leave the batch when at least this share of it has ended: taking them out copies the
-# cache.
+# Completions leave the batch when at least this share of it has ended: the cache is copied then.
 SHRINK_AT = 0.125
 
 
 @dataclass
 class BatchLimit:
-    """How many completions fit into memory at once, as far as is known: None until memory
-    ran out.
-    """
+    """How many completions fit into memory at once; None until memory ran out."""
 
     limit: int | None = None
 
@@ -55,7 +52,7 @@ class TransformersSampler:
 
     `eos_token_ids` end a completion. `autocast_dtype` computes in that type; None computes in the
     weights' own. When memory runs out the batch is halved, said once, and drawn again; samplers
-    that share a `room` remember it.
+    that share a `batch_limit` remember it.
     """
 
     model: PreTrainedModel | torch.nn.Module
@@ -63,7 +60,7 @@ class TransformersSampler:
     pad_token_id: int
     batch_size: int = 64
     autocast_dtype: torch.dtype | None = None
-    room: BatchLimit = field(default_factory=BatchLimit)
+    batch_limit: BatchLimit = field(default_factory=BatchLimit)
 
     def sample(
         self,
@@ -80,23 +77,24 @@ class TransformersSampler:
         )
         keeps_keys = _keeps_keys(self.model)
         draw_batch = self._decode if keeps_keys else self._generate
-        # As few batches as the limit allows, and alike: a small last one would cost nearly as much
-        # as a full one.
-        size = -(-len(order) // max(1, -(-len(order) // self.batch_size)))
-        drawn: dict[int, Sample] = {}
+        # As few batches as `batch_size` allows, of like size: a small last one would cost nearly as
+        # much as a full one.
+        batches = max(1, -(-len(order) // self.batch_size))
+        size = -(-len(order) // batches)
+        samples: dict[int, Sample] = {}
         fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
         with inference(self.model, self.autocast_dtype), fast:
             start = 0
             while start < len(order):
-                batch = order[start : start + min(size, self.room.limit or size)]
-                samples = self._in_memory(draw_batch, [requests[i] for i in batch], params)
-                if samples is None:
+                batch = order[start : start + min(size, self.batch_limit.limit or size)]
+                fitted = self._in_memory(draw_batch, [requests[i] for i in batch], params)
+                if fitted is None:
                     continue  # with fewer at once
-                drawn.update(zip(batch, samples, strict=True))
+                samples.update(zip(batch, fitted, strict=True))
                 start += len(batch)
                 if progress is not None:
                     progress(len(batch))
-        return [drawn[i] for i in range(len(requests))]
+        return [samples[i] for i in range(len(requests))]
 
     def _in_memory(
         self,
@@ -113,13 +111,13 @@ class TransformersSampler:
         except torch.OutOfMemoryError:
             if len(requests) == 1:
                 raise
-            if self.room.limit is None:
+            if self.batch_limit.limit is None:
                 logger.warning(
                     "memory ran out while %d completions were sampled at once: from now on fewer "
                     "are. generation_batch_size sets how many",
                     len(requests),
                 )
-            self.room.limit = len(requests) // 2
+            self.batch_limit.limit = len(requests) // 2
         # Outside of the except block: the exception would keep the failed batch's tensors alive.
         clear_device_cache(garbage_collection=True)
         return None
@@ -135,9 +133,8 @@ class TransformersSampler:
         logits = self._forward(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)[which]
         mask, positions = mask[which], mask[which].sum(-1)
         cache.batch_select_indices(which)
-        rows = torch.arange(
-            len(requests), device=device
-        )  # the request that each row of the batch draws for
+        # The request that each row of the batch draws for.
+        rows = torch.arange(len(requests), device=device)
         ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
         tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
         logprobs = torch.empty_like(numbers)
@@ -194,22 +191,21 @@ class TransformersSampler:
                 logits_processor=LogitsProcessorList([processor]),
             )
         logprobs = torch.stack(processor.logprobs, dim=1).tolist()
-        return [
-            self._sample(t, lp)
-            for t, lp in zip(output[:, input_ids.shape[1] :].tolist(), logprobs, strict=True)
-        ]
+        tokens = output[:, input_ids.shape[1] :].tolist()
+        return [self._sample(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
 
     def _sample(self, tokens: list[int], logprobs: list[float]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
         length = len(tokens) if end is None else end + 1
-        return Sample(
-            tuple(tokens[:length]), "length" if end is None else "stop", sum(logprobs[:length])
-        )
+        finish_reason: FinishReason = "length" if end is None else "stop"
+        return Sample(tuple(tokens[:length]), finish_reason, sum(logprobs[:length]))
 
 
 def _keeps_keys(model: torch.nn.Module) -> bool:
-    """Whether a model's cache is keys and values alone, so that its rows can be copied and taken
-    out; PEFT's virtual tokens are put in front at every call, which only `generate` expects.
+    """Whether a model's cache is keys and values alone: its rows can be copied and taken out.
+
+    Not with PEFT's virtual tokens: they are put in front at every call, which only `generate`
+    expects.
     """
     if not unwrapped(model)._supports_attention_backend or adds_virtual_tokens(model):
         return False
@@ -220,21 +216,19 @@ def _keeps_keys(model: torch.nn.Module) -> bool:
 def _left_padded(
     prompts: Sequence[tuple[int, ...]], pad_token_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
-    """Token ids and their mask, which goes by length: the pad token may also be a real token of a
-    prompt.
+    """Token ids and their mask.
+
+    The mask goes by length: the pad token may also be a real token of a prompt.
     """
     width = max(map(len, prompts))
-    input_ids = torch.tensor(
-        [[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device
-    )
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return input_ids, mask
+    padding = [width - len(p) for p in prompts]
+    ids = [[pad_token_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 class _DrawnToken(LogitsProcessor):
-    """Leaves `generate`, running greedily, the drawn token alone, and remembers its
-    log-probability.
-    """
+    """Leaves `generate`, running greedily, the drawn token alone; keeps its log-probability."""
 
     def __init__(
         self, numbers: Float[Tensor, "rows tokens"], params: SamplingParams, prompt_width: int
@@ -254,8 +248,9 @@ class _DrawnToken(LogitsProcessor):
 
 @contextlib.contextmanager
 def _no_own_generation_config(model: Any) -> Iterator[None]:
-    """`generate` fills what is unset from the model's own generation_config (repetition penalties,
-    suppressed tokens, …); with an empty one only the request shapes the draw.
+    """While open, the model's own generation_config is empty: only the request shapes the draw.
+
+    `generate` fills what is unset from it (repetition penalties, suppressed tokens, …).
     """
     base = unwrapped(model)
     own = base.generation_config

@@ -154,6 +154,6 @@ class RoundMaker:
             negative_sampler=sampler if is_current else policies.start_sampler(),
             policy_logprobs=start_logprobs if both_are_one else policies.logprobs,
             ref_logprobs=start_logprobs,
-            shard_size=self.args.generation_batch_size,
-            between_shards=lambda: self.ranks.raise_if_this_rank_must_stop(where),
+            batch_size=self.args.generation_batch_size,
+            between_batches=lambda: self.ranks.raise_if_this_rank_must_stop(where),
         )

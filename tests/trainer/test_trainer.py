@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from neat_align import (
     CollapseError,
     ConfigError,
     DataError,
-    NEATConfig,
     NEATTrainer,
     PromptError,
     RewardError,
@@ -29,79 +26,8 @@ from neat_align.learning.objective import LossCounts, loss_terms
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy
 from neat_align.modeling.requirements import disable_dropout
+from small_trainer import ROWS, TOKENIZER, config, count_e, logged, trainer, weights
 from tiny import FAMILIES, Family, save_tiny, tiny_model, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-ROWS = [
-    {
-        "prompt": [{"role": "user", "content": f"What do you say to number {i}?"}],
-        "chosen": [{"role": "assistant", "content": f"thank you {i}"}],
-        "rejected": [{"role": "assistant", "content": f"I hate {i}"}],
-    }
-    for i in range(12)
-]
-
-
-def count_e(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    completion_ids: Sequence[Any],
-    **columns: Any,
-) -> list[float]:
-    """How often the answer says e: a reward that random text spreads over."""
-    return [float(c[0]["content"].count("e")) + 0.01 * len(c[0]["content"]) for c in completions]
-
-
-def config(folder: Path, **changes: Any) -> NEATConfig:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "bf16": False,
-        "prompts_per_round": 8,
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 2,
-        "max_prompt_length": 200,
-        "max_completion_length": 10,
-        "instruction_bank": "politeness",
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "drift_prompts": 0,
-        "disable_tqdm": True,
-        "seed": 1,
-        "num_positive": 2,
-        "num_negative": 2,
-        "num_plain": 0,
-        "lm_weight": 1.0,
-        "kl_weight": 0.0,
-    }
-    return NEATConfig(**{**settings, **changes})
-
-
-def trainer(
-    folder: Path,
-    family: Family = "llama",
-    *,
-    rows: Any = ROWS,
-    reward: Any = count_e,
-    **changes: Any,
-) -> NEATTrainer:
-    extra = {
-        k: changes.pop(k)
-        for k in ("peft_config", "eval_dataset", "callbacks", "judge_funcs", "model")
-        if k in changes
-    }
-    model = extra.pop("model", None) or tiny_model(family, len(TOKENIZER), tokenizer=TOKENIZER)
-    return NEATTrainer(
-        model, reward, config(folder, **changes), rows, processing_class=TOKENIZER, **extra
-    )
-
-
-def weights(t: NEATTrainer) -> dict[str, torch.Tensor]:
-    return {k: v.detach().clone() for k, v in t.policy.state_dict().items()}
-
-
-def logged(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
 
 # ---- the gradient ----
 
@@ -734,11 +660,11 @@ def test_the_seed_draws_the_adapter(tmp_path: Path) -> None:
 def test_dropout_is_off_wherever_it_is_kept() -> None:
     """OPT applies it as a function, from a number; attention keeps a number, too."""
     shape = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for config in (
+    for model_config in (
         OPTConfig(**shape, ffn_dim=16, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5),
         LlamaConfig(**shape, intermediate_size=16, attention_dropout=0.5),
     ):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).train()
         ids = torch.arange(3, 23)[None]
         assert not torch.equal(model(ids).logits, model(ids).logits)
         disable_dropout(model)

@@ -1,0 +1,99 @@
+"""What `comparison.json` and `examples.json` hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neat_align.comparison.outcomes import Point, Run
+from neat_align.comparison.spec import BASE, CompareSpec
+from neat_align.comparison.summary import summarise
+from neat_align.config import NEATConfig
+from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.files.secrets import redacted
+from neat_align.script_arguments import ScriptArguments
+
+FORMAT = 1
+# Held-out prompts whose answers are kept for the page.
+EXAMPLES = 40
+# Settings that stand beside the others in the file, or are of the machine.
+_NOT_AMONG_SETTINGS = ("model_name_or_path", "dataset_name", "output_dir")
+
+
+def comparison_result(
+    spec: CompareSpec,
+    starts: Mapping[int, Point],
+    runs: Sequence[Run],
+    configs: Mapping[str, tuple[ScriptArguments, NEATConfig]],
+) -> dict[str, Any]:
+    """The whole of `comparison.json`: what was compared, on what, and the tables.
+
+    `starts` are the start policy's evaluations by seed, `configs` the settings by method.
+    """
+    settings, config = next(iter(configs.values()))
+    trained = next(c for name, (_, c) in configs.items() if name != BASE)
+    shared = {k: v for k, v in spec.settings.items() if k not in _NOT_AMONG_SETTINGS}
+    methods = [
+        {"name": m.name, "description": m.description, "settings": dict(m.settings)}
+        for m in spec.methods
+    ]
+    return {
+        "format": FORMAT,
+        "name": spec.name,
+        "model": settings.model_name_or_path,
+        "dataset": Path(settings.dataset_name).name,
+        "seeds": list(spec.seeds),
+        "rewards": settings.reward_funcs,
+        "judges": settings.judge_funcs,
+        "budget": {
+            **_budget(trained, runs),
+            "held_out_prompts": len(next(iter(starts.values())).evaluation["prompts"]),
+            "samples_per_prompt": config.num_eval_generations,
+        },
+        "settings": redacted(shared),
+        "methods": redacted(methods),
+        **summarise(starts, runs, [m.name for m in spec.methods], spec.kl_target),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
+    }
+
+
+def _budget(config: NEATConfig, runs: Sequence[Run]) -> dict[str, int]:
+    """What every trained method had, from one method's settings."""
+    rounds = int(config.num_train_epochs)
+    # What a run had, which is less than was asked for where the data has fewer.
+    made = (run.prompts_per_round for run in runs if run.prompts_per_round)
+    prompts = next(made, config.prompts_per_round)
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return {
+        "rounds": rounds,
+        "prompts_per_round": prompts,
+        "completions_per_prompt": config.num_generations,
+        "sampled_completions": rounds * prompts * config.num_generations,
+        "optimizer_steps": rounds * -(-prompts // per_step),
+    }
+
+
+def example_answers(
+    starts: Mapping[int, Point], runs: Sequence[Run], spec: CompareSpec
+) -> list[dict[str, Any]]:
+    """Answers of every method's last policy to some held-out prompts, with the first seed."""
+    seed = spec.seeds[0]
+    last = {BASE: starts[seed]} | {
+        run.method: run.points[-1] for run in reversed(runs) if run.seed == seed and run.points
+    }
+    evaluations = {m.name: last[m.name].evaluation for m in spec.methods if m.name in last}
+    return [
+        {
+            "prompt": prompt,
+            "answers": {name: e["completions"][i][0] for name, e in evaluations.items()},
+            "rewards": {name: e["rewards"][i] for name, e in evaluations.items()},
+        }
+        for i, prompt in enumerate(starts[seed].evaluation["prompts"][:EXAMPLES])
+    ]

@@ -1,0 +1,174 @@
+"""Readers of data files and data sets: records one by one, each with the place where it is.
+
+Every message names the place: `file.jsonl:17` is a line (from 1), `row 17` an index (from 0).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from neat_align.errors import DataError
+from neat_align.prompts.row_forms import short_repr
+
+# Where a row is, and the row, or the DataError that came in reading it.
+Record: TypeAlias = tuple[str, object]
+# What pyarrow has been seen to raise on broken files, besides errors of its own.
+_PARQUET_ERRORS = (ValueError, OSError, ArithmeticError, TypeError, MemoryError)
+# Columns in which an empty CSV field means that there is none.
+_OPTIONAL_COLUMNS = ("id", "prompt_id", "chosen", "rejected")
+
+
+def numbered(rows: Any, name: str) -> Iterator[Record]:
+    """The rows of a data set or of any iterable, each with its index; `name` is for messages."""
+    for index, row in enumerate(_as_python(rows)):
+        yield f"{name}, row {index}", row
+
+
+def _as_python(rows: Any) -> Iterable[Any]:
+    """The rows as plain Python, also where a data set was given another format (numpy, torch)."""
+    if isinstance(rows, list | tuple):
+        return rows
+    from datasets import Dataset, IterableDataset
+
+    return rows.with_format(None) if isinstance(rows, Dataset | IterableDataset) else rows
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    # Bytes: only \n ends a line, whatever line separators the text holds.
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            try:
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                yield f"{path}:{number}", _unreadable(error)
+
+
+def _json(path: Path) -> Iterator[Record]:
+    text = _decode(path)
+    if not text.lstrip().startswith("["):  # one object a line, as many files with this ending are
+        yield from _jsonl(path)
+        return
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: {_unreadable(error)}") from None
+    yield from numbered(items, str(path))
+
+
+def _decode(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: {_unreadable(error)}") from None
+
+
+def _unreadable(error: Exception) -> DataError:
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(
+            f"not valid UTF-8 (byte 0x{error.object[error.start]:02x}): save the file as UTF-8"
+        )
+    where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+    return DataError(
+        f"not valid JSON{where} ({getattr(error, 'msg', error)}): write one object a line, or one "
+        "list in a .json file"
+    )
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        read_table: Any = pq.read_table
+        items = read_table(path).to_pylist()
+    except (pa.ArrowException, *_PARQUET_ERRORS) as error:
+        said = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{path}: cannot be read as Parquet ({said}): write the file again"
+        ) from None
+    yield from numbered(items, str(path))
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        names_a_row = "prompt" in header or {"chosen", "rejected"} <= set(header)
+        if not names_a_row or len(set(header)) < len(header):
+            raise DataError(
+                f"{path}:1: the header is {short_repr(header)}; it must name prompt, or chosen and "
+                "rejected, and no column twice"
+            )
+        line = reader.line_num + 1
+        for fields in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if len(fields) not in (0, len(header)):
+                error = DataError(
+                    f"{len(fields)} fields where the header has {len(header)}: quote fields that "
+                    "hold commas"
+                )
+                yield where, error
+            elif fields:
+                row: dict[str, str | None] = dict(zip(header, fields, strict=True))
+                for name in _OPTIONAL_COLUMNS:
+                    if row.get(name) == "":
+                        row[name] = None
+                yield where, row
+    except csv.Error as csv_error:
+        raise DataError(
+            f"{path}:{line}: not valid CSV ({csv_error}): quote the field, or use .jsonl"
+        ) from None
+
+
+# By the ending of the file's name.
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".csv": _csv,
+}
+
+
+def open_dataset(source: str, path: Path, split: str | None) -> Any:
+    """One split of a folder written by `save_to_disk`, of a folder of files, or of the hub.
+
+    `path` is `source` as a path. Without `split`, `train` or the only one there is. Raises
+    DataError.
+    """
+    from datasets.exceptions import DatasetsError
+    from datasets.load import load_dataset, load_from_disk
+
+    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+    try:
+        loaded: Any
+        if saved:
+            loaded = load_from_disk(path)
+        else:
+            loaded = load_dataset(str(path) if path.is_dir() else source, split=split)
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
+        raise DataError(
+            f"{source}: there is no such file, and it cannot be loaded as a data set: {error}"
+        ) from error
+    if isinstance(loaded, dict):
+        name = split or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
+        if name not in loaded:
+            raise DataError(
+                f"{source}: there is no split {name!r}; set split to one of "
+                f"{', '.join(map(str, loaded))}"
+            )
+        return loaded[name]
+    if saved and split is not None:
+        raise DataError(
+            f"split is {split!r}, but {source} holds one data set without splits: remove split"
+        )
+    return loaded
