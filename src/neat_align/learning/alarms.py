@@ -35,10 +35,9 @@ class Alarms:
                 "best answers",
                 round_index,
                 f"the log-probability of the best answers fell from {start:.2f} to {now:.2f} nats "
-                "per token, by more than "
-                f"alarm_logp_drop={self.logp_drop}: the ranking loss is making good answers "
-                "unlikely, too. A larger lm_weight or "
-                "kl_weight, or a smaller learning rate, holds them",
+                f"per token, by more than alarm_logp_drop={self.logp_drop}: the ranking loss is "
+                "making good answers unlikely, too. A larger lm_weight or kl_weight, or a smaller "
+                "learning rate, holds them",
             )
 
     def drift(
@@ -56,10 +55,10 @@ class Alarms:
                 self._say(
                     name,
                     round_index,
-                    f"the {name.replace('_', ' ')} of plain answers went from {start[name]:.3g} "
-                    f"to {facts[name]:.3g} {unit}, "
-                    f"{times:.2g} times the start (alarm_ratio={self.ratio}): {meaning}. Look at "
-                    "the answers (neat-align inspect)",
+                    f"the {name.replace('_', ' ')} of plain answers went from {start[name]:.3g} to "
+                    f"{facts[name]:.3g} {unit}, {times:.2g} times the start "
+                    f"(alarm_ratio={self.ratio}): {meaning}. Look at the answers (neat-align "
+                    "inspect)",
                 )
 
     def _say(self, kind: str, round_index: int, message: str) -> None:

@@ -102,8 +102,7 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
             if not read_json(path / MARKER).get("resumable", True):
                 raise ConfigError(
                     f"{path} holds weights alone (save_only_model: true): training cannot go on "
-                    "from it. Start again in a new "
-                    "output_dir, with it as the model"
+                    "from it. Start again in a new output_dir, with it as the model"
                 )
             return path
         _set_aside(path, why)
@@ -113,9 +112,8 @@ def checkpoint_to_resume(output_dir: Path) -> Path | None:
     if damaged:
         raise ConfigError(
             f"{output_dir} has no complete checkpoint to resume from: {', '.join(damaged)} were "
-            "finished and then damaged. Delete "
-            "these folders to start again from the first round (finished rounds are kept), or "
-            "restore them from a copy"
+            "finished and then damaged. Delete these folders to start again from the first round "
+            "(finished rounds are kept), or restore them from a copy"
         )
     return None
 

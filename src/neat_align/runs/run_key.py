@@ -158,8 +158,8 @@ def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool
         listed = "\n  ".join(changes)
         raise ConfigError(
             f"{output_dir} holds a run with other settings:\n  {listed}\nPut them back, choose "
-            "another output_dir, or pass allow_changes: "
-            "true (--allow_changes true) to go on with the new ones; run.json then says so"
+            "another output_dir, or pass allow_changes: true (--allow_changes true) to go on with "
+            "the new ones; run.json then says so"
         )
     if changes:
         logger.warning(

@@ -78,9 +78,8 @@ def interrupted(signal_number: int, where: str, *, show: bool = True) -> RunInte
     several).
     """
     message = (
-        f"stopped by {signal.Signals(signal_number).name} {where}. To go on: the same command "
-        "with --resume true (neat-align train … "
-        "--resume true), or train(resume_from_checkpoint=True)"
+        f"stopped by {signal.Signals(signal_number).name} {where}. To go on: the same command with "
+        "--resume true (neat-align train … --resume true), or train(resume_from_checkpoint=True)"
     )
     if show:
         print(message, file=sys.stderr, flush=True)
