@@ -152,6 +152,15 @@ class Comparison:
         """Whether any of the method's runs collapsed: such a method wins nothing."""
         return self.row(method).collapsed > 0
 
+    def estimate(self, method: str, side: str, metric: str) -> Estimate | None:
+        """What is known of a metric `at_budget` or `at_equal_kl`, where base is as at budget; None
+        where nothing is.
+        """
+        row = self.row(method)
+        at_budget = side == "at_budget" or method == BASE
+        e = (row.at_budget if at_budget else row.at_equal_kl).get(metric)
+        return e if e is not None and (e.mean is not None or e.delta is not None) else None
+
     @property
     def scores(self) -> list[tuple[str, str]]:
         """(name in the file, name for a reader) of the trained reward and of each held-out

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neat_align.reporting.comparison_charts import frontier, strengths
+from neat_align.reporting.comparison_charts import (
+    frontier,
+    frontier_figure,
+    gain_charts,
+    gain_figure,
+    strengths,
+)
 from neat_align.reporting.comparison_files import (
     BASE,
     Comparison,
@@ -19,6 +25,7 @@ from neat_align.reporting.comparison_files import (
     read_comparison,
 )
 from neat_align.reporting.comparison_tables import (
+    gain_scores,
     gain_table,
     method_details,
     price_table,
@@ -355,7 +362,12 @@ def page_context(c: Comparison) -> dict[str, Any]:
         "problems": list(c.problems),
         "gains": gain_table(c),
         "prices": price_table(c),
-        "frontiers": [f for name, label in c.scores if (f := frontier(c, name, label)) is not None],
+        "gain_figures": [gain_figure(c, chart) for chart in gain_charts(c, gain_scores(c))],
+        "frontiers": [
+            frontier_figure(c, f)
+            for name, label in c.scores
+            if (f := frontier(c, name, label)) is not None
+        ],
         "legend": [tag(c, m) for m in c.methods],
         "strengths": [(tag(c, m), found) for m in c.rivals if len(found := strengths(c, m)) > 1],
         "bars": win_bars(c),

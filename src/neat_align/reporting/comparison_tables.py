@@ -9,13 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from neat_align.reporting.comparison_charts import (
-    WHISKER,
-    css_of,
-    marker_of,
-    whisker,
-    whisker_scale,
-)
+from neat_align.reporting.comparison_charts import css_of, shape_of
 from neat_align.reporting.comparison_files import (
     BASE,
     Comparison,
@@ -56,25 +50,24 @@ class Tag:
 
     name: str
     css: str
-    marker: str
+    shape: str
     collapsed: bool
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number, what is known around it, and a small picture; `lead` when nothing in its column is
-    shown to be larger.
+    """A number and what is known around it; `lead` when nothing in its column is shown to be
+    larger.
     """
 
     text: str
     around: str = ""
     lead: bool = False
-    picture: dict[str, float | None] | None = None
 
 
 def tag(c: Comparison, method: str) -> Tag:
     """A method's name as the page writes it."""
-    return Tag(method, css_of(c, method), marker_of(c, method, 7, 7, 4.4), c.collapsed(method))
+    return Tag(method, css_of(c, method), shape_of(c, method), c.collapsed(method))
 
 
 def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
@@ -87,7 +80,9 @@ def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
     found = {
         m: e
         for m in c.rivals
-        if not c.collapsed(m) and (e := _at(c, m, side, metric)) is not None and e.delta is not None
+        if not c.collapsed(m)
+        and (e := c.estimate(m, side, metric)) is not None
+        and e.delta is not None
     }
     by_gain = sorted(found, key=lambda m: -(found[m].delta or 0.0))
     best = next((m for m in by_gain if found[m].low is not None), None)
@@ -106,85 +101,64 @@ def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
 
 def leaders(c: Comparison, side: str, metric: str) -> list[str]:
     """The unbeaten methods that are themselves shown to gain over base."""
-    estimates = {m: _at(c, m, side, metric) for m in unbeaten(c, side, metric)}
+    estimates = {m: c.estimate(m, side, metric) for m in unbeaten(c, side, metric)}
     return [m for m, e in estimates.items() if e is not None and e.low is not None and e.low > 0]
+
+
+def gain_scores(c: Comparison) -> list[tuple[str, str]]:
+    """(name in the file, name for a reader) of the rewards of which any method has a number."""
+    names = [*c.scores, ("length_controlled_reward", "reward, length held equal")]
+    return [
+        (name, label)
+        for name, label in names
+        if any(name in c.row(m).at_budget or name in c.row(m).at_equal_kl for m in c.methods)
+    ]
 
 
 def gain_table(c: Comparison) -> dict[str, Any]:
     """Rewards of every method at equal budget and at equal KL, with the gain over base and its
     interval.
     """
-    scores = [
-        (name, label)
-        for name, label in c.scores
-        if any(name in c.row(m).at_budget or name in c.row(m).at_equal_kl for m in c.methods)
-    ]
-    controlled = "length_controlled_reward"
-    budget = scores + (
-        [(controlled, "reward, length held equal")]
-        if any(controlled in c.row(m).at_budget for m in c.methods)
-        else []
-    )
-    scales = {
-        name: whisker_scale(e for m in c.rivals for e in _both(c, m, name)) for name, _ in budget
+    scores = gain_scores(c)
+    if not scores:
+        return {}
+    # Held equal at equal budget only.
+    at_equal_kl = [(name, label) for name, label in scores if name != "length_controlled_reward"]
+    sides = [("at_budget", scores), ("at_equal_kl", [] if c.kl_target is None else at_equal_kl)]
+    columns = {
+        (side, name): _gain_column(c, side, name) for side, names in sides for name, _ in names
     }
-    sides = [("at_budget", budget), ("at_equal_kl", scores if c.kl_target is not None else [])]
-    digits = {
-        name: digits_for(e.delta for m in c.rivals for e in _both(c, m, name)) for name, _ in budget
-    }
-    columns: dict[tuple[str, str], dict[str, Cell]] = {}
-    for side, names in sides:
-        for name, _ in names:
-            column = {m: e for m in c.methods if (e := _at(c, m, side, name))}
-            columns[side, name] = _gain_column(
-                c, column, leaders(c, side, name), scales[name], digits[name]
-            )
     lines = []
     for m in c.methods:
         kl = c.row(m).at_budget.get("kl")
         cells = [Cell(plain(0.0 if m == BASE and kl is None else kl and kl.mean, 4))]
-        cells += [
-            columns[side, name].get(m, Cell("–")) for side, names in sides for name, _ in names
-        ]
+        cells += [column.get(m, Cell("–")) for column in columns.values()]
         lines.append((tag(c, m), cells))
-    heads = [(side, [label for _, label in names]) for side, names in sides]
-    return (
-        {"budget": ["KL", *heads[0][1]], "equal": heads[1][1], "lines": lines, "width": WHISKER}
-        if budget
-        else {}
-    )
-
-
-def _at(c: Comparison, method: str, side: str, name: str) -> Estimate | None:
-    row = c.row(method)
-    found = (row.at_budget if side == "at_budget" or method == BASE else row.at_equal_kl).get(name)
-    return found if found and (found.mean is not None or found.delta is not None) else None
+    budget, equal = ([label for _, label in names] for _, names in sides)
+    return {"budget": ["KL", *budget], "equal": equal, "lines": lines}
 
 
 def _both(c: Comparison, method: str, name: str) -> list[Estimate]:
     return [
-        e for side in ("at_budget", "at_equal_kl") if (e := _at(c, method, side, name)) is not None
+        e
+        for side in ("at_budget", "at_equal_kl")
+        if (e := c.estimate(method, side, name)) is not None
     ]
 
 
-def _gain_column(
-    c: Comparison,
-    estimates: dict[str, Estimate],
-    ahead: list[str],
-    scale: tuple[float, float],
-    digits: int,
-) -> dict[str, Cell]:
-    cells = {}
-    for m, e in estimates.items():
+def _gain_column(c: Comparison, side: str, name: str) -> dict[str, Cell]:
+    """The cells of a reward, by method. Both sides show as many decimals."""
+    digits = digits_for(e.delta for m in c.rivals for e in _both(c, m, name))
+    ahead, cells = leaders(c, side, name), {}
+    for m in c.methods:
+        e = c.estimate(m, side, name)
+        if e is None:
+            continue
         gain = "" if e.delta is None else change(e.delta, e.low, e.high, digits)
-        picture = whisker(e, scale) if e.delta is not None and m != BASE else None
         # A difference that is estimated at once, as with lengths held equal, has no mean of its
         # own.
-        cells[m] = (
-            Cell(gain, "", m in ahead, picture)
-            if e.mean is None
-            else Cell(plain(e.mean, digits), gain, m in ahead, picture)
-        )
+        text, around = (gain, "") if e.mean is None else (plain(e.mean, digits), gain)
+        cells[m] = Cell(text, around, m in ahead)
     return cells
 
 

@@ -107,6 +107,13 @@ def duration(value: Any) -> str | None:
     )
 
 
+def replace_unprintable(text: str) -> str:
+    """A text with a replacement character for each one that has no place in HTML or XML, or that
+    could reorder what stands beside it.
+    """
+    return _UNPRINTABLE.sub("\ufffd", text)
+
+
 def turns(prompt: Prompt) -> list[tuple[str, str]]:
     """A prompt as (role, text) turns; a text prompt is one turn without a role."""
     return (
@@ -137,9 +144,7 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
         f"{kind}_hash": _csp_hash(environment.get_template(f"page.{kind}").render())
         for kind in ("css", "js")
     }
-    return _UNPRINTABLE.sub(
-        "\ufffd", environment.get_template(template).render({**context, **hashes})
-    )
+    return replace_unprintable(environment.get_template(template).render({**context, **hashes}))
 
 
 @cache

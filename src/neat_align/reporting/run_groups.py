@@ -8,11 +8,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 
-from neat_align.reporting.charts import box_chart
+from neat_align.reporting.charts import BoxChart, box_of
 from neat_align.reporting.run_files import RoundGroups, RunContents
 from neat_align.rounds.completions import ORIGINS, CompletionGroup, Origin
 from neat_align.rounds.metrics import inversion_rate, reward_gap
@@ -53,20 +52,23 @@ def _rewards(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
 # ---- distributions -------------------------------------------------------------------------------
 
 
-def distributions(run: RunContents) -> list[dict[str, Any]]:
-    """One picture an origin: the rewards of each round's completions, all on one scale."""
-    cells = {
-        o: [(round_label(r), _rewards(r.groups, o)) for r in _spaced(run.rounds)] for o in ORIGINS
-    }
-    everything = [v for columns in cells.values() for _, values in columns for v in values]
+def distributions(run: RunContents) -> list[BoxChart]:
+    """One chart an origin: the rewards of each round's completions, all on one scale."""
+    rounds = _spaced(run.rounds)
+    names = tuple(round_label(r) for r in rounds)
+    rewards = {o: [_rewards(r.groups, o) for r in rounds] for o in ORIGINS}
+    everything = [v for columns in rewards.values() for values in columns for v in values]
     if not everything:
         return []
     span = (min(everything), max(everything))
-    return [
-        box_chart(o, "reward of each completion", o, columns, span)
-        for o, columns in cells.items()
-        if any(v for _, v in columns)
-    ]
+    charts = []
+    for o, columns in rewards.items():
+        boxes = tuple(
+            box_of(name, values) for name, values in zip(names, columns, strict=True) if values
+        )
+        if boxes:
+            charts.append(BoxChart(o, "reward of each completion", o, names, boxes, span))
+    return charts
 
 
 def round_label(r: RoundGroups) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-from neat_align.reporting.charts import Series, chart
+from neat_align.reporting.charts import LineChart, Series, box_figure, line_chart, line_figure
 from neat_align.reporting.pages import (
     bounds,
     change,
@@ -141,7 +141,7 @@ def _sampled(run: RunContents, origin: Origin) -> Series:
     )
 
 
-def charts(run: RunContents) -> list[dict[str, Any]]:
+def charts(run: RunContents) -> list[LineChart]:
     """The run's curves. A round's completions are placed where their policy stood: after as many
     rounds as came before.
     """
@@ -156,23 +156,23 @@ def charts(run: RunContents) -> list[dict[str, Any]]:
         _logged(run, "ranking/active_pair_fraction", "plain"),
     ]
     drawn = [
-        chart("Held-out reward", "mean, 95 % interval over prompts", [_held_out(run)], total),
-        chart(
+        line_chart("Held-out reward", "mean, 95 % interval over prompts", [_held_out(run)], total),
+        line_chart(
             "Reward of what is sampled",
             "mean, ± one standard error over prompts",
             [_sampled(run, o) for o in ORIGINS],
             total,
         ),
-        chart("Loss", "weighted sum", [_logged(run, "loss", "ink")], total),
-        chart("Ranking loss", "unweighted", [_logged(run, "loss/ranking", "ink")], total),
-        chart(
+        line_chart("Loss", "weighted sum", [_logged(run, "loss", "ink")], total),
+        line_chart("Ranking loss", "unweighted", [_logged(run, "loss/ranking", "ink")], total),
+        line_chart(
             "Language-modelling loss",
             "nats per token, best answer",
             [_logged(run, "loss/lm", "ink")],
             total,
         ),
-        chart("Pairs: ordered rightly, still active", "share of pairs", pairs, total),
-        chart(
+        line_chart("Pairs: ordered rightly, still active", "share of pairs", pairs, total),
+        line_chart(
             "Distance to the start policy",
             "KL, nats per token, plain samples",
             [Series("KL", "ink", drift)],
@@ -366,8 +366,8 @@ def page_context(run: RunContents) -> dict[str, Any]:
         "problems": run.problems,
         "rows": before_after_rows(run),
         "wins": run.result.get("win_rate") or {},
-        "charts": charts(run),
-        "distributions": distributions(run),
+        "charts": [line_figure(c) for c in charts(run)],
+        "distributions": [box_figure(c) for c in distributions(run)],
         "origins": origins,
         "reward_digits": digits_for(m.get(f"reward/{o}") for m in metrics for o in origins),
         "contrast": contrast_rows(run),
