@@ -437,8 +437,28 @@ def test_ticks_span_the_values(low: float, high: float) -> None:
     svg = line_figure(chart).svg
     (path,) = marks_of(svg, "line")
     assert [0 <= y <= 200 for _, y in corners_of(path)] == [True, True]
-    labels = re.findall(r">([^<>]+)</text>", svg)
-    assert 2 <= len(set(labels) - {"rounds of training"}) <= 12
+    labels = re.findall(r"<text [^>]*translate\(-[^>]*>([^<>]+)</text>", svg)
+    ticks = [float(label.replace(",", "").replace("−", "-")) for label in labels]
+    assert 2 <= len(set(ticks)) <= 8
+    assert ticks == sorted(ticks)
+    if high - low > 1e-8:
+        assert ticks[0] <= low + (ticks[1] - ticks[0])
+        assert ticks[-1] >= high - (ticks[1] - ticks[0])
+    else:
+        assert ticks[0] <= low <= high <= ticks[-1]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "labels"),
+    [(1.0, "0 1"), (2.5, "0 1 2"), (6.0, "0 1 2 3 4 5 6"), (31.0, "0 6 12 18 24 30")],
+)
+def test_rounds_are_counted_in_whole_numbers(rounds: float, labels: str) -> None:
+    chart = line_chart("Loss", "", [Series("loss", "ink", [(0.0, 0.1), (0.5, 0.2)])], rounds)
+    assert chart is not None
+    across = re.findall(
+        r"<text [^>]*translate\([\d.]+,16\)[^>]*>([^<>]+)</text>", line_figure(chart).svg
+    )
+    assert across == labels.split()
 
 
 def test_numbers_that_no_axis_holds_are_left_out() -> None:

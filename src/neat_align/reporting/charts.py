@@ -9,7 +9,7 @@ from statistics import fmean, quantiles
 from typing import TypeAlias
 
 from neat_align.reporting.pages import digits_for, plain
-from neat_align.reporting.svg import Figure, Rows, Spec, draw, layer
+from neat_align.reporting.svg import Figure, Rows, Spec, axis_span, draw, layer
 
 _SIZE = (340, 200)
 # Points of a line, and of a strip beside its box: more say nothing more, and weigh on the page.
@@ -59,6 +59,12 @@ class Series:
             [s for s in self.bars if max(abs(s[1]), abs(s[2])) < _TOO_LARGE],
         )
 
+    @property
+    def values(self) -> list[float]:
+        """Everything that must fit on the chart."""
+        single = [y for _, y in (*self.points, *self.faint)]
+        return single + [v for _, low, high in (*self.band, *self.bars) for v in (low, high)]
+
 
 @dataclass(frozen=True)
 class LineChart:
@@ -88,7 +94,7 @@ def line_figure(chart: LineChart) -> Figure:
 
 def line_spec(chart: LineChart) -> Spec:
     """Bands, interval bars and single steps behind, lines and dots before them."""
-    names = [s.name for s in chart.series]
+    names, every = [s.name for s in chart.series], math.ceil(chart.rounds / 6)
     colors = {"domain": names, "range": [f"var(--{s.color})" for s in chart.series]}
     legend = {"symbolOpacity": 1} if len(names) > 1 else None
     x = {
@@ -96,13 +102,13 @@ def line_spec(chart: LineChart) -> Spec:
         "type": "quantitative",
         "title": "rounds of training",
         "scale": {"domain": [0, chart.rounds], "nice": False},
-        "axis": {"format": "d", "tickMinStep": 1, "tickCount": 6},
+        "axis": {"values": list(range(0, math.floor(chart.rounds) + 1, every))},
     }
     y = {
         "field": "y",
         "type": "quantitative",
         "title": None,
-        "scale": {"zero": False},
+        "scale": {"domain": axis_span(v for s in chart.series for v in s.values), "nice": True},
         "axis": {"tickCount": 4},
     }
     color = {"field": "series", "type": "nominal", "scale": colors, "legend": legend}
@@ -111,26 +117,29 @@ def line_spec(chart: LineChart) -> Spec:
     point = {"x": x, "y": y, "color": color}
     spread = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color}
     dot = {**point, "shape": shape, "description": {"field": "note"}}
-    bands: Rows = []
-    bars: Rows = []
-    steps: Rows = []
-    lines: Rows = []
-    dots: Rows = []
-    for s in chart.series:
-        bands += _spread_rows(s.name, s.band) if len(s.band) > 1 else []
-        bars += _spread_rows(s.name, s.bars)
-        steps += _point_rows(s.name, _thinned(s.faint))
-        lines += _point_rows(s.name, _thinned(s.points))
-        dots += _point_rows(s.name, s.points) if len(s.points) <= _DOTS else []
+    rows = _line_rows(chart.series)
     return {
         "layer": [
-            layer("band", {"type": "area", "opacity": 0.16}, bands, spread),
-            layer("bar", {"type": "rule", "strokeWidth": 1.4, "opacity": 0.7}, bars, spread),
-            layer("step", {"type": "line", "strokeWidth": 1, "opacity": 0.32}, steps, point),
-            layer("line", {"type": "line", "strokeWidth": 1.8}, lines, point),
-            layer("dot", _DOT, dots, dot),
+            layer("band", {"type": "area", "opacity": 0.16}, rows["band"], spread),
+            layer("bar", {"type": "rule", "strokeWidth": 1.4, "opacity": 0.7}, rows["bar"], spread),
+            layer("step", {"type": "line", "strokeWidth": 1, "opacity": 0.32}, rows["step"], point),
+            layer("line", {"type": "line", "strokeWidth": 1.8}, rows["line"], point),
+            layer("dot", _DOT, rows["dot"], dot),
         ]
     }
+
+
+def _line_rows(series: Sequence[Series]) -> dict[str, Rows]:
+    """The rows of each layer of a line chart."""
+    rows: dict[str, Rows] = {name: [] for name in ("band", "bar", "step", "line", "dot")}
+    for s in series:
+        # One spread alone has no area.
+        rows["band"] += _spread_rows(s.name, s.band) if len(s.band) > 1 else []
+        rows["bar"] += _spread_rows(s.name, s.bars)
+        rows["step"] += _point_rows(s.name, _thinned(s.faint))
+        rows["line"] += _point_rows(s.name, _thinned(s.points))
+        rows["dot"] += _point_rows(s.name, s.points) if len(s.points) <= _DOTS else []
+    return rows
 
 
 def _point_rows(name: str, points: Points) -> Rows:
@@ -212,8 +221,8 @@ def box_spec(chart: BoxChart) -> Spec:
     """
     rows = [_box_row(chart.title, box) for box in chart.boxes]
     color, half = f"var(--{chart.color})", min(16.0, 100.0 / len(chart.names))
-    # No gap before the first round and after the last but half of the one between two rounds, so
-    # that the middle of round i lies at i + 0.5 of the strip's axis.
+    # Before the first round and after the last lies half of the gap between two, so that the middle
+    # of round i lies at i + 0.5 of the strip's axis.
     rounds = {
         "field": "round",
         "type": "nominal",
@@ -222,7 +231,7 @@ def box_spec(chart: BoxChart) -> Spec:
         "sort": None,
         "axis": {"labelAngle": 0, "labelOverlap": True},
     }
-    scale = {"domain": chart.span, "zero": False, "nice": True}
+    scale = {"domain": axis_span(chart.span), "nice": True}
     at = {
         name: {"x": rounds, "y": {"field": name, "type": "quantitative", "title": None}}
         for name in ("low", "first", "median", "third", "high")

@@ -9,7 +9,7 @@ from typing import Any
 
 from neat_align.reporting.comparison_files import BASE, Comparison, Curve, CurvePoint, Estimate
 from neat_align.reporting.pages import bounds, change, digits_for, plain
-from neat_align.reporting.svg import Figure, Rows, Spec, draw, layer
+from neat_align.reporting.svg import Figure, Rows, Spec, axis_span, draw, layer
 
 _FRONTIER_SIZE = (380, 280)
 _GAINS_WIDTH, _GAINS_HEIGHT, _METHOD_HEIGHT = 340, 50, 24
@@ -109,29 +109,43 @@ class Frontier:
     """One reward against KL to base (nats per token).
 
     `base` is the start policy's mean reward, the point at KL 0; `target` the KL at which methods
-    are compared; `curves` have only points with a reward and a KL; with `square_root` the KL axis
-    has that scale.
+    are compared; `curves` have only points with a reward and a KL.
     """
 
     metric: str
     title: str
-    base: float | None
+    base: Estimate | None
     target: float | None
     curves: tuple[Curve, ...]
-    square_root: bool
+
+    @property
+    def kls(self) -> list[float]:
+        """Every KL that must fit on the chart."""
+        kls = [v for curve in self.curves for p in curve.points for v in (p.kl.mean, p.kl.high)]
+        return [v for v in (*kls, self.target) if v is not None]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Every reward that must fit on the chart."""
+        measured = [p.values[self.metric] for curve in self.curves for p in curve.points]
+        estimates = measured if self.base is None else [*measured, self.base]
+        return [v for e in estimates for v in (e.mean, e.low, e.high) if v is not None]
+
+    @property
+    def square_root(self) -> bool:
+        """Whether KL is on a square-root scale."""
+        return len(self.kls) > 2 and max(self.kls) > _WIDE * max(median(self.kls), 1e-9)
 
 
 def base_level(c: Comparison, metric: str) -> Estimate | None:
     """The start policy's mean of a reward."""
-    measured = (
+    measured = [
         p.values.get(metric) for curve in c.curves if curve.method == BASE for p in curve.points
-    )
-    known = [
-        e
-        for e in (*measured, c.row(BASE).at_budget.get(metric))
-        if e is not None and e.mean is not None
     ]
-    return known[0] if known else None
+    for e in (*measured, c.row(BASE).at_budget.get(metric)):
+        if e is not None and e.mean is not None:
+            return e
+    return None
 
 
 def frontier(c: Comparison, metric: str, title: str) -> Frontier | None:
@@ -143,16 +157,7 @@ def frontier(c: Comparison, metric: str, title: str) -> Frontier | None:
             curves.append(replace(curve, points=points))
     if not curves:
         return None
-    base = base_level(c, metric)
-    kls = [v for curve in curves for p in curve.points for v in (p.kl.mean, p.kl.high) if v]
-    return Frontier(
-        metric=metric,
-        title=title,
-        base=None if base is None else base.mean,
-        target=c.kl_target,
-        curves=tuple(curves),
-        square_root=len(kls) > 2 and max(kls) > _WIDE * median(kls),
-    )
+    return Frontier(metric, title, base_level(c, metric), c.kl_target, tuple(curves))
 
 
 def _has_place(p: CurvePoint, metric: str) -> bool:
@@ -170,18 +175,19 @@ def frontier_figure(c: Comparison, f: Frontier) -> Figure:
 
 def frontier_spec(c: Comparison, f: Frontier) -> Spec:
     """Curves that start at base, with a mark and its intervals for the mean after each round."""
+    kls = min(0.0, *f.kls), 1.03 * max(1e-6, *f.kls)
     kl = {
         "field": "kl",
         "type": "quantitative",
         "title": f"KL to base, nats per token{', square-root scale' if f.square_root else ''}",
-        "scale": {"type": "sqrt" if f.square_root else "linear", "zero": True, "nice": False},
+        "scale": {"type": "sqrt" if f.square_root else "linear", "domain": kls, "nice": False},
         "axis": {"labelOverlap": "greedy", "labelSeparation": 8, "tickCount": 6},
     }
     reward = {
         "field": "reward",
         "type": "quantitative",
         "title": None,
-        "scale": {"zero": False},
+        "scale": {"domain": axis_span(f.rewards), "nice": True},
         "axis": {"tickCount": 6},
     }
     place = {"x": kl, "y": reward}
@@ -209,15 +215,15 @@ def frontier_spec(c: Comparison, f: Frontier) -> Spec:
 def _base_rows(c: Comparison, f: Frontier) -> Rows:
     if f.base is None:
         return []
-    note = f"base: {plain(f.base, 3)}"
-    return [{"kl": 0.0, "reward": f.base, "note": note, **_look(c, BASE)}]
+    note = f"base: {plain(f.base.mean, 3)}"
+    return [{"kl": 0.0, "reward": f.base.mean, "note": note, **_look(c, BASE)}]
 
 
 def _path_rows(c: Comparison, f: Frontier) -> Rows:
     """The points of each curve in their order, with the start policy before them."""
-    rows = []
+    rows: Rows = []
     for i, curve in enumerate(f.curves):
-        start = [] if f.base is None else [(0.0, f.base)]
+        start = [] if f.base is None else [(0.0, f.base.mean)]
         places = [(p.kl.mean, p.values[f.metric].mean) for p in curve.points]
         look = _look(c, curve.method) | {"dash": _dash_of(c, curve)}
         rows += [

@@ -8,7 +8,7 @@ Vega-Lite's own reference says what a specification may hold: https://vega.githu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from xml.etree import ElementTree
@@ -20,10 +20,12 @@ from neat_align.reporting.pages import replace_unprintable
 # A chart in Vega-Lite's JSON, or a part of one.
 Spec: TypeAlias = dict[str, Any]
 Rows: TypeAlias = list[dict[str, Any]]
+# The version of the grammar: vl-convert holds several, so that a chart stays as it is.
 VEGA_LITE = "6.4"
 # Colours are CSS variables of page.css, so that one SVG serves light and dark.
 _CONFIG: Spec = {
-    "aria": False,  # the marks' own descriptions become titles below
+    # Only the marks' own descriptions are wanted: they become titles.
+    "aria": False,
     "background": None,
     "view": {"stroke": None},
     "axis": {
@@ -50,20 +52,19 @@ _CONFIG: Spec = {
     },
 }
 # What a parent may say for all of its children.
-_INHERITED = frozenset(
-    (
-        "fill",
-        "font-size",
-        "stroke",
-        "stroke-dasharray",
-        "stroke-linecap",
-        "stroke-width",
-        "text-anchor",
-    )
+_INHERITED = (
+    "fill",
+    "font-size",
+    "stroke",
+    "stroke-dasharray",
+    "stroke-linecap",
+    "stroke-width",
+    "text-anchor",
 )
-# Said about a chart that reacts to a pointer, which a static one does not, or what CSS says.
+# Of use in a chart that reacts to a pointer, which a static one does not; the style sheet names the
+# font.
 _DROPPED = ("aria-hidden", "aria-roledescription", "font-family", "pointer-events", "role")
-_GEOMETRY = frozenset(("d", "height", "transform", "width", "x", "x2", "y", "y2"))
+_GEOMETRY = ("d", "transform", "x2", "y2")
 _LONG_FRACTION = re.compile(r"-?\d+\.\d{2,}")
 _NAMESPACE = "{http://www.w3.org/2000/svg}"
 
@@ -82,6 +83,17 @@ def layer(name: str, mark: Spec, rows: Rows, encoding: Spec) -> Spec:
     `name`.
     """
     return {"name": name, "mark": mark, "data": {"values": rows}, "encoding": encoding}
+
+
+def axis_span(values: Iterable[float]) -> tuple[float, float]:
+    """The range of some numbers, one at least; with room around numbers that are all the same, for
+    which Vega-Lite would write a rounded number at the axis.
+    """
+    present = list(values)
+    low, high = min(present), max(present)
+    if high - low < 1e-9 * max(1.0, abs(high)):
+        return low - 0.5 * max(1.0, abs(low)), high + 0.5 * max(1.0, abs(high))
+    return low, high
 
 
 def draw(chart: Spec, label: str, description: str, size: tuple[int, int]) -> Markup:
@@ -142,33 +154,45 @@ def _shorten(element: ElementTree.Element) -> None:
     for child in list(element):
         _shorten(child)
     _clean_attributes(element)
-    kept = [child for child in element if not _draws_nothing(child)]
-    element[:] = [inner for child in kept for inner in (child if _is_bare(child) else [child])]
+    kept: list[ElementTree.Element] = []
+    for child in element:
+        if _is_bare(child):
+            kept.extend(child)
+        elif not _draws_nothing(child):
+            kept.append(child)
+    element[:] = kept
     if element.tag == f"{_NAMESPACE}g" and len(element) > 1:
-        for name in _INHERITED - element.attrib.keys():
-            values = {child.get(name) for child in element}
-            if len(values) == 1 and (value := values.pop()) is not None:
-                element.set(name, value)
-                for child in element:
-                    del child.attrib[name]
+        _share_attributes(element)
+
+
+def _share_attributes(group: ElementTree.Element) -> None:
+    """Say once on the group what all of its children say alike."""
+    for name in _INHERITED:
+        values = {child.get(name) for child in group}
+        value = values.pop()
+        if values or value is None or name in group.attrib:
+            continue
+        group.set(name, value)
+        for child in group:
+            del child.attrib[name]
 
 
 def _clean_attributes(element: ElementTree.Element) -> None:
+    """Keep what is drawn; of the classes the layer's name, and of the labels a title."""
     attributes = {k: v for k, v in element.attrib.items() if k not in _DROPPED}
-    if attributes.get("opacity") == "1":
-        del attributes["opacity"]
-    layer = attributes.pop("class", "").split()[-1:]
-    if layer and layer[0].endswith("_marks") and not layer[0].startswith("layer_"):
-        attributes["class"] = layer[0].removesuffix("_marks")
+    for name in _GEOMETRY:
+        if name in attributes:
+            attributes[name] = _LONG_FRACTION.sub(_rounded, attributes[name])
+    for name, default in (("opacity", "1"), ("transform", "translate(0,0)")):
+        if attributes.get(name) == default:
+            del attributes[name]
+    for css in attributes.pop("class", "").split():
+        if css.endswith("_marks"):
+            attributes["class"] = css.removesuffix("_marks")
     label = attributes.pop("aria-label", None)
     if label:
         element.insert(0, _element(f"{_NAMESPACE}title", label))
-    element.attrib = {
-        name: _LONG_FRACTION.sub(_rounded, value) if name in _GEOMETRY else value
-        for name, value in attributes.items()
-    }
-    if element.get("transform") == "translate(0,0)":
-        del element.attrib["transform"]
+    element.attrib = attributes
 
 
 def _rounded(number: re.Match[str]) -> str:
@@ -176,7 +200,7 @@ def _rounded(number: re.Match[str]) -> str:
 
 
 def _draws_nothing(element: ElementTree.Element) -> bool:
-    """A group without content, or a path without a line or a colour: frames of groups."""
+    """A group without content, or a path without a line or a colour, as groups have for frames."""
     if element.tag == f"{_NAMESPACE}g":
         return len(element) == 0
     painted = element.get("stroke") or element.get("fill")
@@ -184,4 +208,5 @@ def _draws_nothing(element: ElementTree.Element) -> bool:
 
 
 def _is_bare(element: ElementTree.Element) -> bool:
+    """A group that says nothing about its children."""
     return element.tag == f"{_NAMESPACE}g" and not element.attrib
