@@ -25,7 +25,7 @@ from neat_align.reporting.comparison_charts import (
     shape_of,
 )
 from neat_align.reporting.comparison_files import Estimate, Wins, read_comparison
-from neat_align.reporting.comparison_report import verdict, warnings_of, write_comparison_report
+from neat_align.reporting.comparison_report import verdict, write_comparison_report
 from neat_align.reporting.comparison_tables import (
     gain_table,
     leaders,
@@ -33,6 +33,7 @@ from neat_align.reporting.comparison_tables import (
     win_matrix,
     wins_between,
 )
+from neat_align.reporting.comparison_warnings import warnings_of
 from pages import (
     BREAKOUT,
     HOSTILE,

@@ -102,7 +102,7 @@ def line_spec(chart: LineChart) -> Spec:
         "type": "quantitative",
         "title": "rounds of training",
         "scale": {"domain": [0, chart.rounds], "nice": False},
-        "axis": {"values": list(range(0, math.floor(chart.rounds) + 1, every))},
+        "axis": {"values": list(range(0, math.floor(chart.rounds) + 1, every)), "format": "d"},
     }
     y = {
         "field": "y",

@@ -277,15 +277,10 @@ def gain_charts(c: Comparison, scores: Iterable[tuple[str, str]]) -> list[GainCh
     sides = (("at_budget", "at equal budget"), ("at_equal_kl", "at equal KL"))
     charts = []
     for metric, title in scores:
-        gains = {words: _gains(c, side, metric) for side, words in sides}
+        gains = {words: c.gains(side, metric) for side, words in sides}
         span = gain_span(e for estimates in gains.values() for e in estimates.values())
-        charts += [GainChart(title, words, found, span) for words, found in gains.items() if found]
+        charts += [GainChart(title, words, of, span) for words, of in gains.items() if of]
     return charts
-
-
-def _gains(c: Comparison, side: str, metric: str) -> dict[str, Estimate]:
-    estimates = {m: c.estimate(m, side, metric) for m in c.rivals}
-    return {m: e for m, e in estimates.items() if e is not None and e.delta is not None}
 
 
 def gain_span(estimates: Iterable[Estimate]) -> tuple[float, float]:

@@ -161,6 +161,13 @@ class Comparison:
         e = (row.at_budget if at_budget else row.at_equal_kl).get(metric)
         return e if e is not None and (e.mean is not None or e.delta is not None) else None
 
+    def gains(self, side: str, metric: str = "reward") -> dict[str, Estimate]:
+        """Each rival's estimate of a metric `at_budget` or `at_equal_kl`, where it has a gain over
+        base.
+        """
+        estimates = {m: self.estimate(m, side, metric) for m in self.rivals}
+        return {m: e for m, e in estimates.items() if e is not None and e.delta is not None}
+
     @property
     def scores(self) -> list[tuple[str, str]]:
         """(name in the file, name for a reader) of the trained reward and of each held-out
