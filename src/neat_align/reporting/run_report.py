@@ -43,6 +43,7 @@ SHOWN_PROMPTS = 200
 EXTREMES = 7
 SHOWN_GROUPS = 48
 OPEN_GROUPS = 6
+_HELD_OUT = "Held-out reward"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -156,7 +157,7 @@ def charts(run: RunContents) -> list[LineChart]:
         _logged(run, "ranking/active_pair_fraction", "plain"),
     ]
     drawn = [
-        line_chart("Held-out reward", "mean, 95 % interval over prompts", [_held_out(run)], total),
+        line_chart(_HELD_OUT, "mean, 95 % interval over prompts", [_held_out(run)], total),
         line_chart(
             "Reward of what is sampled",
             "mean, ± one standard error over prompts",
@@ -357,16 +358,19 @@ def page_context(run: RunContents) -> dict[str, Any]:
     """Everything that the template shows."""
     metrics, groups = [r.metrics for r in run.rounds], sample_groups(run)
     origins = [o for o in ORIGINS if any(f"reward/{o}" in m for m in metrics)]
-    instructions = instruction_rows(run)
+    instructions, rows, curves = instruction_rows(run), before_after_rows(run), charts(run)
+    # The held-out curve belongs to the table of before and after, if there is one.
+    beside = [c for c in curves if rows and c.title == _HELD_OUT]
     return {
         "run": run,
         "headline": headline(run),
         "facts": run_facts(run),
         "warnings": warnings_of(run),
         "problems": run.problems,
-        "rows": before_after_rows(run),
+        "rows": rows,
+        "beside_rows": [line_figure(c) for c in beside],
         "wins": run.result.get("win_rate") or {},
-        "charts": [line_figure(c) for c in charts(run)],
+        "charts": [line_figure(c) for c in curves if c not in beside],
         "distributions": [box_figure(c) for c in distributions(run)],
         "origins": origins,
         "reward_digits": digits_for(m.get(f"reward/{o}") for m in metrics for o in origins),
