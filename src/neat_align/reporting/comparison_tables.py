@@ -1,6 +1,4 @@
-"""The comparison page's tables: gains at equal budget and at equal KL, prices, wins, and each
-method's own points.
-"""
+"""The comparison page's tables: gains, prices, wins, and each method's own points."""
 
 from __future__ import annotations
 
@@ -77,15 +75,9 @@ def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
     Shown to beat: the paired difference of the two has an interval above 0; where that was not
     written down, their intervals against base do not meet.
     """
-    found = {
-        m: e
-        for m in c.rivals
-        if not c.collapsed(m)
-        and (e := c.estimate(m, side, metric)) is not None
-        and e.delta is not None
-    }
-    by_gain = sorted(found, key=lambda m: -(found[m].delta or 0.0))
-    best = next((m for m in by_gain if found[m].low is not None), None)
+    gains = {m: e for m, e in c.gains(side, metric).items() if not c.collapsed(m)}
+    by_gain = sorted(gains, key=lambda m: -(gains[m].delta or 0.0))
+    best = next((m for m in by_gain if gains[m].low is not None), None)
     if best is None:
         return []
 
@@ -93,7 +85,7 @@ def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
         paired = c.row(best).against.get(m, {}).get(side, {}).get(metric)
         if paired is not None and paired.low is not None:
             return paired.low > 0
-        high, low = found[m].high, found[best].low
+        high, low = gains[m].high, gains[best].low
         return high is not None and low is not None and high < low
 
     return [best, *(m for m in by_gain if m != best and not behind(m))]
@@ -139,11 +131,8 @@ def gain_table(c: Comparison) -> dict[str, Any]:
 
 
 def _both(c: Comparison, method: str, name: str) -> list[Estimate]:
-    return [
-        e
-        for side in ("at_budget", "at_equal_kl")
-        if (e := c.estimate(method, side, name)) is not None
-    ]
+    estimates = (c.estimate(method, side, name) for side in ("at_budget", "at_equal_kl"))
+    return [e for e in estimates if e is not None]
 
 
 def _gain_column(c: Comparison, side: str, name: str) -> dict[str, Cell]:
@@ -164,32 +153,30 @@ def _gain_column(c: Comparison, side: str, name: str) -> dict[str, Cell]:
 
 def price_table(c: Comparison) -> dict[str, Any]:
     """What else changed, at equal budget; columns that nobody measured are left out."""
-    names = [
-        p
-        for p in _PRICES
-        if any((e := c.row(m).at_budget.get(p[0])) and e.mean is not None for m in c.methods)
-    ]
+    measured = []
+    for price in _PRICES:
+        estimates = [c.row(m).at_budget.get(price[0]) for m in c.methods]
+        if any(e is not None and e.mean is not None for e in estimates):
+            measured.append(price)
+    if not measured:
+        return {}
     lines = []
     for m in c.methods:
-        row, cells = c.row(m), []
-        for name, _, digits, share in names:
-            e = row.at_budget.get(name, Estimate())
-            text = (
-                f"{plain(100 * e.mean, digits)}\u00a0%"
-                if share and e.mean is not None
-                else plain(e.mean, digits)
-            )
-            cells.append(
-                Cell(text, "" if e.ratio is None or m == BASE else f"×\u00a0{plain(e.ratio)}")
-            )
-        cells.append(
-            Cell(
-                "–" if row.runs is None else str(row.runs),
-                f"{row.collapsed} collapsed" if row.collapsed else "",
-            )
-        )
+        row = c.row(m)
+        cells = [
+            _price_cell(row.at_budget.get(name, Estimate()), digits, share, is_base=m == BASE)
+            for name, _, digits, share in measured
+        ]
+        runs = "–" if row.runs is None else str(row.runs)
+        cells.append(Cell(runs, f"{row.collapsed} collapsed" if row.collapsed else ""))
         lines.append((tag(c, m), cells))
-    return {"heads": [*(head for _, head, _, _ in names), "runs"], "lines": lines} if names else {}
+    return {"heads": [*(head for _, head, _, _ in measured), "runs"], "lines": lines}
+
+
+def _price_cell(e: Estimate, digits: int, share: bool, *, is_base: bool) -> Cell:
+    as_percent = share and e.mean is not None
+    text = f"{plain(100 * (e.mean or 0.0), digits)}\u00a0%" if as_percent else plain(e.mean, digits)
+    return Cell(text, "" if e.ratio is None or is_base else f"×\u00a0{plain(e.ratio)}")
 
 
 # ---- wins ----------------------------------------------------------------------------------------
@@ -198,7 +185,9 @@ def price_table(c: Comparison) -> dict[str, Any]:
 def wins_between(c: Comparison, method: str, other: str) -> Wins | None:
     """Prompt by prompt, one method against another, from whichever side it was written down."""
     mine, theirs = c.row(method).wins.get(other), c.row(other).wins.get(method)
-    return mine if mine is not None else theirs.turned() if theirs is not None else None
+    if mine is not None:
+        return mine
+    return None if theirs is None else theirs.turned()
 
 
 def win_bars(c: Comparison) -> list[dict[str, Any]]:
@@ -216,32 +205,18 @@ def win_matrix(c: Comparison) -> list[tuple[Tag, list[dict[str, Any] | None]]]:
 
     Empty with fewer than two methods to compare.
     """
-    lines = []
-    for m in c.methods:
-        cells: list[dict[str, Any] | None] = []
-        for other in c.methods:
-            w = None if m == other else wins_between(c, m, other)
-            # No side is called ahead where a collapsed method plays.
-            css = (
-                "fallen"
-                if c.collapsed(m) or c.collapsed(other)
-                else "even"
-                if w is None
-                else _side(w)
-            )
-            cells.append(
-                None
-                if w is None
-                else {"css": css, "net": points(w.net), "interval": _point_bounds(w)}
-            )
-        lines.append((tag(c, m), cells))
-    return (
-        lines
-        if any(
-            w is not None and n != m for m, (_, row) in enumerate(lines) for n, w in enumerate(row)
-        )
-        else []
-    )
+    lines = [(tag(c, m), [_win_cell(c, m, other) for other in c.methods]) for m in c.methods]
+    known = any(cell is not None for _, cells in lines for cell in cells)
+    return lines if known else []
+
+
+def _win_cell(c: Comparison, method: str, other: str) -> dict[str, Any] | None:
+    wins = None if method == other else wins_between(c, method, other)
+    if wins is None:
+        return None
+    # No side is called ahead where a collapsed method plays.
+    css = "fallen" if c.collapsed(method) or c.collapsed(other) else _side(wins)
+    return {"css": css, "net": points(wins.net), "interval": _point_bounds(wins)}
 
 
 def _side(w: Wins) -> str:
@@ -265,26 +240,24 @@ def _point_bounds(w: Wins) -> str:
 
 def method_details(c: Comparison) -> list[dict[str, Any]]:
     """What each method is, with what settings it ran, and every point of every seed."""
-    found = []
-    for m, facts in c.methods.items():
-        runs = [r for r in c.runs if r.method == m]
-        settings = {
-            str(k): v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
-            for k, v in mapping(facts.get("settings")).items()
-        }
-        table = _point_table(c, runs)
-        found.append(
-            {
-                "tag": tag(c, m),
-                "description": str(facts.get("description") or ""),
-                "settings": settings,
-                "heads": table[0],
-                "points": table[1],
-                "runs": [(_run_name(r), r.collapsed, _effort(r)) for r in runs],
-                "training": _training(runs),
-            }
-        )
-    return found
+    return [_details(c, m, facts) for m, facts in c.methods.items()]
+
+
+def _details(c: Comparison, method: str, facts: dict[str, Any]) -> dict[str, Any]:
+    runs = [r for r in c.runs if r.method == method]
+    heads, points = _point_table(c, runs)
+    return {
+        "tag": tag(c, method),
+        "description": str(facts.get("description") or ""),
+        "settings": {
+            str(name): v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
+            for name, v in mapping(facts.get("settings")).items()
+        },
+        "heads": heads,
+        "points": points,
+        "runs": [(_run_name(r), r.collapsed, _effort(r)) for r in runs],
+        "training": _training(runs),
+    }
 
 
 def _run_name(r: MethodRun) -> str:

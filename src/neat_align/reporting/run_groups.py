@@ -1,6 +1,4 @@
-"""What the groups of a run's rounds say: rewards by origin with their spread, and which
-instructions make a contrast.
-"""
+"""What a run's groups say: rewards by origin, and which instructions make a contrast."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ from neat_align.rounds.metrics import inversion_rate, reward_gap
 
 # Fewer prompts than this have no interval: resampling a handful says nothing.
 FEW_PROMPTS = 5
-# Rounds drawn side by side; of a longer run these many, evenly spaced, the first and the last among
-# them.
+# Rounds side by side; of a longer run these many, evenly spaced, with the first and the last.
 SHOWN_ROUNDS = 8
 _RESAMPLES = 4000
 
@@ -33,11 +30,12 @@ def spread_of_mean(values: Sequence[float], errors: float = 1.0) -> tuple[float,
 
 
 def prompt_means(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
-    """Each prompt's mean reward of an origin: the completions of one prompt are not independent
-    draws.
+    """Each prompt's mean reward of an origin.
+
+    The completions of one prompt are not independent draws, so they count as one.
     """
-    found = (_rewards([g], origin) for g in groups)
-    return [fmean(values) for values in found if values]
+    rewards = (_rewards([g], origin) for g in groups)
+    return [fmean(values) for values in rewards if values]
 
 
 def _rewards(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
@@ -57,14 +55,14 @@ def distributions(run: RunContents) -> list[BoxChart]:
     rounds = _spaced(run.rounds)
     names = tuple(round_label(r) for r in rounds)
     rewards = {o: [_rewards(r.groups, o) for r in rounds] for o in ORIGINS}
-    everything = [v for columns in rewards.values() for values in columns for v in values]
+    everything = [v for by_round in rewards.values() for values in by_round for v in values]
     if not everything:
         return []
     span = (min(everything), max(everything))
     charts = []
-    for o, columns in rewards.items():
+    for o, by_round in rewards.items():
         boxes = tuple(
-            box_of(name, values) for name, values in zip(names, columns, strict=True) if values
+            box_of(name, values) for name, values in zip(names, by_round, strict=True) if values
         )
         if boxes:
             charts.append(BoxChart(o, "reward of each completion", o, names, boxes, span))
@@ -87,8 +85,7 @@ def _spaced(rounds: Sequence[RoundGroups]) -> list[RoundGroups]:
 
 @dataclass(frozen=True)
 class InstructionRow:
-    """What a pair of instructions did to the reward, over the prompts of all rounds that it was
-    drawn for.
+    """What a pair of instructions did to the reward, over all prompts that it was drawn for.
 
     `gap` is the mean over prompts of (mean reward under the positive − mean reward under the
     negative), `low` and `high` its 95 % interval, None for few prompts; `inversion` the share of
@@ -119,12 +116,13 @@ class InstructionRow:
 
 def instruction_rows(run: RunContents) -> list[InstructionRow]:
     """Every pair of instructions with rewards on both sides, the largest gap first."""
-    drawn: dict[tuple[str, str], list[tuple[int, CompletionGroup]]] = {}
+    groups_of: dict[tuple[str, str], list[tuple[int, CompletionGroup]]] = {}
     for i, r in enumerate(run.rounds):
         for group in r.groups:
             for pair in _pairs_of(group):
-                drawn.setdefault(pair, []).append((i, _only(group, pair)))
-    rows = [_instruction_row(pair, found, len(run.rounds) - 1) for pair, found in drawn.items()]
+                groups_of.setdefault(pair, []).append((i, _only(group, pair)))
+    last = len(run.rounds) - 1
+    rows = [_instruction_row(pair, groups, last) for pair, groups in groups_of.items()]
     return sorted(rows, key=lambda row: -row.gap)
 
 
@@ -138,21 +136,18 @@ def _pairs_of(group: CompletionGroup) -> list[tuple[str, str]]:
 
 
 def _only(group: CompletionGroup, pair: tuple[str, str]) -> CompletionGroup:
-    kept = (
-        c
-        for c in group.completions
-        if (c.origin, c.instruction) in (("positive", pair[0]), ("negative", pair[1]))
-    )
+    sides = (("positive", pair[0]), ("negative", pair[1]))
+    kept = [c for c in group.completions if (c.origin, c.instruction) in sides]
     return replace(group, completions=tuple(kept))
 
 
 def _instruction_row(
-    pair: tuple[str, str], found: list[tuple[int, CompletionGroup]], last: int
+    pair: tuple[str, str], groups_by_round: list[tuple[int, CompletionGroup]], last: int
 ) -> InstructionRow:
-    groups = [group for _, group in found]
+    groups = [group for _, group in groups_by_round]
     good, bad = prompt_means(groups, "positive"), prompt_means(groups, "negative")
     ends = _bootstrap([g - b for g, b in zip(good, bad, strict=True)])
-    recent = [group for i, group in found if i == last]
+    recent = [group for i, group in groups_by_round if i == last]
     return InstructionRow(
         positive=pair[0],
         negative=pair[1],
