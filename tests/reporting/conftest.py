@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import cache
-from typing import Any
 
 import pytest
-import vl_convert
+from markupsafe import Markup
 
+from neat_align.reporting import charts, comparison_charts, svg
 
-@cache
-def _drawn(spec: str, settings: str) -> str:
-    return str(_DRAW(json.loads(spec), **json.loads(settings)))
-
-
-_DRAW = vl_convert.vegalite_to_svg
+_DRAWN: dict[str, Markup] = {}
 
 
 @pytest.fixture
@@ -24,7 +18,11 @@ def drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     most with the same charts.
     """
 
-    def draw(spec: dict[str, Any], **settings: Any) -> str:
-        return _drawn(json.dumps(spec), json.dumps(settings))
+    def draw(chart: svg.Spec, label: str, description: str, size: tuple[int, int]) -> Markup:
+        key = json.dumps([chart, label, description, size])
+        if key not in _DRAWN:
+            _DRAWN[key] = svg.draw(chart, label, description, size)
+        return _DRAWN[key]
 
-    monkeypatch.setattr(vl_convert, "vegalite_to_svg", draw)
+    monkeypatch.setattr(charts, "draw", draw)
+    monkeypatch.setattr(comparison_charts, "draw", draw)

@@ -106,14 +106,14 @@ def test_the_page_is_the_same_twice_and_replaces_the_old_one_whole(tmp_path: Pat
 
 
 def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
-    found = verdict(read(tmp_path, comparison()))
-    assert found.best == "neat"
+    outcome = verdict(read(tmp_path, comparison()))
+    assert outcome.best == "neat"
     assert (
-        found.sentence.replace("\u00a0", " ")
+        outcome.sentence.replace("\u00a0", " ")
         == "At equal KL (0.015 nats per token) neat has the largest gain over base in reward "
         "(vader), +0.12 [0.09, 0.15]"
     )
-    notes = " ".join(found.notes).replace("\u00a0", " ")
+    notes = " ".join(outcome.notes).replace("\u00a0", " ")
     assert (
         "This comparison does not put neat-pp and dpo behind it." in notes
     )  # dpo's [0.04, 0.10] reaches 0.09
@@ -124,9 +124,9 @@ def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
 def test_a_method_clearly_ahead_is_said_to_be(tmp_path: Path) -> None:
     facts = comparison()
     row_of(facts, "neat")["at_equal_kl"]["reward"] = estimate(0.8, 0.5, 0.05)
-    found = verdict(read(tmp_path, facts))
-    assert "neat gains most over base" in found.sentence
-    assert "It is ahead of every other method beyond the intervals." in found.notes
+    outcome = verdict(read(tmp_path, facts))
+    assert "neat gains most over base" in outcome.sentence
+    assert "It is ahead of every other method beyond the intervals." in outcome.notes
 
 
 def test_a_rival_that_gains_nothing_for_sure_is_not_beaten_by_that(tmp_path: Path) -> None:
@@ -138,12 +138,12 @@ def test_a_rival_that_gains_nothing_for_sure_is_not_beaten_by_that(tmp_path: Pat
             row_of(facts, name)["at_equal_kl"]["reward"] = estimate(0.8, 0.04, 0.09)
     c = read(tmp_path, facts)
     assert leaders(c, "at_equal_kl", "reward") == ["neat"]
-    found = verdict(c)
-    assert "neat has the largest gain over base" in found.sentence
-    assert "It is ahead of every other method beyond the intervals." not in found.notes
+    outcome = verdict(c)
+    assert "neat has the largest gain over base" in outcome.sentence
+    assert "It is ahead of every other method beyond the intervals." not in outcome.notes
     assert any(
         note.startswith("This comparison does not put") and note.endswith("behind it.")
-        for note in found.notes
+        for note in outcome.notes
     )
 
 
@@ -376,6 +376,10 @@ def test_gains_share_a_scale_that_holds_zero(tmp_path: Path) -> None:
         ("judge", "at equal budget", 5),
         ("judge", "at equal KL", 4),
     ]
+    for chart in charts:
+        low, high = chart.span
+        assert all(low < e.delta < high for e in chart.gains.values())
+        assert all(low < e.low < e.high < high for e in chart.gains.values() if e.low is not None)
     assert charts[0].span == charts[1].span
     assert charts[2].span == charts[3].span
     svg = gain_figure(c, charts[0]).svg
