@@ -8,6 +8,7 @@ import base64
 import hashlib
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 HOSTILE = "<script>alert(1)</script>"
 BREAKOUT = "\"><img src=x onerror='alert(2)'>"
@@ -110,3 +111,28 @@ def assert_escaped(html: str) -> None:
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert HOSTILE not in html
     assert "<img" not in html
+
+
+def marks_of(svg: str, layer: str) -> list[ElementTree.Element]:
+    """The marks of a chart's layer, in the order in which they are drawn."""
+    groups = [g for g in ElementTree.fromstring(svg).iter("g") if g.get("class") == layer]
+    return [mark for group in groups for mark in group if mark.tag != "title"]
+
+
+def place_of(mark: ElementTree.Element) -> tuple[float, float]:
+    """Where a mark stands in the chart's plot area."""
+    moved = re.findall(r"translate\((-?[\d.]+),(-?[\d.]+)\)", mark.get("transform", ""))
+    assert len(moved) <= 1
+    return (float(moved[0][0]), float(moved[0][1])) if moved else (0.0, 0.0)
+
+
+def ends_of(line: ElementTree.Element) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Both ends of a rule."""
+    x, y = place_of(line)
+    return (x, y), (x + float(line.get("x2", 0)), y + float(line.get("y2", 0)))
+
+
+def corners_of(path: ElementTree.Element) -> list[tuple[float, float]]:
+    """The points of a path of straight lines."""
+    pairs = re.findall(r"[ML](-?[\d.]+),(-?[\d.]+)", path.get("d", ""))
+    return [(float(x), float(y)) for x, y in pairs]

@@ -128,12 +128,14 @@ def test_the_comparison_renders(
     assert width_of(driver) <= width
     paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, paper[4:-1].split(","))) < 200) == (theme == "dark")
-    marks = shown(driver, ".curve .dot")
-    assert len(marks) == 2 * 5 * 3
+    marks = shown(driver, ".charts.wide .mark > path")
+    assert len(marks) == 2 * (5 * 3 + 1)
     fills = driver.execute_script(
         "return arguments[0].map((mark) => getComputedStyle(mark).fill)", marks
     )
-    assert len(set(fills)) == 5 + 1  # a colour a method, and the paper in the hollow ones
+    # A colour a method, base's, and the paper in the hollow ones.
+    assert len(set(fills)) == 5 + 2
+    assert paper in fills
     assert driver.get_log("browser") == []
     assert requests(driver) == []
 
@@ -225,7 +227,7 @@ def test_the_report_renders(
     show(driver, reported, width=width, theme=theme)
     assert width_of(driver) <= width
     assert len(shown(driver, "svg")) == 11
-    assert shown(driver, ".line .band")[0].size["height"] > 0
+    assert shown(driver, "svg .band path")[0].size["height"] > 0
     assert driver.get_log("browser") == []
     assert requests(driver) == []
 

@@ -18,12 +18,14 @@ from neat_align.errors import ConfigError, DataError
 from neat_align.reporting.comparison_charts import (
     css_of,
     frontier,
-    marker_of,
-    whisker,
-    whisker_scale,
+    frontier_figure,
+    gain_charts,
+    gain_figure,
+    gain_span,
+    shape_of,
 )
 from neat_align.reporting.comparison_files import Estimate, Wins, read_comparison
-from neat_align.reporting.comparison_report import verdict, warnings_of, write_comparison_report
+from neat_align.reporting.comparison_report import verdict, write_comparison_report
 from neat_align.reporting.comparison_tables import (
     gain_table,
     leaders,
@@ -31,7 +33,20 @@ from neat_align.reporting.comparison_tables import (
     win_matrix,
     wins_between,
 )
-from pages import BREAKOUT, HOSTILE, Page, assert_escaped, assert_sealed
+from neat_align.reporting.comparison_warnings import warnings_of
+from pages import (
+    BREAKOUT,
+    HOSTILE,
+    Page,
+    assert_escaped,
+    assert_sealed,
+    corners_of,
+    ends_of,
+    marks_of,
+    place_of,
+)
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 Facts = dict[str, Any]
 
@@ -91,14 +106,14 @@ def test_the_page_is_the_same_twice_and_replaces_the_old_one_whole(tmp_path: Pat
 
 
 def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
-    found = verdict(read(tmp_path, comparison()))
-    assert found.best == "neat"
+    outcome = verdict(read(tmp_path, comparison()))
+    assert outcome.best == "neat"
     assert (
-        found.sentence.replace("\u00a0", " ")
+        outcome.sentence.replace("\u00a0", " ")
         == "At equal KL (0.015 nats per token) neat has the largest gain over base in reward "
         "(vader), +0.12 [0.09, 0.15]"
     )
-    notes = " ".join(found.notes).replace("\u00a0", " ")
+    notes = " ".join(outcome.notes).replace("\u00a0", " ")
     assert (
         "This comparison does not put neat-pp and dpo behind it." in notes
     )  # dpo's [0.04, 0.10] reaches 0.09
@@ -109,9 +124,9 @@ def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
 def test_a_method_clearly_ahead_is_said_to_be(tmp_path: Path) -> None:
     facts = comparison()
     row_of(facts, "neat")["at_equal_kl"]["reward"] = estimate(0.8, 0.5, 0.05)
-    found = verdict(read(tmp_path, facts))
-    assert "neat gains most over base" in found.sentence
-    assert "It is ahead of every other method beyond the intervals." in found.notes
+    outcome = verdict(read(tmp_path, facts))
+    assert "neat gains most over base" in outcome.sentence
+    assert "It is ahead of every other method beyond the intervals." in outcome.notes
 
 
 def test_a_rival_that_gains_nothing_for_sure_is_not_beaten_by_that(tmp_path: Path) -> None:
@@ -123,12 +138,12 @@ def test_a_rival_that_gains_nothing_for_sure_is_not_beaten_by_that(tmp_path: Pat
             row_of(facts, name)["at_equal_kl"]["reward"] = estimate(0.8, 0.04, 0.09)
     c = read(tmp_path, facts)
     assert leaders(c, "at_equal_kl", "reward") == ["neat"]
-    found = verdict(c)
-    assert "neat has the largest gain over base" in found.sentence
-    assert "It is ahead of every other method beyond the intervals." not in found.notes
+    outcome = verdict(c)
+    assert "neat has the largest gain over base" in outcome.sentence
+    assert "It is ahead of every other method beyond the intervals." not in outcome.notes
     assert any(
         note.startswith("This comparison does not put") and note.endswith("behind it.")
-        for note in found.notes
+        for note in outcome.notes
     )
 
 
@@ -284,59 +299,100 @@ def test_collapses_are_told_with_their_seeds_and_reason(tmp_path: Path) -> None:
 # ---- pictures and tables -------------------------------------------------------------------------
 
 
+def near(place: tuple[float, float]) -> Any:
+    """A place, but for the rounding of the numbers in the page."""
+    return pytest.approx(place, abs=0.2)
+
+
 def test_the_frontier_starts_at_base_and_keeps_the_order_of_the_numbers(tmp_path: Path) -> None:
     facts = comparison()
     c = read(tmp_path, facts)
-    drawn = frontier(c, "reward", "reward")
-    assert drawn is not None
-    f = drawn["frame"]
-    assert f.root  # the collapsed method lies at 0.18 nats, the others near 0.03
-    assert drawn["base"] == f.at(0, 0.31)
-    assert f.at(0, 0.31)[0] == f.left
-    assert drawn["target"] == pytest.approx(
-        f.left + math.sqrt(0.015 / f.x_end) * (f.right - f.left), abs=0.06
-    )
-    for curve, made in zip(drawn["curves"], facts["frontier"], strict=True):
-        places = [
-            tuple(map(float, pair.split(",")))
-            for pair in re.findall(r"[-\d.]+,[-\d.]+", curve["path"])
+    f = frontier(c, "reward", "reward")
+    assert f is not None
+    assert f.square_root  # the collapsed method lies at 0.18 nats, the others near 0.03
+    assert f.base is not None
+    assert (f.base.mean, f.target) == (0.31, 0.015)
+    svg = frontier_figure(c, f).svg
+    *marks, base = marks_of(svg, "mark")
+    points = [p for curve in facts["frontier"] for p in curve["points"]]
+    far = max(range(len(points)), key=lambda i: points[i]["kl"])
+    (left, level), (right, top) = place_of(base), place_of(marks[far])
+    x_unit = (right - left) / math.sqrt(points[far]["kl"])
+    y_unit = (top - level) / (points[far]["reward"]["mean"] - 0.31)
+    assert left == 0
+    assert x_unit > 0 > y_unit
+
+    def at(kl: float, reward: float) -> tuple[float, float]:
+        return left + x_unit * math.sqrt(kl), level + y_unit * (reward - 0.31)
+
+    assert [ends_of(line)[0][0] for line in marks_of(svg, "target")] == [
+        pytest.approx(at(0.015, 0)[0], abs=0.2)
+    ]
+    assert [min(ends_of(line)) for line in marks_of(svg, "at_base")] == [near(at(0, 0.31))]
+    paths = [corners_of(path) for path in marks_of(svg, "through")]
+    assert len(paths) == len(facts["frontier"])
+    for path, curve in zip(paths, facts["frontier"], strict=True):
+        expected = [at(p["kl"], p["reward"]["mean"]) for p in curve["points"]]
+        assert path == [near(place) for place in [at(0, 0.31), *expected]]
+    uprights, levels = marks_of(svg, "spread"), marks_of(svg, "kl_spread")
+    for mark, upright, across, p in zip(marks, uprights, levels, points, strict=True):
+        kl, reward = p["kl"], p["reward"]
+        assert place_of(mark) == near(at(kl, reward["mean"]))
+        assert sorted(ends_of(upright)) == [
+            near(at(kl, reward["high"])),
+            near(at(kl, reward["low"])),
         ]
-        assert places == [
-            f.at(0, 0.31),
-            *(f.at(p["kl"], p["reward"]["mean"]) for p in made["points"]),
+        assert sorted(ends_of(across)) == [
+            near(at(p["kl_low"], reward["mean"])),
+            near(at(p["kl_high"], reward["mean"])),
         ]
-        for mark, p in zip(curve["marks"], made["points"], strict=True):
-            upright, level = mark["bars"]
-            assert (upright[1], upright[3]) == (
-                f.at(0, p["reward"]["low"])[1],
-                f.at(0, p["reward"]["high"])[1],
-            )
-            assert (level[0], level[2]) == (f.at(p["kl_low"], 0)[0], f.at(p["kl_high"], 0)[0])
-            assert mark["collapsed"] == p["collapsed"]
-    kls = [v for p in facts["frontier"] for q in p["points"] for v in (q["kl_low"], q["kl_high"])]
-    assert f.top <= f.at(0, 0.66)[1] < f.at(0, 0.3)[1] <= f.bottom
-    assert all(f.left <= f.at(v, 0.3)[0] <= f.right for v in kls)
+        hollow = "var(--paper)"
+        assert (mark.get("fill") == hollow) == p["collapsed"]
+        note = mark.findtext("title") or ""
+        assert f": {reward['mean']:.3f} [" in note
+        assert note.endswith(", collapsed") == p["collapsed"]
 
 
 def test_every_method_has_its_own_shape_and_colour(tmp_path: Path) -> None:
     facts = comparison()
     facts["methods"] = [{"name": "base"}, *({"name": f"m{i}"} for i in range(20))]
     c = read(tmp_path, facts | {"table": [], "runs": [], "frontier": []})
-    looks = [(css_of(c, m), marker_of(c, m, 0, 0)) for m in c.methods]
+    looks = [(css_of(c, m), shape_of(c, m)) for m in c.methods]
     assert len(set(looks)) == 21
     assert len({shape for _, shape in looks[:9]}) == 9
     assert len({css for css, _ in looks[:9]}) == 9
 
 
-def test_whiskers_share_a_scale_that_holds_zero() -> None:
-    estimates = [Estimate(delta=0.2, low=0.1, high=0.3), Estimate(delta=0.4)]
-    scale = whisker_scale(estimates)
-    assert scale[0] < 0 < 0.4 < scale[1]
-    w = whisker(estimates[0], scale)
-    assert w["zero"] is not None
-    assert w["low"] is not None
-    assert 0 < w["zero"] < w["low"] < (w["delta"] or 0) < (w["high"] or 0) < 96
-    assert whisker(estimates[1], scale)["low"] is None
+def test_gains_share_a_scale_that_holds_zero(tmp_path: Path) -> None:
+    span = gain_span([Estimate(delta=0.2, low=0.1, high=0.3), Estimate(delta=0.4)])
+    assert span[0] < 0 < 0.4 < span[1]
+    facts = comparison()
+    row_of(facts, "neat-pp")["at_budget"]["reward"] |= {"low": None}
+    c = read(tmp_path, facts)
+    charts = gain_charts(c, [("reward", "reward"), ("judges/minilm_tone", "judge")])
+    assert [(chart.title, chart.where, len(chart.gains)) for chart in charts] == [
+        ("reward", "at equal budget", 5),
+        ("reward", "at equal KL", 4),
+        ("judge", "at equal budget", 5),
+        ("judge", "at equal KL", 4),
+    ]
+    for chart in charts:
+        low, high = chart.span
+        assert all(low < e.delta < high for e in chart.gains.values())
+        assert all(low < e.low < e.high < high for e in chart.gains.values() if e.low is not None)
+    assert charts[0].span == charts[1].span
+    assert charts[2].span == charts[3].span
+    svg = gain_figure(c, charts[0]).svg
+    ((zero, _), _) = ends_of(marks_of(svg, "zero")[0])
+    marks, intervals = marks_of(svg, "mark"), marks_of(svg, "interval")
+    assert (len(marks), len(intervals)) == (5, 4)  # half an interval says nothing
+    gains = {m: row_of(facts, m)["at_budget"]["reward"] for m in METHODS}
+    unit = (place_of(marks[0])[0] - zero) / gains["neat"]["delta"]
+    for mark, e in zip(marks, gains.values(), strict=True):
+        assert place_of(mark)[0] == pytest.approx(zero + unit * e["delta"], abs=0.2)
+    (low, y), (high, _) = sorted(ends_of(intervals[0]))
+    assert (low, high) == near((zero + unit * 0.13, zero + unit * 0.21))
+    assert y == pytest.approx(place_of(marks[0])[1], abs=0.2)
 
 
 def test_wins_are_read_from_either_side(tmp_path: Path) -> None:

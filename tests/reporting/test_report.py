@@ -18,13 +18,13 @@ import pytest
 from neat_align.errors import ConfigError
 from neat_align.files.atomic import write_json
 from neat_align.reporting import run_report as report
-from neat_align.reporting.charts import nice_ticks
+from neat_align.reporting.charts import Series, line_chart, line_figure
 from neat_align.reporting.pages import digits_for, plain, signed
 from neat_align.reporting.run_files import RunContents, read_run
 from neat_align.reporting.run_report import examples, sample_groups, write_report
 from neat_align.reporting.run_warnings import warnings_of
 from neat_align.rounds.completions import Completion, CompletionGroup
-from pages import BREAKOUT, HOSTILE, Page, assert_escaped, assert_sealed
+from pages import BREAKOUT, HOSTILE, Page, assert_escaped, assert_sealed, corners_of, marks_of
 from run_files import (
     build_run,
     change_json,
@@ -34,6 +34,8 @@ from run_files import (
     report_round,
     write_round,
 )
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 
 @pytest.fixture(scope="module")
@@ -430,8 +432,38 @@ def test_numbers() -> None:
     [(0, 1), (-3.2, 7), (5, 5), (1e6, 1e6 + 1e-9), (0.0, 1e-5), (-1e8, 1e8), (0, 0)],
 )
 def test_ticks_span_the_values(low: float, high: float) -> None:
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
-    assert ticks == sorted(set(ticks))
-    assert 2 <= len(ticks) <= 8
+    chart = line_chart("Loss", "", [Series("loss", "ink", [(0.0, low), (1.0, high)])], 1.0)
+    assert chart is not None
+    svg = line_figure(chart).svg
+    (path,) = marks_of(svg, "line")
+    assert [0 <= y <= 200 for _, y in corners_of(path)] == [True, True]
+    labels = re.findall(r"<text [^>]*translate\(-[^>]*>([^<>]+)</text>", svg)
+    ticks = [float(label.replace(",", "").replace("−", "-")) for label in labels]
+    assert 2 <= len(set(ticks)) <= 8
+    assert ticks == sorted(ticks)
+    if high - low > 1e-8:
+        assert ticks[0] <= low + (ticks[1] - ticks[0])
+        assert ticks[-1] >= high - (ticks[1] - ticks[0])
+    else:
+        assert ticks[0] <= low <= high <= ticks[-1]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "labels"),
+    [(1.0, "0 1"), (2.5, "0 1 2"), (6.0, "0 1 2 3 4 5 6"), (31.0, "0 6 12 18 24 30")],
+)
+def test_rounds_are_counted_in_whole_numbers(rounds: float, labels: str) -> None:
+    chart = line_chart("Loss", "", [Series("loss", "ink", [(0.0, 0.1), (0.5, 0.2)])], rounds)
+    assert chart is not None
+    across = re.findall(
+        r"<text [^>]*translate\([\d.]+,16\)[^>]*>([^<>]+)</text>", line_figure(chart).svg
+    )
+    assert across == labels.split()
+
+
+def test_numbers_that_no_axis_holds_are_left_out() -> None:
+    wild = Series("loss", "ink", [(0.0, 1.0), (1.0, 1e300)], band=[(0.0, 0.0, 1e12)])
+    chart = line_chart("Loss", "", [wild, Series("none", "plain", [(0.0, -1e10)])], 3.0)
+    assert chart is not None
+    assert [(s.name, s.points, s.band) for s in chart.series] == [("loss", [(0.0, 1.0)], [])]
+    assert line_chart("Loss", "", [Series("none", "plain", [(0.0, -1e10)])], 3.0) is None

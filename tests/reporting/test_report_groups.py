@@ -7,15 +7,18 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from statistics import fmean, median
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from neat_align.reporting import run_report as report
+from neat_align.reporting.charts import box_figure, line_figure
 from neat_align.reporting.run_files import RunContents, read_run
 from neat_align.reporting.run_groups import distributions, instruction_rows, spread_of_mean
 from neat_align.reporting.run_report import write_report
-from pages import Page
+from pages import Page, corners_of, ends_of, marks_of, place_of
 from run_files import PAIRS_DRAWN, build_run, contrast_group, report_round
 
 
@@ -76,54 +79,77 @@ def test_the_page_shows_the_instructions_and_folds_the_negative_ones(run_dir: Pa
 
 def test_a_band_is_one_standard_error_over_prompts(run_dir: Path) -> None:
     run = read_run(run_dir)
-    drawn = next(c for c in report.charts(run) if c["title"] == "Reward of what is sampled")
-    line = next(s for s in drawn["lines"] if s["css"] == "negative")
-    corners = [
-        tuple(map(float, corner.split(",")))
-        for corner in re.findall(r"[\d.]+,[\d.]+", line["band"])
-    ]
-    assert len(corners) == 6
+    drawn = next(c for c in report.charts(run) if c.title == "Reward of what is sampled")
+    line = next(s for s in drawn.series if s.name == "negative")
+    assert len(line.band) == 3
     rewards = [
         [c.reward for c in g.completions if c.origin == "negative"] for g in run.rounds[0].groups
     ]
     means = np.array(rewards, dtype=float).mean(axis=1)
     error = means.std(ddof=1) / math.sqrt(len(means))
-    assert corners[0] == drawn["frame"].at(0, means.mean() + error)
-    assert corners[-1] == drawn["frame"].at(0, means.mean() - error)
+    assert line.band[0] == pytest.approx((0.0, means.mean() - error, means.mean() + error))
+    bands = marks_of(line_figure(drawn).svg, "band")
+    colours = ["positive", "negative", "chosen", "rejected"]
+    assert [band.get("fill") for band in bands] == [f"var(--{name})" for name in colours]
+    assert [len(corners_of(band)) for band in bands] == [6] * 4
 
 
 def test_the_held_out_reward_has_an_interval_before_and_after(run_dir: Path) -> None:
     run = read_run(run_dir)
     held_out = report.charts(run)[0]
-    assert held_out["title"] == "Held-out reward"
-    bars = held_out["lines"][0]["bars"]
+    assert held_out.title == "Held-out reward"
+    bars = held_out.series[0].bars
     for bar, x, side in zip(bars, (0, 3), (run.before, run.after), strict=True):
         rewards = np.array(side["rewards"])
         half = 1.96 * rewards.std(ddof=1) / math.sqrt(len(rewards))
-        ends = [held_out["frame"].at(x, rewards.mean() + sign * half) for sign in (-1, 1)]
-        assert bar == (*ends[0], ends[1][1])
+        assert bar == pytest.approx((x, rewards.mean() - half, rewards.mean() + half))
+    svg = line_figure(held_out).svg
+    dots = [place_of(dot) for dot in marks_of(svg, "dot")]
+    for bar, (x, y) in zip(marks_of(svg, "bar"), (dots[0], dots[-1]), strict=True):
+        (_, top), (_, bottom) = sorted(ends_of(bar), key=lambda end: end[1])
+        assert ends_of(bar)[0][0] == pytest.approx(x, abs=0.2)
+        assert (top + bottom) / 2 == pytest.approx(y, abs=0.5)
+        assert bottom - top > 5
 
 
 def test_boxes_are_the_percentiles(run_dir: Path) -> None:
     run = read_run(run_dir)
     drawn = distributions(run)
-    assert [d["title"] for d in drawn] == ["positive", "negative", "chosen", "rejected"]
+    assert [d.title for d in drawn] == ["positive", "negative", "chosen", "rejected"]
     for d in drawn:
-        assert [name for _, name in d["frame"].x_ticks] == ["0", "1", "2"]
-        for i, box in enumerate(d["boxes"]):
+        assert d.names == ("0", "1", "2")
+        for i, box in enumerate(d.boxes):
             values = [
-                c.reward
-                for g in run.rounds[i].groups
-                for c in g.completions
-                if c.origin == d["title"]
+                c.reward for g in run.rounds[i].groups for c in g.completions if c.origin == d.title
             ]
-            expected = [
-                d["frame"].at(0, float(v))[1]
-                for v in np.percentile(np.array(values, dtype=float), [5, 25, 50, 75, 95])
-            ]
-            assert box["cuts"] == pytest.approx(expected, abs=0.11)
-            assert box["strip"].count("M") == len(values)
-    assert len({d["frame"].y_values for d in drawn}) == 1
+            expected = np.percentile(np.array(values, dtype=float), [5, 25, 50, 75, 95])
+            assert box.percentiles == pytest.approx(expected)
+            assert (box.count, len(box.strip)) == (len(values), len(values))
+    assert len({d.span for d in drawn}) == 1
+
+
+def middle_of(box: ElementTree.Element) -> tuple[float, float]:
+    """The middle of a rectangle, which is a path that goes right, down and back."""
+    place = re.match(r"M([\d.]+),([\d.]+)h([\d.]+)v([\d.]+)h", str(box.get("d")))
+    assert place is not None
+    x, y, width, height = map(float, place.groups())
+    return x + width / 2, y + height / 2
+
+
+def test_a_box_is_drawn_around_its_strip(run_dir: Path) -> None:
+    drawn = distributions(read_run(run_dir))[0]
+    svg = box_figure(drawn).svg
+    middles = [middle_of(mark) for mark in marks_of(svg, "median")]
+    (strip,) = marks_of(svg, "strip")
+    dots = corners_of(strip)
+    assert len(dots) == sum(len(box.strip) for box in drawn.boxes)
+    for i, (x, y) in enumerate(middles):
+        own = dots[24 * i : 24 * (i + 1)]
+        assert fmean(dot_x for dot_x, _ in own) == pytest.approx(x, abs=3)
+        assert max(abs(dot_x - x) for dot_x, _ in own) <= 17
+        assert median(dot_y for _, dot_y in own) == pytest.approx(y, abs=0.3)
+    boxes = [middle_of(mark) for mark in marks_of(svg, "box")]
+    assert [x for x, _ in boxes] == pytest.approx([x for x, _ in middles], abs=0.2)
 
 
 def test_a_long_run_shows_its_first_and_last_round() -> None:
@@ -131,5 +157,6 @@ def test_a_long_run_shows_its_first_and_last_round() -> None:
     drawn = distributions(
         RunContents("x", rounds=[report_round(f"{i:05d}", groups) for i in range(31)])
     )
-    names = [name for _, name in drawn[0]["frame"].x_ticks]
+    names = drawn[0].names
     assert (len(names), names[0], names[-1]) == (8, "0", "30")
+    assert ">30</text>" in box_figure(drawn[0]).svg

@@ -1,4 +1,4 @@
-"""Geometry of the reports' charts in SVG units; the templates draw it."""
+"""The report's charts: lines over the rounds of training, and boxes of each round's rewards."""
 
 from __future__ import annotations
 
@@ -6,96 +6,43 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, quantiles
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 340.0, 190.0, 42.0, 10.0, 34.0
-# Points of a strip beside its box: more say nothing more, and weigh on the page.
-_STRIP = 80
+from neat_align.reporting.pages import digits_for, plain
+from neat_align.reporting.svg import Figure, Rows, Spec, axis_span, draw, layer
+
+_SIZE = (340, 200)
+# Points of a line, and of a strip beside its box: more say nothing more, and weigh on the page.
+_LINE_POINTS, _STRIP_POINTS = 300, 80
+# A line with more points than this shows none of them as a dot.
+_DOTS = 60
+_DOT = {
+    "type": "point",
+    "filled": True,
+    "size": 36,
+    "opacity": 1,
+    "stroke": "var(--paper)",
+    "strokeWidth": 1,
+}
+# Numbers beyond this have no place on an axis.
+_TOO_LARGE = 1e9
 # (rounds of training done, value)
 Points: TypeAlias = list[tuple[float, float]]
 # (rounds of training done, low, high)
 Spreads: TypeAlias = list[tuple[float, float, float]]
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A chart's plot area in SVG units, x from 0 to `x_end`, y between its outer ticks.
-
-    `root` puts x on a square-root scale.
-    """
-
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
-    x_end: float
-    x_values: tuple[float, ...]
-    y_values: tuple[float, ...]
-    root: bool = False
-    x_names: tuple[str, ...] = ()
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the data lies."""
-        share = max(x, 0.0) / self.x_end
-        low, high = self.y_values[0], self.y_values[-1]
-        across = self.left + (math.sqrt(share) if self.root else share) * (self.right - self.left)
-        return round(across, 1), round(
-            self.top + (high - y) / (high - low) * (self.bottom - self.top), 1
-        )
-
-    def path(self, points: Points) -> str:
-        """A line through points; empty for fewer than two."""
-        return (
-            "M" + " L".join(f"{x},{y}" for x, y in (self.at(*p) for p in points))
-            if len(points) > 1
-            else ""
-        )
-
-    @property
-    def y_ticks(self) -> list[tuple[float, str]]:
-        """(place, label) of the ticks of y."""
-        digits = decimals(self.y_values)
-        return [
-            (self.at(0, t)[1], f"{t + 0.0:,.{digits}f}".replace("-", "\u2212"))
-            for t in self.y_values
-        ]
-
-    @property
-    def x_ticks(self) -> list[tuple[float, str]]:
-        """(place, label) of the ticks of x."""
-        names = self.x_names or tuple(f"{t:.6g}" for t in self.x_values)
-        return [
-            (self.at(t, self.y_values[0])[0], name)
-            for t, name in zip(self.x_values, names, strict=True)
-        ]
-
-
-def decimals(ticks: Sequence[float]) -> int:
-    """Decimals that tell ticks apart."""
-    return max(len(f"{t:.6f}".rstrip("0").partition(".")[2]) for t in ticks)
-
-
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that span a range, about `count` steps."""
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.5 * max(1.0, abs(low)), high + 0.5 * max(1.0, abs(high))
-    raw = (high - low) / count
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * size for s in (1, 2, 2.5, 5, 10) if s * size >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+# ---- lines ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Series:
     """A line of a chart: its points, fainter points behind it, a band around it, and single bars
-    where an interval is known.
+    where an interval is known. `color` is the name of one of the style sheet's colours.
     """
 
     name: str
-    css: str
+    color: str
     points: Points
     faint: Points = field(default_factory=list)
     band: Spreads = field(default_factory=list)
@@ -103,137 +50,252 @@ class Series:
 
     def bounded(self) -> Series:
         """The same without numbers too large to draw."""
-        band, bars = (
-            [s for s in part if max(abs(s[1]), abs(s[2])) < 1e9] for part in (self.band, self.bars)
+        return Series(
+            self.name,
+            self.color,
+            [p for p in self.points if abs(p[1]) < _TOO_LARGE],
+            [p for p in self.faint if abs(p[1]) < _TOO_LARGE],
+            [s for s in self.band if max(abs(s[1]), abs(s[2])) < _TOO_LARGE],
+            [s for s in self.bars if max(abs(s[1]), abs(s[2])) < _TOO_LARGE],
         )
-        return Series(self.name, self.css, _bounded(self.points), _bounded(self.faint), band, bars)
 
     @property
     def values(self) -> list[float]:
         """Everything that must fit on the chart."""
-        return [y for _, y in (*self.points, *self.faint)] + [
-            v for _, *ends in (*self.band, *self.bars) for v in ends
-        ]
+        single = [y for _, y in (*self.points, *self.faint)]
+        return single + [v for _, low, high in (*self.band, *self.bars) for v in (low, high)]
 
 
-def chart(title: str, unit: str, series: Sequence[Series], rounds: float) -> dict[str, Any] | None:
-    """Geometry of one small line chart over rounds; None without points."""
-    series = [s for s in (given.bounded() for given in series) if s.points or s.faint]
-    if not series:
+@dataclass(frozen=True)
+class LineChart:
+    """Some series over `rounds` rounds of training."""
+
+    title: str
+    unit: str
+    series: Sequence[Series]
+    rounds: float
+
+
+def line_chart(title: str, unit: str, series: Sequence[Series], rounds: float) -> LineChart | None:
+    """What can be drawn of some series; None without points."""
+    drawable = [s for s in (given.bounded() for given in series) if s.points or s.faint]
+    if not drawable:
         return None
-    values = [v for s in series for v in s.values]
-    end = max(1.0, rounds, *(x for s in series for x, _ in (*s.points, *s.faint)))
-    right = _WIDTH - (
-        62.0 if len(series) > 1 else 10.0
-    )  # room for the lines' names, when there are several
-    x_values = tuple(float(i) for i in range(0, math.floor(end) + 1, max(1, math.ceil(end / 6))))
-    y_values = tuple(nice_ticks(min(values), max(values)))
-    frame = Frame(_WIDTH, _HEIGHT, _LEFT, right, _TOP, _HEIGHT - _BOTTOM, end, x_values, y_values)
-    lines, ends = [], []
+    last = max(x for s in drawable for x, _ in (*s.points, *s.faint))
+    return LineChart(title, unit, drawable, max(1.0, rounds, last))
+
+
+def line_figure(chart: LineChart) -> Figure:
+    """The chart as SVG."""
+    label = f"{chart.title}, {chart.unit}, by rounds of training"
+    svg = draw(line_spec(chart), label, _in_words(chart.series), _SIZE)
+    return Figure(chart.title, chart.unit, svg)
+
+
+def line_spec(chart: LineChart) -> Spec:
+    """Bands, interval bars and single steps behind, lines and dots before them."""
+    names, every = [s.name for s in chart.series], math.ceil(chart.rounds / 6)
+    colors = {"domain": names, "range": [f"var(--{s.color})" for s in chart.series]}
+    legend = {"symbolOpacity": 1} if len(names) > 1 else None
+    x = {
+        "field": "x",
+        "type": "quantitative",
+        "title": "rounds of training",
+        "scale": {"domain": [0, chart.rounds], "nice": False},
+        "axis": {"values": list(range(0, math.floor(chart.rounds) + 1, every)), "format": "d"},
+    }
+    y = {
+        "field": "y",
+        "type": "quantitative",
+        "title": None,
+        "scale": {"domain": axis_span(v for s in chart.series for v in s.values), "nice": True},
+        "axis": {"tickCount": 4},
+    }
+    color = {"field": "series", "type": "nominal", "scale": colors, "legend": legend}
+    # Shapes tell the lines apart in black and white too.
+    shape = {"field": "series", "type": "nominal", "scale": {"domain": names}, "legend": legend}
+    point = {"x": x, "y": y, "color": color}
+    spread = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color}
+    dot = {**point, "shape": shape, "description": {"field": "note"}}
+    rows = _line_rows(chart.series)
+    return {
+        "layer": [
+            layer("band", {"type": "area", "opacity": 0.16}, rows["band"], spread),
+            layer("bar", {"type": "rule", "strokeWidth": 1.4, "opacity": 0.7}, rows["bar"], spread),
+            layer("step", {"type": "line", "strokeWidth": 1, "opacity": 0.32}, rows["step"], point),
+            layer("line", {"type": "line", "strokeWidth": 1.8}, rows["line"], point),
+            layer("dot", _DOT, rows["dot"], dot),
+        ]
+    }
+
+
+def _line_rows(series: Sequence[Series]) -> dict[str, Rows]:
+    """The rows of each layer of a line chart."""
+    rows: dict[str, Rows] = {name: [] for name in ("band", "bar", "step", "line", "dot")}
     for s in series:
-        drawn = {
-            "css": s.css,
-            "path": frame.path(_thinned(s.points)),
-            "faint": frame.path(_thinned(s.faint)),
-        }
-        dots = [frame.at(*p) for p in s.points] if len(s.points) <= 60 else []
-        bars = [(*frame.at(x, low), frame.at(x, high)[1]) for x, low, high in s.bars]
-        band = (
-            frame.path(
-                [(x, high) for x, _, high in s.band] + [(x, low) for x, low, _ in reversed(s.band)]
-            )
-            if len(s.band) > 1
-            else ""
+        # One spread alone has no area.
+        rows["band"] += _spread_rows(s.name, s.band) if len(s.band) > 1 else []
+        rows["bar"] += _spread_rows(s.name, s.bars)
+        rows["step"] += _point_rows(s.name, _thinned(s.faint))
+        rows["line"] += _point_rows(s.name, _thinned(s.points))
+        rows["dot"] += _point_rows(s.name, s.points) if len(s.points) <= _DOTS else []
+    return rows
+
+
+def _point_rows(name: str, points: Points) -> Rows:
+    digits = digits_for(y for _, y in points)
+    return [
+        {"series": name, "x": x, "y": y, "note": f"{name}, {x:.4g}: {plain(y, digits)}"}
+        for x, y in points
+    ]
+
+
+def _spread_rows(name: str, spreads: Spreads) -> Rows:
+    return [{"series": name, "x": x, "low": low, "high": high} for x, low, high in spreads]
+
+
+def _in_words(series: Sequence[Series]) -> str:
+    """Where each line starts and where it ends."""
+    told = []
+    for s in series:
+        points = s.points or s.faint
+        digits = digits_for(y for _, y in points)
+        (start, first), (end, last) = points[0], points[-1]
+        told.append(
+            f"{s.name}: {plain(first, digits)} at {start:.4g}, {plain(last, digits)} at {end:.4g}"
         )
-        lines.append(drawn | {"dots": dots, "bars": bars, "band": f"{band} Z" if band else ""})
-        ends.append((frame.at(*(s.points or s.faint)[-1])[1], s.name, s.css))
-    labels = _apart(ends) if len(ends) > 1 else []
-    return {
-        "title": title,
-        "unit": unit,
-        "x_name": "rounds of training",
-        "lines": lines,
-        "labels": labels,
-        "frame": frame,
-    }
+    return "; ".join(told)
 
 
-def box_chart(
-    title: str,
-    unit: str,
-    css: str,
-    columns: Sequence[tuple[str, Sequence[float]]],
-    span: tuple[float, float],
-) -> dict[str, Any]:
-    """Geometry of box plots side by side, over a strip of the values; a column is (name, values),
-    `span` the range of y.
-
-    A box holds the middle half, its line is the median, the whiskers reach from the 5th to the 95th
-    percentile.
-    """
-    x_values, y_values = tuple(i + 0.5 for i in range(len(columns))), tuple(nice_ticks(*span, 6))
-    names = tuple(name for name, _ in columns)
-    place = (_WIDTH, _HEIGHT, _LEFT, _WIDTH - 10.0, _TOP, _HEIGHT - _BOTTOM)
-    frame = Frame(*place, float(len(columns)), x_values, y_values, x_names=names)
-    half = min(16.0, 0.36 * (frame.right - frame.left) / len(columns))
-    boxes = []
-    for x, (name, values) in zip(x_values, columns, strict=True):
-        if not values:
-            continue
-        cuts = quantiles(values, n=20, method="inclusive") if len(values) > 1 else [values[0]] * 19
-        low, first, middle, third, high = (frame.at(x, cuts[i])[1] for i in (0, 4, 9, 14, 18))
-        at = frame.at(x, values[0])[0]
-        picked = sorted(values)[:: math.ceil(len(values) / _STRIP)]
-        # Shifted by the golden ratio, so that neighbours in value stand apart and the picture is
-        # the same every time.
-        strip = "".join(
-            f"M{at + half * (2 * (i * 0.618034 % 1) - 1):.1f},{frame.at(x, v)[1]}h0"
-            for i, v in enumerate(picked)
-        )
-        note = (
-            f"{title}, round {name}: {len(values)} completions, median {cuts[9]:.3f}, middle "
-            f"half {cuts[4]:.3f} to {cuts[14]:.3f}"
-        )
-        boxes.append(
-            {
-                "x": at,
-                "half": round(half, 1),
-                "cuts": (low, first, middle, third, high),
-                "strip": strip,
-                "note": note,
-            }
-        )
-    return {
-        "title": title,
-        "css": css,
-        "unit": unit,
-        "x_name": "round",
-        "frame": frame,
-        "boxes": boxes,
-    }
-
-
-def _bounded(points: Points) -> Points:
-    return [p for p in points if abs(p[1]) < 1e9]
-
-
-def _thinned(points: Points, most: int = 300) -> Points:
-    size = max(1, math.ceil(len(points) / most))
+def _thinned(points: Points) -> Points:
+    """Means of neighbours, so that no more than `_LINE_POINTS` are left."""
+    size = max(1, math.ceil(len(points) / _LINE_POINTS))
+    if size == 1:
+        return points
     chunks = (points[i : i + size] for i in range(0, len(points), size))
-    return (
-        points if size == 1 else [(fmean(x for x, _ in c), fmean(y for _, y in c)) for c in chunks]
-    )
+    return [(fmean(x for x, _ in chunk), fmean(y for _, y in chunk)) for chunk in chunks]
 
 
-def _apart(labels: list[tuple[float, str, str]], gap: float = 12.5) -> list[tuple[float, str, str]]:
-    """Labels at their line's end, pushed apart until each has a line of its own, and back inside
-    the chart.
+# ---- boxes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Box:
+    """A round's rewards: percentiles 5, 25, 50, 75 and 95, and a share of the values."""
+
+    name: str
+    count: int
+    percentiles: tuple[float, float, float, float, float]
+    strip: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class BoxChart:
+    """Boxes side by side; `names` has the rounds without a box too, `span` is the range of y."""
+
+    title: str
+    unit: str
+    color: str
+    names: tuple[str, ...]
+    boxes: tuple[Box, ...]
+    span: tuple[float, float]
+
+
+def box_of(name: str, values: Sequence[float]) -> Box:
+    """The box of some values, one at least."""
+    cuts = quantiles(values, n=20, method="inclusive") if len(values) > 1 else [values[0]] * 19
+    strip = sorted(values)[:: math.ceil(len(values) / _STRIP_POINTS)]
+    return Box(name, len(values), (cuts[0], cuts[4], cuts[9], cuts[14], cuts[18]), tuple(strip))
+
+
+def box_figure(chart: BoxChart) -> Figure:
+    """The chart as SVG."""
+    label = f"{chart.title}, {chart.unit}, by round"
+    words = "; ".join(_box_note(box) for box in chart.boxes)
+    return Figure(chart.title, chart.unit, draw(box_spec(chart), label, words, _SIZE))
+
+
+def box_spec(chart: BoxChart) -> Spec:
+    """The values as a strip, over it the middle half with its median, and whiskers from the 5th to
+    the 95th percentile.
     """
-    placed: list[tuple[float, str, str]] = []
-    for y, name, css in sorted(labels):
-        placed.append((max(y, placed[-1][0] + gap) if placed else y, name, css))
-    floor = _HEIGHT - _BOTTOM
-    for i in range(len(placed) - 1, -1, -1):
-        placed[i] = (min(placed[i][0], floor), *placed[i][1:])
-        floor = placed[i][0] - gap
-    return [(round(y, 1), name, css) for y, name, css in placed]
+    rows = [_box_row(chart.title, box) for box in chart.boxes]
+    color, half = f"var(--{chart.color})", min(16.0, 100.0 / len(chart.names))
+    # Before the first round and after the last lies half of the gap between two, so that the middle
+    # of round i lies at i + 0.5 of the strip's axis.
+    rounds = {
+        "field": "round",
+        "type": "nominal",
+        "title": "round",
+        "scale": {"domain": chart.names, "paddingInner": 0.2, "paddingOuter": 0.1},
+        "sort": None,
+        "axis": {"labelAngle": 0, "labelOverlap": True},
+    }
+    scale = {"domain": axis_span(chart.span), "nice": True}
+    at = {
+        name: {"x": rounds, "y": {"field": name, "type": "quantitative", "title": None}}
+        for name in ("low", "first", "median", "third", "high")
+    }
+    whisker = {"type": "rule", "stroke": color, "strokeWidth": 1.2}
+    end = {"type": "tick", "color": color, "size": 0.7 * half, "thickness": 1.2}
+    middle = {"type": "tick", "color": color, "size": 2 * half, "thickness": 2.4}
+    box = {"type": "bar", "width": 2 * half, "fill": color, "fillOpacity": 0.14, "stroke": color}
+    note = {"description": {"field": "note"}}
+    boxes = [
+        layer("low_whisker", whisker, rows, at["low"] | {"y2": {"field": "first"}}),
+        layer("high_whisker", whisker, rows, at["third"] | {"y2": {"field": "high"}}),
+        layer("low_end", end, rows, at["low"]),
+        layer("high_end", end, rows, at["high"]),
+        layer("box", box, rows, at["first"] | {"y2": {"field": "third"}} | note),
+        layer("median", middle, rows, at["median"]),
+    ]
+    return {
+        "layer": [_strip(chart, half, scale), {"layer": boxes}],
+        "resolve": {"scale": {"x": "independent"}},
+    }
+
+
+def _strip(chart: BoxChart, half: float, y_scale: Spec) -> Spec:
+    """The values as the single points of one broken line: point marks would be an element each.
+
+    Its x is a number, so that a value can stand beside the middle of its round.
+    """
+    width = half / _SIZE[0] * len(chart.names)
+    rows: Rows = []
+    for box in chart.boxes:
+        middle = chart.names.index(box.name) + 0.5
+        for i, value in enumerate(box.strip):
+            # Shifted by the golden ratio, so that neighbours in value stand apart and the picture
+            # is the same every time.
+            place = middle + width * (2 * (i * 0.618034 % 1) - 1)
+            rows.append({"order": len(rows), "place": place, "value": value})
+            rows.append({"order": len(rows), "place": place, "value": None})
+    mark = {
+        "type": "line",
+        "stroke": f"var(--{chart.color})",
+        "strokeWidth": 2.4,
+        "strokeCap": "round",
+        "opacity": 0.35,
+        "invalid": "break-paths-show-domains",
+    }
+    across = {"domain": [0, len(chart.names)], "nice": False}
+    encoding = {
+        "x": {"field": "place", "type": "quantitative", "scale": across, "axis": None},
+        "y": {"field": "value", "type": "quantitative", "title": None, "scale": y_scale},
+        "order": {"field": "order", "type": "quantitative"},
+    }
+    return layer("strip", mark, rows, encoding)
+
+
+def _box_row(title: str, box: Box) -> Spec:
+    low, first, median, third, high = box.percentiles
+    ends = {"low": low, "first": first, "median": median, "third": third, "high": high}
+    return {"round": box.name, "note": f"{title}, {_box_note(box)}", **ends}
+
+
+def _box_note(box: Box) -> str:
+    _, first, median, third, _ = (plain(v, 3) for v in box.percentiles)
+    return (
+        f"round {box.name}: {box.count} completions, median {median}, middle half {first} to "
+        f"{third}"
+    )

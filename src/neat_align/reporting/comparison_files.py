@@ -1,5 +1,6 @@
-"""comparison.json and examples.json as records for the page: a missing piece is None or empty, a
-wrong file is an error.
+"""comparison.json and examples.json as records for the page.
+
+A missing piece is None or empty, a wrong file is an error.
 """
 
 from __future__ import annotations
@@ -152,6 +153,22 @@ class Comparison:
         """Whether any of the method's runs collapsed: such a method wins nothing."""
         return self.row(method).collapsed > 0
 
+    def estimate(self, method: str, side: str, metric: str) -> Estimate | None:
+        """What is known of a metric `at_budget` or `at_equal_kl`, where base is as at budget; None
+        where nothing is.
+        """
+        row = self.row(method)
+        at_budget = side == "at_budget" or method == BASE
+        e = (row.at_budget if at_budget else row.at_equal_kl).get(metric)
+        return e if e is not None and (e.mean is not None or e.delta is not None) else None
+
+    def gains(self, side: str, metric: str = "reward") -> dict[str, Estimate]:
+        """Each rival's estimate of a metric `at_budget` or `at_equal_kl`, where it has a gain over
+        base.
+        """
+        estimates = {m: self.estimate(m, side, metric) for m in self.rivals}
+        return {m: e for m, e in estimates.items() if e is not None and e.delta is not None}
+
     @property
     def scores(self) -> list[tuple[str, str]]:
         """(name in the file, name for a reader) of the trained reward and of each held-out
@@ -247,18 +264,16 @@ def _estimate(v: dict[str, Any]) -> Estimate:
 
 
 def _wins(value: Any) -> dict[str, Wins]:
-    found = {}
+    wins = {}
     for other, v in mapping(value).items():
-        win, tie, lose = (number(mapping(v).get(k)) for k in ("win", "tie", "lose"))
-        if win is not None and lose is not None:
-            found[other] = Wins(
-                win,
-                1 - win - lose if tie is None else tie,
-                lose,
-                number(v.get("net_low")),
-                number(v.get("net_high")),
-            )
-    return found
+        shares = mapping(v)
+        win, tie, lose = (number(shares.get(name)) for name in ("win", "tie", "lose"))
+        if win is None or lose is None:
+            continue
+        tie = 1 - win - lose if tie is None else tie
+        ends = number(shares.get("net_low")), number(shares.get("net_high"))
+        wins[other] = Wins(win, tie, lose, *ends)
+    return wins
 
 
 def _row(r: dict[str, Any]) -> MethodRow:
@@ -302,18 +317,16 @@ def _examples(path: Path, problems: list[str]) -> tuple[Example, ...]:
     except ValueError:
         problems.append("examples.json could not be read and is left out.")
         return ()
-    found = []
-    for row in rows:
-        asked, answers, rewards = (
-            row.get("prompt"),
-            mapping(row.get("answers")),
-            mapping(row.get("rewards")),
-        )
-        prompt: Prompt = (
-            asked
-            if isinstance(asked, str)
-            else [{k: str(v) for k, v in m.items()} for m in _mappings(asked)]
-        )
-        texts = {name: text for name, text in answers.items() if isinstance(text, str)}
-        found.append(Example(prompt, texts, {name: number(rewards.get(name)) for name in texts}))
-    return tuple(found)
+    return tuple(_example(row) for row in rows)
+
+
+def _example(row: dict[str, Any]) -> Example:
+    asked = row.get("prompt")
+    prompt: Prompt
+    if isinstance(asked, str):
+        prompt = asked
+    else:
+        prompt = [{k: str(v) for k, v in m.items()} for m in _mappings(asked)]
+    texts = {m: text for m, text in mapping(row.get("answers")).items() if isinstance(text, str)}
+    rewards = mapping(row.get("rewards"))
+    return Example(prompt, texts, {m: number(rewards.get(m)) for m in texts})

@@ -1,6 +1,4 @@
-"""The comparison page's tables: gains at equal budget and at equal KL, prices, wins, and each
-method's own points.
-"""
+"""The comparison page's tables: gains, prices, wins, and each method's own points."""
 
 from __future__ import annotations
 
@@ -9,13 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from neat_align.reporting.comparison_charts import (
-    WHISKER,
-    css_of,
-    marker_of,
-    whisker,
-    whisker_scale,
-)
+from neat_align.reporting.comparison_charts import css_of, shape_of
 from neat_align.reporting.comparison_files import (
     BASE,
     Comparison,
@@ -56,25 +48,24 @@ class Tag:
 
     name: str
     css: str
-    marker: str
+    shape: str
     collapsed: bool
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number, what is known around it, and a small picture; `lead` when nothing in its column is
-    shown to be larger.
+    """A number and what is known around it; `lead` when nothing in its column is shown to be
+    larger.
     """
 
     text: str
     around: str = ""
     lead: bool = False
-    picture: dict[str, float | None] | None = None
 
 
 def tag(c: Comparison, method: str) -> Tag:
     """A method's name as the page writes it."""
-    return Tag(method, css_of(c, method), marker_of(c, method, 7, 7, 4.4), c.collapsed(method))
+    return Tag(method, css_of(c, method), shape_of(c, method), c.collapsed(method))
 
 
 def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
@@ -84,13 +75,9 @@ def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
     Shown to beat: the paired difference of the two has an interval above 0; where that was not
     written down, their intervals against base do not meet.
     """
-    found = {
-        m: e
-        for m in c.rivals
-        if not c.collapsed(m) and (e := _at(c, m, side, metric)) is not None and e.delta is not None
-    }
-    by_gain = sorted(found, key=lambda m: -(found[m].delta or 0.0))
-    best = next((m for m in by_gain if found[m].low is not None), None)
+    gains = {m: e for m, e in c.gains(side, metric).items() if not c.collapsed(m)}
+    by_gain = sorted(gains, key=lambda m: -(gains[m].delta or 0.0))
+    best = next((m for m in by_gain if gains[m].low is not None), None)
     if best is None:
         return []
 
@@ -98,7 +85,7 @@ def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
         paired = c.row(best).against.get(m, {}).get(side, {}).get(metric)
         if paired is not None and paired.low is not None:
             return paired.low > 0
-        high, low = found[m].high, found[best].low
+        high, low = gains[m].high, gains[best].low
         return high is not None and low is not None and high < low
 
     return [best, *(m for m in by_gain if m != best and not behind(m))]
@@ -106,116 +93,90 @@ def unbeaten(c: Comparison, side: str, metric: str) -> list[str]:
 
 def leaders(c: Comparison, side: str, metric: str) -> list[str]:
     """The unbeaten methods that are themselves shown to gain over base."""
-    estimates = {m: _at(c, m, side, metric) for m in unbeaten(c, side, metric)}
+    estimates = {m: c.estimate(m, side, metric) for m in unbeaten(c, side, metric)}
     return [m for m, e in estimates.items() if e is not None and e.low is not None and e.low > 0]
+
+
+def gain_scores(c: Comparison) -> list[tuple[str, str]]:
+    """(name in the file, name for a reader) of the rewards of which any method has a number."""
+    names = [*c.scores, ("length_controlled_reward", "reward, length held equal")]
+    return [
+        (name, label)
+        for name, label in names
+        if any(name in c.row(m).at_budget or name in c.row(m).at_equal_kl for m in c.methods)
+    ]
 
 
 def gain_table(c: Comparison) -> dict[str, Any]:
     """Rewards of every method at equal budget and at equal KL, with the gain over base and its
     interval.
     """
-    scores = [
-        (name, label)
-        for name, label in c.scores
-        if any(name in c.row(m).at_budget or name in c.row(m).at_equal_kl for m in c.methods)
-    ]
-    controlled = "length_controlled_reward"
-    budget = scores + (
-        [(controlled, "reward, length held equal")]
-        if any(controlled in c.row(m).at_budget for m in c.methods)
-        else []
-    )
-    scales = {
-        name: whisker_scale(e for m in c.rivals for e in _both(c, m, name)) for name, _ in budget
+    scores = gain_scores(c)
+    if not scores:
+        return {}
+    # Held equal at equal budget only.
+    at_equal_kl = [(name, label) for name, label in scores if name != "length_controlled_reward"]
+    sides = [("at_budget", scores), ("at_equal_kl", [] if c.kl_target is None else at_equal_kl)]
+    columns = {
+        (side, name): _gain_column(c, side, name) for side, names in sides for name, _ in names
     }
-    sides = [("at_budget", budget), ("at_equal_kl", scores if c.kl_target is not None else [])]
-    digits = {
-        name: digits_for(e.delta for m in c.rivals for e in _both(c, m, name)) for name, _ in budget
-    }
-    columns: dict[tuple[str, str], dict[str, Cell]] = {}
-    for side, names in sides:
-        for name, _ in names:
-            column = {m: e for m in c.methods if (e := _at(c, m, side, name))}
-            columns[side, name] = _gain_column(
-                c, column, leaders(c, side, name), scales[name], digits[name]
-            )
     lines = []
     for m in c.methods:
         kl = c.row(m).at_budget.get("kl")
         cells = [Cell(plain(0.0 if m == BASE and kl is None else kl and kl.mean, 4))]
-        cells += [
-            columns[side, name].get(m, Cell("–")) for side, names in sides for name, _ in names
-        ]
+        cells += [column.get(m, Cell("–")) for column in columns.values()]
         lines.append((tag(c, m), cells))
-    heads = [(side, [label for _, label in names]) for side, names in sides]
-    return (
-        {"budget": ["KL", *heads[0][1]], "equal": heads[1][1], "lines": lines, "width": WHISKER}
-        if budget
-        else {}
-    )
-
-
-def _at(c: Comparison, method: str, side: str, name: str) -> Estimate | None:
-    row = c.row(method)
-    found = (row.at_budget if side == "at_budget" or method == BASE else row.at_equal_kl).get(name)
-    return found if found and (found.mean is not None or found.delta is not None) else None
+    budget, equal = ([label for _, label in names] for _, names in sides)
+    return {"budget": ["KL", *budget], "equal": equal, "lines": lines}
 
 
 def _both(c: Comparison, method: str, name: str) -> list[Estimate]:
-    return [
-        e for side in ("at_budget", "at_equal_kl") if (e := _at(c, method, side, name)) is not None
-    ]
+    estimates = (c.estimate(method, side, name) for side in ("at_budget", "at_equal_kl"))
+    return [e for e in estimates if e is not None]
 
 
-def _gain_column(
-    c: Comparison,
-    estimates: dict[str, Estimate],
-    ahead: list[str],
-    scale: tuple[float, float],
-    digits: int,
-) -> dict[str, Cell]:
-    cells = {}
-    for m, e in estimates.items():
+def _gain_column(c: Comparison, side: str, name: str) -> dict[str, Cell]:
+    """The cells of a reward, by method. Both sides show as many decimals."""
+    digits = digits_for(e.delta for m in c.rivals for e in _both(c, m, name))
+    ahead, cells = leaders(c, side, name), {}
+    for m in c.methods:
+        e = c.estimate(m, side, name)
+        if e is None:
+            continue
         gain = "" if e.delta is None else change(e.delta, e.low, e.high, digits)
-        picture = whisker(e, scale) if e.delta is not None and m != BASE else None
         # A difference that is estimated at once, as with lengths held equal, has no mean of its
         # own.
-        cells[m] = (
-            Cell(gain, "", m in ahead, picture)
-            if e.mean is None
-            else Cell(plain(e.mean, digits), gain, m in ahead, picture)
-        )
+        text, around = (gain, "") if e.mean is None else (plain(e.mean, digits), gain)
+        cells[m] = Cell(text, around, m in ahead)
     return cells
 
 
 def price_table(c: Comparison) -> dict[str, Any]:
     """What else changed, at equal budget; columns that nobody measured are left out."""
-    names = [
-        p
-        for p in _PRICES
-        if any((e := c.row(m).at_budget.get(p[0])) and e.mean is not None for m in c.methods)
-    ]
+    measured = []
+    for price in _PRICES:
+        estimates = [c.row(m).at_budget.get(price[0]) for m in c.methods]
+        if any(e is not None and e.mean is not None for e in estimates):
+            measured.append(price)
+    if not measured:
+        return {}
     lines = []
     for m in c.methods:
-        row, cells = c.row(m), []
-        for name, _, digits, share in names:
-            e = row.at_budget.get(name, Estimate())
-            text = (
-                f"{plain(100 * e.mean, digits)}\u00a0%"
-                if share and e.mean is not None
-                else plain(e.mean, digits)
-            )
-            cells.append(
-                Cell(text, "" if e.ratio is None or m == BASE else f"×\u00a0{plain(e.ratio)}")
-            )
-        cells.append(
-            Cell(
-                "–" if row.runs is None else str(row.runs),
-                f"{row.collapsed} collapsed" if row.collapsed else "",
-            )
-        )
+        row = c.row(m)
+        cells = [
+            _price_cell(row.at_budget.get(name, Estimate()), digits, share, is_base=m == BASE)
+            for name, _, digits, share in measured
+        ]
+        runs = "–" if row.runs is None else str(row.runs)
+        cells.append(Cell(runs, f"{row.collapsed} collapsed" if row.collapsed else ""))
         lines.append((tag(c, m), cells))
-    return {"heads": [*(head for _, head, _, _ in names), "runs"], "lines": lines} if names else {}
+    return {"heads": [*(head for _, head, _, _ in measured), "runs"], "lines": lines}
+
+
+def _price_cell(e: Estimate, digits: int, share: bool, *, is_base: bool) -> Cell:
+    as_percent = share and e.mean is not None
+    text = f"{plain(100 * (e.mean or 0.0), digits)}\u00a0%" if as_percent else plain(e.mean, digits)
+    return Cell(text, "" if e.ratio is None or is_base else f"×\u00a0{plain(e.ratio)}")
 
 
 # ---- wins ----------------------------------------------------------------------------------------
@@ -224,7 +185,9 @@ def price_table(c: Comparison) -> dict[str, Any]:
 def wins_between(c: Comparison, method: str, other: str) -> Wins | None:
     """Prompt by prompt, one method against another, from whichever side it was written down."""
     mine, theirs = c.row(method).wins.get(other), c.row(other).wins.get(method)
-    return mine if mine is not None else theirs.turned() if theirs is not None else None
+    if mine is not None:
+        return mine
+    return None if theirs is None else theirs.turned()
 
 
 def win_bars(c: Comparison) -> list[dict[str, Any]]:
@@ -242,32 +205,18 @@ def win_matrix(c: Comparison) -> list[tuple[Tag, list[dict[str, Any] | None]]]:
 
     Empty with fewer than two methods to compare.
     """
-    lines = []
-    for m in c.methods:
-        cells: list[dict[str, Any] | None] = []
-        for other in c.methods:
-            w = None if m == other else wins_between(c, m, other)
-            # No side is called ahead where a collapsed method plays.
-            css = (
-                "fallen"
-                if c.collapsed(m) or c.collapsed(other)
-                else "even"
-                if w is None
-                else _side(w)
-            )
-            cells.append(
-                None
-                if w is None
-                else {"css": css, "net": points(w.net), "interval": _point_bounds(w)}
-            )
-        lines.append((tag(c, m), cells))
-    return (
-        lines
-        if any(
-            w is not None and n != m for m, (_, row) in enumerate(lines) for n, w in enumerate(row)
-        )
-        else []
-    )
+    lines = [(tag(c, m), [_win_cell(c, m, other) for other in c.methods]) for m in c.methods]
+    known = any(cell is not None for _, cells in lines for cell in cells)
+    return lines if known else []
+
+
+def _win_cell(c: Comparison, method: str, other: str) -> dict[str, Any] | None:
+    wins = None if method == other else wins_between(c, method, other)
+    if wins is None:
+        return None
+    # No side is called ahead where a collapsed method plays.
+    css = "fallen" if c.collapsed(method) or c.collapsed(other) else _side(wins)
+    return {"css": css, "net": points(wins.net), "interval": _point_bounds(wins)}
 
 
 def _side(w: Wins) -> str:
@@ -291,26 +240,24 @@ def _point_bounds(w: Wins) -> str:
 
 def method_details(c: Comparison) -> list[dict[str, Any]]:
     """What each method is, with what settings it ran, and every point of every seed."""
-    found = []
-    for m, facts in c.methods.items():
-        runs = [r for r in c.runs if r.method == m]
-        settings = {
-            str(k): v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
-            for k, v in mapping(facts.get("settings")).items()
-        }
-        table = _point_table(c, runs)
-        found.append(
-            {
-                "tag": tag(c, m),
-                "description": str(facts.get("description") or ""),
-                "settings": settings,
-                "heads": table[0],
-                "points": table[1],
-                "runs": [(_run_name(r), r.collapsed, _effort(r)) for r in runs],
-                "training": _training(runs),
-            }
-        )
-    return found
+    return [_details(c, m, facts) for m, facts in c.methods.items()]
+
+
+def _details(c: Comparison, method: str, facts: dict[str, Any]) -> dict[str, Any]:
+    runs = [r for r in c.runs if r.method == method]
+    heads, points = _point_table(c, runs)
+    return {
+        "tag": tag(c, method),
+        "description": str(facts.get("description") or ""),
+        "settings": {
+            str(name): v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
+            for name, v in mapping(facts.get("settings")).items()
+        },
+        "heads": heads,
+        "points": points,
+        "runs": [(_run_name(r), r.collapsed, _effort(r)) for r in runs],
+        "training": _training(runs),
+    }
 
 
 def _run_name(r: MethodRun) -> str:

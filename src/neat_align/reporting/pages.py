@@ -1,9 +1,8 @@
-"""What the HTML pages share: numbers in words, and a page rendered so that nothing in it runs or is
-fetched but our own script.
+"""What the HTML pages share: numbers in words, and how a page is rendered.
 
 A page is one file. Everything that a model or a person wrote is escaped; its
 Content-Security-Policy forbids the network and allows one style sheet and one script, each by its
-hash. The script searches and filters; a page reads whole without it.
+hash. The script searches and filters; without it a page shows everything.
 """
 
 from __future__ import annotations
@@ -57,11 +56,9 @@ def percent(value: Any) -> str:
 
 def bounds(low: Any, high: Any, digits: int = 2) -> str:
     """An interval; empty where an end is missing."""
-    return (
-        ""
-        if number(low) is None or number(high) is None
-        else f"[{plain(low, digits)},\u00a0{plain(high, digits)}]"
-    )
+    if number(low) is None or number(high) is None:
+        return ""
+    return f"[{plain(low, digits)},\u00a0{plain(high, digits)}]"
 
 
 def change(delta: Any, low: Any, high: Any, digits: int = 2) -> str:
@@ -85,11 +82,8 @@ def listed(names: Iterable[str]) -> str:
 
 def clipped(text: str) -> str:
     """A text of bearable length for a page."""
-    return (
-        text
-        if len(text) <= SHOWN_CHARACTERS
-        else f"{text[:SHOWN_CHARACTERS]} … ({len(text) - SHOWN_CHARACTERS:,} more characters)"
-    )
+    left = len(text) - SHOWN_CHARACTERS
+    return text if left <= 0 else f"{text[:SHOWN_CHARACTERS]} … ({left:,} more characters)"
 
 
 def duration(value: Any) -> str | None:
@@ -98,22 +92,24 @@ def duration(value: Any) -> str | None:
     if seconds is None:
         return None
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {int(seconds % 60)} s"
-        if minutes
-        else f"{seconds:.0f} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
+
+
+def replace_unprintable(text: str) -> str:
+    """A text without characters that HTML and XML forbid or that reorder what stands beside them.
+
+    Each is replaced by U+FFFD.
+    """
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def turns(prompt: Prompt) -> list[tuple[str, str]]:
     """A prompt as (role, text) turns; a text prompt is one turn without a role."""
-    return (
-        [("", prompt)]
-        if isinstance(prompt, str)
-        else [(str(m.get("role", "")), str(m.get("content", ""))) for m in prompt]
-    )
+    if isinstance(prompt, str):
+        return [("", prompt)]
+    return [(str(m.get("role", "")), str(m.get("content", ""))) for m in prompt]
 
 
 # ---- pages ---------------------------------------------------------------------------------------
@@ -127,8 +123,9 @@ def write_page(path: Path, template: str, context: Mapping[str, Any]) -> Path:
 
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:
-    """A page as text. Escaping is on for every expression, an unknown name in a template is an
-    error.
+    """A page as text.
+
+    Escaping is on for every expression, an unknown name in a template is an error.
     """
     environment = _environment()
     # The policy names what the browser will find between the tags, so the hash is of the rendered
@@ -137,9 +134,7 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
         f"{kind}_hash": _csp_hash(environment.get_template(f"page.{kind}").render())
         for kind in ("css", "js")
     }
-    return _UNPRINTABLE.sub(
-        "\ufffd", environment.get_template(template).render({**context, **hashes})
-    )
+    return replace_unprintable(environment.get_template(template).render({**context, **hashes}))
 
 
 @cache

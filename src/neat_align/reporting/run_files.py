@@ -1,5 +1,6 @@
-"""What a run directory holds, read for the report: missing pieces are left out, damaged ones are
-named.
+"""What a run directory holds, read for the report.
+
+Missing pieces are left out, damaged ones are named.
 """
 
 from __future__ import annotations
@@ -72,24 +73,27 @@ class RunContents:
 
     def last(self, name: str) -> float | None:
         """The newest number logged under a name."""
-        return next(
-            (v for line in reversed(self.log) if (v := number(line.get(name))) is not None), None
-        )
+        for line in reversed(self.log):
+            value = number(line.get(name))
+            if value is not None:
+                return value
+        return None
 
     def both(self, name: str) -> tuple[float, float] | None:
         """A number of the result before and after training; None unless both are there."""
-        before, after = (
-            number(self.result.get(f"{name}_before")),
-            number(self.result.get(f"{name}_after")),
-        )
+        before = number(self.result.get(f"{name}_before"))
+        after = number(self.result.get(f"{name}_after"))
         return None if before is None or after is None else (before, after)
 
     def delta(self, name: str) -> float | None:
-        """The paired difference; where some prompts have one number only it is not the difference
-        of the means.
+        """The paired difference, else the difference of the means.
+
+        The two are not the same where some prompts have one number only.
         """
         paired, both = number(self.result.get(f"{name}_delta")), self.both(name)
-        return paired if paired is not None else both[1] - both[0] if both else None
+        if paired is not None:
+            return paired
+        return None if both is None else both[1] - both[0]
 
     def interval(self, name: str) -> tuple[float | None, float | None]:
         """The difference's 95 % interval; (None, None) without one."""
@@ -99,8 +103,10 @@ class RunContents:
 
 
 def read_run(run_dir: Path) -> RunContents:
-    """Everything the report needs. Missing or damaged pieces are left out and named in
-    `problems`.
+    """Everything the report needs.
+
+    Damaged pieces are left out and named in `problems`. Raises ConfigError when nothing of a run is
+    there.
     """
     if not any((run_dir / name).exists() for name in _FILES):
         raise ConfigError(
@@ -161,7 +167,7 @@ def _log_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 def _rounds(folder: Path, problems: list[str]) -> list[RoundGroups]:
     from neat_align.rounds.round_files import read_round
 
-    found = []
+    rounds = []
     for path in sorted(p for p in folder.glob("*") if p.is_dir()):
         try:
             made = read_round(path)
@@ -169,5 +175,5 @@ def _rounds(folder: Path, problems: list[str]) -> list[RoundGroups]:
             problems.append(f"Round {path.name} does not match its manifest and is left out.")
             continue
         if made is not None:
-            found.append(RoundGroups(path.name, made.metrics, made.groups))
-    return found
+            rounds.append(RoundGroups(path.name, made.metrics, made.groups))
+    return rounds

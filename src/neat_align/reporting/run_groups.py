@@ -1,6 +1,4 @@
-"""What the groups of a run's rounds say: rewards by origin with their spread, and which
-instructions make a contrast.
-"""
+"""What a run's groups say: rewards by origin, and which instructions make a contrast."""
 
 from __future__ import annotations
 
@@ -8,18 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
 
 from neat_align.evaluation.statistics import mean_interval
-from neat_align.reporting.charts import box_chart
+from neat_align.reporting.charts import BoxChart, box_of
 from neat_align.reporting.run_files import RoundGroups, RunContents
 from neat_align.rounds.completions import ORIGINS, CompletionGroup, Origin
 from neat_align.rounds.metrics import inversion_rate, reward_gap
 
 # Fewer prompts than this have no interval: resampling a handful says nothing.
 FEW_PROMPTS = 5
-# Rounds drawn side by side; of a longer run these many, evenly spaced, the first and the last among
-# them.
+# Rounds side by side; of a longer run these many, evenly spaced, with the first and the last.
 SHOWN_ROUNDS = 8
 _RESAMPLES = 4000
 
@@ -33,11 +29,12 @@ def spread_of_mean(values: Sequence[float], errors: float = 1.0) -> tuple[float,
 
 
 def prompt_means(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
-    """Each prompt's mean reward of an origin: the completions of one prompt are not independent
-    draws.
+    """Each prompt's mean reward of an origin.
+
+    The completions of one prompt are not independent draws, so they count as one.
     """
-    found = (_rewards([g], origin) for g in groups)
-    return [fmean(values) for values in found if values]
+    rewards = (_rewards([g], origin) for g in groups)
+    return [fmean(values) for values in rewards if values]
 
 
 def _rewards(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
@@ -52,20 +49,23 @@ def _rewards(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
 # ---- distributions -------------------------------------------------------------------------------
 
 
-def distributions(run: RunContents) -> list[dict[str, Any]]:
-    """One picture an origin: the rewards of each round's completions, all on one scale."""
-    cells = {
-        o: [(round_label(r), _rewards(r.groups, o)) for r in _spaced(run.rounds)] for o in ORIGINS
-    }
-    everything = [v for columns in cells.values() for _, values in columns for v in values]
+def distributions(run: RunContents) -> list[BoxChart]:
+    """One chart an origin: the rewards of each round's completions, all on one scale."""
+    rounds = _spaced(run.rounds)
+    names = tuple(round_label(r) for r in rounds)
+    rewards = {o: [_rewards(r.groups, o) for r in rounds] for o in ORIGINS}
+    everything = [v for by_round in rewards.values() for values in by_round for v in values]
     if not everything:
         return []
     span = (min(everything), max(everything))
-    return [
-        box_chart(o, "reward of each completion", o, columns, span)
-        for o, columns in cells.items()
-        if any(v for _, v in columns)
-    ]
+    charts = []
+    for o, by_round in rewards.items():
+        boxes = tuple(
+            box_of(name, values) for name, values in zip(names, by_round, strict=True) if values
+        )
+        if boxes:
+            charts.append(BoxChart(o, "reward of each completion", o, names, boxes, span))
+    return charts
 
 
 def round_label(r: RoundGroups) -> str:
@@ -84,8 +84,7 @@ def _spaced(rounds: Sequence[RoundGroups]) -> list[RoundGroups]:
 
 @dataclass(frozen=True)
 class InstructionRow:
-    """What a pair of instructions did to the reward, over the prompts of all rounds that it was
-    drawn for.
+    """What a pair of instructions did to the reward, over all prompts that it was drawn for.
 
     `gap` is the mean over prompts of (mean reward under the positive − mean reward under the
     negative), `low` and `high` its 95 % interval, None for few prompts; `inversion` the share of
@@ -116,12 +115,13 @@ class InstructionRow:
 
 def instruction_rows(run: RunContents) -> list[InstructionRow]:
     """Every pair of instructions with rewards on both sides, the largest gap first."""
-    drawn: dict[tuple[str, str], list[tuple[int, CompletionGroup]]] = {}
+    groups_of: dict[tuple[str, str], list[tuple[int, CompletionGroup]]] = {}
     for i, r in enumerate(run.rounds):
         for group in r.groups:
             for pair in _pairs_of(group):
-                drawn.setdefault(pair, []).append((i, _only(group, pair)))
-    rows = [_instruction_row(pair, found, len(run.rounds) - 1) for pair, found in drawn.items()]
+                groups_of.setdefault(pair, []).append((i, _only(group, pair)))
+    last = len(run.rounds) - 1
+    rows = [_instruction_row(pair, groups, last) for pair, groups in groups_of.items()]
     return sorted(rows, key=lambda row: -row.gap)
 
 
@@ -135,22 +135,19 @@ def _pairs_of(group: CompletionGroup) -> list[tuple[str, str]]:
 
 
 def _only(group: CompletionGroup, pair: tuple[str, str]) -> CompletionGroup:
-    kept = (
-        c
-        for c in group.completions
-        if (c.origin, c.instruction) in (("positive", pair[0]), ("negative", pair[1]))
-    )
+    sides = (("positive", pair[0]), ("negative", pair[1]))
+    kept = [c for c in group.completions if (c.origin, c.instruction) in sides]
     return replace(group, completions=tuple(kept))
 
 
 def _instruction_row(
-    pair: tuple[str, str], found: list[tuple[int, CompletionGroup]], last: int
+    pair: tuple[str, str], groups_by_round: list[tuple[int, CompletionGroup]], last: int
 ) -> InstructionRow:
-    groups = [group for _, group in found]
+    groups = [group for _, group in groups_by_round]
     good, bad = prompt_means(groups, "positive"), prompt_means(groups, "negative")
     gaps = [g - b for g, b in zip(good, bad, strict=True)]
     ends = mean_interval(gaps, resamples=_RESAMPLES) if len(gaps) >= FEW_PROMPTS else None
-    recent = [group for i, group in found if i == last]
+    recent = [group for i, group in groups_by_round if i == last]
     return InstructionRow(
         positive=pair[0],
         negative=pair[1],

@@ -47,8 +47,9 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text that a terminal can only print: no escape sequences, controls or reordering marks; lone
-    surrogates replaced.
+    """Text that a terminal can only print.
+
+    Escape sequences, controls and reordering marks are taken out, lone surrogates replaced.
     """
     text = _ESCAPES.sub("", text.replace("\r\n", "\n"))
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", text)).expandtabs(4)
@@ -130,8 +131,7 @@ def _end(c: Completion) -> str:
 
 
 def load_any(path: Path) -> list[tuple[str, list[CompletionGroup]]]:
-    """(name, groups) of a run directory's finished rounds in order, of one round's directory, or of
-    one group file.
+    """(name, groups) of a run's finished rounds in order, of one round, or of one group file.
 
     Raises ConfigError when the path is none of these, DataError when what is there cannot be read.
     """
@@ -148,8 +148,8 @@ def load_any(path: Path) -> list[tuple[str, list[CompletionGroup]]]:
     if not rounds.is_dir():
         raise ConfigError(
             f"{path} is neither a run (it has no rounds folder) nor a round (it has no "
-            "manifest.json): give a run's output_dir, one of its "
-            "rounds/NNNNN folders, or a group .parquet file"
+            "manifest.json): give a run's output_dir, one of its rounds/NNNNN folders, or a group "
+            ".parquet file"
         )
     finished = [
         folder for folder in sorted(rounds.iterdir()) if (folder / "manifest.json").is_file()
@@ -179,12 +179,8 @@ def _read(path: Path, read: Callable[[], _T]) -> _T:
         return read()
     except DataError:
         raise
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        OSError,
-    ) as error:  # pyarrow's and json's errors are ValueErrors
+    # pyarrow's and json's errors are ValueErrors
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(
             f"{path} could not be read as groups ({type(error).__name__}: {error}): it is "
             "damaged, or not a group file"
@@ -203,14 +199,16 @@ def browse(
     search: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print what `load_any` finds: a table of the rounds, then up to `limit` groups of each;
-    through a pager on a terminal.
+    """Print what `load_any` finds: a table of the rounds, then up to `limit` groups of each.
+
+    On a terminal it goes through a pager.
 
     Args:
         origin: show only completions of this origin, and only groups that have one.
         sort: `order` as sampled; `gap` the widest spread of rewards first; `reward` the highest
-            mean reward first. search: only groups whose prompt or completions (of that origin)
-            contain this text, whatever the case.
+            mean reward first.
+        search: only groups whose prompt or completions (of that origin) contain this text, whatever
+            the case.
     """
     if limit < 1:
         raise ConfigError(
@@ -227,14 +225,14 @@ def browse(
         for name, groups in rounds:
             matching = [(i, g) for i, g in enumerate(groups, 1) if _matches(g, origin, search)]
             matching.sort(key=lambda pair: _SORT_KEYS[sort](pair[1]))
-            found = (
+            count = (
                 f"{len(matching)} of {len(groups)} groups match"
                 if origin or search
                 else f"{len(groups)} groups"
             )
             shown = f", {min(limit, len(matching))} shown" if len(matching) > limit else ""
             console.print(
-                Rule(Text(f"{_shortened(printable(name), 30)} · {found}{shown}"), style="dim")
+                Rule(Text(f"{_shortened(printable(name), 30)} · {count}{shown}"), style="dim")
             )
             for i, group in matching[:limit]:
                 console.print(render_group(group, i, len(groups), origin=origin))
