@@ -209,6 +209,15 @@ class NEATConfig(TrainingArguments):
             "thread cannot be ended and is left alone."
         },
     )
+    allow_http_hosts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Private hosts, for example inside a cluster, whose reward server may be asked "
+            "over plain http: names, addresses, or patterns such as `*.svc` and `10.0.0.*`. What "
+            "is sent there, a token too, can be read on the way. None: https only, except on this "
+            "machine."
+        },
+    )
     reward_margin: float = field(
         default=0.0,
         metadata={

@@ -43,7 +43,7 @@ from neat_align.prompts.rows import Prompt, is_conversational
 from neat_align.prompts.seeds import draw_pair
 from neat_align.prompts.template_check import check_template
 from neat_align.rewards.contrast import ContrastReward
-from neat_align.rewards.http import check_tokens
+from neat_align.rewards.http import check_http_hosts, check_tokens
 from neat_align.rewards.protocol import NamedReward, RewardSpec
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.round_callback import RoundCallback, RoundDataset
@@ -132,10 +132,12 @@ class NEATTrainer(GroupTrainer):
             disable_dropout(policy)
         check_trainable_weights(policy)
         self.rewards = self._resolve(
-            reward_funcs, args.reward_weights, reward_processing_classes, args.reward_timeout
+            reward_funcs, args.reward_weights, reward_processing_classes, args
         )
-        self.judges = self._resolve(judge_funcs, None, None, args.reward_timeout)
-        check_tokens([r.function for r in (*self.rewards, *self.judges)])
+        self.judges = self._resolve(judge_funcs, None, None, args)
+        functions = [r.function for r in (*self.rewards, *self.judges)]
+        check_tokens(functions)
+        check_http_hosts(args.allow_http_hosts, functions)
         if args.rank_by != "origin" and not self.rewards:
             raise ConfigError(
                 f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or "
@@ -212,14 +214,20 @@ class NEATTrainer(GroupTrainer):
         funcs: Any,
         weights: Sequence[float] | None,
         processing_classes: Any,
-        timeout: float | None,
+        args: NEATConfig,
     ) -> Any:
         if funcs is None:
             return ()
         given = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
         contrast = ContrastReward(score=self._sum_logprobs, render=self._render)
         specs = [contrast if f == "contrast" else f for f in given]
-        return resolve_rewards(specs, weights, processing_classes, timeout=timeout)
+        return resolve_rewards(
+            specs,
+            weights,
+            processing_classes,
+            timeout=args.reward_timeout,
+            allow_http_hosts=args.allow_http_hosts,
+        )
 
     def _sum_logprobs(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]

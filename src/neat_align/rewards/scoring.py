@@ -280,8 +280,11 @@ def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[An
     except RuntimeError:
         return asyncio.run(gather())
     # Called from inside a loop (a notebook): a second loop is not allowed in this thread.
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
         return pool.submit(contextvars.copy_context().run, asyncio.run, gather()).result()
+    finally:
+        pool.shutdown(wait=False)  # an interrupt (Ctrl-C) does not wait for the rewards
 
 
 # ---- checking ------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ FREE_OPTIONS = frozenset(
         ),
         *(
             "resume_from_checkpoint",
+            "allow_http_hosts",
             "local_rank",
             "allow_changes",
             "alarm_logp_drop",
