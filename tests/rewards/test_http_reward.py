@@ -188,10 +188,13 @@ def test_the_order_is_the_rows_and_not_that_of_the_answers() -> None:
     ],
 )
 def test_one_chunk_that_fails_ends_the_others(status: int, kind: type, message: str) -> None:
-    over = threading.Event()
+    under_way, over = threading.Event(), threading.Event()
 
     def failing(handler: Handler, asked: Asked, number: int) -> None:
+        if number + 1 == CONCURRENT_REQUESTS:
+            under_way.set()
         if asked.rows[0]["completion"] == "bad":
+            under_way.wait(10)
             return handler.answer(status, b"")
         over.wait(10)  # the others would take this long
         return by_length(handler, asked, number)
@@ -666,14 +669,15 @@ def test_the_connection_goes_to_the_address_that_was_checked(
     connected: list[Any] = []
     real_connect = BaseSelectorEventLoop.sock_connect
 
-    def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+    def getaddrinfo(host: str | bytes, port: int, *_: Any, **__: Any) -> list[Any]:
+        host = host.decode() if isinstance(host, bytes) else host  # asyncio and anyio differ
         asked.append(host)
         first = asked.count("localhost") == 1
         return answering("127.0.0.1" if first else "169.254.169.254")(host, port)
 
     async def connect(loop: Any, sock: socket.socket, address: Any) -> None:
         connected.append(address)
-        await real_connect(loop, sock, address)
+        await real_connect(loop, sock, ("127.0.0.1", address[1]))
 
     monkeypatch.setattr(addresses_module.socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(BaseSelectorEventLoop, "sock_connect", connect)
@@ -793,7 +797,10 @@ def test_allow_http_hosts_that_no_reward_needs_is_refused() -> None:
         r.function for r in resolve_rewards("http://a.svc/", None, allow_http_hosts=["*.svc"])
     ]
     others = [
-        r.function for r in resolve_rewards(["vader", "https://b.svc/", "http://localhost/"], None)
+        r.function
+        for r in resolve_rewards(
+            ["vader", "https://b.svc/", "http://localhost/"], None, allow_http_hosts=["*.svc"]
+        )
     ]
     check_http_hosts(None, [])
     check_http_hosts(None, others)

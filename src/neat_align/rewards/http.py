@@ -278,15 +278,12 @@ class HttpReward:
                 f"the reward server {self.name} compressed its answer, which was not asked for"
             )
         data = b""
-        if int(response.headers.get("content-length", 0)) <= self.max_response_bytes:
-            async for block in response.aiter_raw():
-                data += block
-                if len(data) > self.max_response_bytes:
-                    break
-            else:
-                return data
-        if response.status_code == 200:
-            raise self._too_long()
+        async for block in response.aiter_raw():
+            data += block
+            if len(data) > self.max_response_bytes:
+                if response.status_code == 200:
+                    raise self._too_long()
+                break
         return data[: self.max_response_bytes]
 
     def _too_long(self) -> RewardError:
