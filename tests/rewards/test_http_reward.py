@@ -4,6 +4,7 @@ address rules.
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import logging
@@ -13,19 +14,31 @@ import socket
 import subprocess
 import threading
 import time
+from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from neat_align.errors import RewardError, RewardUnavailableError
+from neat_align import NEATConfig, NEATTrainer
+from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.rewards import addresses as addresses_module
+from neat_align.rewards import http
 from neat_align.rewards.addresses import checked_addresses, refusal
-from neat_align.rewards.http import TOKEN_VARIABLE, HttpReward, RetryPolicy, check_tokens, parse_url
+from neat_align.rewards.http import (
+    CONCURRENT_REQUESTS,
+    HttpReward,
+    RetryPolicy,
+    check_http_hosts,
+    check_tokens,
+)
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import score
+from neat_align.rewards.server_url import TOKEN_VARIABLE, parse_url
 from reward_server import Asked, Handler, RewardServer, by_length, saying
+from tiny import tiny_model, tiny_tokenizer
 
 TOKEN = "canary-5f1e77a3b0"
 
@@ -42,13 +55,18 @@ class Client:
         self.pauses: list[float] = []
         url = server if isinstance(server, str) else server.url
         options = {"timeout": 5.0, "retry": RetryPolicy(tries=3), **options}
-        self.reward = HttpReward(url, sleep=self.pauses.append, rng=random.Random(0), **options)
+        self.reward = HttpReward(url, sleep=self._pause, rng=random.Random(0), **options)
+
+    async def _pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
 
     def __call__(
         self, *completions: Any, prompts: list[Any] | None = None, **columns: Any
     ) -> list[float | None]:
         asked = prompts or ["p"] * len(completions)
-        return self.reward(asked, list(completions), [[1]] * len(completions), **columns)
+        return asyncio.run(
+            self.reward(asked, list(completions), [[1]] * len(completions), **columns)
+        )
 
 
 def free_port() -> int:
@@ -89,7 +107,8 @@ def test_rows_go_in_chunks_and_come_back_in_order() -> None:
     with RewardServer() as server:
         answers = Client(server, batch_size=3)(*("x" * n for n in range(1, 8)))
     assert answers == [1, 2, 3, 4, 5, 6, 7]
-    assert [len(a.rows) for a in server.asked] == [3, 3, 1]
+    # Requests under way at once come in any order.
+    assert sorted((len(a.rows) for a in server.asked), reverse=True) == [3, 3, 1]
 
 
 def test_a_url_is_a_reward_with_name_and_time_limit() -> None:
@@ -108,6 +127,117 @@ def test_a_url_is_a_reward_with_name_and_time_limit() -> None:
         )
     assert rows.rewards == (2.0, None)
     assert {a.path for a in server.asked} == {"/score"}
+
+
+# ---- several requests at once --------------------------------------------------------------------
+
+
+class Crowd:
+    """How many requests are under way at once."""
+
+    def __init__(self, held: float) -> None:
+        self.held, self.now, self.most, self.lock = held, 0, 0, threading.Lock()
+        self.clients: set[Any] = set()
+
+    def __call__(self, handler: Handler, asked: Asked, number: int) -> None:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.clients.add(handler.client_address)
+        time.sleep(self.held)
+        with self.lock:
+            self.now -= 1
+        by_length(handler, asked, number)
+
+
+def test_as_many_requests_as_the_limit_says_are_under_way_at_once() -> None:
+    all_here = threading.Barrier(CONCURRENT_REQUESTS, timeout=5)
+
+    def together(handler: Handler, asked: Asked, number: int) -> None:
+        all_here.wait()
+        by_length(handler, asked, number)
+
+    with RewardServer(together) as server:
+        texts = ["x" * n for n in range(1, CONCURRENT_REQUESTS + 1)]
+        assert Client(server, batch_size=1)(*texts) == list(range(1, CONCURRENT_REQUESTS + 1))
+
+
+def test_no_more_requests_than_the_limit_are_under_way_at_once() -> None:
+    crowd = Crowd(held=0.02)
+    with RewardServer(crowd) as server:
+        assert Client(server, batch_size=2)(*["ab"] * 50) == [2.0] * 50
+    assert crowd.most == CONCURRENT_REQUESTS
+    assert len(server.asked) == 25
+
+
+def test_the_order_is_the_rows_and_not_that_of_the_answers() -> None:
+    def first_is_last(handler: Handler, asked: Asked, number: int) -> None:
+        length = len(asked.rows[0]["completion"])
+        time.sleep(0.05 * (6 - length))
+        by_length(handler, asked, number)
+
+    with RewardServer(first_is_last) as server:
+        assert Client(server, batch_size=1)(*("x" * n for n in range(1, 7))) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (400, RewardError, "answered 400, where 200 was needed"),
+        (503, RewardUnavailableError, "answered 503: given up on rows 2 to 3 after 3 tries"),
+    ],
+)
+def test_one_chunk_that_fails_ends_the_others(status: int, kind: type, message: str) -> None:
+    under_way, over = threading.Event(), threading.Event()
+
+    def failing(handler: Handler, asked: Asked, number: int) -> None:
+        if number + 1 == CONCURRENT_REQUESTS:
+            under_way.set()
+        if asked.rows[0]["completion"] == "bad":
+            under_way.wait(10)
+            return handler.answer(status, b"")
+        over.wait(10)  # the others would take this long
+        return by_length(handler, asked, number)
+
+    started = time.monotonic()
+    with RewardServer(failing) as server:
+        with pytest.raises(RewardError, match=message) as caught:
+            Client(server, batch_size=2, timeout=30.0)("a", "b", "bad", "c", *["d"] * 60)
+        over.set()
+    assert type(caught.value) is kind
+    assert time.monotonic() - started < 5
+    asked = {row["completion"] for request in server.asked for row in request.rows}
+    assert asked == {"a", "b", "bad", "c", "d"}
+    assert len(server.asked) <= CONCURRENT_REQUESTS + 2  # of 32, the tries of the bad one included
+
+
+def test_connections_are_used_again_and_a_queue_costs_no_time_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Handler, "protocol_version", "HTTP/1.1")  # connections stay open
+    monkeypatch.setattr(http, "CONCURRENT_REQUESTS", 2)
+    crowd = Crowd(held=0.1)
+    with RewardServer(crowd) as server:
+        client = Client(server, batch_size=1, timeout=0.35)
+        assert client(*["ab"] * 10) == [2.0] * 10  # half a second in all
+    assert client.pauses == []
+    assert len(crowd.clients) == 2
+
+
+def test_it_works_where_an_event_loop_runs_and_in_another_thread() -> None:
+    def scored() -> Any:
+        rewards = resolve_rewards(server.url, None)
+        return score(
+            rewards, prompts=["p"], completions=["ab"], completion_ids=[[1]], columns={}
+        ).rewards
+
+    async def in_a_notebook() -> Any:
+        return scored()
+
+    with RewardServer() as server:
+        assert asyncio.run(in_a_notebook()) == (2.0,)
+        with ThreadPoolExecutor(2) as pool:
+            assert [f.result() for f in [pool.submit(scored) for _ in range(4)]] == [(2.0,)] * 4
 
 
 # ---- what may pass -------------------------------------------------------------------------------
@@ -305,11 +435,12 @@ def test_a_wrong_answer_is_an_error_at_once(reply: Any, message: str) -> None:
     assert client.pauses == []
 
 
-def test_each_chunk_has_its_own_number_of_rewards() -> None:
+def test_each_chunk_has_its_own_number_of_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     """One too few here and one too many there would give the right number, and each row another's
     reward.
     """
     one, three = b'{"rewards": [1.0]}', b'{"rewards": [1.0, 2.0, 3.0]}'
+    monkeypatch.setattr(http, "CONCURRENT_REQUESTS", 1)  # in this order
     with (
         RewardServer(saying((200, one), (200, three))) as server,
         pytest.raises(RewardError, match="1 scores for 2 completions"),
@@ -473,37 +604,15 @@ def test_urls_that_are_taken(url: str) -> None:
     assert parse_url(url).path.startswith("/")
 
 
+# fmt: off
 REFUSED = [
-    *(
-        "169.254.169.254",
-        "169.254.170.2",
-        "169.254.0.1",
-        "fe80::1",
-        "fe80::1%2",
-        "fd00:ec2::254",
-        "fd00:ec2::23",
-        "fd20:ce::254",
-    ),
-    *(
-        "100.100.100.200",
-        "168.63.129.16",
-        "192.0.0.192",
-        "0.0.0.0",
-        "0.1.2.3",
-        "::",
-        "224.0.0.1",
-        "ff02::1",
-        "255.255.255.255",
-        "240.0.0.1",
-    ),
-    *(
-        "::ffff:169.254.169.254",
-        "::ffff:0.0.0.0",
-        "64:ff9b::169.254.169.254",
-        "2002:a9fe:a9fe::1",
-        "::ffff:100.100.100.200",
-    ),
+    "169.254.169.254", "169.254.170.2", "169.254.0.1", "fe80::1", "fe80::1%2", "fd00:ec2::254",
+    "fd00:ec2::23", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192",
+    "0.0.0.0", "0.1.2.3", "::", "224.0.0.1", "ff02::1", "255.255.255.255", "240.0.0.1",
+    "::ffff:169.254.169.254", "::ffff:0.0.0.0", "64:ff9b::169.254.169.254",
+    "2002:a9fe:a9fe::1", "::ffff:100.100.100.200",
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("address", REFUSED)
@@ -529,7 +638,7 @@ def test_what_is_asked_with_and_without_encryption() -> None:
 
 
 def answering(*addresses: str) -> Callable[..., Any]:
-    def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
+    def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in addresses]
 
     return getaddrinfo
@@ -540,7 +649,7 @@ def test_a_name_is_refused_for_any_of_its_addresses(monkeypatch: pytest.MonkeyPa
         addresses_module.socket, "getaddrinfo", answering("93.184.216.34", "169.254.169.254")
     )
     with pytest.raises(RewardError, match=r"judge\.example \(169\.254\.169\.254\) is a link-local"):
-        checked_addresses("judge.example", 443, encrypted=True)
+        asyncio.run(checked_addresses("judge.example", 443, encrypted=True))
     with pytest.raises(RewardError, match="nothing was sent there"):
         Client("https://judge.example/")("abc")
     monkeypatch.setattr(addresses_module.socket, "getaddrinfo", answering("192.168.1.7"))
@@ -558,19 +667,20 @@ def test_the_connection_goes_to_the_address_that_was_checked(
     """
     asked: list[str] = []
     connected: list[Any] = []
-    real_connect = socket.create_connection
+    real_connect = BaseSelectorEventLoop.sock_connect
 
-    def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+    def getaddrinfo(host: str | bytes, port: int, *_: Any, **__: Any) -> list[Any]:
+        host = host.decode() if isinstance(host, bytes) else host  # asyncio and anyio differ
         asked.append(host)
         first = asked.count("localhost") == 1
         return answering("127.0.0.1" if first else "169.254.169.254")(host, port)
 
-    def connect(address: Any, *rest: Any) -> socket.socket:
+    async def connect(loop: Any, sock: socket.socket, address: Any) -> None:
         connected.append(address)
-        return real_connect(address, *rest)
+        await real_connect(loop, sock, ("127.0.0.1", address[1]))
 
     monkeypatch.setattr(addresses_module.socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(addresses_module.socket, "create_connection", connect)
+    monkeypatch.setattr(BaseSelectorEventLoop, "sock_connect", connect)
     with RewardServer() as server:
         assert Client(f"http://localhost:{server.port}/score")("abc") == [3.0]
         assert server.asked[0].headers["host"] == f"localhost:{server.port}"
@@ -578,11 +688,159 @@ def test_the_connection_goes_to_the_address_that_was_checked(
     assert asked.count("localhost") == 1
 
 
+def test_the_next_address_is_tried_when_one_takes_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(addresses_module.socket, "getaddrinfo", answering("127.0.0.2", "127.0.0.1"))
+    with RewardServer() as server:
+        client = Client(f"http://localhost:{server.port}/score")
+        assert client("abc") == [3.0]
+    assert client.pauses == []
+
+
 def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     with RewardServer() as server:
         assert Client(server)("abc") == [3.0]
+
+
+# ---- plain http inside a cluster -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "patterns"),
+    [
+        ("http://judge.svc/score", []),
+        ("http://judge.svc/score", ["*.svc.cluster.local"]),
+        ("http://judge.svc.evil.example/", ["*.svc"]),
+        ("http://notsvc/", ["*.svc"]),
+        ("http://10.0.0.5/score", []),
+        ("http://10.0.0.55/score", ["10.0.0.5"]),
+    ],
+)
+def test_plain_http_to_a_cluster_is_refused_with_advice(url: str, patterns: list[str]) -> None:
+    with pytest.raises(RewardError, match="is not encrypted") as caught:
+        resolve_rewards(url, None, allow_http_hosts=patterns)
+    assert "use https" in str(caught.value)
+    assert "allow_http_hosts" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "pattern", "address"),
+    [
+        ("judge.team.svc", "*.svc", "10.96.0.7"),
+        ("Judge.team.svc.cluster.local", "*.SVC.cluster.local", "fd12::7"),
+        ("judge", "judge", "192.168.3.4"),
+        ("172.20.0.5", "172.20.0.*", "172.20.0.5"),
+    ],
+)
+def test_a_named_host_is_asked_over_plain_http(
+    host: str, pattern: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected: list[Any] = []
+    real_connect = BaseSelectorEventLoop.sock_connect
+
+    async def connect(loop: Any, sock: socket.socket, to: Any) -> None:
+        connected.append(to[0])
+        if sock.family == socket.AF_INET6:  # this machine may have no IPv6
+            raise ConnectionRefusedError(to)
+        await real_connect(loop, sock, ("127.0.0.1", server.port))
+
+    monkeypatch.setattr(addresses_module.socket, "getaddrinfo", answering(address))
+    monkeypatch.setattr(BaseSelectorEventLoop, "sock_connect", connect)
+    with RewardServer() as server:
+        client = Client(f"http://{host}:8000/score", allow_http_hosts=["other", pattern])
+        if ":" in address:
+            with pytest.raises(RewardUnavailableError):
+                client("abc")
+        else:
+            assert client("abc") == [3.0]
+            assert server.asked[0].headers["host"] == f"{host}:8000"
+    assert set(connected) == {address}
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_addresses_that_are_never_asked_whoever_names_them(address: str) -> None:
+    assert refusal(address, encrypted=False, allowed=True) == refusal(address, encrypted=True)
+
+
+def test_a_named_host_must_have_private_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("10.0.0.5", "192.168.1.1", "172.31.0.1", "100.64.0.1", "fd12::1", "127.0.0.1"):
+        assert refusal(address, encrypted=False, allowed=True) is None
+    for address in ("93.184.216.34", "172.32.0.1", "2606:4700::1111", "64:ff9b::10.0.0.5"):
+        assert "not a private address" in (refusal(address, encrypted=False, allowed=True) or "")
+    for address, message in (
+        ("169.254.169.254", r"judge\.svc \(169\.254\.169\.254\) is a link-local or cloud metadata"),
+        ("93.184.216.34", r"judge\.svc \(93\.184\.216\.34\) is not a private address.*use https"),
+    ):
+        monkeypatch.setattr(addresses_module.socket, "getaddrinfo", answering("10.0.0.5", address))
+        with pytest.raises(RewardError, match=message):
+            Client("http://judge.svc/", allow_http_hosts=["*.svc"])("abc")
+    with pytest.raises(RewardError, match="link-local or cloud metadata"):
+        Client("http://169.254.169.254/", allow_http_hosts=["169.254.169.254"])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "*", "*.*", "http://judge.svc", "judge.svc/score", "10.0.0.0/8", "a b", "*.s[v]c"],
+)
+def test_a_pattern_that_names_no_host_or_every_host_is_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="allow_http_hosts has the entry"):
+        resolve_rewards("http://judge.svc/", None, allow_http_hosts=["*.svc", pattern])
+
+
+def test_allow_http_hosts_that_no_reward_needs_is_refused() -> None:
+    needed = [
+        r.function for r in resolve_rewards("http://a.svc/", None, allow_http_hosts=["*.svc"])
+    ]
+    others = [
+        r.function
+        for r in resolve_rewards(
+            ["vader", "https://b.svc/", "http://localhost/"], None, allow_http_hosts=["*.svc"]
+        )
+    ]
+    check_http_hosts(None, [])
+    check_http_hosts(None, others)
+    check_http_hosts(["*.svc"], [*needed, *others])
+    for rewards in ([], others):
+        with pytest.raises(ConfigError, match=r"allow_http_hosts is \['\*\.svc'\], but no reward"):
+            check_http_hosts(["*.svc"], rewards)
+
+
+def test_the_trainer_passes_allow_http_hosts_on_and_refuses_it_where_nothing_reads_it(
+    tmp_path: Path,
+) -> None:
+    tokenizer = tiny_tokenizer()
+
+    def trainer(reward: Any, judge: Any = None) -> NEATTrainer:
+        args = NEATConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_prompt_length=300,
+            max_completion_length=8,
+            allow_http_hosts=["*.svc"],
+        )
+        return NEATTrainer(
+            tiny_model("llama", len(tokenizer), tokenizer=tokenizer),
+            reward,
+            args,
+            train_dataset=[{"prompt": [{"role": "user", "content": "Hi"}]}],
+            processing_class=tokenizer,
+            judge_funcs=judge,
+        )
+
+    def longest(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        return [float(len(c)) for c in completions]
+
+    with pytest.raises(ConfigError, match="no reward or judge is an http"):
+        trainer(longest)
+    assert trainer("http://a.svc/").rewards[0].function.target.allowed
+    assert trainer(longest, "http://a.svc/").judges[0].function.target.allowed
 
 
 @pytest.mark.skipif(
@@ -590,29 +848,19 @@ def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch)
 )
 def test_certificates_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
-    made = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        key,
-        "-out",
-        cert,
-        "-days",
-        "2",
-        "-subj",
-        "/CN=localhost",
-    ]
-    subprocess.run(
-        [*made, "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True
-    )
+    made = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {cert} -days 2"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*made.split(), *subject], check=True, capture_output=True)
     with RewardServer(certificate=(cert, key)) as server:
         client = Client(f"https://localhost:{server.port}/score")
         with pytest.raises(RewardError, match=r"certificate .* is not valid: self-signed"):
             client("abc")
+        with monkeypatch.context() as patched:  # no other address hides what is wrong
+            patched.setattr(
+                addresses_module.socket, "getaddrinfo", answering("127.0.0.1", "127.0.0.2")
+            )
+            with pytest.raises(RewardError, match=r"certificate .* is not valid: self-signed"):
+                client("abc")
         assert client.pauses == []
         monkeypatch.setenv("SSL_CERT_FILE", cert)
         assert client("abc") == [3.0]

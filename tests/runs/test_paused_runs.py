@@ -119,13 +119,13 @@ def test_a_run_pauses_while_the_server_is_down_and_pays_for_nothing_twice(
         assert run_cli(tmp_path, "train", settings) == cli.PAUSED == 75
         lost = paused.sampled
     assert "go on with the same command and --resume true" in capsys.readouterr().err
-    # Three requests are the evaluation's (plain, positive and negative answers), the fourth is a
-    # batch of the round.
-    with RewardServer(paused.down_after(4), port=server.port):
+    # Three requests are the evaluation's (plain, positive and negative answers), the other four are
+    # the first batch of the round, 60 rows.
+    with RewardServer(paused.down_after(7), port=server.port):
         assert run_cli(tmp_path, "train", settings, "--resume", "true") == 75
     said = capsys.readouterr().err
     assert re.search(
-        r"paused: the reward server 127\.0\.0\.1_\d+_score answered 503: given up on rows 0 to "
+        r"paused: the reward server 127\.0\.0\.1_\d+_score answered 503: given up on rows \d+ to "
         r"\d+ after 6 tries",
         said,
     )

@@ -203,6 +203,14 @@ class NEATConfig(TrainingArguments):
         gt=0,
         needed="it must be a positive number of seconds, or left out",
     )
+    allow_http_hosts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Private hosts whose reward server may be asked over plain http: names, "
+            "addresses, or patterns such as `*.svc`. What is sent there, a token too, can be read "
+            "on the way. None: https only, except on this machine."
+        },
+    )
     reward_margin: float = option(
         0.0,
         "Completion i ranks above j when its reward is higher by more than this, in reward units.",
@@ -361,11 +369,9 @@ class NEATConfig(TrainingArguments):
         check_unsupported(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its arguments into every checkpoint (training_args.bin): a secret must not
-        # go with them.
-        return {k: scrubbed(v) if isinstance(v, str) else v for k, v in self.__dict__.items()} | {
-            "hub_token": None
-        }
+        # Trainer pickles its arguments into every checkpoint: a secret must not go with them.
+        state = {k: scrubbed(v) if isinstance(v, str) else v for k, v in self.__dict__.items()}
+        return state | {"hub_token": None}
 
     @property
     def num_generations(self) -> int:
@@ -374,27 +380,19 @@ class NEATConfig(TrainingArguments):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the objective needs the start policy's log-probabilities (the logged KL needs
-        them too).
-        """
+        """Whether the objective needs the start policy's log-probabilities."""
         return self.ranking_loss == "dpo" or self.negative_penalty == "npo" or self.kl_weight > 0
 
     @property
     def resolved_beta(self) -> float:
         """`beta`, or the default of the chosen ranking loss."""
         # dpo's own 0.1 is for summed log-probabilities; on means it would hardly ever saturate.
-        defaults = {
-            "logistic": 2.0,
-            "listwise": 1.0,
-            "dpo": 0.1 if self.length_power == 0 else 2.0,
-            "hinge": 1.0,
-            "none": 1.0,
-        }
+        dpo = 0.1 if self.length_power == 0 else 2.0
+        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": dpo, "hinge": 1.0, "none": 1.0}
         return defaults[self.ranking_loss] if self.beta is None else self.beta
 
     @property
     def resolved_npo_beta(self) -> float:
         """`npo_beta`, or 0.1 (the paper's) on summed log-probabilities and 1 on means."""
-        if self.npo_beta is not None:
-            return self.npo_beta
-        return 0.1 if self.length_power == 0 else 1.0
+        default = 0.1 if self.length_power == 0 else 1.0
+        return default if self.npo_beta is None else self.npo_beta

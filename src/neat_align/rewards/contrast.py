@@ -1,5 +1,5 @@
-"""The contrast self-reward: how much likelier the positive instruction makes an answer than the
-negative one does.
+"""The contrast self-reward: how much likelier an answer is under the positive instruction than
+under the negative one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ContrastReward:
             if good == bad:
                 raise RewardError(
                     f"row {i}'s prompt is the same tokens under the positive and the negative "
-                    "instruction, so its contrast would "
-                    "always be 0: check the instructions, and that the chat template keeps them"
+                    "instruction, so its contrast would always be 0: check the instructions, and "
+                    "that the chat template keeps them"
                 )
         rewards: list[float | None] = [None] * len(completion_ids)
         if not rows:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from neat_align.errors import RewardError
@@ -60,14 +61,13 @@ class ModelReward:
         self.name = name or Path(source).name or type(model).__name__
         _check_num_labels(self.name, config)
         self.tokenizer: Any = _tokenizer_for(self.name, source) if tokenizer is None else tokenizer
-        self._special = [
-            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special
-        ]
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._special = [token.content for token in added if token.special]
         self.model = _placed(model)
         self.batch_size = batch_size
         self.bf16 = bf16
         self._config: Any = config.get_text_config()
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         # Only where segments have an embedding of their own: GPT-2 takes the argument too, and adds
         # word embeddings for it.
         has_types = (getattr(self._config, "type_vocab_size", 0) or 0) > 1
@@ -94,8 +94,8 @@ class ModelReward:
         if missing:
             raise RewardError(
                 f"the reward model {name!r} has no weights for {', '.join(missing[:3])}: its "
-                "scores would be random. "
-                "It must be a trained sequence-classification model, not a language model"
+                "scores would be random. It must be a trained sequence-classification model, not "
+                "a language model"
             )
         return cls(model, tokenizer, name=Path(name).name, batch_size=batch_size, bf16=bf16)
 
@@ -106,8 +106,9 @@ class ModelReward:
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[float | None]:
-        """The model's logit for each row. The policy's token ids are not used: this tokenizer is
-        another one.
+        """The model's logit for each row.
+
+        The policy's token ids are not used: this tokenizer is another one.
         """
         rows = [
             self._encode(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
@@ -149,9 +150,8 @@ class ModelReward:
         if self._max_length is not None and len(ids) > self._max_length:
             raise RewardError(
                 f"row {index} has {len(ids)} tokens for the reward model {self.name!r}, which "
-                f"takes {self._max_length}: "
-                "shorten max_prompt_length or max_completion_length, or choose a model with a "
-                "longer context"
+                f"takes {self._max_length}: shorten max_prompt_length or max_completion_length, "
+                "or choose a model with a longer context"
             )
         return _Encoded(ids, list(encoded["token_type_ids"]))
 
@@ -162,9 +162,8 @@ class ModelReward:
             return prompt[0]["content"]
         raise RewardError(
             f"row {index}'s prompt has {len(prompt)} messages, and the tokenizer of the reward "
-            f"model {self.name!r} has no chat template "
-            "to join them: pass a reward processing class whose chat_template is set, in the form "
-            "that the model was trained on"
+            f"model {self.name!r} has no chat template to join them: pass a reward processing "
+            "class whose chat_template is set, in the form that the model was trained on"
         )
 
     @torch.no_grad()
@@ -203,9 +202,8 @@ def _check_num_labels(name: str, config: Any) -> None:
         labels = ", ".join(str(label) for label in list(config.id2label.values())[:4])
         raise RewardError(
             f"the reward model {name!r} has {config.num_labels} labels ({labels}); a reward model "
-            "has one output (num_labels 1). "
-            "For a classifier, write a reward function that returns the probability of the label "
-            "you want"
+            "has one output (num_labels 1). For a classifier, write a reward function that "
+            "returns the probability of the label you want"
         )
 
 
@@ -240,8 +238,9 @@ def _max_length(tokenizer: Any, config: Any) -> int | None:
 
 
 def _unused_as_last(rows: Sequence[_Encoded]) -> int:
-    """A token id that ends no row, so that pooling on "the last token that is not a pad" finds each
-    row's real end.
+    """A token id that ends no row.
+
+    With it as the pad, pooling on "the last token that is not a pad" finds each row's real end.
     """
     last = {row.ids[-1] for row in rows}
     return next(i for i in range(len(last) + 1) if i not in last)

@@ -12,62 +12,68 @@ status 200 and
     {"rewards": [1.5, null, ...]}
 
 one entry a row, in order: a finite number, higher is better, or null to abstain. Other keys are
-ignored. Rows come in chunks of at most `batch_size`, one request at a time, and the same rows may
-be sent again, so scoring must have no side effects.
+ignored. Rows come in chunks of at most `batch_size`, up to CONCURRENT_REQUESTS at once and in any
+order, and the same rows may be sent again, so scoring must have no side effects.
 
 - Again, after a growing pause: 408, 429, 5xx, a connection that fails or breaks, no answer within
   `timeout`. A `Retry-After` is kept to. When the tries are used up, or the server asks for a longer
   pause than `RetryPolicy` allows, RewardUnavailableError stops the run, which can be resumed.
 - An error at once: any other status (a redirect too: none is followed), an answer that is too long,
   is not this JSON, has another number of rewards, or one that is not finite. Never a score.
+- The first chunk that fails for good ends the others.
 
-Security: https off this machine; the address rules of `addresses`; certificates are checked. A
-bearer token comes from the environment, NEAT_ALIGN_REWARD_TOKEN_<HOST> (the host in capitals, with
-_ for all but letters and digits) or NEAT_ALIGN_REWARD_TOKEN, is read when it is sent, is sent to
-the URL's own host only, and stands in no file or message.
+Security: https off this machine, or http to private hosts that the user named (`allow_http_hosts`);
+the address rules of `addresses`; certificates are checked. A bearer token comes from the
+environment, NEAT_ALIGN_REWARD_TOKEN_<HOST> (the host in capitals, with _ for all but letters and
+digits) or NEAT_ALIGN_REWARD_TOKEN, is read when it is sent, is sent to the URL's own host only, and
+stands in no file or message.
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
-import ipaddress
 import json
 import logging
 import os
 import random
 import re
-import socket
 import ssl
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
-from neat_align.errors import RewardError, RewardUnavailableError
+import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+
+from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.files.secrets import scrubbed
 from neat_align.prompts.rows import Prompt
-from neat_align.rewards.addresses import CheckedConnection, CheckedTLSConnection, refusal
-from neat_align.rewards.protocol import CompletionInput, completion_text
+from neat_align.rewards.addresses import CheckedTransport, root_cause
+from neat_align.rewards.protocol import CompletionInput, RewardFunction, completion_text
 from neat_align.rewards.scoring import checked_scores
+from neat_align.rewards.server_url import TOKEN_VARIABLE, parse_url
 
 logger = logging.getLogger(__name__)
-TOKEN_VARIABLE = "NEAT_ALIGN_REWARD_TOKEN"  # noqa: S105 - the variable's name
 DEFAULT_TIMEOUT = 60.0
+# A scoring batch of 64 rows goes out at once, as four requests of 16. More than six connections at
+# the same moment overflow the listen queue of Python's http.server (5), and each one over it waits
+# a second for the system to try again. Browsers open six to a host as well.
+CONCURRENT_REQUESTS = 6
 _AGAIN = (408, 429)
-_BLOCK = 1 << 16
 _EXCERPT = 200
 _ANSWER = '{"rewards": [...]}'
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request is tried, and the pauses between, in seconds: `first_pause`, doubling up
-    to `longest_pause`, each shortened by up to half at random, so that many runs do not come back
-    to a server at once. A `Retry-After` of up to `longest_retry_after` is waited for; a longer one
-    ends the tries.
+    """How often a request is tried, and the pauses between, in seconds.
+
+    The pauses begin with `first_pause` and double up to `longest_pause`, each shortened by up to
+    half at random, so that many runs do not come back to a server at once. A `Retry-After` of up to
+    `longest_retry_after` is waited for; a longer one ends the tries.
     """
 
     tries: int = 6
@@ -77,37 +83,8 @@ class RetryPolicy:
 
     def pause(self, failed: int, asked: float | None, rng: random.Random) -> float:
         """Seconds to wait after so many failed tries; `asked` is the server's `Retry-After`."""
-        backoff = min(self.longest_pause, self.first_pause * 2.0 ** (failed - 1)) * (
-            1 - rng.random() / 2
-        )
-        return max(backoff, asked or 0.0)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where rows are sent: a checked URL, in parts."""
-
-    encrypted: bool
-    host: str
-    port: int
-    path: str
-
-    @property
-    def name(self) -> str:
-        """Host, port and path as one word, for metrics and messages."""
-        standard = self.port == (443 if self.encrypted else 80)
-        return re.sub(
-            r"[^A-Za-z0-9.-]+", "_", f"{self.host}{'' if standard else f':{self.port}'}{self.path}"
-        ).strip("_")
-
-    @property
-    def token_variable(self) -> str | None:
-        """The environment variable that this host's token is in; its own before the general one.
-
-        None when neither is set.
-        """
-        own = f"{TOKEN_VARIABLE}_{re.sub(r'[^A-Z0-9]', '_', self.host.upper())}"
-        return next((v for v in (own, TOKEN_VARIABLE) if os.environ.get(v, "").strip()), None)
+        doubled = min(self.longest_pause, self.first_pause * 2.0 ** (failed - 1))
+        return max(doubled * (1 - rng.random() / 2), asked or 0.0)
 
 
 class _TransientError(Exception):
@@ -119,9 +96,10 @@ class _TransientError(Exception):
 
 
 class HttpReward:
-    """A reward server, see the module's docstring. `timeout` is in seconds and bounds one whole
-    request (but for the look-up of the name, which only the system bounds); `max_response_bytes`
-    bounds one answer.
+    """A reward server, see the module's docstring.
+
+    `timeout` is in seconds and bounds one whole request; the look-up of the host's name may outlast
+    it, since only the system can end that. `max_response_bytes` bounds one answer.
     """
 
     def __init__(
@@ -129,23 +107,21 @@ class HttpReward:
         url: str,
         *,
         timeout: float = DEFAULT_TIMEOUT,
-        batch_size: int = 128,
+        allow_http_hosts: Sequence[str] = (),
+        batch_size: int = 16,
         retry: RetryPolicy | None = None,
         max_response_bytes: int = 1 << 20,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rng: random.Random | None = None,
     ) -> None:
-        self.target = parse_url(url)
+        self.target = parse_url(url, allow_http_hosts)
         self.name = self.target.name
-        self.timeout, self.batch_size, self.max_response_bytes = (
-            timeout,
-            batch_size,
-            max_response_bytes,
-        )
+        self.timeout, self.batch_size = timeout, batch_size
+        self.max_response_bytes = max_response_bytes
         self.retry = retry or RetryPolicy()
         self._sleep, self._rng = sleep, rng or random.Random()
 
-    def __call__(
+    async def __call__(
         self,
         prompts: Sequence[Prompt],
         completions: Sequence[CompletionInput],
@@ -153,114 +129,130 @@ class HttpReward:
         **columns: Any,
     ) -> list[float | None]:
         """The server's reward for each row."""
-        rewards: list[float | None] = []
-        for first in range(0, len(completions), self.batch_size):
-            mine = completions[first : first + self.batch_size]
-            asked = prompts[first : first + self.batch_size]
-            rows = [
-                {"prompt": p, "completion": completion_text(c)}
-                for p, c in zip(asked, mine, strict=True)
-            ]
-            answer = self._answer(
-                json.dumps({"rows": rows}).encode("ascii"),
-                f"rows {first} to {first + len(mine) - 1}",
-            )
-            labels = [f"row {i}" for i in range(first, first + len(mine))]
-            rewards += checked_scores(self.name, self._rewards_in(answer), mine, labels)
-        return rewards
+        slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
-    def _answer(self, body: bytes, rows: str) -> bytes:
-        """The body of a good answer, after as many tries as it takes."""
-        started, tried = time.monotonic(), 0
-        while True:
-            tried += 1
+        async def scores(client: httpx.AsyncClient, first: int) -> list[float | None]:
+            chunk = slice(first, first + self.batch_size)
+            async with slots:  # also while it pauses: a busy server is asked less
+                return await self._chunk(client, first, prompts[chunk], completions[chunk])
+
+        # A client a call: its connections belong to the call's event loop.
+        async with self._client() as client:
             try:
-                return self._post(body)
-            except _TransientError as error:
-                asked = error.retry_after
-                reason = f"the reward server {self.name} {error}"
-                if asked is not None and asked > self.retry.longest_retry_after:
-                    raise RewardUnavailableError(
-                        f"{reason} and asks for a pause of {asked:.0f} s, for {rows}"
-                    ) from error
-                if tried >= self.retry.tries:
-                    took = time.monotonic() - started
-                    raise RewardUnavailableError(
-                        f"{reason}: given up on {rows} after {tried} tries in {took:.0f} s"
-                    ) from error
-                pause = self.retry.pause(tried, asked, self._rng)
-                logger.warning(
-                    "%s; try %d of %d follows in %.1f s", reason, tried + 1, self.retry.tries, pause
-                )
-                self._sleep(pause)
+                async with asyncio.TaskGroup() as group:
+                    chunks = [
+                        group.create_task(scores(client, first))
+                        for first in range(0, len(completions), self.batch_size)
+                    ]
+            except ExceptionGroup as failures:
+                failure = failures.exceptions[0]
+                raise failure from failure.__cause__
+        return [reward for chunk in chunks for reward in chunk.result()]
 
-    def _post(self, body: bytes) -> bytes:
-        """One request. _TransientError for what may pass, RewardError for what will not."""
+    def _client(self) -> httpx.AsyncClient:
+        target = self.target
+        transport = CheckedTransport(encrypted=target.encrypted, allowed=target.allowed)
+        return httpx.AsyncClient(transport=transport, trust_env=False, follow_redirects=False)
+
+    async def _chunk(
+        self,
+        client: httpx.AsyncClient,
+        first: int,
+        prompts: Sequence[Prompt],
+        completions: Sequence[CompletionInput],
+    ) -> list[float | None]:
+        """The rewards of the rows from `first` on, after as many tries as it takes."""
+        rows = [
+            {"prompt": prompt, "completion": completion_text(completion)}
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        where = f"rows {first} to {first + len(rows) - 1}"
+        retrying = AsyncRetrying(
+            sleep=self._sleep,
+            retry=retry_if_exception_type(_TransientError),
+            stop=stop_after_attempt(self.retry.tries),
+            wait=lambda state: self.retry.pause(
+                state.attempt_number, _failure(state).retry_after, self._rng
+            ),
+            before_sleep=self._warn,
+            reraise=True,
+        )
+        body = json.dumps({"rows": rows}).encode("ascii")
         try:
-            status, headers, data = self._exchange(body)
-        except ssl.SSLCertVerificationError as error:
-            raise RewardError(
-                f"the certificate of the reward server {self.name} is not valid: "
-                f"{error.verify_message}"
+            answer: bytes = await retrying(self._post, client, body, where)
+        except _TransientError as error:
+            tries = retrying.statistics["attempt_number"]
+            took = retrying.statistics["delay_since_first_attempt"]
+            raise RewardUnavailableError(
+                f"the reward server {self.name} {error}: given up on {where} after {tries} tries "
+                f"in {took:.0f} s"
             ) from error
-        except (OSError, HTTPException) as error:
-            raise _TransientError(
-                f"cannot be asked ({type(error).__name__}: {scrubbed(str(error))[:_EXCERPT]})"
-            ) from error
+        labels = [f"row {i}" for i in range(first, first + len(rows))]
+        return checked_scores(self.name, self._rewards_in(answer), completions, labels)
+
+    def _warn(self, state: RetryCallState) -> None:
+        logger.warning(
+            "the reward server %s %s; try %d of %d follows in %.1f s",
+            self.name,
+            _failure(state),
+            state.attempt_number + 1,
+            self.retry.tries,
+            state.upcoming_sleep,
+        )
+
+    async def _post(self, client: httpx.AsyncClient, body: bytes, where: str) -> bytes:
+        """One request. _TransientError for what may pass, RewardError for what will not.
+
+        `where` names the rows in messages.
+        """
+        # Not `client.build_request`, which would send cookies and httpx's own headers as well.
+        request = httpx.Request("POST", self.target.url, content=body, headers=self._headers())
+        try:
+            async with (
+                asyncio.timeout(self.timeout),
+                aclosing(await client.send(request, stream=True)) as response,
+            ):
+                data = await self._read(response)
+        except (OSError, httpx.TransportError) as error:
+            raise self._transport_error(error) from error
+        status = response.status_code
         if status == 200:
             return data
         if status in _AGAIN or status >= 500:
-            raise _TransientError(f"answered {status}", _retry_after(headers.get("retry-after")))
-        hint = {
-            401: f": set the environment variable {TOKEN_VARIABLE} to its token",
-            403: f": the token in {TOKEN_VARIABLE} may not use it",
-        }.get(
-            status,
-            ": redirects are not followed, so name the final URL"
-            if 300 <= status < 400
-            else f": {self._excerpt(data)}",
-        )
+            asked = _retry_after(response.headers.get("retry-after"))
+            if asked is not None and asked > self.retry.longest_retry_after:
+                raise RewardUnavailableError(
+                    f"the reward server {self.name} answered {status} and asks for a pause of "
+                    f"{asked:.0f} s, for {where}"
+                )
+            raise _TransientError(f"answered {status}", asked)
+        if status == 401:
+            hint = f": set the environment variable {TOKEN_VARIABLE} to its token"
+        elif status == 403:
+            hint = f": the token in {TOKEN_VARIABLE} may not use it"
+        elif 300 <= status < 400:
+            hint = ": redirects are not followed, so name the final URL"
+        else:
+            hint = f": {self._excerpt(data)}"
         raise RewardError(
             f"the reward server {self.name} answered {status}, where 200 was needed{hint}"
         )
 
-    def _exchange(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        """Send and receive within `timeout` seconds. Gives status, headers in small letters, and
-        the body.
-        """
-        t = self.target
-        connection = (CheckedTLSConnection if t.encrypted else CheckedConnection)(
-            t.host, t.port, self.timeout
-        )
-        expired = threading.Event()
-
-        def expire() -> None:
-            # A socket's own timeout starts anew with every byte, so that a slow answer would never
-            # run into it.
-            expired.set()
-            if connection.opened is not None:
-                _shut(connection.opened)
-
-        clock = threading.Timer(self.timeout, expire)
-        clock.daemon = True
-        clock.start()
-        try:
-            connection.request("POST", t.path, body, self._headers())
-            if expired.is_set():  # while there was no socket yet
-                raise TimeoutError
-            with connection.getresponse() as response:
-                headers = {k.lower(): v for k, v in response.getheaders()}
-                data = self._read(response, headers)
-            if expired.is_set():  # what was read may be cut
-                raise TimeoutError
-        except (OSError, HTTPException) as error:
-            if expired.is_set() or isinstance(error, TimeoutError):
-                raise TimeoutError(f"no complete answer within {self.timeout:g} s") from error
-            raise
-        finally:
-            clock.cancel()
-            connection.close()
-        return response.status, headers, data
+    def _transport_error(self, error: Exception) -> Exception:
+        """What a failed exchange means: an error for good, or one that may pass."""
+        cause = root_cause(error)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return RewardError(
+                f"the certificate of the reward server {self.name} is not valid: "
+                f"{cause.verify_message}"
+            )
+        if isinstance(error, httpx.RemoteProtocolError) and "Content-Length" in str(error):
+            return self._too_long()  # h11 reads at most 20 digits
+        said = scrubbed(str(cause))[:_EXCERPT]
+        reason = f"{type(cause).__name__}: {said}" if said else type(error).__name__
+        if isinstance(error, TimeoutError) or isinstance(cause, TimeoutError):
+            reason = f"TimeoutError: no complete answer within {self.timeout:g} s"
+        return _TransientError(f"cannot be asked ({reason})")
 
     def _headers(self) -> dict[str, str]:
         headers = {
@@ -279,33 +271,25 @@ class HttpReward:
             headers["Authorization"] = f"Bearer {token}"
         return headers
 
-    def _read(self, response: HTTPResponse, headers: Mapping[str, str]) -> bytes:
-        if headers.get("content-encoding", "identity") != "identity":
+    async def _read(self, response: httpx.Response) -> bytes:
+        """The body as it was sent, of at most `max_response_bytes`."""
+        if response.headers.get("content-encoding", "identity") != "identity":
             raise RewardError(
                 f"the reward server {self.name} compressed its answer, which was not asked for"
             )
-        length = headers.get("content-length", "")
-        # Unknown where the answer ends with the connection, or comes in chunks (http.client finds
-        # those that are cut).
-        announced = (
-            int(length[:20]) if length.isdecimal() and "transfer-encoding" not in headers else None
-        )
         data = b""
-        while len(data) <= self.max_response_bytes and (announced or 0) <= self.max_response_bytes:
-            block = response.read(_BLOCK)
-            if not block:
-                if announced is not None and len(data) < announced:
-                    raise ConnectionResetError(
-                        f"the connection ended after {len(data)} of {announced} bytes"
-                    )
-                return data
+        async for block in response.aiter_raw():
             data += block
-        if response.status != 200:
-            return data[: self.max_response_bytes]
-        raise RewardError(
+            if len(data) > self.max_response_bytes:
+                if response.status_code == 200:
+                    raise self._too_long()
+                break
+        return data[: self.max_response_bytes]
+
+    def _too_long(self) -> RewardError:
+        return RewardError(
             f"the reward server {self.name} sent an answer of more than {self.max_response_bytes} "
-            f"bytes: it must be {_ANSWER}, one "
-            "number or null a row"
+            f"bytes: it must be {_ANSWER}, one number or null a row"
         )
 
     def _rewards_in(self, data: bytes) -> list[Any]:
@@ -329,14 +313,11 @@ class HttpReward:
         return repr(scrubbed(data[: 4 * _EXCERPT].decode("utf-8", "replace"))[:_EXCERPT])
 
 
-def _shut(sock: socket.socket) -> None:
-    """End what another thread waits for on this socket. TLS's own shutdown would wait for
-    the peer.
-    """
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        return  # closed already
+def _failure(state: RetryCallState) -> _TransientError:
+    """What the last try raised; only these are tried again."""
+    failure = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(failure, _TransientError)
+    return failure
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -353,83 +334,11 @@ def _retry_after(value: str | None) -> float | None:
         return None
 
 
-# ---- URLs ----------------------------------------------------------------------------------------
+# ---- all rewards of a run ------------------------------------------------------------------------
 
 
-def parse_url(url: str) -> Target:
-    """A reward's URL in parts.
-
-    Raises RewardError, which repeats nothing of the URL that could be a secret.
-    """
-    parts = _split(url)
-    host = parts.hostname or ""
-    shown = f"{parts.scheme}://{host}"
-    if parts.scheme not in ("http", "https"):
-        raise RewardError(
-            "a reward's URL begins with https:// (or http:// on this machine), not with "
-            f"{parts.scheme}://"
-        )
-    if "@" in parts.netloc:
-        raise RewardError(
-            f"the reward URL {shown} holds a user name or password: leave it out, and put a token "
-            f"into {TOKEN_VARIABLE}"
-        )
-    if parts.query or parts.fragment or "?" in url or "#" in url:
-        raise RewardError(
-            f"the reward URL {shown} has a query or fragment, which could hold a secret: leave it "
-            "out"
-        )
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        raise RewardError(
-            f"the reward URL {shown} has a port that is no number below 65536"
-        ) from None
-    if not host:
-        raise RewardError("a reward's URL needs a host: https://host/path")
-    encrypted = parts.scheme == "https"
-    _check_host(host, encrypted=encrypted)
-    return Target(encrypted, host, port, parts.path or "/")
-
-
-def _split(url: str) -> SplitResult:
-    if not re.fullmatch(r"[\x21-\x7e]+", url) or "\\" in url:
-        raise RewardError(
-            "a reward's URL has printable ASCII characters only, no spaces and no backslash "
-            "(write other names as xn--...)"
-        )
-    try:
-        return urlsplit(url)
-    except ValueError:
-        raise RewardError(
-            "a reward's URL cannot be read: it must look like https://host/path"
-        ) from None
-
-
-def _check_host(host: str, *, encrypted: bool) -> None:
-    """What can be said before the name is looked up; the addresses that it has are checked when it
-    is.
-    """
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        if not encrypted and host != "localhost":
-            raise RewardError(
-                f"the reward URL http://{host} is not encrypted and names another machine (or "
-                "may): use https; http is for "
-                "localhost, 127.0.0.1 and [::1]"
-            ) from None
-        return
-    reason = refusal(host, encrypted=encrypted)
-    if reason is not None:
-        raise RewardError(f"the reward server {host} is {reason}")
-
-
-def check_tokens(rewards: Sequence[Any]) -> None:
-    """Refuse one token for two hosts: each host would be sent the other's.
-
-    `rewards` are reward functions of any kind.
-    """
+def check_tokens(rewards: Sequence[RewardFunction]) -> None:
+    """Refuse one token for two hosts: each host would be sent the other's."""
     hosts: dict[str, str] = {}
     for reward in rewards:
         if not isinstance(reward, HttpReward) or reward.target.token_variable is None:
@@ -438,6 +347,17 @@ def check_tokens(rewards: Sequence[Any]) -> None:
         if hosts.setdefault(variable, host) != host:
             raise RewardError(
                 f"the token in {variable} would be sent to {hosts[variable]} and to {host}: give "
-                "each host its own, in "
-                f"{TOKEN_VARIABLE}_<HOST>"
+                f"each host its own, in {TOKEN_VARIABLE}_<HOST>"
             )
+
+
+def check_http_hosts(
+    allow_http_hosts: Sequence[str] | None, rewards: Sequence[RewardFunction]
+) -> None:
+    """Refuse an `allow_http_hosts` that no reward needs."""
+    servers = [reward.target for reward in rewards if isinstance(reward, HttpReward)]
+    if allow_http_hosts is not None and not any(target.allowed for target in servers):
+        raise ConfigError(
+            f"allow_http_hosts is {list(allow_http_hosts)}, but no reward or judge is an http:// "
+            "URL of such a host: leave it out"
+        )

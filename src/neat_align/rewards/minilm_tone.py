@@ -33,12 +33,9 @@ _BATCH = 64
 
 
 def find_encoder() -> str:
-    """The folder of the installed wheel, or the hub name where the hub (or its cache) can
-    serve it.
-    """
-    spec = importlib.util.find_spec(
-        WHEEL.replace("-", "_")
-    )  # finds the folder; runs none of the package's code
+    """The folder of the installed wheel, or else the hub name, if the hub or its cache has it."""
+    # This finds the folder and runs none of the package's code.
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     for folder in (spec.submodule_search_locations or []) if spec else []:
         model = Path(folder) / "model"
         if (model / "config.json").is_file():
@@ -54,15 +51,15 @@ def find_encoder() -> str:
 
 
 class MiniLMEncoder:
-    """all-MiniLM-L6-v2: the mean of the last hidden states over all tokens, scaled to length 1.
-    fp32, frozen.
+    """all-MiniLM-L6-v2, fp32 and frozen.
+
+    A text's embedding is the mean of the last hidden states over all tokens, scaled to length 1.
     """
 
     def __init__(self, source: str) -> None:
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity(
-            logging.ERROR
-        )  # the checkpoint has a position buffer that newer code does not load
+        # The checkpoint has a position buffer that newer code does not load and warns of.
+        transformers_logging.set_verbosity(logging.ERROR)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
             self._model: Any = AutoModel.from_pretrained(
@@ -84,19 +81,17 @@ class MiniLMEncoder:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
-        """One unit vector a text, on the CPU. Up to 254 word pieces this is sentence-transformers'
-        embedding.
+        """One unit vector a text, on the CPU.
+
+        For texts of up to 254 word pieces this is the embedding of sentence-transformers.
         """
         windows = [(i, window) for i, text in enumerate(texts) for window in self._windows(text)]
         windows.sort(key=lambda item: len(item[1]))
         sums = torch.zeros(len(texts), self._model.config.hidden_size)
         for start in range(0, len(windows), _BATCH):
             batch = windows[start : start + _BATCH]
-            sums.index_add_(
-                0,
-                torch.tensor([i for i, _ in batch]),
-                self._summed_states([ids for _, ids in batch]),
-            )
+            numbers = torch.tensor([i for i, _ in batch])
+            sums.index_add_(0, numbers, self._summed_states([ids for _, ids in batch]))
         # The mean over tokens and the sum differ by a factor only, which the scaling removes.
         return torch.nn.functional.normalize(sums, dim=-1)
 

@@ -18,8 +18,9 @@ RewardSpec: TypeAlias = str | Callable[..., Any]
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """TRL's signature. One number a row, higher is better; `None` abstains. `columns` are the
-    data's other columns.
+    """TRL's signature: one number a row, higher is better, and `None` abstains.
+
+    `columns` are the data's other columns.
 
     A round is scored in batches of whole groups, about 64 rows each: all completions of one prompt
     come in one call, and nothing may be read from where a batch begins or ends.
@@ -38,8 +39,9 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward function, the name it is logged under, and its weight in the sum. Weight 0 is logged
-    and never trained on.
+    """A reward function, the name it is logged under, and its weight in the sum.
+
+    A reward of weight 0 is logged and never trained on.
 
     `timeout` is in seconds a call. A function that runs past it is left alone in its thread, since
     threads cannot be ended; an async one is cancelled.
@@ -53,8 +55,9 @@ class NamedReward:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """One entry a row. `components` has one number a function, unweighted; `rewards` is their
-    weighted sum, or None.
+    """One entry a row.
+
+    `components` has one number a function, unweighted; `rewards` is their weighted sum, or None.
     """
 
     rewards: tuple[float | None, ...]

@@ -1,12 +1,11 @@
-"""From what the user wrote (names, paths, models, functions) to named, weighted reward
-functions.
-"""
+"""From what the user wrote (names, URLs, paths, models, functions) to named, weighted rewards."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import math
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,13 +37,15 @@ def resolve_rewards(
     processing_classes: Any = None,
     *,
     timeout: float | None = None,
+    allow_http_hosts: Sequence[str] | None = None,
 ) -> tuple[NamedReward, ...]:
     """Reward functions with their names and weights, in order.
 
     `weights` None is 1 for each. `processing_classes` is a tokenizer, or one entry a reward: a
     tokenizer for a model, None for the model's own and for functions. Equal names get `_2`, `_3`, …
     so that each has its own metric. `timeout` is in seconds: a call of a function, or each request
-    to a server (None: no limit, and a minute).
+    to a server (None: no limit for a function, a minute for a server). `allow_http_hosts` names
+    private hosts that may be asked over plain http, such as "10.0.0.5" or "*.svc".
     """
     specs = (
         [reward_funcs]
@@ -63,16 +64,14 @@ def resolve_rewards(
         )
     named: list[NamedReward] = []
     for spec, weight, tokenizer in zip(specs, resolved_weights, tokenizers, strict=True):
-        function = _resolve(spec, tokenizer, timeout)
+        function = _resolve(spec, tokenizer, timeout, allow_http_hosts)
         name, n = _name(spec, function), 1
-        while (unique := name if n == 1 else f"{name}_{n}") in {r.name for r in named}:
+        taken = {reward.name for reward in named}
+        while (unique := name if n == 1 else f"{name}_{n}") in taken:
             n += 1
         # A server's tries and pauses together may take longer than one request.
-        named.append(
-            NamedReward(
-                unique, function, weight, None if isinstance(function, HttpReward) else timeout
-            )
-        )
+        limit = None if isinstance(function, HttpReward) else timeout
+        named.append(NamedReward(unique, function, weight, limit))
     check_tokens([r.function for r in named])
     return tuple(named)
 
@@ -95,16 +94,25 @@ def _checked_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     return [float(w) for w in weights]
 
 
-def _resolve(spec: RewardSpec, tokenizer: Any, timeout: float | None) -> RewardFunction:
+def _resolve(
+    spec: RewardSpec,
+    tokenizer: Any,
+    timeout: float | None,
+    allow_http_hosts: Sequence[str] | None,
+) -> RewardFunction:
     function: RewardFunction
     if isinstance(spec, str) and "://" in spec:
-        function = HttpReward(spec, timeout=DEFAULT_TIMEOUT if timeout is None else timeout)
+        function = HttpReward(
+            spec,
+            timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
+            allow_http_hosts=allow_http_hosts or (),
+        )
     elif isinstance(spec, str):
         if spec == "contrast":
             raise RewardError(
                 "the reward 'contrast' scores with the policy itself, so only NEATTrainer can "
-                "build it: pass 'contrast' to the "
-                "trainer, or build neat_align.rewards.ContrastReward and pass that"
+                "build it: pass 'contrast' to the trainer, or build "
+                "neat_align.rewards.ContrastReward and pass that"
             )
         is_path = Path(spec).exists()
         if spec not in SHIPPED and (":" not in spec or is_path):
@@ -140,9 +148,8 @@ def _load_model(name: str, tokenizer: Any) -> RewardFunction:
     except (OSError, ValueError) as error:
         raise RewardError(
             f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), no "
-            "https:// URL, not of the form "
-            "'package.module:function', and could not be loaded as a sequence-classification "
-            f"model: {error}"
+            "https:// URL, not of the form 'package.module:function', and could not be loaded as "
+            f"a sequence-classification model: {error}"
         ) from error
 
 
@@ -154,22 +161,21 @@ def _import(spec: str) -> RewardFunction:
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise RewardError(f"the reward {spec!r} cannot be imported: {error}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise RewardError(
-                f"the reward {spec!r} cannot be imported: module {module_name!r} has no "
-                f"{attribute!r}"
-            )
-        found = getattr(found, part)
-    if isinstance(found, type) or not callable(found):
+    try:
+        reward: Any = operator.attrgetter(attribute)(module)
+    except AttributeError:
         raise RewardError(
-            f"the reward {spec!r} is a {type(found).__name__}: it must be a function, or an "
+            f"the reward {spec!r} cannot be imported: module {module_name!r} has no {attribute!r}"
+        ) from None
+    if isinstance(reward, type) or not callable(reward):
+        raise RewardError(
+            f"the reward {spec!r} is a {type(reward).__name__}: it must be a function, or an "
             "object that can be called"
         )
-    return cast("RewardFunction", found)
+    return cast("RewardFunction", reward)
 
 
 def _name(spec: RewardSpec, function: Any) -> str:

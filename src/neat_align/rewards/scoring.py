@@ -1,6 +1,4 @@
-"""Run reward functions over rows and add them up, strictly: the wrong thing never becomes
-a score.
-"""
+"""Run reward functions over rows and add them up, strictly: no failure ever becomes a score."""
 
 from __future__ import annotations
 
@@ -37,16 +35,13 @@ class _Rows:
         return len(self.completions)
 
     def arguments(self) -> dict[str, Any]:
-        """Lists of the call's own: a function that sorts or pops cannot change what the next one
-        sees.
-        """
-        given = dict(
-            zip(_ARGUMENTS, (self.prompts, self.completions, self.completion_ids), strict=True)
-        ) | dict(self.columns)
+        """Copies of all lists, so that a function that sorts or pops changes only its own."""
+        rows = (self.prompts, self.completions, self.completion_ids)
+        given = {**dict(zip(_ARGUMENTS, rows, strict=True)), **self.columns}
         return {name: list(values) for name, values in given.items()}
 
     def part(self, first: int, end: int) -> _Rows:
-        """Some of the rows."""
+        """The rows from `first` to `end`, which is left out."""
         cut = slice(first, end)
         columns = {name: column[cut] for name, column in self.columns.items()}
         return _Rows(
@@ -95,13 +90,13 @@ def score(
         return ScoredRows((), ())
     outputs = _run(rewards, rows)
     per_function = [
-        checked_scores(r.name, output, completions, rows.labels)
-        for r, output in zip(rewards, outputs, strict=True)
+        checked_scores(reward.name, output, completions, rows.labels)
+        for reward, output in zip(rewards, outputs, strict=True)
     ]
     components = (
         tuple(zip(*per_function, strict=True)) if per_function else ((),) * len(completions)
     )
-    weights = [r.weight for r in rewards]
+    weights = [reward.weight for reward in rewards]
     sums = [
         _weighted_sum(weights, row, label)
         for row, label in zip(components, rows.labels, strict=True)
@@ -117,12 +112,13 @@ def _check_rows(rows: _Rows) -> None:
             f"the data has columns named {', '.join(taken)}, which reward functions are given by "
             "neat-align: rename them"
         )
-    for name, column in {
+    lists: dict[str, Sequence[Any]] = {
         "prompts": rows.prompts,
         "completion_ids": rows.completion_ids,
         "labels": rows.labels,
         **rows.columns,
-    }.items():
+    }
+    for name, column in lists.items():
         if len(column) != n:
             raise RewardError(
                 f"there are {n} completions to score but {len(column)} {name}: one a completion "
@@ -205,31 +201,26 @@ def _call(reward: NamedReward, rows: _Rows) -> Any:
 def _late(reward: NamedReward, what_became_of_it: str) -> RewardTimeoutError:
     return RewardTimeoutError(
         f"reward function {reward.name!r} did not return within reward_timeout={reward.timeout} s "
-        f"({what_became_of_it}): raise the "
-        "limit, or look at what the function waits for"
+        f"({what_became_of_it}): raise the limit, or look at what the function waits for"
     )
 
 
 def _blamed(reward: NamedReward, rows: _Rows, error: Exception) -> RewardError:
     """The error that names the function and, where one can be found, the row."""
-    hint, found, batch = (
-        "",
-        None,
-        f"a batch of {len(rows)} rows (first {rows.labels[0]}, last {rows.labels[-1]})",
-    )
+    where = f"a batch of {len(rows)} rows (first {rows.labels[0]}, last {rows.labels[-1]})"
+    hint = ""
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         hint = (
             "; reward functions are given every column of the data: end their signature with "
             "**columns"
         )
     elif not isinstance(error, OSError):
-        found = _guilty_row(reward, rows)
-        batch += ", of which none that was tried raises alone" if found is None else ""
-    where = (
-        batch
-        if found is None
-        else f"{rows.labels[found]}, whose completion begins {_excerpt(rows.completions[found])}"
-    )
+        row = _guilty_row(reward, rows)
+        if row is None:
+            where += ", of which none that was tried raises alone"
+        else:
+            excerpt = _excerpt(rows.completions[row])
+            where = f"{rows.labels[row]}, whose completion begins {excerpt}"
     return RewardError(
         f"reward function {reward.name!r} raised {type(error).__name__} on {where}: {error}{hint}"
     )
@@ -252,9 +243,10 @@ def _raises(reward: NamedReward, rows: _Rows) -> bool:
         output = _call(reward, rows)
     except Exception:  # noqa: BLE001 - a reward function may raise anything
         return True
-    return inspect.isawaitable(output) and isinstance(
-        _await_all([(output, reward)])[0], BaseException
-    )
+    if not inspect.isawaitable(output):
+        return False
+    (result,) = _await_all([(output, reward)])
+    return isinstance(result, BaseException)
 
 
 def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[Any]:
@@ -280,8 +272,11 @@ def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[An
     except RuntimeError:
         return asyncio.run(gather())
     # Called from inside a loop (a notebook): a second loop is not allowed in this thread.
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
         return pool.submit(contextvars.copy_context().run, asyncio.run, gather()).result()
+    finally:
+        pool.shutdown(wait=False)  # an interrupt (Ctrl-C) does not wait for the rewards
 
 
 # ---- checking ------------------------------------------------------------------------------------
@@ -301,8 +296,7 @@ def checked_scores(
     if len(output) != len(completions):
         raise RewardError(
             f"reward function {name!r} returned {len(output)} scores for {len(completions)} "
-            "completions; "
-            "it must return one a completion, None where it abstains"
+            "completions; it must return one a completion, None where it abstains"
         )
     return [_number(name, *row) for row in zip(labels, output, completions, strict=True)]
 
@@ -324,22 +318,20 @@ def _number(name: str, label: str, value: Any, completion: CompletionInput) -> f
         what = f"{number}"
     raise RewardError(
         f"reward function {name!r} returned {what}, for {label}, whose completion begins "
-        f"{_excerpt(completion)}; "
-        "it must return a finite number, or None to abstain"
+        f"{_excerpt(completion)}; it must return a finite number, or None to abstain"
     )
 
 
 def _described(value: Any) -> str:
-    text = repr(value)
-    return (
-        f"{type(value).__name__} "
-        f"{text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + '…'}"
-    )
+    return f"{type(value).__name__} {_shortened(repr(value))}"
 
 
 def _excerpt(completion: CompletionInput) -> str:
-    text = completion_text(completion)
-    return repr(text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "…")
+    return repr(_shortened(completion_text(completion)))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "…"
 
 
 def score_answers(
@@ -350,13 +342,10 @@ def score_answers(
 ) -> ScoredRows:
     """Rewards of answers to the plain prompts of `rows`, one a row, in one batch."""
     conversational = bool(rows) and not isinstance(rows[0].prompt, str)
-    completions: list[Any] = (
+    completions: list[CompletionInput] = (
         [[{"role": "assistant", "content": t}] for t in texts] if conversational else list(texts)
     )
-    names = sorted(
-        {name for row in rows for name in row.columns}
-        - {"prompts", "completions", "completion_ids"}
-    )
+    names = sorted({name for row in rows for name in row.columns} - set(_ARGUMENTS))
     return score(
         rewards,
         prompts=[row.prompt for row in rows],

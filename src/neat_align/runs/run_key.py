@@ -82,6 +82,7 @@ FREE_OPTIONS = frozenset(
         "do_eval",
         "do_predict",
         "resume_from_checkpoint",
+        "allow_http_hosts",
         "local_rank",
         "allow_changes",
         "alarm_logp_drop",

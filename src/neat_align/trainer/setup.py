@@ -29,7 +29,7 @@ from neat_align.prompts.rows import Prompt, PromptRow, is_conversational
 from neat_align.prompts.seeds import draw_pair
 from neat_align.prompts.template_check import check_template
 from neat_align.rewards.contrast import ContrastReward
-from neat_align.rewards.http import check_tokens
+from neat_align.rewards.http import check_http_hosts, check_tokens
 from neat_align.rewards.protocol import NamedReward, RewardSpec
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.ranking import ORIGIN_STEP
@@ -149,7 +149,9 @@ def set_up_rewards(
     """
     rewards = _resolved(reward_funcs, args, contrast, args.reward_weights, processing_classes)
     judges = _resolved(judge_funcs, args, contrast)
-    check_tokens([r.function for r in (*rewards, *judges)])
+    functions = [r.function for r in (*rewards, *judges)]
+    check_tokens(functions)
+    check_http_hosts(args.allow_http_hosts, functions)
     if args.rank_by != "origin" and not rewards:
         raise ConfigError(
             f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set "
@@ -175,7 +177,13 @@ def _resolved(
         return ()
     given: list[Any] = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
     specs = [contrast if f == "contrast" else f for f in given]
-    return resolve_rewards(specs, weights, processing_classes, timeout=args.reward_timeout)
+    return resolve_rewards(
+        specs,
+        weights,
+        processing_classes,
+        timeout=args.reward_timeout,
+        allow_http_hosts=args.allow_http_hosts,
+    )
 
 
 def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) -> ContrastReward:
