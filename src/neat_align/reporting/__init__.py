@@ -1,4 +1,18 @@
 """Reporting: pages and terminal views of what a run or a comparison left on the disk.
 
 No model is loaded here.
+
+    pages.py                numbers in words, and pages in which nothing runs but our own script
+    charts.py               the report's charts, as Vega-Lite specifications
+    comparison_charts.py    the comparison's charts: the frontier, and gains with intervals
+    svg.py                  a specification drawn as SVG: dark mode, titles, no random names
+    run_files.py            what a run directory holds
+    run_groups.py           what the groups of a run say
+    run_warnings.py         what should make the reader of a report pause
+    run_report.py           report.html
+    comparison_files.py     what comparison.json and examples.json hold
+    comparison_tables.py    a comparison's tables
+    comparison_warnings.py  what should make the reader of a comparison pause
+    comparison_report.py    comparison.html
+    terminal.py             groups in the terminal
 """

@@ -1,4 +1,15 @@
 """Rewards: what scores completions.
 
 Higher is better; `None` abstains; a failure is an error and never a zero.
+
+    protocol.py     what a reward function is (TRL's signature), and what scoring gives back
+    resolve.py      names, paths, models and functions to named, weighted reward functions
+    scoring.py      reward functions over rows, strictly; their weighted sum
+    contrast.py     the policy's own opinion: its log-probability under either instruction
+    hf.py           a sequence-classification model
+    http.py         a reward server, asked over HTTP
+    server_url.py   which URLs a reward server may have, and which token goes there
+    addresses.py    which addresses a reward server may have
+    vader.py        tone by a lexicon
+    minilm_tone.py  tone by a head on sentence embeddings; the demo's second judge
 """
