@@ -1,6 +1,4 @@
-"""What the tests of the HTML pages share: hostile text, a parsed page, and what its policy must
-say.
-"""
+"""What the tests of the HTML pages share: hostile text, a parsed page, its policy, its charts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The pages in a real browser: they render, search and filters work, hostile text does not run, and
-nothing is fetched.
+"""The pages in a real browser: they render, filters work, no hostile text runs, nothing is fetched.
 
 Where chromium and chromedriver are not installed the tests are skipped, and say so: the pages are
 then checked as text only.
@@ -41,7 +40,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     service = shutil.which("chromedriver")
     if browser is None or service is None:
         missing = "chromium" if browser is None else "chromedriver"
@@ -165,9 +164,8 @@ def test_two_methods_are_chosen_searched_and_filtered(
     control(driver, "search").send_keys("DPO, prompt 17)")
     assert ["prompt 17)" in e.text for e in shown(driver, "[data-item]")] == [True]
     control(driver, "search").clear()
-    control(driver, "search").send_keys(
-        "neat-pp, prompt 17)"
-    )  # an answer that is not chosen is not searched
+    # An answer that is not chosen is not searched.
+    control(driver, "search").send_keys("neat-pp, prompt 17)")
     assert shown(driver, "[data-item]") == []
 
 
@@ -199,9 +197,8 @@ def unharmed(driver: webdriver.Chrome) -> None:
     """
     assert driver.find_elements(By.CSS_SELECTOR, "img, [onerror], [onload]") == []
     assert len(driver.find_elements(By.CSS_SELECTOR, "script")) == 1
-    assert (
-        HOSTILE in driver.find_element(By.TAG_NAME, "main").text
-    )  # and an open dialog would raise here
+    # An open dialog would raise here.
+    assert HOSTILE in driver.find_element(By.TAG_NAME, "main").text
     assert driver.get_log("browser") == []
     assert requests(driver) == []
     assert shown(driver, "[data-controls]") != []
@@ -280,9 +277,8 @@ def test_groups_are_filtered_by_origin_and_bad_answers_stay_folded(
     assert len(folds) == 1
     folds[0].find_element(By.TAG_NAME, "summary").click()
     assert "(negative 2, prompt 7)" in shown(driver, "#groups li .text")[0].text
-    Select(control(driver, "origin", "#groups")).select_by_value(
-        "chosen"
-    )  # no chosen answer holds those words
+    # No chosen answer holds those words.
+    Select(control(driver, "origin", "#groups")).select_by_value("chosen")
     assert shown(driver, "#groups [data-item]") == []
 
 

@@ -114,9 +114,8 @@ def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
         "(vader), +0.12 [0.09, 0.15]"
     )
     notes = " ".join(outcome.notes).replace("\u00a0", " ")
-    assert (
-        "This comparison does not put neat-pp and dpo behind it." in notes
-    )  # dpo's [0.04, 0.10] reaches 0.09
+    # dpo's [0.04, 0.10] reaches 0.09.
+    assert "This comparison does not put neat-pp and dpo behind it." in notes
     assert "minilm_tone, which training never saw, agrees: +0.035 [0.015, 0.055]" in notes
     assert "At equal budget it gains +0.17 [0.13, 0.21]" in notes
 
