@@ -839,8 +839,8 @@ def test_the_trainer_passes_allow_http_hosts_on_and_refuses_it_where_nothing_rea
 
     with pytest.raises(ConfigError, match="no reward or judge is an http"):
         trainer(longest)
-    assert trainer("http://a.svc/").rewards[0].function.target.allowed
-    assert trainer(longest, "http://a.svc/").judges[0].function.target.allowed
+    assert trainer("http://a.svc/").parts.scored_by.rewards[0].function.target.allowed
+    assert trainer(longest, "http://a.svc/").parts.scored_by.judges[0].function.target.allowed
 
 
 @pytest.mark.skipif(
