@@ -8,8 +8,10 @@ import asyncio
 import email.utils
 import json
 import logging
+import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -20,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from neat_align import NEATConfig, NEATTrainer
@@ -240,6 +243,31 @@ def test_it_works_where_an_event_loop_runs_and_in_another_thread() -> None:
             assert [f.result() for f in [pool.submit(scored) for _ in range(4)]] == [(2.0,)] * 4
 
 
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_an_interrupt_ends_the_requests(in_a_loop: bool) -> None:
+    over = threading.Event()
+
+    def stall(handler: Handler, asked: Asked, number: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        over.wait(10)
+
+    def scored() -> Any:
+        rewards = resolve_rewards(server.url, None)
+        return score(rewards, prompts=["p"], completions=["a"], completion_ids=[[1]], columns={})
+
+    async def in_a_notebook() -> Any:
+        return scored()
+
+    loop, started = asyncio.new_event_loop(), time.monotonic()
+    with RewardServer(stall) as server:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(in_a_notebook()) if in_a_loop else scored()
+        over.set()
+    loop.close()
+    assert time.monotonic() - started < 5
+    assert len(server.asked) == 1
+
+
 # ---- what may pass -------------------------------------------------------------------------------
 
 
@@ -354,6 +382,20 @@ def test_a_slow_server_times_out_as_a_whole(slow: Any) -> None:
         assert time.monotonic() - started < 1.5
     assert len(server.asked) == 2
     assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+
+
+def test_no_limit_of_httpx_is_shorter_than_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[Any] = []
+    send = httpx.AsyncHTTPTransport.handle_async_request
+
+    async def noted(transport: Any, request: httpx.Request) -> httpx.Response:
+        limits.extend(request.extensions["timeout"].values())
+        return await send(transport, request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", noted)
+    with RewardServer() as server:
+        assert Client(server)("abc") == [3.0]
+    assert limits == [None] * 4
 
 
 def closing_halfway(handler: Handler, asked: Asked, number: int) -> None:

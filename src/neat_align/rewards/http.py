@@ -152,7 +152,12 @@ class HttpReward:
     def _client(self) -> httpx.AsyncClient:
         target = self.target
         transport = CheckedTransport(encrypted=target.encrypted, allowed=target.allowed)
-        return httpx.AsyncClient(transport=transport, trust_env=False, follow_redirects=False)
+        return httpx.AsyncClient(
+            transport=transport,
+            trust_env=False,
+            follow_redirects=False,
+            timeout=None,  # noqa: S113 - httpx limits each step; `_post` limits the whole
+        )
 
     async def _chunk(
         self,

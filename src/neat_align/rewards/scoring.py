@@ -8,7 +8,7 @@ import inspect
 import math
 import numbers
 import threading
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -271,12 +271,29 @@ def _await_all(waiting: Sequence[tuple[Awaitable[Any], NamedReward]]) -> list[An
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(gather())
-    # Called from inside a loop (a notebook): a second loop is not allowed in this thread.
-    pool = ThreadPoolExecutor(max_workers=1)
-    try:
-        return pool.submit(contextvars.copy_context().run, asyncio.run, gather()).result()
-    finally:
-        pool.shutdown(wait=False)  # an interrupt (Ctrl-C) does not wait for the rewards
+    return _run_in_thread(gather())
+
+
+def _run_in_thread(main: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Run in a thread of its own, for a caller whose thread has a running loop (a notebook).
+
+    An interrupt of the caller (Ctrl-C) cancels it.
+    """
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[list[Any]]]] = Future()
+
+    async def announced() -> list[Any]:
+        task = asyncio.create_task(main)
+        started.set_result((asyncio.get_running_loop(), task))
+        return await task
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(contextvars.copy_context().run, asyncio.run, announced())
+        try:
+            return future.result()
+        finally:
+            if not future.done():
+                loop, task = started.result()
+                loop.call_soon_threadsafe(task.cancel)
 
 
 # ---- checking ------------------------------------------------------------------------------------
