@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from neat_align import NEATConfig, NEATTrainer
@@ -384,15 +384,17 @@ def test_a_slow_server_times_out_as_a_whole(slow: Any) -> None:
     assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
 
 
-def test_no_limit_of_httpx_is_shorter_than_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_limit_of_the_client_is_shorter_than_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     limits: list[Any] = []
-    send = httpx.AsyncHTTPTransport.handle_async_request
+    send = httpx2.AsyncHTTPTransport.handle_async_request
 
-    async def noted(transport: Any, request: httpx.Request) -> httpx.Response:
+    async def noted(transport: Any, request: httpx2.Request) -> httpx2.Response:
         limits.extend(request.extensions["timeout"].values())
         return await send(transport, request)
 
-    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", noted)
+    monkeypatch.setattr(httpx2.AsyncHTTPTransport, "handle_async_request", noted)
     with RewardServer() as server:
         assert Client(server)("abc") == [3.0]
     assert limits == [None] * 4

@@ -19,7 +19,10 @@ ConversationsOption = Annotated[
     bool, typer.Option("--as-conversations", help="Turn text prompts into chat messages.")
 ]
 RewardOption = Annotated[
-    str, typer.Option(help="vader, minilm_tone, contrast, module:function, or a model.")
+    str, typer.Option(help="vader, minilm_tone, contrast, module:function, a URL, or a model.")
+]
+HostsOption = Annotated[
+    list[str] | None, typer.Option(help="Private host whose reward server may be asked over http.")
 ]
 PlacementOption = Annotated[
     str, typer.Option(help="system, user_suffix, affix, or all to compare them.")
@@ -35,6 +38,7 @@ def probe(
     dataset_name: DataOption = "demo",
     as_conversations: ConversationsOption = False,
     reward: RewardOption = "vader",
+    allow_http_hosts: HostsOption = None,
     placement: PlacementOption = "user_suffix",
     prompts: Annotated[int, typer.Option(help="Prompts to answer.")] = 24,
     samples: Annotated[int, typer.Option(help="Answers to a prompt under each instruction.")] = 2,
@@ -57,6 +61,7 @@ def probe(
         dataset_name=dataset_name,
         as_conversations=as_conversations,
         reward=reward,
+        allow_http_hosts=tuple(allow_http_hosts or ()),
         placement=placement,
         prompts=prompts,
         samples=samples,

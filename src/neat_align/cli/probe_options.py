@@ -18,6 +18,7 @@ class ProbeSettings:
     dataset_name: str = "demo"
     as_conversations: bool = False
     reward: str = "vader"
+    allow_http_hosts: tuple[str, ...] = ()
     placement: str = "user_suffix"
     prompts: int = 24
     samples: int = 2

@@ -33,6 +33,8 @@ from neat_align.prompts.placement import Placement
 from neat_align.prompts.rendering import eos_token_ids, prompt_ids
 from neat_align.prompts.rows import PromptRow, is_conversational
 from neat_align.prompts.template_check import check_template
+from neat_align.rewards.http import check_http_hosts
+from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.prompt_order import prompt_at
 from neat_align.runs.run_key import fingerprint
@@ -171,6 +173,16 @@ def _tools(
             pad_token_id=tokenizer.pad_token_id,
             autocast_dtype=autocast_dtype,
         ),
-        rewards=None if settings.reward == "contrast" else resolve_rewards(settings.reward, None),
+        rewards=_rewards(settings),
         max_prompt_length=None if context is None else context - settings.max_completion_length,
     )
+
+
+def _rewards(settings: ProbeSettings) -> tuple[NamedReward, ...] | None:
+    """What answers are scored with; None for `contrast`, which needs the probe's own scorer."""
+    if settings.reward == "contrast":
+        return None
+    hosts = settings.allow_http_hosts or None
+    rewards = resolve_rewards(settings.reward, None, allow_http_hosts=hosts)
+    check_http_hosts(hosts, [reward.function for reward in rewards])
+    return rewards

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-import httpx
+import httpx2
 
 from neat_align.errors import ConfigError, RewardError
 
@@ -117,8 +117,8 @@ async def checked_addresses(
     return addresses
 
 
-class CheckedTransport(httpx.AsyncBaseTransport):
-    """httpx's transport, given an address that was checked in place of the host's name.
+class CheckedTransport(httpx2.AsyncBaseTransport):
+    """httpx2's transport, given an address that was checked in place of the host's name.
 
     The `Host` header stays, and the certificate is checked against the name in the URL and the
     system's authorities. `allowed` is whether `allow_http_hosts` names the host.
@@ -126,12 +126,12 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, *, encrypted: bool, allowed: bool) -> None:
         self._encrypted, self._allowed = encrypted, allowed
-        # The system's authorities, where httpx would take those of certifi. They take 20 ms to read
-        # and are not needed for http; a context without authorities would trust nobody.
+        # Reading the system's authorities takes 20 ms, and http needs none; a context without
+        # authorities would trust nobody.
         tls = ssl.create_default_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._pool = httpx.AsyncHTTPTransport(verify=tls, trust_env=False)
+        self._pool = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False)
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send to the first address that takes the connection."""
         url = request.url
         addresses = await checked_addresses(
@@ -140,9 +140,9 @@ class CheckedTransport(httpx.AsyncBaseTransport):
             encrypted=self._encrypted,
             allowed=self._allowed,
         )
-        failure: httpx.ConnectError | None = None
+        failure: httpx2.ConnectError | None = None
         for address in addresses:
-            pinned = httpx.Request(
+            pinned = httpx2.Request(
                 request.method,
                 url.copy_with(host=address),
                 headers=request.headers,  # they hold the Host of the URL
@@ -151,7 +151,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
             )
             try:
                 return await self._pool.handle_async_request(pinned)
-            except httpx.ConnectError as error:
+            except httpx2.ConnectError as error:
                 if isinstance(root_cause(error), ssl.SSLError):
                     raise  # a server is there: another address would hide what is wrong with it
                 failure = error
@@ -163,8 +163,8 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What the system said, below the errors of httpx and httpcore."""
-    # httpcore's pool raises `from None`, so that the context alone leads on from there.
+    """What the system said, below the errors of httpx2 and httpcore2."""
+    # httpcore2's pool raises `from None`, so that the context alone leads on from there.
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
     return error

@@ -45,7 +45,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
@@ -131,7 +131,7 @@ class HttpReward:
         """The server's reward for each row."""
         slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
-        async def scores(client: httpx.AsyncClient, first: int) -> list[float | None]:
+        async def scores(client: httpx2.AsyncClient, first: int) -> list[float | None]:
             chunk = slice(first, first + self.batch_size)
             async with slots:  # also while it pauses: a busy server is asked less
                 return await self._chunk(client, first, prompts[chunk], completions[chunk])
@@ -149,19 +149,19 @@ class HttpReward:
                 raise failure from failure.__cause__
         return [reward for chunk in chunks for reward in chunk.result()]
 
-    def _client(self) -> httpx.AsyncClient:
+    def _client(self) -> httpx2.AsyncClient:
         target = self.target
         transport = CheckedTransport(encrypted=target.encrypted, allowed=target.allowed)
-        return httpx.AsyncClient(
+        return httpx2.AsyncClient(
             transport=transport,
             trust_env=False,
             follow_redirects=False,
-            timeout=None,  # noqa: S113 - httpx limits each step; `_post` limits the whole
+            timeout=None,
         )
 
     async def _chunk(
         self,
-        client: httpx.AsyncClient,
+        client: httpx2.AsyncClient,
         first: int,
         prompts: Sequence[Prompt],
         completions: Sequence[CompletionInput],
@@ -205,20 +205,20 @@ class HttpReward:
             state.upcoming_sleep,
         )
 
-    async def _post(self, client: httpx.AsyncClient, body: bytes, where: str) -> bytes:
+    async def _post(self, client: httpx2.AsyncClient, body: bytes, where: str) -> bytes:
         """One request. _TransientError for what may pass, RewardError for what will not.
 
         `where` names the rows in messages.
         """
-        # Not `client.build_request`, which would send cookies and httpx's own headers as well.
-        request = httpx.Request("POST", self.target.url, content=body, headers=self._headers())
+        # Not `client.build_request`, which would send cookies and httpx2's own headers as well.
+        request = httpx2.Request("POST", self.target.url, content=body, headers=self._headers())
         try:
             async with (
                 asyncio.timeout(self.timeout),
                 aclosing(await client.send(request, stream=True)) as response,
             ):
                 data = await self._read(response)
-        except (OSError, httpx.TransportError) as error:
+        except (OSError, httpx2.TransportError) as error:
             raise self._transport_error(error) from error
         status = response.status_code
         if status == 200:
@@ -251,7 +251,7 @@ class HttpReward:
                 f"the certificate of the reward server {self.name} is not valid: "
                 f"{cause.verify_message}"
             )
-        if isinstance(error, httpx.RemoteProtocolError) and "Content-Length" in str(error):
+        if isinstance(error, httpx2.RemoteProtocolError) and "Content-Length" in str(error):
             return self._too_long()  # h11 reads at most 20 digits
         said = scrubbed(str(cause))[:_EXCERPT]
         reason = f"{type(cause).__name__}: {said}" if said else type(error).__name__
@@ -276,7 +276,7 @@ class HttpReward:
             headers["Authorization"] = f"Bearer {token}"
         return headers
 
-    async def _read(self, response: httpx.Response) -> bytes:
+    async def _read(self, response: httpx2.Response) -> bytes:
         """The body as it was sent, of at most `max_response_bytes`."""
         if response.headers.get("content-encoding", "identity") != "identity":
             raise RewardError(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
-import httpx
+import httpx2
 
 from neat_align.errors import RewardError
 from neat_align.rewards.addresses import allows_plain_http, refusal
@@ -31,10 +31,10 @@ class Target:
     allowed: bool = False
 
     @property
-    def url(self) -> httpx.URL:
+    def url(self) -> httpx2.URL:
         """Built from the checked parts, so that no second parser reads the URL in its own way."""
         scheme = "https" if self.encrypted else "http"
-        return httpx.URL(scheme=scheme, host=self.host, port=self.port, path=self.path)
+        return httpx2.URL(scheme=scheme, host=self.host, port=self.port, path=self.path)
 
     @property
     def name(self) -> str:
