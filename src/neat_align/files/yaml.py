@@ -104,25 +104,47 @@ def _syntax_errors(where: str, fail: type[NEATError]) -> Iterator[None]:
 
 
 def _check_nodes(root: yaml.Node | None, where: str, fail: type[NEATError]) -> None:
-    """Refuse repeated keys, lone surrogates, and too much; an alias counts as what it names."""
-    waiting, size = [] if root is None else [root], 0
+    """Refuse repeated keys, lone surrogates, and too much; an alias counts as what it names.
+
+    A node is looked at once, however many aliases name it: what it holds, written out, is the sum
+    over its children. A node inside of itself holds too much.
+    """
+    sizes: dict[int, int] = {}
+    waiting = [] if root is None else [root]
+    opened: set[int] = set()
     while waiting:
-        node = waiting.pop()
-        size += 1
-        if isinstance(node, yaml.ScalarNode):
-            size += len(node.value)
-            _check_text(node.value, where, fail)
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        elif isinstance(node, yaml.MappingNode):
-            _key_lines(node, where, fail)
-            waiting += chain.from_iterable(node.value)
+        node = waiting[-1]
+        children = _children(node)
+        if id(node) not in opened:
+            opened.add(id(node))
+            _check_node(node, where, fail)
+            waiting += [child for child in children if id(child) not in opened]
+            continue
+        waiting.pop()
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        size = 1 + own + sum(sizes.get(id(child), MAX_EXPANDED) for child in children)
+        sizes[id(node)] = size
         if size > MAX_EXPANDED:
             raise fail(
                 f"{where}: with its aliases (*name) written out it holds more than "
                 f"{MAX_EXPANDED:,} values and characters: shorten it, or write what is meant "
                 "without aliases"
             )
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        return list(node.value)
+    if isinstance(node, yaml.MappingNode):
+        return list(chain.from_iterable(node.value))
+    return []
+
+
+def _check_node(node: yaml.Node, where: str, fail: type[NEATError]) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        _check_text(node.value, where, fail)
+    elif isinstance(node, yaml.MappingNode):
+        _key_lines(node, where, fail)
 
 
 def _key_lines(node: yaml.MappingNode, where: str, fail: type[NEATError]) -> dict[str, int]:

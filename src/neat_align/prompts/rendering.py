@@ -110,12 +110,12 @@ def eos_token_ids(tokenizer: Any, model: Any, *, conversational: bool) -> tuple[
 def _control_tokens(tokenizer: Any) -> list[str]:
     """Special tokens, and added tokens that the chat template writes (Qwen's `<think>`)."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    added = tokenizer.added_tokens_decoder.values()
-
-    def is_control(content: str, special: bool) -> bool:
-        return special or (content in template and not content.isspace())
-
-    return [token.content for token in added if is_control(token.content, token.special)]
+    control = []
+    for token in tokenizer.added_tokens_decoder.values():
+        written = token.content in template and not token.content.isspace()
+        if token.special or written:
+            control.append(token.content)
+    return control
 
 
 def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
