@@ -38,8 +38,9 @@ class RewardUnavailableError(RewardError):
 
 
 class CollapseError(NEATError):
-    """The policy drifted past a limit that the configuration set (`max_kl`, `min_distinct2_ratio`,
-    no pairs left).
+    """Training cannot go on: too few pairs to rank are left, or a number is not finite.
+
+    (A drift limit, `max_kl` or `min_distinct2_ratio`, ends a run in order: `stopped_because`.)
     """
 
 

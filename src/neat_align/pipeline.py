@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from neat_align.config import NEATConfig
@@ -20,7 +21,7 @@ from neat_align.errors import ConfigError
 from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
-from neat_align.files.provenance import commit, versions
+from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_forms import to_conversation
@@ -166,6 +167,7 @@ def _train(trainer: NEATTrainer, script: ScriptArguments) -> dict[str, Any]:
         "dataset": Path(script.dataset_name).name,
         "commit": commit(),
         "versions": versions(),
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
     }
     write_json(out / "result.json", result)
     write_report(out)

@@ -8,7 +8,7 @@ in `combinations`, and what is refused of transformers' own options in `unsuppor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -181,12 +181,8 @@ class NEATConfig(TrainingArguments):
     )
 
     # ---- rewards and ranking ----
-    reward_weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "One weight per reward function; None is 1 for each. The reward is the "
-            "weighted sum."
-        },
+    reward_weights: list[float] | None = option(
+        None, "One weight per reward function; None is 1 for each. The reward is the weighted sum."
     )
     rank_by: str = option(
         "reward",
@@ -203,13 +199,11 @@ class NEATConfig(TrainingArguments):
         gt=0,
         needed="it must be a positive number of seconds, or left out",
     )
-    allow_http_hosts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Private hosts whose reward server may be asked over plain http: names, "
-            "addresses, or patterns such as `*.svc`. What is sent there, a token too, can be read "
-            "on the way. None: https only, except on this machine."
-        },
+    allow_http_hosts: list[str] | None = option(
+        None,
+        "Private hosts whose reward server may be asked over plain http: names, addresses, or "
+        "patterns such as `*.svc`. What is sent there, a token too, can be read on the way. None: "
+        "https only, except on this machine.",
     )
     reward_margin: float = option(
         0.0,

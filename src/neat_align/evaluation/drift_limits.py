@@ -1,6 +1,7 @@
 """How far the policy has gone from its start, and when that is too far.
 
-Measured on plain samples of a fixed set of prompts.
+Measured on plain samples of a fixed set of prompts. What passes `max_kl` or `min_distinct2_ratio`
+stops the run after its round (`drift_monitor`, and `trainer/round_callback.py`, which acts on it).
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def ranking_losses(
         )
     if p.ranking_loss == "listwise":
         return losses.listwise_loss(scores, pairs, beta=p.beta, reduction=p.reduction)
-    return losses.dpo_loss(scores, ref_scores, pairs, beta=p.beta, reduction=p.reduction)
+    if p.ranking_loss == "dpo":
+        return losses.dpo_loss(scores, ref_scores, pairs, beta=p.beta, reduction=p.reduction)
+    raise ValueError(f"there is no ranking loss {p.ranking_loss!r}")
 
 
 def score_tables(

@@ -1,7 +1,8 @@
 """Who decides the layout: packed rows where the model gives the same numbers in them, else padded.
 
 Measured once, before the first step, on a few prompts: an architecture that takes packed rows
-without an error may still compute something else in them.
+without an error may still compute something else in them. `trainer/setup.py` (`layout_for`) asks,
+unless the configuration (`prefix_sharing: off`) or the way of running rules packed rows out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The URL of a reward server: what it may be, and which token goes with it."""
+"""The URL of a reward server: what it may be, and the name of the token that `http` sends it."""
 
 from __future__ import annotations
 

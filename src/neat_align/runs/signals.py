@@ -1,8 +1,9 @@
 """SIGINT and SIGTERM as a request to stop.
 
 What is being done is finished and kept, and then the process leaves. A handler only notes the
-signal; the trainer looks at the note where it can leave without losing anything: between the
-batches of a round, after an optimizer step, after a save. A second signal does not wait.
+signal; a run looks at the note where it can leave without losing anything: between the batches of a
+round (`trainer/round_maker.py`), after an optimizer step and a save (`trainer/round_callback.py`).
+A second signal does not wait.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
     draw.py                  one token from one random number: what a sampler owes its seed
     decode_attention.py      faster attention for one new token a sequence, on a CPU
 
-A sampler of another engine is a new file beside `transformers_sampler.py`; `policies.py` makes the
-sampler of a run.
+A sampler of another engine is a new file beside `transformers_sampler.py` that keeps `protocol.py`:
+a completion depends on its request alone, and `logprob` is the untempered policy's. `policies.py`
+makes the sampler of a run anew for every round, which is when an engine has to get the new weights;
+`cli/probe_run.py` makes the probe's. What is decided of vLLM is in docs/adr/0001.
 """

@@ -63,7 +63,7 @@ class Policies:
             autocast_dtype=self.autocast_dtype,
         )
 
-    def sampler(self) -> TransformersSampler:
+    def sampler(self) -> Sampler:
         """Draws from the current policy as it is now: a copy does not follow later steps."""
         return self._sampler(self.model)
 
@@ -73,11 +73,13 @@ class Policies:
         A copy of it is made once, here; where there is none, the start policy is opened only while
         it draws, since an adapter must be on for everything else.
         """
+        if self.autocast_dtype is None or not self.merged_copy:
+            return _WhileOpen(self)
         with self.reference() as model:
-            sampler = self._sampler(model)
-            return _WhileOpen(self) if sampler.model is model else sampler
+            return self._sampler(model)
 
-    def _sampler(self, model: torch.nn.Module) -> TransformersSampler:
+    def _sampler(self, model: torch.nn.Module) -> Sampler:
+        """The one place that makes a sampler: what it draws from is the model as it is now."""
         dtype = self.autocast_dtype
         if dtype is not None and self.merged_copy:
             model, dtype = half_precision_copy(model, dtype), None
