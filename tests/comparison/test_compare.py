@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import PrinterCallback
 from typer.testing import CliRunner
 
 from neat_align import ConfigError, RewardError
 from neat_align.cli.app import app
 from neat_align.cli.compare import show_comparison
+from neat_align.cli.options import options_from
+from neat_align.cli.progress import PrintGroups, terminal_callbacks
+from neat_align.comparison.runner import Caller, _build
 from neat_align.comparison.spec import CompareSpec, parse_spec
 from neat_align.files.atomic import read_json
 from neat_align.rounds.round_files import read_round
@@ -548,6 +552,15 @@ def test_the_command_reads_a_file_and_writes_where_it_is_told(
     assert "change over base" in done.output
     assert f"page    {copied / 'comparison.html'}" in done.output
     assert read_json(tmp_path / "a" / "b.json") == read_json(copied / "comparison.json")
+
+
+def test_a_run_is_shown_as_its_own_settings_ask(place: Path, tmp_path: Path) -> None:
+    shown = spec(place, settings={"log_completions": True})
+    caller = Caller(options_from, terminal_callbacks, lambda *_: None)
+    trainer = _build(shown, shown.methods[1], {}, 0, tmp_path / "run", caller)
+    kinds = {type(c) for c in trainer.callback_handler.callbacks}
+    assert PrintGroups in kinds
+    assert PrinterCallback not in kinds
 
 
 def test_a_strength_has_a_folder_and_a_curve_of_its_own(place: Path, tmp_path: Path) -> None:

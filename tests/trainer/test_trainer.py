@@ -20,7 +20,7 @@ from neat_align import (
     PromptError,
     RewardError,
 )
-from neat_align.cli.progress import terminal_callbacks
+from neat_align.cli.progress import PrintGroups, terminal_callbacks
 from neat_align.learning.batches import collate_groups
 from neat_align.learning.objective import LossCounts, loss_terms
 from neat_align.modeling.layout import choose_layout
@@ -504,6 +504,86 @@ def test_chat_data_without_a_chat_template_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("logging_steps", [1, 2, 3])
+def test_logged_terms_add_up_to_the_logged_loss(tmp_path: Path, logging_steps: int) -> None:
+    """The loss is Trainer's mean over the steps of a log line; ours has to be over the same."""
+    t = trainer(tmp_path, logging_steps=logging_steps, num_train_epochs=2, lm_weight=0.5)
+    t.train()
+    lines = [line for line in logged(tmp_path) if "loss" in line]
+    assert len(lines) == 8 // logging_steps
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss/ranking"] + 0.5 * line["loss/lm"], rel=1e-4)
+
+
+def test_logged_terms_are_means_over_a_line_that_a_checkpoint_cuts(tmp_path: Path) -> None:
+    changes = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    trainer(tmp_path / "whole", **changes).train()
+    trainer(tmp_path / "cut", callbacks=[_StopsAt(4)], **changes).train()
+    trainer(tmp_path / "cut", **changes).train(resume_from_checkpoint=True)
+    whole, cut = (
+        [line for line in logged(tmp_path / name) if "loss" in line] for name in ("whole", "cut")
+    )
+    assert [line["loss/ranking"] for line in cut] == [line["loss/ranking"] for line in whole]
+    assert [line["step"] for line in whole] == [3, 6]
+
+
+class _StopsAt(TrainerCallback):
+    """Ends training after a step, whose checkpoint is complete."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+def test_a_user_may_log_a_loss_before_training(tmp_path: Path) -> None:
+    trainer(tmp_path).log({"loss": 1.0})
+    assert logged(tmp_path)[0]["loss"] == 1.0
+
+
+def test_a_trainer_that_met_a_number_that_is_not_finite_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = trainer(tmp_path, num_train_epochs=2)
+    compute = t.compute_loss
+
+    def poisoned(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if t.state.global_step == 5:
+            monkeypatch.setattr(
+                "neat_align.learning.step_engine.total_loss",
+                lambda terms, **_: terms.ranking * float("nan"),
+            )
+        return compute(model, inputs, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(t, "compute_loss", poisoned)
+        with pytest.raises(CollapseError, match="the loss is nan at step 6"):
+            t.train()
+    monkeypatch.undo()
+    t.train(resume_from_checkpoint=True)
+    assert t.state.global_step == 8
+
+
+def test_bars_that_are_given_stand_for_trainers_own(tmp_path: Path) -> None:
+    from transformers import ProgressCallback
+
+    class First(ProgressCallback):
+        pass
+
+    class Second(ProgressCallback):
+        pass
+
+    def bars(disable_tqdm: bool) -> list[type]:
+        folder = tmp_path / str(disable_tqdm)
+        t = trainer(folder, disable_tqdm=disable_tqdm, callbacks=[First(), Second()])
+        kinds = [type(c) for c in t.callback_handler.callbacks]
+        return [kind for kind in kinds if issubclass(kind, ProgressCallback)]
+
+    assert bars(disable_tqdm=False) == bars(disable_tqdm=True) == [First, Second]
+
+
 def test_log_completions_prints_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callbacks = terminal_callbacks(config(tmp_path, log_completions=True))
     trainer(tmp_path, log_completions=True, callbacks=callbacks).train()
@@ -512,6 +592,7 @@ def test_log_completions_prints_groups(tmp_path: Path, capsys: pytest.CaptureFix
     assert "negative" in shown
     with pytest.raises(ConfigError, match=r"callbacks=neat_align\.terminal_callbacks"):
         trainer(tmp_path / "silent", log_completions=True)
+    trainer(tmp_path / "by class", log_completions=True, callbacks=[PrintGroups])
 
 
 def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:

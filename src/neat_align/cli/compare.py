@@ -53,12 +53,14 @@ def compare(
 def show_comparison(spec: CompareSpec, out: Path, console: Console) -> None:
     """Run a comparison, with a line for every run and the table at the end."""
     from neat_align.cli.options import options_from
+    from neat_align.cli.progress import terminal_callbacks
     from neat_align.cli.tables import comparison_table, run_line
-    from neat_align.comparison.runner import number_of_runs, run_comparison
+    from neat_align.comparison.runner import Caller, number_of_runs, run_comparison
 
     def say(words: str) -> None:
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     say(f"{spec.name}: {len(spec.methods) - 1} methods, {number_of_runs(spec)} runs into {out}")
-    result = run_comparison(spec, out, options_from, lambda *run: say(run_line(*run)))
+    caller = Caller(options_from, terminal_callbacks, lambda *run: say(run_line(*run)))
+    result = run_comparison(spec, out, caller)
     console.print(comparison_table(result))

@@ -44,10 +44,20 @@ _DIAGNOSIS = (
     *("ranking/", "logps/", "loss/", "grad_norm", "contrast/"),
     *("removed/", "reward/", "sampling/", "completions/"),
 )
-# A run's options, as a recipe holds them, as typed arguments. Raises ConfigError.
-ReadOptions = Callable[[Mapping[str, Any]], tuple[ScriptArguments, NEATConfig]]
-# (number of the run, of how many, the run, seconds of each run that was made so far)
-OnRun = Callable[[int, int, Run, Sequence[float]], None]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a comparison is given by whoever calls it, since it knows neither options nor terminals.
+
+    `read_options` turns a run's options, as a recipe holds them, into typed arguments (raises
+    ConfigError). `callbacks` gives the callbacks that show a run. `on_run` is told of every run:
+    its number, of how many, the run, and the seconds of each run that was made so far.
+    """
+
+    read_options: Callable[[Mapping[str, Any]], tuple[ScriptArguments, NEATConfig]]
+    callbacks: Callable[[NEATConfig], list[TrainerCallback]]
+    on_run: Callable[[int, int, Run, Sequence[float]], None]
 
 
 @dataclass(frozen=True)
@@ -58,25 +68,22 @@ class _Job:
     folder: Path
 
 
-def run_comparison(
-    spec: CompareSpec, out: Path, read_options: ReadOptions, on_run: OnRun
-) -> dict[str, Any]:
+def run_comparison(spec: CompareSpec, out: Path, caller: Caller) -> dict[str, Any]:
     """Make every run that is not there yet; write `comparison.json` and its page to `out`."""
-    configs = _checked_settings(spec, read_options)
+    configs = _checked_settings(spec, caller)
     jobs = list(_jobs(spec, out / "runs"))
     starts = {
-        seed: _start(spec, seed, out / "runs" / BASE / f"seed{seed}", read_options)
-        for seed in spec.seeds
+        seed: _start(spec, seed, out / "runs" / BASE / f"seed{seed}", caller) for seed in spec.seeds
     }
     runs: list[Run] = []
     took: list[float] = []
     for i, job in enumerate(jobs, start=1):
         begun, was_there = time.monotonic(), (job.folder / "points.json").is_file()
-        run = _run(spec, job, starts[job.seed], out / "shared-rounds", read_options)
+        run = _run(spec, job, starts[job.seed], out / "shared-rounds", caller)
         runs.append(run)
         if not was_there:
             took.append(time.monotonic() - begun)
-        on_run(i, len(jobs), run, took)
+        caller.on_run(i, len(jobs), run, took)
     result = comparison_result(spec, starts, runs, configs)
     write_json(out / "comparison.json", result)
     write_json(out / "examples.json", example_answers(starts, runs, spec))
@@ -97,7 +104,7 @@ def _jobs(spec: CompareSpec, folder: Path) -> Iterator[_Job]:
 
 
 def _checked_settings(
-    spec: CompareSpec, read_options: ReadOptions
+    spec: CompareSpec, caller: Caller
 ) -> dict[str, tuple[ScriptArguments, NEATConfig]]:
     """Every run's options as settings, at the first seed.
 
@@ -110,7 +117,7 @@ def _checked_settings(
             name = method.name
             if strength and not is_base:
                 name += f" ({strength_name(strength)})"
-            configs[name] = read_options(spec.options(method, strength, spec.seeds[0]))
+            configs[name] = caller.read_options(spec.options(method, strength, spec.seeds[0]))
     counts = {name: config.num_generations for name, (_, config) in configs.items() if name != BASE}
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
@@ -148,12 +155,12 @@ def _build(
     strength: Mapping[str, Any],
     seed: int,
     folder: Path,
-    read_options: ReadOptions,
+    caller: Caller,
 ) -> NEATTrainer:
     given = {**spec.options(method, strength, seed), "output_dir": str(folder)}
-    settings, config = read_options(given)
+    settings, config = caller.read_options(given)
     callback = _EvaluateRounds(folder)
-    trainer = build_trainer(settings, config, callbacks=[callback])
+    trainer = build_trainer(settings, config, [callback, *caller.callbacks(config)])
     if not trainer.parts.data.eval_rows:
         raise ConfigError(
             "a comparison needs held-out prompts: set holdout or eval_dataset_name under settings"
@@ -164,14 +171,14 @@ def _build(
     return trainer
 
 
-def _start(spec: CompareSpec, seed: int, folder: Path, read_options: ReadOptions) -> Point:
+def _start(spec: CompareSpec, seed: int, folder: Path, caller: Caller) -> Point:
     """The start policy's evaluation with a seed."""
     path = folder / "evaluation-0.json"
     base = spec.methods[0]
     if path.is_file():
         _check_key(folder, spec.options(base, {}, seed), None)
     else:
-        trainer = _build(spec, base, {}, seed, folder, read_options)
+        trainer = _build(spec, base, {}, seed, folder, caller)
         _check_key(folder, spec.options(base, {}, seed), trainer)
         trainer.evaluate()
         assert trainer.last_evaluation is not None
@@ -179,14 +186,12 @@ def _start(spec: CompareSpec, seed: int, folder: Path, read_options: ReadOptions
     return Point(0, read_json(path))
 
 
-def _run(
-    spec: CompareSpec, job: _Job, start: Point, shared: Path, read_options: ReadOptions
-) -> Run:
+def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path, caller: Caller) -> Run:
     """A run, made or read."""
     if (job.folder / "points.json").is_file():
         _check_key(job.folder, spec.options(job.method, job.strength, job.seed), None)
     else:
-        _make_run(spec, job, shared, read_options)
+        _make_run(spec, job, shared, caller)
     facts = read_json(job.folder / "points.json")
     points = [
         Point(r, read_json(job.folder / f"evaluation-{r}.json"), training)
@@ -205,10 +210,10 @@ def _run(
     )
 
 
-def _make_run(spec: CompareSpec, job: _Job, shared: Path, read_options: ReadOptions) -> None:
+def _make_run(spec: CompareSpec, job: _Job, shared: Path, caller: Caller) -> None:
     """Train, or go on with, one run; its `points.json` is written last."""
     begun = time.monotonic()
-    trainer = _build(spec, job.method, job.strength, job.seed, job.folder, read_options)
+    trainer = _build(spec, job.method, job.strength, job.seed, job.folder, caller)
     _check_key(job.folder, spec.options(job.method, job.strength, job.seed), trainer)
     broke = _train(trainer, shared)
     evaluations = job.folder.glob("evaluation-*.json")

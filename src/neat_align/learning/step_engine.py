@@ -137,7 +137,8 @@ class StepEngine:
         """Begin an optimizer step on these batches of the data loader: what its loss terms are
         divided by.
         """
-        self._groups, self._metrics_before = [], self.metrics.copy()
+        self._groups, self._metrics_before, self._non_finite = [], self.metrics.copy(), []
+        self.metrics.begin_step()
         return self.count([micro for batch in batches for micro in batch["micro_batches"]])
 
     def count(self, micro_batches: Sequence[GroupBatch]) -> LossCounts:

@@ -17,6 +17,11 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self.sums: Sums = {}
+        self.steps = 0
+
+    def begin_step(self) -> None:
+        """An optimizer step begins."""
+        self.steps += 1
 
     def add(self, name: str, value: float, weight: float = 1.0) -> None:
         """Add to a metric's numerator and denominator."""
@@ -29,16 +34,21 @@ class StepMetrics:
         return {name: list(entry) for name, entry in self.sums.items()}
 
     def restore(self, sums: Mapping[str, list[float]]) -> None:
-        """Go back to earlier sums."""
+        """Go back to earlier sums of the same step."""
         self.sums = {name: list(entry) for name, entry in sums.items()}
 
-    def take(self, steps: int) -> dict[str, float]:
-        """The metrics of the last `steps` optimizer steps; counting begins anew."""
-        metrics = {}
+    def go_on(self, sums: Mapping[str, list[float]], steps: int) -> None:
+        """Go on from a checkpoint that was written `steps` optimizer steps after a log line."""
+        self.restore(sums)
+        self.steps = steps
+
+    def take(self) -> dict[str, float]:
+        """The metrics of the optimizer steps since the last call; counting begins anew."""
+        metrics, steps = {}, max(1, self.steps)
         for name, (value, weight) in self.sums.items():
             if weight == 0 and name.startswith("loss/"):
                 metrics[name] = value / steps
             elif weight > 0:
                 metrics[name] = value / weight
-        self.sums = {}
+        self.sums, self.steps = {}, 0
         return metrics

@@ -54,8 +54,9 @@ def tell_round(
             callback.on_round_made(round_index, groups)
 
 
-def shows_groups(callback: TrainerCallback) -> bool:
-    """Whether a callback does something with the groups of a round."""
-    return isinstance(callback, RunCallback) and (
-        type(callback).on_round_made is not RunCallback.on_round_made
-    )
+def shows_groups(callback: TrainerCallback | type[TrainerCallback]) -> bool:
+    """Whether a callback (or a class of one, as Trainer takes it) does something with a round's
+    groups.
+    """
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, RunCallback) and kind.on_round_made is not RunCallback.on_round_made

@@ -61,17 +61,18 @@ class RunDirectory:
     Args:
         args: the configuration; `output_dir` is the directory.
         ranks: the run's processes. Methods are called on all of them unless they say otherwise.
-        steps_per_round: optimizer steps in a round.
+        steps_per_round: gives the optimizer steps in a round.
     """
 
-    def __init__(self, args: NEATConfig, ranks: Ranks, *, steps_per_round: int) -> None:
+    def __init__(
+        self, args: NEATConfig, ranks: Ranks, *, steps_per_round: Callable[[], int]
+    ) -> None:
         self.path = Path(str(args.output_dir))
         self.args = args
         self.ranks = ranks
         self.steps_per_round = steps_per_round
-        # Trainer would delete old checkpoints before the new one is marked: it is told of no limit
-        # (`own_limits`).
-        self.save_total_limit = args.save_total_limit
+        # Checkpoints that are kept while training; `own_limits` says why Trainer is not told.
+        self._save_total_limit = args.save_total_limit
         self._start: RunStart | None = None
         self._is_writer = False
         self._lock_was_there = False
@@ -197,7 +198,7 @@ class RunDirectory:
 
     def _set_aside_rounds_after(self, step: int) -> None:
         """Rounds that begin after the step were sampled by a policy that this run will not have."""
-        first = -(-step // self.steps_per_round)
+        first = -(-step // self.steps_per_round())
         for folder in sorted((self.path / "rounds").glob("[0-9]*")):
             if folder.name.isdigit() and int(folder.name) >= first:
                 set_aside_round(folder, "it was sampled by another policy")
@@ -210,14 +211,17 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def own_limits(self, start: RunStart, *, has_stopped: bool) -> Iterator[None]:
-        """Keep from Trainer what is done here while it trains: deleting checkpoints, and going on
-        with a run that had stopped by itself.
+        """Keep from Trainer what is done here while it trains.
+
+        That is deleting checkpoints (Trainer would before the new one is marked), and ending a run
+        at once that had stopped by itself.
         """
         a = self.args
         before = a.save_total_limit, a.num_train_epochs, a.max_steps
+        self._save_total_limit = a.save_total_limit
         a.save_total_limit = None
         if has_stopped:
-            rounds = -(-step_of(start.checkpoint) // self.steps_per_round)
+            rounds = -(-step_of(start.checkpoint) // self.steps_per_round())
             a.num_train_epochs, a.max_steps = rounds, -1
         try:
             yield
@@ -252,7 +256,7 @@ class RunDirectory:
         def finish() -> None:
             names = [*required, RANK_ZERO_FILE]
             mark_complete(folder, required=names, resumable=not self.args.save_only_model)
-            rotate(self.path, self.save_total_limit, keep=best)
+            rotate(self.path, self._save_total_limit, keep=best)
 
         try:
             self.ranks.run_on_all_ranks(save, f"while it saved {folder.name}")

@@ -15,7 +15,7 @@ from transformers import Trainer
 # Attributes that Trainer's loop keeps and its checkpoints leave out: without them a resumed run
 # would log other losses than an uninterrupted one.
 ATTRIBUTES = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
-# Methods that are overridden or called, with their parameters. A checkpoint has to be marked after
+# Methods that `NEATTrainer` overrides, with their parameters. A checkpoint has to be marked after
 # it is written and before anybody is told of it, and Trainer has no event between the two.
 METHODS = {"_save_checkpoint": ("self", "model", "trial")}
 
@@ -45,8 +45,3 @@ def restore_running_loss(trainer: Trainer, loss: RunningLoss) -> None:
     t._tr_loss = torch.tensor(loss.since_log, device=trainer.args.device)
     t._total_loss_scalar = loss.total
     t._globalstep_last_logged = loss.logged_step
-
-
-def save_trainer_checkpoint(trainer: Trainer, model: Any, trial: Any) -> None:
-    """Trainer's own checkpoint, without what a subclass adds to it."""
-    Trainer._save_checkpoint(trainer, model, trial)

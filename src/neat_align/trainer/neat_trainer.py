@@ -2,7 +2,7 @@
 
 `on_epoch_begin` samples, scores and ranks this round's groups with the current policy and swaps
 them into the training data; the epoch's iterator is made after that, so no batch is older than its
-round (`round_callback`). What the trainer adds to Trainer is composed (`trainer_parts`): policies,
+round (`round_callback`). What the trainer adds to Trainer is composed (`parts`): policies,
 round maker, step engine, drift monitor, run directory and ranks can each be used alone.
 
 Where this departs from a textbook Trainer: the loss of a micro-batch is divided by counts over the
@@ -34,7 +34,7 @@ from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.round_files import FinishedRound
 from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
-from neat_align.runs.trainer_internals import running_loss, save_trainer_checkpoint
+from neat_align.runs.trainer_internals import running_loss
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.setup import (
@@ -82,7 +82,7 @@ class NEATTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         reward_processing_classes: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: list[TrainerCallback | type[TrainerCallback]] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         ref_model: PreTrainedModel | torch.nn.Module | None = None,
@@ -106,7 +106,7 @@ class NEATTrainer(Trainer):
             train_dataset=self.rounds,
             eval_dataset=cast("Any", data.eval_rows or None),
             processing_class=setup.tokenizer,
-            callbacks=[self.round_callback, *(callbacks or [])],
+            callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
             optimizers=optimizers,
         )
         self.parts: TrainerParts = compose(
@@ -118,7 +118,7 @@ class NEATTrainer(Trainer):
             forward_backward=self._forward_backward,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             num_groups=len(self.rounds),
-            steps_per_round=self.steps_per_round,
+            steps_per_round=lambda: self.steps_per_round,
         )
         keep_one_progress_bar(self)
         # The last callback, so that all others have seen the save.
@@ -201,8 +201,12 @@ class NEATTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics gathered since the last training log added to it."""
-        if "loss" in logs or "train_loss" in logs:
-            self.parts.complete_training_log(logs, self.state.global_step, running_loss(self))
+        if "loss" in logs:
+            self.parts.complete_training_log(logs, self.state.global_step)
+        if "train_loss" in logs:
+            # Trainer divides by the steps since the run was taken up last; the sum goes back to
+            # the first.
+            logs["train_loss"] = running_loss(self).total / max(1, self.state.global_step)
         super().log(logs, start_time)
 
     # ---- a run that survives ----
@@ -254,7 +258,7 @@ class NEATTrainer(Trainer):
         """Trainer's checkpoint, marked once it is complete. Raises SaveError."""
         self.parts.directory.save_checkpoint(
             self.state.global_step,
-            lambda: save_trainer_checkpoint(self, model, trial),
+            lambda: super(NEATTrainer, self)._save_checkpoint(model, trial),
             self.round_callback.resume_state,
             required=required_files(self.args, sharded=self.parts.engine.sharded),
             best=self.state.best_model_checkpoint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,6 @@ from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
 from neat_align.runs.run_key import fingerprint, run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
-from neat_align.runs.trainer_internals import RunningLoss
 from neat_align.sampling.policies import Policies
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
 from neat_align.trainer.setup import (
@@ -117,16 +116,11 @@ class TrainerParts:
                 progress=progress,
             )
 
-    def complete_training_log(self, logs: dict[str, float], step: int, loss: RunningLoss) -> None:
+    def complete_training_log(self, logs: dict[str, float], step: int) -> None:
         """Add the training metrics since the last log line, and look at them for alarms."""
-        if "loss" in logs:
-            logs |= self.engine.metrics.take(max(1, step - loss.logged_step))
-            if self.ranks.is_rank_zero:
-                self.alarms.training(logs, (step - 1) // self.directory.steps_per_round)
-        if "train_loss" in logs:
-            # Trainer divides by the steps since the run was taken up last; the sum goes back to
-            # the first.
-            logs["train_loss"] = loss.total / max(1, step)
+        logs |= self.engine.metrics.take()
+        if self.ranks.is_rank_zero:
+            self.alarms.training(logs, (step - 1) // self.directory.steps_per_round())
 
     def record_start(self) -> None:
         """Write run.json, unless an earlier start of the run has."""
@@ -166,7 +160,7 @@ def compose(
     forward_backward: ForwardBackward,
     sharded: bool,
     num_groups: int,
-    steps_per_round: int,
+    steps_per_round: Callable[[], int],
 ) -> TrainerParts:
     """The parts, once Trainer's constructor has made the accelerator.
 

@@ -7,7 +7,6 @@ save a checkpoint; everything else is done by its parts.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -77,7 +76,8 @@ class RoundCallback(TrainerCallback):
 
     def _restore(self, state: ResumeState) -> None:
         restore_running_loss(self.trainer, state.running_loss())
-        self.parts.engine.metrics.restore(state.sums)
+        steps = self.trainer.state.global_step - state.logged_step
+        self.parts.engine.metrics.go_on(state.sums, steps)
         self.rounds_ended = state.rounds_ended
         self.parts.alarms.baselines.update(state.alarm_baselines)
 
@@ -183,8 +183,7 @@ class RoundCallback(TrainerCallback):
     ) -> None:
         """Everything that is logged is also a line of metrics.jsonl."""
         if state.is_world_process_zero and logs:
-            metrics_file = Path(args.output_dir) / "metrics.jsonl"
-            append_json_line(metrics_file, {"step": state.global_step, **logs})
+            append_json_line(self.parts.directory.metrics_file, {"step": state.global_step, **logs})
 
 
 class StopAfterSaveCallback(TrainerCallback):

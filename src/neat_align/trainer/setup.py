@@ -76,7 +76,7 @@ class Rewards:
     judges: tuple[NamedReward, ...]
 
 
-def check_callbacks(args: NEATConfig, callbacks: Sequence[TrainerCallback]) -> None:
+def check_callbacks(args: NEATConfig, callbacks: Sequence[TrainerCallback | type]) -> None:
     """Refuse `log_completions` when nothing would print them."""
     if args.log_completions and not any(shows_groups(c) for c in callbacks):
         raise ConfigError(
@@ -89,8 +89,9 @@ def check_callbacks(args: NEATConfig, callbacks: Sequence[TrainerCallback]) -> N
 def keep_one_progress_bar(trainer: Trainer) -> None:
     """A progress bar that was given stands in the place of Trainer's own."""
     bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
-    if len(bars) > 1:
-        trainer.remove_callback(next(c for c in bars if type(c) is ProgressCallback))
+    own = [c for c in bars if type(c) is ProgressCallback]
+    if own and len(bars) > len(own):
+        trainer.remove_callback(own[0])
 
 
 def read_data(args: NEATConfig, train_dataset: Any, eval_dataset: Any) -> TrainingData:
