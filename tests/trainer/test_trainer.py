@@ -484,6 +484,24 @@ def test_ranking_by_origin_needs_no_reward(tmp_path: Path) -> None:
             trainer(tmp_path / "b", reward=None, rank_by=rank_by)
 
 
+@pytest.mark.parametrize("side", ["rewards", "judges"])
+def test_in_evaluations_the_start_policy_judges_the_contrast(tmp_path: Path, side: str) -> None:
+    """A judge that moves with the policy would compare two different scores."""
+    given: dict[str, Any] = {"reward": "contrast", "judge_funcs": ["contrast"]}
+    t = trainer(tmp_path, eval_dataset=ROWS[:2], **given)
+    (moving,) = getattr(t.parts.scored_by, side)
+    rows = {
+        "prompts": [row["prompt"] for row in ROWS[:2]],
+        "completions": ["thank you", "no"],
+        "completion_ids": [TOKENIZER(text)["input_ids"] for text in ("thank you", "no")],
+    }
+    before = moving.function(**rows)
+    t.train()
+    (fixed,) = getattr(t.parts.eval_tools(with_reference=True), side)
+    assert fixed.function(**rows) == pytest.approx(before, abs=1e-5)
+    assert moving.function(**rows) != pytest.approx(before, abs=1e-3)
+
+
 def test_the_contrast_reward_needs_no_reward_model(tmp_path: Path) -> None:
     t = trainer(tmp_path, reward="contrast")
     t.train()

@@ -20,9 +20,9 @@ class Policies:
     """The current policy and the start policy.
 
     `reference` opens the start policy, which may be the current model with its adapter off: only
-    while it is open. `merged_copy` says whether completions are sampled from a copy in
-    `autocast_dtype` with adapters merged, which is faster on CPUs. `batch_size` completions are
-    sampled at once, or fewer once memory ran out (`batch_limit` remembers that).
+    while it is open. With `copy_dtype` completions are sampled from a copy in that type with
+    adapters merged, which is faster on CPUs; None samples from the policy itself. `batch_size`
+    completions are sampled at once, or fewer once memory ran out (`batch_limit` remembers that).
     """
 
     model: torch.nn.Module
@@ -32,7 +32,7 @@ class Policies:
     pad_token_id: int
     batch_size: int
     autocast_dtype: torch.dtype | None
-    merged_copy: bool
+    copy_dtype: torch.dtype | None
     batch_limit: BatchLimit = field(default_factory=BatchLimit)
 
     def logprobs(
@@ -47,6 +47,18 @@ class Policies:
         """The same under the start policy."""
         with self.reference() as model:
             return self._score(model, prompts, completions)
+
+    def sum_logprobs(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> list[float]:
+        """Summed over each completion's tokens, under the current policy, in nats."""
+        return [sum(row) for row in self.logprobs(prompts, completions)]
+
+    def start_sum_logprobs(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> list[float]:
+        """The same under the start policy."""
+        return [sum(row) for row in self.start_logprobs(prompts, completions)]
 
     def _score(
         self,
@@ -73,7 +85,7 @@ class Policies:
         A copy of it is made once, here; where there is none, the start policy is opened only while
         it draws, since an adapter must be on for everything else.
         """
-        if self.autocast_dtype is None or not self.merged_copy:
+        if self.copy_dtype is None:
             return _WhileOpen(self)
         with self.reference() as model:
             return self._sampler(model)
@@ -81,8 +93,8 @@ class Policies:
     def _sampler(self, model: torch.nn.Module) -> Sampler:
         """The one place that makes a sampler: what it draws from is the model as it is now."""
         dtype = self.autocast_dtype
-        if dtype is not None and self.merged_copy:
-            model, dtype = half_precision_copy(model, dtype), None
+        if self.copy_dtype is not None:
+            model, dtype = half_precision_copy(model, self.copy_dtype), None
         return TransformersSampler(
             model, self.eos_token_ids, self.pad_token_id, self.batch_size, dtype, self.batch_limit
         )

@@ -125,7 +125,7 @@ class NEATTrainer(Trainer):
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))
 
     def _sum_logprobs(self, *rows: Any) -> list[float]:
-        return [sum(row) for row in self.parts.policies.logprobs(*rows)]
+        return self.parts.policies.sum_logprobs(*rows)
 
     def _collate(self, groups: list[CompletionGroup]) -> dict[str, Any]:
         return self.parts.engine.collate(groups)

@@ -15,7 +15,7 @@ from neat_align.evaluation.drift_monitor import DriftMonitor
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy
 from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
-from neat_align.modeling.packing import Layout, TokenIds
+from neat_align.modeling.packing import Layout
 from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow
 from neat_align.runs.events import stage_reporter
@@ -61,18 +61,12 @@ class TrainerParts:
     def eval_tools(self, *, with_reference: bool) -> EvalTools:
         """Who samples and judges in an evaluation of the current policy."""
         policies = self.policies
-
-        def start_score(
-            prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
-        ) -> list[float]:
-            return [sum(row) for row in policies.start_logprobs(prompts, completions)]
-
         return EvalTools(
             model=policies.model,
             tokenizer=self.setup.tokenizer,
             sampler=policies.sampler(),
-            rewards=judged_by_start(self.scored_by.rewards, start_score),
-            judges=judged_by_start(self.scored_by.judges, start_score),
+            rewards=judged_by_start(self.scored_by.rewards, policies.start_sum_logprobs),
+            judges=judged_by_start(self.scored_by.judges, policies.start_sum_logprobs),
             bank=self.setup.bank,
             placement=self.args.instruction_placement,
             sampling=sampling_params(self.args),
@@ -204,7 +198,9 @@ def compose(
 def _policies(
     args: NEATConfig, setup: PolicySetup, layout: Layout, *, conversational: bool
 ) -> Policies:
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     on_cpu = args.device.type == "cpu"
+    copies = args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu)
     return Policies(
         model=setup.model,
         reference=setup.reference,
@@ -212,6 +208,6 @@ def _policies(
         eos_token_ids=eos_token_ids(setup.tokenizer, setup.model, conversational=conversational),
         pad_token_id=setup.tokenizer.pad_token_id,
         batch_size=args.generation_batch_size,
-        autocast_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        merged_copy=args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu),
+        autocast_dtype=dtype,
+        copy_dtype=dtype if copies else None,
     )
