@@ -24,22 +24,57 @@ def start_policy(
     With `peft_config` the model to train is `model` with a new adapter. The start policy is
     `ref_model`, or the new adapter switched off, or a frozen copy. A model that comes with an
     adapter is copied: its adapter may hold something already, and switched off it would be a
-    different start. Raises ConfigError for two adapters.
+    different start. So is one whose new adapter trains weights of the base, too (LoRA's `bias`):
+    they stay trained when the adapter is switched off. Raises ConfigError for two adapters, for an
+    adapter that does not fit, and for one that changes the base before training begins.
     """
+    # The model itself is no reference: it moves, and its copy does not.
+    given = None if ref_model is model else ref_model
+    if peft_config is None:
+        return _frozen(copy.deepcopy(model) if given is None else given, model), model
+    weights = list(model.parameters())
+    before = [_some_numbers(p) for p in weights]
+    trained = _with_adapter(model, peft_config)
+    if given is not None:
+        return _frozen(given, trained), trained
+    kept = {id(p) for p in trained.parameters()}
+    if not all(
+        id(p) in kept and torch.equal(_some_numbers(p), numbers)
+        for p, numbers in zip(weights, before, strict=True)
+    ):
+        raise ConfigError(
+            "peft_config changes weights of the model itself before training begins (as "
+            "init_lora_weights: pissa, olora or corda do), so with the adapter switched off it is "
+            "no longer the model that was passed, which KL, dpo and npo are measured against: pass "
+            "ref_model, another copy of the model, or leave init_lora_weights out"
+        )
+    if any(p.requires_grad for p in weights):
+        return _frozen(copy.deepcopy(trained).unload(), trained), trained
+    return _adapter_off(trained), trained
+
+
+def _with_adapter(model: Any, peft_config: Any) -> Any:
     from peft import PeftModel, get_peft_model
 
-    if peft_config is not None and isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
         raise ConfigError(
             "the model already has an adapter and peft_config asks for another: pass one of the two"
         )
-    # The model itself is no reference: it moves, and its copy does not.
-    given = None if ref_model is model else ref_model
-    trained = model if peft_config is None else get_peft_model(model, peft_config)
-    if given is not None:
-        return _frozen(given, trained), trained
-    if peft_config is not None:
-        return _adapter_off(trained), trained
-    return _frozen(copy.deepcopy(trained), trained), trained
+    if peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"peft_config.task_type is {peft_config.task_type}, and a policy continues text: set "
+            'task_type="CAUSAL_LM"'
+        )
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ConfigError(f"peft_config does not fit {type(model).__name__}: {error}") from error
+
+
+def _some_numbers(weight: torch.Tensor, count: int = 16) -> torch.Tensor:
+    """A few evenly spaced numbers of a weight, to see whether it was changed."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // count)].clone()
 
 
 def _adapter_off(trained: Any) -> Reference:

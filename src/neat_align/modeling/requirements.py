@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from neat_align.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def check_policy(
@@ -17,7 +20,13 @@ def check_policy(
 
     Before anything is sampled. Lengths are in tokens. Raises ConfigError.
     """
-    check_causal(model.config, str(model.config.name_or_path or type(model).__name__))
+    name = str(model.config.name_or_path or type(model).__name__)
+    check_causal(model.config, name)
+    if model.get_output_embeddings() is None:
+        raise ConfigError(
+            f"{name} is a {type(model).__name__}, which has no language-modelling head: load it "
+            "with AutoModelForCausalLM"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows > 0:  # 0: DeepSpeed's ZeRO-3 holds the weights elsewhere
@@ -43,6 +52,59 @@ def check_causal(config: Any, name: str) -> None:
             f"{name} is an encoder ({config.model_type}), which sees the words that it should "
             f"predict; {needed}"
         )
+
+
+def check_reference(ref_model: Any, model: Any) -> None:
+    """Refuse a start policy whose vocabulary has another size than the model's.
+
+    KL compares the two token by token. Raises ConfigError.
+    """
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (ref_model, model))
+    if theirs != ours:
+        raise ConfigError(
+            f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: KL, dpo "
+            "and npo compare them token by token, so pass the model that this one came from"
+        )
+
+
+def settle_generation_config(model: Any) -> None:
+    """Make the model's generation_config one that can be saved, or refuse it.
+
+    transformers refuses to write one whose flags contradict each other, which would end the run at
+    its first checkpoint. Sampling here does not read it. One that has a temperature or top_p but
+    not `do_sample`, as some published models have, is given `do_sample`. Raises ConfigError.
+    """
+    settings = model.generation_config
+    if settings is None:
+        if not model.can_generate():
+            return  # none is written
+        raise ConfigError(
+            "the model's generation_config is None, and no checkpoint could be written: set "
+            "model.generation_config = GenerationConfig()"
+        )
+    if _why_not_saved(settings) is None:
+        return
+    was = settings.do_sample
+    settings.do_sample = True
+    reason = _why_not_saved(settings)
+    if reason is not None:
+        settings.do_sample = was
+        raise ConfigError(
+            "the model's generation_config cannot be saved, and no checkpoint could be written: "
+            f"{reason}. Correct model.generation_config"
+        )
+    logger.warning(
+        "the model's generation_config sets temperature, top_p or top_k but not do_sample, and "
+        "could not be saved: do_sample is set to True in it"
+    )
+
+
+def _why_not_saved(settings: Any) -> str | None:
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def check_context(model: Any, max_prompt_length: int, max_completion_length: int) -> None:
@@ -77,7 +139,10 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
             "train a LoRA adapter with peft_config"
         )
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("no weight of the model is trainable: unfreeze some, or pass peft_config")
+        raise ConfigError(
+            "no weight of the model is trainable: unfreeze some, or pass peft_config; load an "
+            "adapter that is to be trained on with PeftModel.from_pretrained(…, is_trainable=True)"
+        )
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -35,6 +35,7 @@ from neat_align.rounds.round_files import FinishedRound
 from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import running_loss
+from neat_align.trainer import given
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.setup import (
@@ -64,14 +65,16 @@ class NEATTrainer(Trainer):
         reward_processing_classes: a tokenizer per reward function, for models given as objects.
         callbacks, optimizers: as in `Trainer`; `terminal_callbacks(args)` gives the command line's.
         peft_config: a PEFT configuration; the adapter switched off is then the start policy.
-        ref_model: the start policy for KL, dpo and npo; None is the adapter switched off, else a
-            frozen copy of `model`.
+        ref_model: the start policy for KL, dpo and npo, or its name; None is the adapter switched
+            off, else a frozen copy of `model`.
         judge_funcs: rewards that evaluation reports and training never sees.
     """
 
     # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
     loss_is_scaled_for_ga = True
     args: NEATConfig
+    predict = given.refused_predict
+    push_to_hub = given.refused_push_to_hub
 
     def __init__(
         self,
@@ -85,13 +88,14 @@ class NEATTrainer(Trainer):
         callbacks: list[TrainerCallback | type[TrainerCallback]] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
-        ref_model: PreTrainedModel | torch.nn.Module | None = None,
+        ref_model: str | PreTrainedModel | torch.nn.Module | None = None,
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
     ) -> None:
-        args = NEATConfig(output_dir="neat-run") if args is None else args
+        args = given.as_config(args)
         check_callbacks(args, callbacks or ())
         data = read_data(args, train_dataset, eval_dataset)
         setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
+        given.check_optimizer(optimizers[0], setup.model, new_adapter=bool(peft_config))
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
             args, contrast, reward_funcs, judge_funcs, reward_processing_classes

@@ -18,8 +18,10 @@ from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.reference import Reference, start_policy
 from neat_align.modeling.requirements import (
     check_policy,
+    check_reference,
     check_trainable_weights,
     disable_dropout,
+    settle_generation_config,
 )
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity, load_bank
 from neat_align.prompts.placement import instructed
@@ -109,7 +111,7 @@ def set_up_policy(
     data: TrainingData,
     tokenizer: Any,
     peft_config: Any,
-    ref_model: torch.nn.Module | None,
+    ref_model: str | torch.nn.Module | None,
 ) -> PolicySetup:
     """Load what is named, and check that policy, tokenizer, template, bank and data fit together.
 
@@ -126,7 +128,11 @@ def set_up_policy(
     check_group_size(data.rows, args)
     everything = (*data.rows, *data.eval_rows)
     check_prompts(everything, tokenizer, args.max_prompt_length, conversational=conversational)
+    settle_generation_config(policy)
+    ref_model = load_policy(ref_model) if isinstance(ref_model, str) else ref_model
     reference_given = ref_model is not None and ref_model is not policy
+    if reference_given:
+        check_reference(ref_model, policy)
     set_seed(args.seed)  # a new adapter is drawn at random
     reference, policy = start_policy(policy, peft_config, ref_model)
     if args.disable_dropout:
