@@ -72,3 +72,24 @@ def test_the_contract_has_at_most_ten_layers() -> None:
     assert named == {room.name for room in ROOMS} | {
         p.stem for p in SOURCE.glob("*.py") if p.name != "__init__.py"
     }
+
+
+def test_text_files_name_their_encoding() -> None:
+    """Where the locale's encoding is not UTF-8 (Windows), a file without one could not be read."""
+    unnamed = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            opens = isinstance(call.func, ast.Name) or isinstance(
+                call.args[0] if call.args else ast.Constant("r"), ast.Constant
+            )
+            if name not in ("read_text", "write_text", "fdopen") and not (name == "open" and opens):
+                continue
+            words = [a.value for a in call.args if isinstance(a, ast.Constant)]
+            is_binary = any(isinstance(w, str) and "b" in w and len(w) <= 3 for w in words)
+            says = "utf-8" in words or any(k.arg == "encoding" for k in call.keywords)
+            if not is_binary and not says:
+                unnamed.append(f"{path.name}:{call.lineno} {name}")
+    assert not unnamed

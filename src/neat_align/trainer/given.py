@@ -23,24 +23,24 @@ def as_config(args: Any) -> NEATConfig:
     return args
 
 
-def check_optimizer(
-    optimizer: torch.optim.Optimizer | None, model: torch.nn.Module, *, new_adapter: bool
-) -> None:
-    """Refuse an optimizer that holds none of the weights that are trained. Raises ConfigError.
+def checked_optimizers(optimizers: tuple[Any, Any], model: torch.nn.Module) -> tuple[Any, Any]:
+    """The optimizer and scheduler, if the optimizer holds a weight that is trained.
 
-    With `new_adapter` they are made after the optimizer was, and it would step on frozen ones.
+    With `peft_config` those are made after the optimizer was, and it would step on frozen ones.
+    Raises ConfigError.
     """
+    optimizer = optimizers[0]
     if optimizer is None:
-        return
+        return optimizers
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters() if p.requires_grad):
-        why = "peft_config makes the trainable weights only now" if new_adapter else "of another?"
         raise ConfigError(
-            f"the optimizer that was passed holds none of the model's trainable weights ({why}), "
-            "so nothing would be learned: make the adapter with get_peft_model before the "
-            "optimizer and pass that model, or leave optimizers out (optim and learning_rate "
-            "choose one)"
+            "the optimizer that was passed holds none of the model's trainable weights, so nothing "
+            "would be learned. With peft_config they are made only now: make the adapter with "
+            "get_peft_model before the optimizer and pass that model, or leave optimizers out "
+            "(optim and learning_rate choose one)"
         )
+    return optimizers
 
 
 def _not_here(name: str, why: str) -> Callable[..., NoReturn]:

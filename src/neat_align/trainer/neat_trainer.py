@@ -95,7 +95,6 @@ class NEATTrainer(Trainer):
         check_callbacks(args, callbacks or ())
         data = read_data(args, train_dataset, eval_dataset)
         setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
-        given.check_optimizer(optimizers[0], setup.model, new_adapter=bool(peft_config))
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
             args, contrast, reward_funcs, judge_funcs, reward_processing_classes
@@ -111,7 +110,7 @@ class NEATTrainer(Trainer):
             eval_dataset=cast("Any", data.eval_rows or None),
             processing_class=setup.tokenizer,
             callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
-            optimizers=optimizers,
+            optimizers=given.checked_optimizers(optimizers, setup.model),
         )
         self.parts: TrainerParts = compose(
             args,
