@@ -17,6 +17,7 @@ from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.reference import Reference, start_policy
 from neat_align.modeling.requirements import (
+    check_context,
     check_policy,
     check_trainable_weights,
     disable_dropout,
@@ -129,6 +130,7 @@ def set_up_policy(
     reference_given = ref_model is not None and ref_model is not policy
     set_seed(args.seed)  # a new adapter is drawn at random
     reference, policy = start_policy(policy, peft_config, ref_model)
+    check_context(policy, args.max_prompt_length, args.max_completion_length)
     if args.disable_dropout:
         disable_dropout(policy)
     check_trainable_weights(policy)
