@@ -15,6 +15,8 @@ from typing import Any
 from neat_align.config import combinations
 from neat_align.config.constraints import check_options, option, read_numbers
 from neat_align.config.trainer_defaults import TrainerDefaults
+from neat_align.config.trainer_values import RULES as VALUE_RULES
+from neat_align.config.trainer_values import check_values
 from neat_align.config.unsupported import (
     TRAINER_RULES,
     check_not_sharded,
@@ -26,6 +28,17 @@ from neat_align.files.secrets import scrubbed
 
 RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
+# What transformers' own checks have been seen to raise.
+_TRAINING_ARGUMENTS_RAISE = (
+    ValueError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+    OSError,
+)
 PLACEMENTS = ("system", "user_suffix", "affix")
 
 
@@ -286,12 +299,13 @@ class NEATConfig(TrainerDefaults):
     def __post_init__(self) -> None:
         read_numbers(self)
         check_not_sharded(self)
+        check_values(self)
         choose_device(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
-        except (ValueError, ImportError, RuntimeError) as error:
+        except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
-        check_options(self, (*combinations.RULES, *TRAINER_RULES))
+        check_options(self, (*combinations.RULES, *TRAINER_RULES, *VALUE_RULES))
         check_unsupported(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -108,6 +108,33 @@ class Evaluation:
         return asdict(self)
 
 
+def metric_names(
+    rows: Sequence[PromptRow], judges: Sequence[str], *, has_rewards: bool, contrast: bool
+) -> tuple[str, ...]:
+    """The names that `Evaluation.summary` gives for these rows once training has begun.
+
+    `judges` are names; with `contrast` answers under the instructions are rewarded, too.
+    """
+    names = [
+        *(f"judges/{name}" for name in judges),
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "distinct2",
+        "repetition",
+        "refusals",
+        "kl",
+        "entropy",
+    ]
+    if has_rewards:
+        names += ["reward", "contrast/reward/plain"]
+        names += [f"contrast/reward/{polarity}" for polarity in _CONTRAST if contrast]
+    if any(row.chosen is not None for row in rows):
+        names.append("perplexity")
+    if any(row.chosen is not None and row.rejected is not None for row in rows):
+        names.append("pair_accuracy")
+    return tuple(names)
+
+
 def evaluate_policy(
     rows: Sequence[PromptRow],
     tools: EvalTools,

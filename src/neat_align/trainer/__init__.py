@@ -1,6 +1,7 @@
 """The trainer: the one place that knows all stages, composed of the rooms below it.
 
 neat_trainer.py    NEATTrainer, a subclass of `transformers.Trainer` alone
+startup_checks.py  what Trainer would find out only after the first round
 setup.py           data, policy, rewards and layout, checked before anything is sampled
 parts.py           what the trainer is composed of, and what the parts do together
 round_maker.py     a round from the current policy, made on rank 0 and read by all

@@ -45,6 +45,7 @@ from neat_align.trainer.setup import (
     set_up_policy,
     set_up_rewards,
 )
+from neat_align.trainer.startup_checks import refused, rehearse
 
 
 class NEATTrainer(Trainer):
@@ -89,8 +90,8 @@ class NEATTrainer(Trainer):
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
     ) -> None:
         args = NEATConfig(output_dir="neat-run") if args is None else args
-        check_callbacks(args, callbacks or ())
         data = read_data(args, train_dataset, eval_dataset)
+        check_callbacks(args, callbacks or (), data)
         setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
@@ -99,16 +100,17 @@ class NEATTrainer(Trainer):
         self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         self.last_evaluation: Evaluation | None = None
-        super().__init__(
-            model=cast("Any", setup.model),
-            args=args,
-            data_collator=self._collate,
-            train_dataset=self.rounds,
-            eval_dataset=cast("Any", data.eval_rows or None),
-            processing_class=setup.tokenizer,
-            callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
-            optimizers=optimizers,
-        )
+        with refused("Trainer refuses these settings", "Correct them"):
+            super().__init__(
+                model=cast("Any", setup.model),
+                args=args,
+                data_collator=self._collate,
+                train_dataset=self.rounds,
+                eval_dataset=cast("Any", data.eval_rows or None),
+                processing_class=setup.tokenizer,
+                callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
+                optimizers=optimizers,
+            )
         self.parts: TrainerParts = compose(
             args,
             data,
@@ -120,6 +122,7 @@ class NEATTrainer(Trainer):
             num_groups=len(self.rounds),
             steps_per_round=lambda: self.steps_per_round,
         )
+        rehearse(self, self.steps_per_round)
         keep_one_progress_bar(self)
         # The last callback, so that all others have seen the save.
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.evaluation.drift_monitor import DriftMonitor
-from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy
+from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
 from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.modeling.packing import Layout
@@ -32,6 +32,7 @@ from neat_align.trainer.setup import (
     judged_by_start,
     layout_for,
 )
+from neat_align.trainer.startup_checks import check_followed_metric
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def compose(
 
     `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights.
     """
+    _check_followed(args, data, scored_by)
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round)
     layout = layout_for(args, setup, data, sharded=sharded)
@@ -193,6 +195,17 @@ def compose(
         ),
         alarms=Alarms(args.alarm_logp_drop, args.alarm_ratio),
     )
+
+
+def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) -> None:
+    judges = [judge.name for judge in scored_by.judges]
+    names = metric_names(
+        data.eval_rows,
+        judges,
+        has_rewards=bool(scored_by.rewards),
+        contrast=args.evaluate_contrast,
+    )
+    check_followed_metric(args, names)
 
 
 def _policies(
