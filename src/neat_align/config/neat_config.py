@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from neat_align.config import combinations
-from neat_align.config.constraints import check_options, option, read_numbers
+from neat_align.config.constraints import check_kinds, check_options, option, read_numbers
 from neat_align.config.trainer_defaults import TrainerDefaults
 from neat_align.config.trainer_values import RULES as VALUE_RULES
-from neat_align.config.trainer_values import check_values
+from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
     TRAINER_RULES,
     check_not_sharded,
@@ -299,12 +299,14 @@ class NEATConfig(TrainerDefaults):
     def __post_init__(self) -> None:
         read_numbers(self)
         check_not_sharded(self)
+        check_kinds(self)
         check_values(self)
         choose_device(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
+        follow_the_metric(self)
         check_options(self, (*combinations.RULES, *TRAINER_RULES, *VALUE_RULES))
         check_unsupported(self)
 

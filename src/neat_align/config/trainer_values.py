@@ -8,13 +8,18 @@ configuration looks at all of them when it is made. Which of the options a run h
 from __future__ import annotations
 
 import difflib
+import json
 import multiprocessing
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from transformers.integrations import is_deepspeed_available
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 from transformers.utils import is_liger_kernel_available
@@ -66,6 +71,7 @@ CHOICES: Mapping[str, Collection[str]] = {
     "hub_strategy": _values(HubStrategy),
     "log_level": tuple(trainer_log_levels),
     "log_level_replica": tuple(trainer_log_levels),
+    "torch_compile_backend": tuple(name.value.lower() for name in DynamoBackend),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl"),
     "dataloader_multiprocessing_context": tuple(multiprocessing.get_all_start_methods()),
 }
@@ -83,10 +89,13 @@ def check_values(c: Any) -> None:
             _check_choice(f.name, value.value if isinstance(value, Enum) else value)
         elif f.name in LIMITS and not (value is None and f.default is None):
             limits = LIMITS[f.name]
-            if isinstance(value, bool) or not limits.allows(value):
+            if not limits.allows(value):
                 raise ConfigError(f"{f.name} is {value}; {limits.said()}")
-        elif _is_switch(f.type) and not isinstance(value, bool | None):
-            raise ConfigError(f"{f.name} is {value!r}; it must be true or false")
+        if isinstance(value, str) and value.startswith("{"):
+            _check_json(f.name, value)
+    # AdamW takes 0.0 and not 0.
+    c.adam_beta1, c.adam_beta2 = float(c.adam_beta1), float(c.adam_beta2)
+    _check_accelerator(c.accelerator_config)
     _check_loggers(c.report_to)
     if c.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError(
@@ -100,8 +109,28 @@ def check_values(c: Any) -> None:
         )
 
 
-def _is_switch(kind: Any) -> bool:
-    return kind is bool or str(kind) in ("bool", "bool | None")
+def _check_json(name: str, text: str) -> None:
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, which is no JSON ({error}): correct it") from error
+
+
+def _check_accelerator(given: Any) -> None:
+    """Refuse names that accelerate's settings do not have, and a file that cannot be read."""
+    if isinstance(given, str | os.PathLike) and not str(given).startswith("{"):
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"accelerator_config names {given!r}, which is no JSON file ({error}): correct it"
+            ) from error
+    known = {f.name for f in fields(AcceleratorConfig)}
+    for name in given if isinstance(given, Mapping) else ():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"it may have {_list(known)}"
+            raise ConfigError(f"accelerator_config has {name!r}; {meant}")
 
 
 def _check_choice(name: str, value: Any) -> None:
@@ -123,17 +152,23 @@ def _check_loggers(report_to: Any) -> None:
     if not isinstance(named, list | tuple) or set(named) <= {"none", "all"}:
         return
     # Here, because it brings a good part of transformers and most runs have no logger.
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations import get_available_reporting_integrations, is_azureml_available
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        is_flytekit_available,
+    )
 
     known = {*INTEGRATION_TO_CALLBACK, "none", "all"}
-    available = get_available_reporting_integrations()
+    available = [*get_available_reporting_integrations()]
+    # Which it leaves out.
+    available += ["flyte"] if is_flytekit_available() else []
+    available += ["azure_ml"] if is_azureml_available() else []
     for name in named:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             meant = f"did you mean {near[0]}?" if near else f"it must be of {_list(known)}"
             raise ConfigError(f"report_to names {name!r}; {meant}")
-        if name in INTEGRATION_TO_CALLBACK and name not in (*available, *_SELF_CHECKED):
+        if name in INTEGRATION_TO_CALLBACK and name not in available:
             raise ConfigError(
                 f"report_to names {name}, which is not installed: install its package, or take it "
                 f"out of report_to (installed here: {_list(available) or 'none'})"
@@ -142,8 +177,8 @@ def _check_loggers(report_to: Any) -> None:
             raise ConfigError(f"report_to lists {name} among others: give {name} alone, or names")
 
 
-# transformers does not list them among the available ones; their callbacks look for themselves.
-_SELF_CHECKED = ("flyte", "azure_ml")
+# Of transformers' GreedyLR.
+_GREEDY_MIN_LR = 1e-3
 
 
 def _evaluates(c: Any) -> bool:
@@ -154,16 +189,37 @@ def _waits_for_a_plateau(c: Any) -> bool:
     return c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
 
 
+def follow_the_metric(c: Any) -> None:
+    """Tell a schedule that waits for a plateau which way the metric gets better.
+
+    By itself it takes it for good when the metric falls, whatever `greater_is_better` says.
+    """
+    given = c.lr_scheduler_kwargs or {}
+    if _waits_for_a_plateau(c) and isinstance(given, Mapping):
+        mode = "max" if c.greater_is_better else "min"
+        c.lr_scheduler_kwargs = {"mode": mode, **given}
+
+
 def _wrong_way(c: Any) -> bool:
-    """Both schedulers take it for good when the metric falls, unless they are told otherwise."""
-    if not _waits_for_a_plateau(c):
+    if not _waits_for_a_plateau(c) or not isinstance(c.lr_scheduler_kwargs, Mapping):
         return False
-    mode = (c.lr_scheduler_kwargs or {}).get("mode", "min")
-    return bool((mode == "max") != bool(c.greater_is_better))
+    return bool((c.lr_scheduler_kwargs["mode"] == "max") != bool(c.greater_is_better))
+
+
+def _raises_the_rate(c: Any) -> bool:
+    given = c.lr_scheduler_kwargs
+    if c.lr_scheduler_type != "greedy" or not isinstance(given, Mapping):
+        return False
+    lowest = given.get("min_lr", _GREEDY_MIN_LR)
+    return isinstance(lowest, int | float) and bool(lowest > c.learning_rate)
 
 
 # Options that Trainer would not read, or read against their meaning, without a word.
 RULES = (
+    Rule(
+        lambda c: not str(c.output_dir).strip(),
+        "output_dir is {c.output_dir!r}, which is no folder: name one, or leave it out",
+    ),
     Rule(
         lambda c: c.load_best_model_at_end and not _evaluates(c),
         "load_best_model_at_end is true and eval_strategy is no: nothing would say which model is "
@@ -176,10 +232,15 @@ RULES = (
     ),
     Rule(
         _wrong_way,
-        "lr_scheduler_type is {c.lr_scheduler_type.value} and greater_is_better is "
+        "lr_scheduler_kwargs is {c.lr_scheduler_kwargs} and greater_is_better is "
         "{c.greater_is_better}: the learning rate would fall while {c.metric_for_best_model} gets "
-        "better; set lr_scheduler_kwargs to {{mode: max}} where greater is better, and to "
-        "{{mode: min}} where it is not",
+        "better; leave mode out of lr_scheduler_kwargs, or set greater_is_better",
+    ),
+    Rule(
+        _raises_the_rate,
+        "learning_rate is {c.learning_rate} and lr_scheduler_type greedy would raise it to its own "
+        "min_lr, which is 0.001 unless lr_scheduler_kwargs has another: set min_lr there, below "
+        "learning_rate",
     ),
     Rule(
         lambda c: c.liger_kernel_config and not c.use_liger_kernel,
@@ -187,8 +248,8 @@ RULES = (
     ),
     Rule(
         lambda c: c.activation_checkpointing_kwargs and not c.activation_checkpointing,
-        "activation_checkpointing_kwargs is read only with activation_checkpointing: set that to "
-        "true, or remove it",
+        "activation_checkpointing_kwargs (gradient_checkpointing_kwargs) is read only with "
+        "activation_checkpointing: set that to true, or remove it",
     ),
     Rule(
         lambda c: c.optim_target_modules and not c.optim.value.startswith(("galore", "apollo")),

@@ -294,6 +294,7 @@ class NEATTrainer(Trainer):
         )
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.last_evaluation.summary().items()}
         self.log(dict(metrics))
+        metrics |= self.parts.unmeasured(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +35,8 @@ from neat_align.trainer.setup import (
     layout_for,
 )
 from neat_align.trainer.startup_checks import check_followed_metric
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,18 @@ class TrainerParts:
                 contrast=self.args.evaluate_contrast,
                 progress=progress,
             )
+
+    def unmeasured(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """NaN for the metric that decides which model is best, where this evaluation has none.
+
+        A reward that abstained everywhere, answers of one word each: no better than any other.
+        """
+        name = self.args.metric_for_best_model
+        key = f"eval_{(name or '').removeprefix('eval_')}"
+        if name is None or key in metrics or not any(k.startswith("eval_") for k in metrics):
+            return {}
+        logger.warning("this evaluation has no %s: it counts as no improvement", key)
+        return {key: math.nan}
 
     def complete_training_log(self, logs: dict[str, float], step: int) -> None:
         """Add the training metrics since the last log line, and look at them for alarms."""

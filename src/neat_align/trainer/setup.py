@@ -36,7 +36,7 @@ from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import weights_fingerprint
-from neat_align.trainer.startup_checks import check_evaluates
+from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,10 @@ class Rewards:
 def check_callbacks(
     args: NEATConfig, callbacks: Sequence[TrainerCallback | type], data: TrainingData
 ) -> None:
-    """Refuse `log_completions` when nothing would print them, and what needs evaluations when
-    there will be none.
+    """Refuse `log_completions` when nothing would print them, what needs evaluations when there
+    will be none, and a folder that cannot be made.
     """
+    check_output_dir(args)
     check_evaluates(args, bool(data.eval_rows), callbacks)
     if args.log_completions and not any(shows_groups(c) for c in callbacks):
         raise ConfigError(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import inspect
 import math
 import multiprocessing
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +40,13 @@ def refused(what: str, advice: str) -> Iterator[None]:
     except Exception as error:  # somebody else's package builds it and can raise anything
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{what}: {said.rstrip('.')}. {advice}") from error
+
+
+def check_output_dir(args: NEATConfig) -> None:
+    """Make the run directory where this process writes it. Raises ConfigError where it cannot."""
+    if args.should_save:
+        with refused(f"output_dir is {args.output_dir!r}, which cannot be made", "Choose another"):
+            Path(args.output_dir or "").mkdir(parents=True, exist_ok=True)
 
 
 def check_evaluates(
@@ -124,15 +131,16 @@ def _check_activation_checkpointing(model: Any, args: Any) -> None:
             f"activation_checkpointing (gradient_checkpointing) is true and {type(model).__name__} "
             "has none: set it to false"
         )
-    known = {"every_n_layers", "offload", *inspect.signature(checkpoint).parameters}
-    for name in args.activation_checkpointing_kwargs or {}:
-        if name not in known - {"function", "args", "kwargs"}:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "remove it"
-            raise ConfigError(
-                f"activation_checkpointing_kwargs has {name!r}, which torch's checkpoint does not "
-                f"take: {hint}"
-            )
+    given = dict(args.activation_checkpointing_kwargs or {})
+    what = f"activation_checkpointing_kwargs (gradient_checkpointing_kwargs) is {given}"
+    every, offload = given.pop("every_n_layers", 1), given.pop("offload", False)
+    if not isinstance(every, int) or every < 1:
+        raise ConfigError(f"{what}; every_n_layers must be a whole number of 1 or more")
+    if offload and not torch.accelerator.is_available():
+        raise ConfigError(f"{what}; offload needs an accelerator to offload from: remove it")
+    with refused(f"{what}, which torch.utils.checkpoint does not take", "Correct it"):
+        number = torch.ones(1, requires_grad=True)
+        checkpoint(torch.exp, number, **{"use_reentrant": False, **given}).backward()
 
 
 def _check_compiler(args: Any) -> None:
