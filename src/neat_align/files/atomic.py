@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +15,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+# What fsync of a folder answers where there is no such thing (CIFS, some FUSE file systems).
+_CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -36,10 +41,22 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a folder's entries durable (a rename is not, before this), or a file's bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a folder's entries durable (a rename is not, before this), or a file's bytes.
+
+    Windows opens no folders and writes renames through by itself; some network file systems open
+    them and cannot sync them.
+    """
+    is_folder = path.is_dir()
+    on_windows = sys.platform == "win32"
+    if is_folder and on_windows:
+        return
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in _CANNOT_SYNC_FOLDERS):
+            raise
     finally:
         os.close(descriptor)
 

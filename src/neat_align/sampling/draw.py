@@ -19,6 +19,9 @@ from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 from neat_align.errors import CollapseError
 from neat_align.sampling.protocol import SamplingParams
 
+# Apple's GPUs have no float64; they share their memory with the CPU, which draws for them.
+NO_FLOAT64 = ("mps",)
+
 
 def uniforms(
     seeds: Sequence[int], tokens: int, device: torch.device
@@ -38,12 +41,16 @@ def draw(
 
     `uniform` holds a number in [0, 1) a row. Raises CollapseError for logits that are not finite.
     """
+    device = logits.device
+    if device.type in NO_FLOAT64:
+        tokens, logprobs = draw(logits.cpu(), uniform.cpu(), params)
+        return tokens.to(device), logprobs.to(device)
     logits = logits.float()
     warped = logits / params.temperature if params.temperature != 1 else logits
     for warper in _warpers(params):
         warped = warper(torch.empty(0, dtype=torch.long), warped)
     # A GPU sums in parallel, which in fp32 need not be monotone; a CPU adds one by one.
-    dtype = torch.float32 if logits.device.type == "cpu" else torch.float64
+    dtype = torch.float32 if device.type == "cpu" else torch.float64
     running = warped.softmax(-1, dtype=dtype).cumsum_(-1)
     if not bool(running[:, -1].isfinite().all()):
         raise CollapseError(
