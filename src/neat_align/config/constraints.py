@@ -235,7 +235,7 @@ def check_kinds(config: Any) -> None:
     """
     for f in fields(config):
         value, kinds = getattr(config, f.name), _kinds_of(type(config)).get(f.name, ())
-        may_be_none = f.default is None or not {int, float, bool} & {*kinds}
+        may_be_none = f.default is None or type(None) in kinds or not {int, float, bool} & {*kinds}
         if not kinds or (value is None and may_be_none):
             continue
         if int in kinds and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:

@@ -54,6 +54,11 @@ class TrainerDefaults(TrainingArguments):
     )
     logging_steps: float = option(1, "Log every this many optimizer steps.")
     save_strategy: str = option("epoch", "When to checkpoint: `epoch` is after every round.")
+    save_total_limit: int | None = option(
+        3,
+        "Checkpoints that are kept: the newest ones (never fewer than two), and the best one where "
+        "a metric is followed. 0 keeps all.",
+    )
     remove_unused_columns: bool = option(
         False, "Must stay False: reward functions get every column."
     )

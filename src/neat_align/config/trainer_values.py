@@ -217,6 +217,11 @@ def _raises_the_rate(c: Any) -> bool:
 # Options that Trainer would not read, or read against their meaning, without a word.
 RULES = (
     Rule(
+        lambda c: c.save_total_limit is not None and c.save_total_limit < 0,
+        "save_total_limit is {c.save_total_limit}; it must be a number of checkpoints to keep, or "
+        "0 to keep all",
+    ),
+    Rule(
         lambda c: not str(c.output_dir).strip(),
         "output_dir is {c.output_dir!r}, which is no folder: name one, or leave it out",
     ),
