@@ -6,8 +6,10 @@ import zlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from neat_align.files.atomic import read_json
+from neat_align.files.atomic import checksums_of, read_json, sha256_of, write_json
 from neat_align.runs.checkpoints import MARKER, checkpoint_to_resume, is_complete, mark_complete
 
 
@@ -87,3 +89,43 @@ def test_checkpoints_that_were_never_finished_are_a_start_from_the_first_step(
     for step in (1, 2):
         checkpoint(tmp_path, step, complete=False)
     assert checkpoint_to_resume(tmp_path) is None
+
+
+def test_blocks_have_checksums_of_their_own_and_sum_up_every_byte(tmp_path: Path) -> None:
+    file, data = tmp_path / "weights", bytes(range(256)) * 41
+    file.write_bytes(data)
+    blocks = [data[i : i + 1000] for i in range(0, len(data), 1000)]
+    assert checksums_of(file, block=1000) == [f"{zlib.crc32(b):08x}" for b in blocks]
+    assert checksums_of(file) == [f"{zlib.crc32(data):08x}"]
+    (tmp_path / "empty").write_bytes(b"")
+    assert checksums_of(tmp_path / "empty") == []
+
+
+@given(st.data())
+def test_a_flipped_bit_is_found_wherever_it_is(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = checkpoint(tmp_path_factory.mktemp("run"), 10)
+    names = ["model.safetensors", "global/optimizer.pt", MARKER]
+    path = folder / data.draw(st.sampled_from(names))
+    content = bytearray(path.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    assert not is_complete(folder)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_marker_with_sha256_of_an_earlier_version_is_still_read(
+    tmp_path: Path, damaged: bool
+) -> None:
+    folder = checkpoint(tmp_path, 10, complete=False)
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    facts = {
+        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_of(p)}
+        for p in files
+    }
+    write_json(folder / MARKER, {"files": facts, "resumable": True})
+    if damaged:
+        (folder / "model.safetensors").write_bytes(b"Weights 10")
+    assert is_complete(folder) is not damaged
