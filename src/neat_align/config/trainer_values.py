@@ -149,7 +149,7 @@ def _list(words: Collection[str]) -> str:
 def _check_loggers(report_to: Any) -> None:
     """Refuse a logger that transformers does not know, or whose package is not installed."""
     named = [report_to] if isinstance(report_to, str) else report_to or []
-    if not isinstance(named, list | tuple) or set(named) <= {"none", "all"}:
+    if not isinstance(named, list | tuple) or (len(named) == 1 and named[0] in ("none", "all")):
         return
     # Here, because it brings a good part of transformers and most runs have no logger.
     from transformers.integrations import get_available_reporting_integrations, is_azureml_available

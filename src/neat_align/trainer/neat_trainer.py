@@ -38,7 +38,7 @@ from neat_align.runs.trainer_internals import running_loss
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.setup import (
-    check_callbacks,
+    check_settings,
     contrast_reward,
     keep_one_progress_bar,
     read_data,
@@ -73,6 +73,7 @@ class NEATTrainer(Trainer):
     # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
     loss_is_scaled_for_ga = True
     args: NEATConfig
+    last_evaluation: Evaluation | None = None
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class NEATTrainer(Trainer):
     ) -> None:
         args = NEATConfig(output_dir="neat-run") if args is None else args
         data = read_data(args, train_dataset, eval_dataset)
-        check_callbacks(args, callbacks or (), data)
+        check_settings(args, callbacks or (), data)
         setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
@@ -99,7 +100,6 @@ class NEATTrainer(Trainer):
         )
         self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
-        self.last_evaluation: Evaluation | None = None
         with refused("Trainer refuses these settings", "Correct them"):
             super().__init__(
                 model=cast("Any", setup.model),
@@ -119,7 +119,6 @@ class NEATTrainer(Trainer):
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
-            num_groups=len(self.rounds),
             steps_per_round=lambda: self.steps_per_round,
         )
         rehearse(self, self.steps_per_round)

@@ -170,12 +170,11 @@ def compose(
     accelerator: Accelerator,
     forward_backward: ForwardBackward,
     sharded: bool,
-    num_groups: int,
     steps_per_round: Callable[[], int],
 ) -> TrainerParts:
     """The parts, once Trainer's constructor has made the accelerator.
 
-    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights.
+    `sharded`: whether ranks hold parts of the weights.
     """
     _check_followed(args, data, scored_by)
     ranks = Ranks(accelerator, StopRequest())
@@ -201,7 +200,7 @@ def compose(
         round_maker=RoundMaker(
             args,
             data.rows,
-            num_groups,
+            min(args.prompts_per_round, len(data.rows)),
             policies=policies,
             tokenizer=setup.tokenizer,
             bank=setup.bank,

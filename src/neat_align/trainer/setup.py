@@ -78,7 +78,7 @@ class Rewards:
     judges: tuple[NamedReward, ...]
 
 
-def check_callbacks(
+def check_settings(
     args: NEATConfig, callbacks: Sequence[TrainerCallback | type], data: TrainingData
 ) -> None:
     """Refuse `log_completions` when nothing would print them, what needs evaluations when there
