@@ -13,7 +13,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -233,8 +233,9 @@ def check_kinds(config: Any) -> None:
     A whole number that came as a float (64.0) becomes an int. An option may be None where that is
     its default, and where it is no number and no switch. Raises ConfigError.
     """
+    config_class: Hashable = type(config)
     for f in fields(config):
-        value, kinds = getattr(config, f.name), _kinds_of(type(config)).get(f.name, ())
+        value, kinds = getattr(config, f.name), _kinds_of(config_class).get(f.name, ())
         may_be_none = f.default is None or type(None) in kinds or not {int, float, bool} & {*kinds}
         if not kinds or (value is None and may_be_none):
             continue
@@ -249,7 +250,7 @@ def check_kinds(config: Any) -> None:
 
 
 @functools.cache
-def _kinds_of(config_class: type) -> dict[str, tuple[type, ...]]:
+def _kinds_of(config_class: Any) -> dict[str, tuple[type, ...]]:
     """The classes that a dataclass allows for each field; nothing where a hint is no class."""
     hints = typing.get_type_hints(config_class)
     return {f.name: _classes(hints[f.name]) for f in fields(config_class)}

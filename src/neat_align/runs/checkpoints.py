@@ -101,8 +101,8 @@ def damage_of(checkpoint: Path) -> str | None:
 
 def _is_as_written(path: Path, facts: Mapping[str, Any]) -> bool:
     if "sha256" in facts:  # written by an earlier version
-        return sha256_of(path) == facts["sha256"]
-    return checksums_of(path) == facts["crc32"]
+        return bool(sha256_of(path) == facts["sha256"])
+    return bool(checksums_of(path) == facts["crc32"])
 
 
 def numbered_checkpoints(output_dir: Path) -> list[Path]:

@@ -14,11 +14,11 @@ import math
 import multiprocessing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
@@ -211,7 +211,8 @@ def _optimizer_arguments(trainer: Trainer, args: Any, optim_args: dict[str, str]
     changed = copy.copy(args)
     changed.optim_args = ",".join(f"{k}={v}" for k, v in optim_args.items())
     try:
-        kind, arguments = trainer.get_optimizer_cls_and_kwargs(changed, trainer.model)
+        model = cast("PreTrainedModel", trainer.model)
+        kind, arguments = trainer.get_optimizer_cls_and_kwargs(changed, model)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         return f"refuses {error}"  # the other value, which is no fault of the user's
     groups = arguments.pop("params", ())
