@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from neat_align.errors import ConfigError
 
@@ -233,9 +233,9 @@ def check_kinds(config: Any) -> None:
     A whole number that came as a float (64.0) becomes an int. An option may be None where that is
     its default, and where it is no number and no switch. Raises ConfigError.
     """
-    config_class: Hashable = type(config)
+    by_name = _kinds_of(cast("Hashable", type(config)))
     for f in fields(config):
-        value, kinds = getattr(config, f.name), _kinds_of(config_class).get(f.name, ())
+        value, kinds = getattr(config, f.name), by_name.get(f.name, ())
         may_be_none = f.default is None or type(None) in kinds or not {int, float, bool} & {*kinds}
         if not kinds or (value is None and may_be_none):
             continue
