@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -197,7 +196,11 @@ def evaluation_before(trainer: NEATTrainer) -> Evaluation:
     return trainer.last_evaluation
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held."""
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process has held; None on Windows, which has no `resource`."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

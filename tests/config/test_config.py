@@ -218,7 +218,11 @@ def test_an_eval_strategy_that_sets_do_eval_is_no_do_eval() -> None:
         {"load_best_model_at_end": True, "eval_strategy": "epoch"},
         {"save_strategy": "best", "eval_strategy": "epoch"},
         {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
-        {"lr_scheduler_type": "greedy", "eval_strategy": "epoch"},
+        {
+            "lr_scheduler_type": "greedy",
+            "eval_strategy": "epoch",
+            "lr_scheduler_kwargs": {"min_lr": 0.0},
+        },
     ],
 )
 def test_what_follows_a_metric_needs_one_that_an_evaluation_gives(changes: dict[str, Any]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from neat_align.files.atomic import read_json, sha256_of
+from neat_align.evaluation.held_out import Evaluation
+from neat_align.files.atomic import checksums_of, read_json, sha256_of, write_json
 from neat_align.runs.checkpoints import MARKER, checkpoint_to_resume, is_complete, mark_complete
+from small_trainer import ROWS, trainer
 
 
 def checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
@@ -27,7 +32,7 @@ def test_a_marked_checkpoint_is_complete_and_names_all_its_files(tmp_path: Path)
     assert set(facts) == {"model.safetensors", "global/optimizer.pt"}
     assert facts["model.safetensors"] == {
         "size": 10,
-        "sha256": sha256_of(folder / "model.safetensors"),
+        "crc32": [f"{zlib.crc32(b'weights 10'):08x}"],
     }
 
 
@@ -86,3 +91,81 @@ def test_checkpoints_that_were_never_finished_are_a_start_from_the_first_step(
     for step in (1, 2):
         checkpoint(tmp_path, step, complete=False)
     assert checkpoint_to_resume(tmp_path) is None
+
+
+def test_blocks_have_checksums_of_their_own_and_sum_up_every_byte(tmp_path: Path) -> None:
+    file, data = tmp_path / "weights", bytes(range(256)) * 41
+    file.write_bytes(data)
+    blocks = [data[i : i + 1000] for i in range(0, len(data), 1000)]
+    assert checksums_of(file, block=1000) == [f"{zlib.crc32(b):08x}" for b in blocks]
+    assert checksums_of(file) == [f"{zlib.crc32(data):08x}"]
+    (tmp_path / "empty").write_bytes(b"")
+    assert checksums_of(tmp_path / "empty") == []
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_a_flipped_bit_is_found_wherever_it_is(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = checkpoint(tmp_path_factory.mktemp("run"), 10)
+    names = ["model.safetensors", "global/optimizer.pt", MARKER]
+    path = folder / data.draw(st.sampled_from(names))
+    content = bytearray(path.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    assert not is_complete(folder)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_marker_with_sha256_of_an_earlier_version_is_still_read(
+    tmp_path: Path, damaged: bool
+) -> None:
+    folder = checkpoint(tmp_path, 10, complete=False)
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    facts = {
+        p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": sha256_of(p)}
+        for p in files
+    }
+    write_json(folder / MARKER, {"files": facts, "resumable": True})
+    if damaged:
+        (folder / "model.safetensors").write_bytes(b"Weights 10")
+    assert is_complete(folder) is not damaged
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        ({}, [3, 4, 5]),
+        ({"save_total_limit": 0}, [1, 2, 3, 4, 5]),
+        ({"save_total_limit": None}, [1, 2, 3, 4, 5]),
+        ({"save_total_limit": 1}, [4, 5]),
+    ],
+)
+def test_a_run_keeps_its_newest_three_checkpoints_unless_it_is_told_otherwise(
+    limit: dict[str, int | None], kept: list[int], tmp_path: Path
+) -> None:
+    trainer(tmp_path, num_train_epochs=5, prompts_per_round=2, **limit).train()
+    assert sorted(int(p.name[11:]) for p in tmp_path.glob("checkpoint-*")) == kept
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest_three(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = iter([0.0, 9.0, 3.0, 2.0, 1.0, 0.0])
+    real = Evaluation.summary
+    monkeypatch.setattr(Evaluation, "summary", lambda e: real(e) | {"reward": next(rewards)})
+    t = trainer(
+        tmp_path,
+        num_train_epochs=6,
+        prompts_per_round=2,
+        eval_dataset=ROWS[:1],
+        evaluate_contrast=False,
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="reward",
+    )
+    t.train()
+    assert sorted(int(p.name[11:]) for p in tmp_path.glob("checkpoint-*")) == [2, 4, 5, 6]
+    assert t.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")

@@ -136,21 +136,49 @@ def test_a_process_cannot_take_its_own_lock_again(tmp_path: Path, preamble: str)
         assert f"being written by process {os.getpid()} on " in second.communicate()[1]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSYS, None),
+        (errno.ENOTSUP, None),
+        (errno.ENOLCK, None),
+        (errno.EIO, "put/output error.*look at the disk or the network mount"),
+        (errno.EPERM, "not permitted.*change its permissions"),
+        (errno.EROFS, "Read-only.*mounted for reading only"),
+        (errno.ENOSPC, "No space.*make room"),
+        (errno.EDQUOT, "quota.*make room"),
+    ],
+)
 def test_a_disk_that_fails_is_not_one_without_locks(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, advice: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    if number == errno.EIO:
-        with pytest.raises(OSError, match="put/output error"), one_writer(tmp_path):
+    if advice is not None:
+        with pytest.raises(ConfigError, match=f"cannot be locked.*{advice}"), one_writer(tmp_path):
             pass
         return
     with one_writer(tmp_path):
         assert (tmp_path / HELD_FILE).is_file()
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_run_directory_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match="a part of the path is a file: choose another"),
+        one_writer(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
+def test_an_error_of_the_work_itself_comes_through_the_lock(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the work"), one_writer(tmp_path):
+        raise OSError(errno.EIO, "of the work")
+    with one_writer(tmp_path):
+        pass
 
 
 def test_the_holder_may_delete_the_run_directory(tmp_path: Path, preamble: str) -> None:

@@ -31,6 +31,7 @@ from transformers import HfArgumentParser
 
 from neat_align.config import NEATConfig
 from neat_align.config.constraints import default_of
+from neat_align.config.trainer_defaults import TrainerDefaults
 from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS
 from neat_align.errors import ConfigError
 from neat_align.files.yaml import YamlDocument, read_yaml
@@ -194,7 +195,7 @@ def print_help() -> None:
     """
     refused = {"hub_token", *REFUSED, *SCRIPT_OPTIONS}
     training = [f for f in fields(NEATConfig) if f.init and f.name not in refused]
-    own = NEATConfig.__annotations__
+    own = {**TrainerDefaults.__annotations__, **NEATConfig.__annotations__}
     groups = {
         "The model, the data and the rewards": fields(ScriptArguments),
         "NEAT": [f for f in training if f.name in own],

@@ -27,6 +27,7 @@ from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.precision import half_precision_copy
+from neat_align.modeling.requirements import context_of
 from neat_align.pipeline import load_data
 from neat_align.prompts.instruction_banks import InstructionBank, load_bank
 from neat_align.prompts.placement import Placement
@@ -152,7 +153,7 @@ def _tools(
     ids = [prompt_ids(tokenizer, row.prompt) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
     layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model)
     # As in a run: a CPU is faster with a half-precision copy than under autocast.
     on_cpu = device.type == "cpu"
     policy = half_precision_copy(model, COMPUTE) if on_cpu else model

@@ -27,10 +27,12 @@ def print_closing(console: Console, result: dict[str, Any], run: Path) -> None:
     """What a run took, where everything is, and the next command; the last lines of every run."""
     if result["stopped_because"]:
         console.print(f"stopped early: {result['stopped_because']}", markup=False, style="yellow")
-    minutes, gib = result["wall_seconds"] / 60, result["peak_rss_bytes"] / 2**30
+    took = f"{result['wall_seconds'] / 60:.1f} minutes"
+    if result["peak_rss_bytes"] is not None:  # Windows does not say
+        took += f", {result['peak_rss_bytes'] / 2**30:.1f} GiB at most"
     rounds, steps = _count(result["rounds"], "round"), _count(result["steps"], "step")
     lines = [
-        f"{rounds}, {steps}, {minutes:.1f} minutes, {gib:.1f} GiB at most",
+        f"{rounds}, {steps}, {took}",
         f"model   {run / 'model'}",
         f"report  {run / 'report.html'}",
         f"numbers {run / 'result.json'}",

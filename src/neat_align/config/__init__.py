@@ -1,9 +1,11 @@
 """The configuration: every training option with its help, its range and its conditions.
 
-    neat_config.py   NEATConfig, a `TrainingArguments` with NEAT's own fields
-    constraints.py   `option(default, help, ge=…, choices=…, only_with=…)`, and what checks it
-    combinations.py  which option is read only with which, and rules on several options
-    unsupported.py   what TrainingArguments offers and NEAT refuses; what the machine cannot compute
+    neat_config.py       NEATConfig, a `TrainingArguments` with NEAT's own fields
+    trainer_defaults.py  what other defaults and limits `TrainingArguments` has here
+    trainer_values.py    what transformers' own options may be set to, and which packages they need
+    constraints.py       `option(default, help, ge=…, choices=…, only_with=…)`, and what checks it
+    combinations.py      which option is read only with which, and rules on several options
+    unsupported.py       what TrainingArguments offers and NEAT refuses; what a device cannot do
 
 Importing it costs what `transformers.TrainingArguments` costs (seconds: it brings torch).
 """

@@ -8,11 +8,15 @@ begins with the name of an option that was set: the command line looks up its li
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable
+import os
+import types
+import typing
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from numbers import Real
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, cast
 
 from neat_align.errors import ConfigError
 
@@ -203,6 +207,62 @@ def read_numbers(config: Any) -> None:
             raise ConfigError(
                 f"{f.name} is {value}; it must be a finite number: correct it, or leave it out"
             )
+
+
+# What is taken for a value of a type, besides the type itself.
+_ALSO: Mapping[type, tuple[type, ...]] = {
+    int: (Integral,),
+    float: (Real,),
+    str: (os.PathLike,),
+    list: (tuple,),
+    dict: (Mapping,),
+}
+_SAID: Mapping[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def check_kinds(config: Any) -> None:
+    """Refuse a value of another kind than its option's: "yes" for true, a list for a number.
+
+    A whole number that came as a float (64.0) becomes an int. An option may be None where that is
+    its default, and where it is no number and no switch. Raises ConfigError.
+    """
+    by_name = _kinds_of(cast("Hashable", type(config)))
+    for f in fields(config):
+        value, kinds = getattr(config, f.name), by_name.get(f.name, ())
+        may_be_none = f.default is None or type(None) in kinds or not {int, float, bool} & {*kinds}
+        if not kinds or (value is None and may_be_none):
+            continue
+        if int in kinds and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+            value = int(value)
+            setattr(config, f.name, value)
+        taken = tuple(t for kind in kinds for t in (kind, *_ALSO.get(kind, ())))
+        is_bool_as_number = isinstance(value, bool) and bool not in kinds
+        if not isinstance(value, taken) or is_bool_as_number:
+            said = " or ".join(_SAID[kind] for kind in kinds if kind in _SAID)
+            raise ConfigError(f"{f.name} is {value!r}; it must be {said}: correct it")
+
+
+@functools.cache
+def _kinds_of(config_class: Any) -> dict[str, tuple[type, ...]]:
+    """The classes that a dataclass allows for each field; nothing where a hint is no class."""
+    hints = typing.get_type_hints(config_class)
+    return {f.name: _classes(hints[f.name]) for f in fields(config_class)}
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    parts = typing.get_args(hint) if is_union else (hint,)
+    classes = [typing.get_origin(part) or part for part in parts]
+    if not all(isinstance(c, type) for c in classes):
+        return ()
+    return tuple(classes)
 
 
 def _number(f: Field[Any], text: str) -> str | float:

@@ -3,7 +3,8 @@
 The import costs what `transformers.TrainingArguments` costs (seconds: it brings torch), so the
 command line imports it only when a command needs it. Field help texts are what `neat-align train
 --help` prints. What a field may be stands beside it (`constraints.option`), combinations of fields
-in `combinations`, and what is refused of transformers' own options in `unsupported`.
+in `combinations`, what other defaults `TrainingArguments` has in `trainer_defaults`, and what is
+refused of its options in `unsupported`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainingArguments
-
 from neat_align.config import combinations
-from neat_align.config.constraints import check_options, option, read_numbers
+from neat_align.config.constraints import check_kinds, check_options, option, read_numbers
+from neat_align.config.trainer_defaults import TrainerDefaults
+from neat_align.config.trainer_values import RULES as VALUE_RULES
+from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
     TRAINER_RULES,
     check_not_sharded,
@@ -26,84 +28,27 @@ from neat_align.files.secrets import scrubbed
 
 RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
+# What transformers' own checks have been seen to raise.
+_TRAINING_ARGUMENTS_RAISE = (
+    ValueError,
+    ImportError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+    OSError,
+)
 PLACEMENTS = ("system", "user_suffix", "affix")
-_SEED = f"it must be a whole number from 0 to {2**32 - 1}"
 
 
 @dataclass
-class NEATConfig(TrainingArguments):
+class NEATConfig(TrainerDefaults):
     """`TrainingArguments` plus NEAT's own fields.
 
     One epoch is one round; one training row is one group. `per_device_train_batch_size` counts
     groups, not completions. `num_train_epochs` is the number of rounds.
     """
-
-    # ---- what other defaults or limits TrainingArguments has ----
-    num_train_epochs: float = option(
-        3.0,
-        "Number of rounds; each samples, ranks and learns from `prompts_per_round` groups.",
-        ge=1,
-        whole=True,
-        needed="it is the number of rounds, a whole number of 1 or more",
-    )
-    learning_rate: float = option(
-        1e-5,
-        "Peak learning rate of AdamW. Full fine-tuning wants about 1e-5, LoRA about 1e-4.",
-        ge=0,
-    )
-    seed: int = option(
-        42,
-        "Seed of everything that is random: completions, instructions, a new adapter, the order "
-        "of groups.",
-        ge=0,
-        lt=2**32,
-        needed=_SEED,
-    )
-    data_seed: int | None = option(
-        None, "Seed of the order of a round's groups; unset: `seed`.", ge=0, lt=2**32, needed=_SEED
-    )
-    bf16: bool = option(
-        True,
-        "Compute in bf16 autocast. Trainable weights stay fp32 (bf16 weights do not move at small "
-        "learning rates).",
-    )
-    use_cpu: bool | None = option(  # type: ignore[assignment]
-        None,
-        "Train on the CPU; unset: where there is no accelerator. False: an error where there is "
-        "none.",
-    )
-    logging_steps: float = option(1, "Log every this many optimizer steps.")
-    save_strategy: str = option("epoch", "When to checkpoint: `epoch` is after every round.")
-    remove_unused_columns: bool = option(
-        False, "Must stay False: reward functions get every column."
-    )
-    train_sampling_strategy: str = option(
-        "random",
-        "Order in which a round's groups are learned from: `random`, or `sequential`, as they "
-        "were sampled.",
-        choices=("random", "sequential"),
-    )
-    per_device_train_batch_size: int = option(
-        4, "Groups (prompts with all their completions) per forward pass.", ge=1
-    )
-    max_tokens_per_micro_batch: int = option(
-        4096,
-        "The groups of a forward pass are cut into micro-batches of at most this many tokens, "
-        "which bounds memory; the gradient is the same. A group that alone is larger goes alone.",
-        ge=1,
-    )
-    prefix_sharing: str = option(
-        "auto",
-        "`auto`: a group's completions share one copy of their prompt, after a check at the start "
-        "that the model gives the same numbers so (else padded rows, with a warning); `off`: "
-        "padded rows.",
-        choices=("auto", "off"),
-    )
-    disable_dropout: bool = option(
-        True,
-        "Set every dropout probability to zero, so that the policy that samples is the one that "
-        "learns.",
-    )
 
     # ---- rounds and sampling ----
     prompts_per_round: int = option(
@@ -354,12 +299,15 @@ class NEATConfig(TrainingArguments):
     def __post_init__(self) -> None:
         read_numbers(self)
         check_not_sharded(self)
+        check_kinds(self)
+        check_values(self)
         choose_device(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
-        except (ValueError, ImportError, RuntimeError) as error:
+        except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
-        check_options(self, (*combinations.RULES, *TRAINER_RULES))
+        follow_the_metric(self)
+        check_options(self, (*combinations.RULES, *TRAINER_RULES, *VALUE_RULES))
         check_unsupported(self)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _check_deepspeed(given: dict[str, Any] | str | None) -> None:
         source = "the environment (accelerate launch sets it)"
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         given = {"zero_optimization": {"stage": "auto"}} if file == "none" else file
-    if not given:
+    if not given or not isinstance(given, str | Mapping):  # `check_kinds` refuses what is neither
         return
     settings = given if isinstance(given, Mapping) else _read_deepspeed(given, source)
     if _zero_stage(settings) == "3":

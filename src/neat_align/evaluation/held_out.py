@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -15,6 +15,7 @@ from neat_align.modeling.kl import Divergence, exact_divergence
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout
 from neat_align.modeling.reference import Reference
+from neat_align.modeling.requirements import context_of
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
@@ -105,6 +106,33 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file."""
         return asdict(self)
+
+
+def metric_names(
+    rows: Sequence[PromptRow], judges: Sequence[str], *, has_rewards: bool, contrast: bool
+) -> tuple[str, ...]:
+    """The names that `Evaluation.summary` gives for these rows once training has begun.
+
+    `judges` are names; with `contrast` answers under the instructions are rewarded, too.
+    """
+    names = [
+        *(f"judges/{name}" for name in judges),
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "distinct2",
+        "repetition",
+        "refusals",
+        "kl",
+        "entropy",
+    ]
+    if has_rewards:
+        names += ["reward", "contrast/reward/plain"]
+        names += [f"contrast/reward/{polarity}" for polarity in _CONTRAST if contrast]
+    if any(row.chosen is not None for row in rows):
+        names.append("perplexity")
+    if any(row.chosen is not None and row.rejected is not None for row in rows):
+        names.append("pair_accuracy")
+    return tuple(names)
 
 
 def evaluate_policy(
@@ -243,8 +271,8 @@ def _human_logprobs(rows: Sequence[PromptRow], tools: EvalTools) -> list[_Answer
     prompts = [prompt_ids(tools.tokenizer, rows[r].prompt) for r, _, _ in given]
     # A model with learned positions cannot read past its context; what does not fit is left out of
     # the mean.
-    context = cast("Any", tools.model).config.max_position_embeddings
-    room = [context - len(ids) for ids in prompts]
+    context = context_of(tools.model)
+    room = [None if context is None else context - len(ids) for ids in prompts]
     answers = [
         answer_ids(rows[r], text, tools.tokenizer, n)[0]
         for (r, _, text), n in zip(given, room, strict=True)

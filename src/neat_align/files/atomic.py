@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+CHECKSUM_BLOCK = (
+    256 << 20
+)  # bytes; written into checkpoints, so that another value reads no old one
+CHECKSUM_THREADS = 8
+# What fsync of a folder answers where there is no such thing (CIFS, some FUSE file systems).
+_CANNOT_SYNC_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -36,10 +47,22 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a folder's entries durable (a rename is not, before this), or a file's bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a folder's entries durable (a rename is not, before this), or a file's bytes.
+
+    Windows opens no folders and writes renames through by itself; some network file systems open
+    them and cannot sync them.
+    """
+    is_folder = path.is_dir()
+    on_windows = sys.platform == "win32"
+    if is_folder and on_windows:
+        return
+    # Windows syncs only what is open for writing.
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in _CANNOT_SYNC_FOLDERS):
+            raise
     finally:
         os.close(descriptor)
 
@@ -129,6 +152,25 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_atomic(
         path, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True)
     )
+
+
+def checksums_of(path: Path, block: int = CHECKSUM_BLOCK) -> list[str]:
+    """CRC-32 of each block of a file, in hex; several blocks are read at the same time."""
+    starts = range(0, path.stat().st_size, block)
+    if len(starts) <= 1:  # no thread for small files
+        return [_crc32(path, start, block) for start in starts]
+    with ThreadPoolExecutor(min(len(starts), CHECKSUM_THREADS)) as threads:
+        return list(threads.map(lambda start: _crc32(path, start, block), starts))
+
+
+def _crc32(path: Path, start: int, size: int) -> str:
+    checksum = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while size and (part := file.read(min(size, 1 << 20))):
+            checksum = zlib.crc32(part, checksum)
+            size -= len(part)
+    return f"{checksum:08x}"
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Models: loading them, putting groups through them, and reading log-probabilities off.
 
 loading.py        policy and tokenizer by name or path
+text_config.py    the language model's own configuration, and its context
 requirements.py   what a model must be to be a policy; dropout off
 reference.py      the start policy: a frozen copy, or the adapter switched off
 precision.py      number types: autocast, inference, a half-precision copy

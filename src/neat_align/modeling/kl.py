@@ -22,6 +22,7 @@ from neat_align.modeling.packing import Layout, PackedRows, Rows, TokenIds
 from neat_align.modeling.precision import inference
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.modeling.text_config import text_config
 
 # Tokens that go through the model at once in padded rows, whose logits are held (packed rows:
 # `SCORING_TOKENS`).
@@ -77,7 +78,7 @@ def exact_divergence(
         with reference() as start_policy, inference(start_policy, autocast_dtype):
             ref_inputs = _head_inputs(start_policy, rows)
         owners = [i for i in members for _ in completions[i]]
-        size = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, device)
+        size = chunk_rows(text_config(unwrapped(model).config).vocab_size, device)
         for part in parts(len(owners), size):
             with inference(model, autocast_dtype):
                 logp = _head_outputs(model, inputs[part], rows).float().log_softmax(-1)

@@ -25,6 +25,7 @@ from neat_align.modeling.packing import (
 )
 from neat_align.modeling.precision import inference
 from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, unwrapped
+from neat_align.modeling.text_config import text_config
 
 # Padded rows' log-softmax that is held in fp32 at a time; the backward pass computes it again.
 HEAD_CHUNK = 512
@@ -90,7 +91,7 @@ def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "
     states, ids = completion_states(model, rows), rows.completion_ids[rows.completion_mask]
     head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
     tail = logit_tail(model)
-    chunk = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, states.device)
+    chunk = chunk_rows(text_config(unwrapped(model).config).vocab_size, states.device)
     if type(head) is torch.nn.Linear:
         flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
     else:
@@ -142,7 +143,7 @@ def logit_tail(model: torch.nn.Module) -> LogitTail:
 
     `choose_layout` finds out where it does not.
     """
-    config = unwrapped(model).config.get_text_config()
+    config = text_config(unwrapped(model).config)
     divisor = getattr(config, "logits_scaling", None) or 1  # Granite's
     scale = getattr(config, "logit_scale", None) or 1 / divisor  # Cohere's
     return LogitTail(scale, getattr(config, "final_logit_softcapping", None))

@@ -9,6 +9,8 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from neat_align.errors import ConfigError
+from neat_align.modeling.shared_prefix import unwrapped, virtual_tokens
+from neat_align.modeling.text_config import context_length, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,11 @@ def check_causal(config: Any, name: str) -> None:
     needed = "a policy continues its prompt, so name a causal (decoder-only) language model"
     if config.is_encoder_decoder:
         raise ConfigError(f"{name} is an encoder-decoder ({config.model_type}); {needed}")
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+    text = text_config(config)
+    decodes = getattr(text, "is_decoder", False) or getattr(text, "causal", False)
+    if text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
         raise ConfigError(
-            f"{name} is an encoder ({config.model_type}), which sees the words that it should "
+            f"{name} is an encoder ({text.model_type}), which sees the words that it should "
             f"predict; {needed}"
         )
 
@@ -59,7 +62,7 @@ def check_reference(ref_model: Any, model: Any) -> None:
 
     KL compares the two token by token. Raises ConfigError.
     """
-    theirs, ours = (m.config.get_text_config().vocab_size for m in (ref_model, model))
+    theirs, ours = (text_config(m.config).vocab_size for m in (ref_model, model))
     if theirs != ours:
         raise ConfigError(
             f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: KL, dpo "
@@ -107,14 +110,26 @@ def _why_not_saved(settings: Any) -> str | None:
     return None
 
 
-def check_context(model: Any, max_prompt_length: int, max_completion_length: int) -> None:
+def context_of(model: torch.nn.Module) -> int | None:
+    """The most tokens, prompt and completion together, that a row may have; None: no limit.
+
+    What an adapter puts in front of every prompt takes its part of the model's context.
+    """
+    limit = context_length(unwrapped(model).config)
+    return None if limit is None else limit - virtual_tokens(model)
+
+
+def check_context(
+    model: torch.nn.Module, max_prompt_length: int, max_completion_length: int
+) -> None:
     """Refuse lengths that together pass the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit, virtual = context_of(model), virtual_tokens(model)
     needed = max_prompt_length + max_completion_length
     if limit is not None and needed > limit:
+        less = f" (the adapter takes {virtual} more)" if virtual else ""
         raise ConfigError(
             f"max_prompt_length + max_completion_length is {needed}, over the model's context of "
-            f"{limit} tokens: lower one of them"
+            f"{limit} tokens{less}: lower one of them"
         )
 
 

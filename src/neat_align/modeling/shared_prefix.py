@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from neat_align.modeling.packing import PrefixLayout
+from neat_align.modeling.text_config import text_config
 
 ATTENTION = "neat_shared_prefix"
 
@@ -156,9 +157,16 @@ def unwrapped(model: torch.nn.Module) -> Any:
 
 def adds_virtual_tokens(model: torch.nn.Module) -> bool:
     """Whether an adapter puts learned tokens in front of every input (prompt or prefix tuning)."""
+    return virtual_tokens(model) > 0
+
+
+def virtual_tokens(model: torch.nn.Module) -> int:
+    """How many learned tokens an adapter puts in front of every input."""
     from peft import PeftModel
 
-    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    return int(cast("Any", model.active_peft_config).num_virtual_tokens)
 
 
 def why_not_packed(model: torch.nn.Module) -> str | None:
@@ -174,7 +182,7 @@ def why_not_packed(model: torch.nn.Module) -> str | None:
         )
     if adds_virtual_tokens(model):
         return "the adapter adds virtual tokens to the prompt"
-    layer_types = getattr(inner.config.get_text_config(), "layer_types", None) or ()
+    layer_types = getattr(text_config(inner.config), "layer_types", None) or ()
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
         return f"{type(inner).__name__} has layers of another kind ({', '.join(sorted(unknown))})"
@@ -183,6 +191,6 @@ def why_not_packed(model: torch.nn.Module) -> str | None:
 
 def shortest_window(model: torch.nn.Module) -> int | None:
     """Tokens that the narrowest attention of a model reaches back, where it has a limit."""
-    config = unwrapped(model).config.get_text_config()
+    config = text_config(unwrapped(model).config)
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((n for n in limits if n), default=None)

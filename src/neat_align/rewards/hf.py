@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from neat_align.errors import RewardError
+from neat_align.modeling.text_config import context_length
 from neat_align.prompts.rows import Message, Prompt
 from neat_align.rewards.protocol import CompletionInput, completion_text
 
@@ -229,10 +230,7 @@ def _placed(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _max_length(tokenizer: Any, config: Any) -> int | None:
-    limits = [
-        getattr(tokenizer, "model_max_length", None),
-        getattr(config, "max_position_embeddings", None),
-    ]
+    limits = [getattr(tokenizer, "model_max_length", None), context_length(config)]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < _NO_LIMIT]
     return min(known, default=None)
 

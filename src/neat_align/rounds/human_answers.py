@@ -10,18 +10,19 @@ from neat_align.rounds.completions import Completion, Origin
 
 
 def answer_ids(
-    row: PromptRow, text: str, tokenizer: Any, max_length: int
+    row: PromptRow, text: str, tokenizer: Any, max_length: int | None
 ) -> tuple[tuple[int, ...], Literal["stop", "length"]]:
     """The token ids of a human answer as the policy would write it, and how it ends.
 
-    "stop": with the end-of-turn token. "length": cut to `max_length` tokens, without one. After a
-    text prompt that does not end in white space ("…Assistant:") the answer begins with a space.
+    "stop": with the end-of-turn token. "length": cut to `max_length` tokens (None: no limit),
+    without one. After a text prompt that does not end in white space ("…Assistant:") the answer
+    begins with a space.
     """
     conversational = not isinstance(row.prompt, str)
     if not conversational and _runs_together(str(row.prompt), text):
         text = " " + text
     ids = answer_text_ids(tokenizer, text, conversational=conversational)
-    if len(ids) + 1 > max_length:
+    if max_length is not None and len(ids) + 1 > max_length:
         return tuple(ids[:max_length]), "length"
     return (*ids, end_of_turn_id(tokenizer, conversational=conversational)), "stop"
 

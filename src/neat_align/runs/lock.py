@@ -27,6 +27,16 @@ LOCK_FILE = "run.lock"
 HELD_FILE = "run.lock.held"
 # What flock answers on such file systems: Lustre and FUSE mounted without it, NFS without lockd.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+# What to do about other failures, by their number.
+_ADVICE = {
+    errno.EACCES: "you may not write there: change its permissions, or choose another output_dir",
+    errno.EPERM: "you may not write there: change its permissions, or choose another output_dir",
+    errno.EROFS: "it is mounted for reading only: choose another output_dir",
+    errno.ENOTDIR: "a part of the path is a file: choose another output_dir",
+    errno.ENOSPC: "the disk is full: make room, or choose another output_dir",
+    errno.EDQUOT: "your quota is used up: make room, or choose another output_dir",
+}
+_OTHER_ADVICE = "look at the disk or the network mount, or choose an output_dir on another one"
 
 
 @contextlib.contextmanager
@@ -35,23 +45,32 @@ def one_writer(run_dir: Path) -> Iterator[None]:
 
     The text is emptied when the block is left, by an exception too. What a killed process leaves
     in it holds nothing. Not re-entrant. Raises ConfigError when another process, or another
-    trainer of this one, holds the lock.
+    trainer of this one, holds the lock, and when the directory cannot be written or locked.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
+            run_dir.mkdir(parents=True, exist_ok=True)
             lock, descriptor = _take(run_dir, stack)
+            stack.callback(_clear, lock, descriptor)
+            _write(descriptor, _holder_text())
         except Timeout as refusal:
             raise ConfigError(_refused(run_dir, Path(refusal.lock_file))) from None
-        me = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        # The first byte is what Windows locks: a blank, so that nobody has to read it.
-        _write(descriptor, " " + json.dumps(me))
-        stack.callback(_clear, lock, descriptor)
+        except OSError as error:
+            advice = _ADVICE.get(error.errno or 0, _OTHER_ADVICE)
+            raise ConfigError(
+                f"{run_dir} cannot be locked for this run ({error}): {advice}"
+            ) from error
         yield
+
+
+def _holder_text() -> str:
+    me = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    # The first byte is what Windows locks: a blank, so that nobody has to read it.
+    return " " + json.dumps(me)
 
 
 def _take(run_dir: Path, stack: contextlib.ExitStack) -> tuple[BaseFileLock, int]:

@@ -38,12 +38,11 @@ def draw(
 
     `uniform` holds a number in [0, 1) a row. Raises CollapseError for logits that are not finite.
     """
-    logits = logits.float()
+    asked, (device, dtype) = logits.device, summed_on(logits.device)
+    logits, uniform = logits.to(device).float(), uniform.to(device)
     warped = logits / params.temperature if params.temperature != 1 else logits
     for warper in _warpers(params):
         warped = warper(torch.empty(0, dtype=torch.long), warped)
-    # A GPU sums in parallel, which in fp32 need not be monotone; a CPU adds one by one.
-    dtype = torch.float32 if logits.device.type == "cpu" else torch.float64
     running = warped.softmax(-1, dtype=dtype).cumsum_(-1)
     if not bool(running[:, -1].isfinite().all()):
         raise CollapseError(
@@ -56,7 +55,18 @@ def draw(
     tokens = torch.searchsorted(running, thresholds, right=True).squeeze(-1)
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return tokens, logprobs
+    return tokens.to(asked), logprobs.to(asked)
+
+
+def summed_on(device: torch.device) -> tuple[torch.device, torch.dtype]:
+    """Where the probabilities of logits on a device are summed up, and in what type.
+
+    A GPU sums in parallel, which in fp32 need not be monotone; a CPU adds one by one. Apple's GPUs
+    have no float64, and share their memory with the CPU, which draws for them.
+    """
+    if device.type in ("cpu", "mps"):
+        return torch.device("cpu"), torch.float32
+    return device, torch.float64
 
 
 def _warpers(params: SamplingParams) -> list[LogitsProcessor]:

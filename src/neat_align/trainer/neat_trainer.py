@@ -39,13 +39,14 @@ from neat_align.trainer import given
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.setup import (
-    check_callbacks,
+    check_settings,
     contrast_reward,
     keep_one_progress_bar,
     read_data,
     set_up_policy,
     set_up_rewards,
 )
+from neat_align.trainer.startup_checks import refused, rehearse
 
 
 class NEATTrainer(Trainer):
@@ -75,6 +76,7 @@ class NEATTrainer(Trainer):
     args: NEATConfig
     predict = given.refused_predict
     push_to_hub = given.refused_push_to_hub
+    last_evaluation: Evaluation | None = None
 
     def __init__(
         self,
@@ -92,8 +94,8 @@ class NEATTrainer(Trainer):
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
     ) -> None:
         args = given.as_config(args)
-        check_callbacks(args, callbacks or ())
         data = read_data(args, train_dataset, eval_dataset)
+        check_settings(args, callbacks or (), data)
         setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
@@ -101,17 +103,17 @@ class NEATTrainer(Trainer):
         )
         self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
-        self.last_evaluation: Evaluation | None = None
-        super().__init__(
-            model=cast("Any", setup.model),
-            args=args,
-            data_collator=self._collate,
-            train_dataset=self.rounds,
-            eval_dataset=cast("Any", data.eval_rows or None),
-            processing_class=setup.tokenizer,
-            callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
-            optimizers=given.checked_optimizers(optimizers, setup.model),
-        )
+        with refused("Trainer refuses these settings", "Correct them"):
+            super().__init__(
+                model=cast("Any", setup.model),
+                args=args,
+                data_collator=self._collate,
+                train_dataset=self.rounds,
+                eval_dataset=cast("Any", data.eval_rows or None),
+                processing_class=setup.tokenizer,
+                callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
+                optimizers=given.checked_optimizers(optimizers, setup.model),
+            )
         self.parts: TrainerParts = compose(
             args,
             data,
@@ -120,9 +122,9 @@ class NEATTrainer(Trainer):
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
-            num_groups=len(self.rounds),
             steps_per_round=lambda: self.steps_per_round,
         )
+        rehearse(self, self.steps_per_round)
         keep_one_progress_bar(self)
         # The last callback, so that all others have seen the save.
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))
@@ -294,6 +296,7 @@ class NEATTrainer(Trainer):
         )
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.last_evaluation.summary().items()}
         self.log(dict(metrics))
+        metrics |= self.parts.unmeasured(metrics)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +14,7 @@ from transformers import TrainerCallback
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.evaluation.drift_monitor import DriftMonitor
-from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy
+from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
 from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.modeling.packing import Layout
@@ -32,6 +34,9 @@ from neat_align.trainer.setup import (
     judged_by_start,
     layout_for,
 )
+from neat_align.trainer.startup_checks import check_followed_metric
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,18 @@ class TrainerParts:
                 progress=progress,
             )
 
+    def unmeasured(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """NaN for the metric that decides which model is best, where this evaluation has none.
+
+        A reward that abstained everywhere, answers of one word each: no better than any other.
+        """
+        name = self.args.metric_for_best_model
+        key = f"eval_{(name or '').removeprefix('eval_')}"
+        if name is None or key in metrics or not any(k.startswith("eval_") for k in metrics):
+            return {}
+        logger.warning("this evaluation has no %s: it counts as no improvement", key)
+        return {key: math.nan}
+
     def complete_training_log(self, logs: dict[str, float], step: int) -> None:
         """Add the training metrics since the last log line, and look at them for alarms."""
         logs |= self.engine.metrics.take()
@@ -153,13 +170,13 @@ def compose(
     accelerator: Accelerator,
     forward_backward: ForwardBackward,
     sharded: bool,
-    num_groups: int,
     steps_per_round: Callable[[], int],
 ) -> TrainerParts:
     """The parts, once Trainer's constructor has made the accelerator.
 
-    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights.
+    `sharded`: whether ranks hold parts of the weights.
     """
+    _check_followed(args, data, scored_by)
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round)
     layout = layout_for(args, setup, data, sharded=sharded)
@@ -183,7 +200,7 @@ def compose(
         round_maker=RoundMaker(
             args,
             data.rows,
-            num_groups,
+            min(args.prompts_per_round, len(data.rows)),
             policies=policies,
             tokenizer=setup.tokenizer,
             bank=setup.bank,
@@ -193,6 +210,17 @@ def compose(
         ),
         alarms=Alarms(args.alarm_logp_drop, args.alarm_ratio),
     )
+
+
+def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) -> None:
+    judges = [judge.name for judge in scored_by.judges]
+    names = metric_names(
+        data.eval_rows,
+        judges,
+        has_rewards=bool(scored_by.rewards),
+        contrast=args.evaluate_contrast,
+    )
+    check_followed_metric(args, names)
 
 
 def _policies(

@@ -17,6 +17,7 @@ from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.reference import Reference, start_policy
 from neat_align.modeling.requirements import (
+    check_context,
     check_policy,
     check_reference,
     check_trainable_weights,
@@ -37,6 +38,7 @@ from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import weights_fingerprint
+from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,14 @@ class Rewards:
     judges: tuple[NamedReward, ...]
 
 
-def check_callbacks(args: NEATConfig, callbacks: Sequence[TrainerCallback | type]) -> None:
-    """Refuse `log_completions` when nothing would print them."""
+def check_settings(
+    args: NEATConfig, callbacks: Sequence[TrainerCallback | type], data: TrainingData
+) -> None:
+    """Refuse `log_completions` when nothing would print them, what needs evaluations when there
+    will be none, and a folder that cannot be made.
+    """
+    check_output_dir(args)
+    check_evaluates(args, bool(data.eval_rows), callbacks)
     if args.log_completions and not any(shows_groups(c) for c in callbacks):
         raise ConfigError(
             "log_completions is true and no callback prints groups: pass "
@@ -135,6 +143,7 @@ def set_up_policy(
         check_reference(ref_model, policy)
     set_seed(args.seed)  # a new adapter is drawn at random
     reference, policy = start_policy(policy, peft_config, ref_model)
+    check_context(policy, args.max_prompt_length, args.max_completion_length)
     if args.disable_dropout:
         disable_dropout(policy)
     check_trainable_weights(policy)
