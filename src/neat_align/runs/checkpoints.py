@@ -7,8 +7,8 @@ as `checkpoint-N.incomplete`.
 
 The checksums are CRC-32, a block of 256 MiB each: they find every flipped bit and every burst of
 damage up to 32 bits, and miss other damage once in 4 billion. They are no guard against somebody
-who changes a file on purpose, and neither was SHA-256 in a file beside it, which took a third of
-the time of writing a checkpoint. (safetensors files carry no checksum of their own.)
+who changes a file on purpose, and neither was SHA-256 in a file beside it, which took two to three
+times as long. (safetensors files carry no checksum of their own.)
 """
 
 from __future__ import annotations
