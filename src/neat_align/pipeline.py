@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import TrainerCallback
@@ -25,32 +25,45 @@ from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_forms import to_conversation
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import PromptRow, hashable
+from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 
 
-def load_data(script: ScriptArguments) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Training rows and held-out rows, disjoint by prompt."""
+# `load_rows`, knowing what to do with bad rows.
+Reader: TypeAlias = Callable[..., list[PromptRow]]
+
+
+def load_data(
+    script: ScriptArguments, on_bad_row: str = "error", skipped: SkippedRows | None = None
+) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Training rows and held-out rows, disjoint by prompt.
+
+    Held-out rows are chosen among all that can be read. `on_bad_row` and `skipped` are those of
+    `load_rows`.
+    """
     if not script.dataset_name:
         raise ConfigError(
             "dataset_name is missing: name a file with prompts, a hub data set, or demo"
         )
-    rows = _training_rows(script)
-    held_out = _held_out_rows(script, rows)
-    prompts = {json.dumps(row.prompt) for row in held_out}
-    rows = [row for row in rows if json.dumps(row.prompt) not in prompts]
+    read = functools.partial(load_rows, on_bad_row=on_bad_row, skipped=skipped)
+    rows = _training_rows(script, read)
+    held_out = _held_out_rows(script, rows, read)
+    prompts = {hashable(row.prompt) for row in held_out}
+    if prompts:
+        rows = [row for row in rows if hashable(row.prompt) not in prompts]
     if script.as_conversations:
         return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
     return rows, held_out
 
 
-def _training_rows(script: ScriptArguments) -> list[PromptRow]:
+def _training_rows(script: ScriptArguments, read: Reader) -> list[PromptRow]:
     split, limit = script.dataset_train_split, script.dataset_limit
     if script.dataset_name != "demo":
-        return load_rows(script.dataset_name, split=split, limit=limit)
+        return read(script.dataset_name, split=split, limit=limit)
     if split is not None:
         raise ConfigError(
             f"dataset_train_split is {split!r}, but the demo's prompts have no splits: take it out"
@@ -58,11 +71,13 @@ def _training_rows(script: ScriptArguments) -> list[PromptRow]:
     return demo_rows("train")[:limit]
 
 
-def _held_out_rows(script: ScriptArguments, rows: Sequence[PromptRow]) -> list[PromptRow]:
+def _held_out_rows(
+    script: ScriptArguments, rows: Sequence[PromptRow], read: Reader
+) -> list[PromptRow]:
     """Rows of `eval_dataset_name`, else `holdout` of the demo's own or of the training rows."""
     n = script.holdout
     if script.eval_dataset_name is not None:
-        return load_rows(script.eval_dataset_name, split=script.eval_dataset_split)
+        return read(script.eval_dataset_name, split=script.eval_dataset_split)
     if script.dataset_name == "demo":
         shipped = demo_rows("heldout")
         if n > len(shipped):
@@ -92,7 +107,8 @@ def build_trainer(
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
-    rows, held_out = load_data(script)
+    skipped = SkippedRows()
+    rows, held_out = load_data(script, config.on_bad_row, skipped)
     name = demo_model_path() if script.model_name_or_path == "demo" else script.model_name_or_path
     model = load_policy(
         name, revision=script.model_revision, trust_remote_code=script.trust_remote_code
@@ -111,7 +127,7 @@ def build_trainer(
             lora_dropout=0.0,
             target_modules=script.lora_target_modules or "all-linear",
         )
-    return NEATTrainer(
+    trainer = NEATTrainer(
         model,
         script.reward_funcs or None,
         config,
@@ -122,6 +138,8 @@ def build_trainer(
         peft_config=peft_config,
         judge_funcs=script.judge_funcs or None,
     )
+    trainer.parts.data.skipped.take(skipped)
+    return trainer
 
 
 def run_training(
