@@ -32,7 +32,6 @@ from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 
-
 # `load_rows`, knowing what to do with bad rows.
 Reader: TypeAlias = Callable[..., list[PromptRow]]
 

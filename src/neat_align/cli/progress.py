@@ -14,7 +14,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from neat_align.reporting.terminal import render_group
 from neat_align.rounds.completions import CompletionGroup
-from neat_align.runs.events import ONE_PASS, RunCallback
+from neat_align.runs.events import WHOLE_DATA, RunCallback
 from neat_align.runs.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class PrintPlan(RunCallback):
     def on_plan(self, plan: RunPlan, done_steps: int) -> None:
         """The run begins, or goes on after so many steps."""
         if not self._printed:
-            print("\n".join(plan.lines(more=ONE_PASS, done_steps=done_steps)), flush=True)
+            print("\n".join(plan.lines(more=WHOLE_DATA, done_steps=done_steps)), flush=True)
         self._printed = True
 
 

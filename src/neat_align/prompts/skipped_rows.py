@@ -71,7 +71,7 @@ class SkippedRows:
     def __init__(self) -> None:
         self.count = 0
         self.tallies: list[Tally] = []
-        self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)
+        self._lines: IO[bytes] = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115
         weakref.finalize(self, self._lines.close)
         self._digest = hashlib.blake2b(digest_size=16)
         self._taken: set[bytes] = set()

@@ -16,7 +16,7 @@ from neat_align.rounds.completions import CompletionGroup
 from neat_align.runs.plan import RunPlan
 
 logger = logging.getLogger(__name__)
-ONE_PASS = "data_passes: 1 is one pass over all of it"
+WHOLE_DATA = "data_passes: 1 is one pass over all of it"
 
 
 class RunCallback(TrainerCallback):
@@ -43,7 +43,7 @@ def tell_plan(callbacks: Sequence[TrainerCallback], plan: RunPlan, done_steps: i
     if not listeners:
         # At a level that is shown by default: that a run sees little of its data must not pass
         # without a word.
-        logger.warning("%s", "\n".join(plan.lines(more=ONE_PASS, done_steps=done_steps)))
+        logger.warning("%s", "\n".join(plan.lines(more=WHOLE_DATA, done_steps=done_steps)))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,7 +62,7 @@ class TrainingData:
     eval_rows: list[PromptRow]
     conversational: bool
     skipped: SkippedRows
-    prompt_lengths: Sequence[int] = array("I")
+    prompt_lengths: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
