@@ -121,8 +121,7 @@ class NEATTrainer(Trainer):
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
         keep_one_progress_bar(self)
-        # The last callback, so that all others have seen the save.
-        self.add_callback(StopAfterSaveCallback(self.parts.ranks))
+        self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
     def _sum_logprobs(self, *rows: Any) -> list[float]:
         return self.parts.policies.sum_logprobs(*rows)

@@ -205,8 +205,7 @@ def compose(
 ) -> TrainerParts:
     """The parts, once Trainer's constructor has made the accelerator.
 
-    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights, `on_open`
-    that of `RunDirectory`.
+    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights.
     """
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
