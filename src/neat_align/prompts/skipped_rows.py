@@ -53,7 +53,7 @@ class Tally:
     def said(self) -> str:
         """A sentence for the terminal; it is loud where most rows were left out."""
         rows = "row" if self.total == 1 else "rows"
-        text = f"{self.source}: {self.skipped:,} of {self.total:,} {rows} left out"
+        text = f"{self.source}: {self.skipped:,} of {self.total:,} {rows}"
         if 2 * self.skipped > self.total:
             text = (
                 f"{self.source}: MOST ROWS WERE LEFT OUT: {self.skipped:,} of {self.total:,}. Is "
@@ -113,14 +113,14 @@ class SkippedRows:
         self._lines.seek(0)
         return map(json.loads, self._lines.read().splitlines())
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, name: str = SKIPPED_FILE) -> None:
         """Write `skipped-rows.jsonl` into a folder, atomically, and say what is new in it.
 
         Does nothing while no row was left out since the last time.
         """
         if self.count == self._written:
             return
-        path = folder / SKIPPED_FILE
+        path = folder / name
         earlier = list(_lines_of_rounds(path))
 
         def copy(file: IO[bytes]) -> None:
@@ -133,9 +133,11 @@ class SkippedRows:
 
         write_atomic(path, copy)
         self._written = self.count
-        for tally in self.tallies[self._said :]:
-            logger.warning("%s (on_bad_row: skip; all of them: %s)", tally.said(), path)
+        news = [f"  {tally.said()}" for tally in self.tallies[self._said :]]
         self._said = len(self.tallies)
+        rows = "row is" if self.count == 1 else "rows are"
+        text = f"{self.count:,} {rows} left out and listed in {path}" + (":" if news else "")
+        logger.warning("%s", "\n".join([text, *news]))
 
 
 _ESCAPED = "backslashreplace"  # a lone surrogate in an id; JSON has the same escape
