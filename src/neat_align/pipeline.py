@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,15 +18,16 @@ from neat_align.config import NEATConfig
 from neat_align.config.unsupported import check_command_options
 from neat_align.demo.model import demo_model_path
 from neat_align.demo.rows import demo_rows
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.prompts.loading import load_rows
+from neat_align.prompts.row_checks import check_prompts
 from neat_align.prompts.row_forms import to_conversation
-from neat_align.prompts.rows import PromptRow, hashable
+from neat_align.prompts.rows import PromptRow, hashable, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
 from neat_align.runs.signals import listening
@@ -41,8 +43,7 @@ def load_data(
 ) -> tuple[list[PromptRow], list[PromptRow]]:
     """Training rows and held-out rows, disjoint by prompt.
 
-    Held-out rows are chosen among all that can be read. `on_bad_row` and `skipped` are those of
-    `load_rows`.
+    `on_bad_row` and `skipped` are those of `load_rows`.
     """
     if not script.dataset_name:
         raise ConfigError(
@@ -51,9 +52,7 @@ def load_data(
     read = functools.partial(load_rows, on_bad_row=on_bad_row, skipped=skipped)
     rows = _training_rows(script, read)
     held_out = _held_out_rows(script, rows, read)
-    prompts = {hashable(row.prompt) for row in held_out}
-    if prompts:
-        rows = [row for row in rows if hashable(row.prompt) not in prompts]
+    rows = _without(rows, held_out)
     if script.as_conversations:
         return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
     return rows, held_out
@@ -99,6 +98,35 @@ def _spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
     return [row for i, row in enumerate(rows) if i in picked]
 
 
+def _without(rows: list[PromptRow], others: Sequence[PromptRow]) -> list[PromptRow]:
+    """The rows whose prompts are none of the others'."""
+    prompts = {hashable(row.prompt) for row in others}
+    return [row for row in rows if hashable(row.prompt) not in prompts] if prompts else rows
+
+
+def refilled(
+    rows: list[PromptRow], held_out: list[PromptRow], fits: Callable[[PromptRow], bool]
+) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Training and held-out rows with a training row in the place of each held-out one that fails.
+
+    The others stay held out whatever fits, so that two models or limits are compared on the same
+    rows as far as that goes. What fails goes to the training rows, and is left out there.
+    """
+    failing = [row for row in held_out if not fits(row)]
+    taken: dict[int, PromptRow] = {}
+    usable = functools.cache(lambda k: fits(rows[k]))
+    for i in range(len(failing)):
+        start = i * len(rows) // len(failing)  # evenly spaced, like those that were chosen first
+        order = chain(range(start, len(rows)), range(start))
+        found = next((k for k in order if k not in taken and usable(k)), None)
+        if found is None:
+            break
+        taken[found] = rows[found]
+    left = [row for k, row in enumerate(rows) if k not in taken]
+    kept = [row for row in held_out if row not in failing] + list(taken.values())
+    return [*_without(left, list(taken.values())), *failing], kept
+
+
 def build_trainer(
     script: ScriptArguments, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()
 ) -> NEATTrainer:
@@ -115,6 +143,8 @@ def build_trainer(
     tokenizer = load_tokenizer(
         model, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
+    if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
+        rows, held_out = refilled(rows, held_out, _fitting(config, tokenizer, rows))
     peft_config = None
     if script.use_peft:
         from peft import LoraConfig
@@ -139,6 +169,22 @@ def build_trainer(
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
+
+
+def _fitting(
+    config: NEATConfig, tokenizer: Any, rows: Sequence[PromptRow]
+) -> Callable[[PromptRow], bool]:
+    """Whether a row's prompt can be sampled from with this tokenizer and these limits."""
+    limit, conversational = config.max_prompt_length, is_conversational(rows)
+
+    def fits(row: PromptRow) -> bool:
+        try:
+            check_prompts([row], tokenizer, limit, conversational=conversational)
+        except (DataError, PromptError):
+            return False
+        return True
+
+    return fits
 
 
 def run_training(
