@@ -32,12 +32,13 @@ from neat_align.script_arguments import ScriptArguments
 
 SIZES = (1_000, 10_000, 100_000)
 EMPTY = 64
-WORDS = (
+TEXT = (
     "the of to and in is it you that he was for on are with as his they be at one have this "
     "from or had by hot word but what some we can out other were all there when up use your how "
     "said each she which their time will way about many then them write would like so these her "
     "long"
-).split()  # noqa: SIM905
+)
+WORDS = TEXT.split()
 
 
 def write_prompts(path: Path, count: int) -> None:
