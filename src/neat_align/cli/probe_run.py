@@ -66,11 +66,7 @@ def run_probe(
     model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
-    if not conversational and tokenizer.chat_template:
-        logger.warning(
-            "the prompts are text and are used without the tokenizer's chat template: for a chat "
-            "model, --as_conversations"
-        )
+    _warn_of_unused_template(tokenizer, conversational=conversational)
     placements, refused = usable_placements(
         settings.placement, tokenizer, bank, conversational=conversational
     )
@@ -106,6 +102,14 @@ def run_probe(
 
 
 # ---- what is probed with -------------------------------------------------------------------------
+
+
+def _warn_of_unused_template(tokenizer: Any, *, conversational: bool) -> None:
+    if not conversational and tokenizer.chat_template:
+        logger.warning(
+            "the prompts are text and are used without the tokenizer's chat template: for a chat "
+            "model, --as_conversations"
+        )
 
 
 def _rows(settings: ProbeSettings, skipped: SkippedRows) -> list[PromptRow]:

@@ -280,7 +280,7 @@ def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | 
 
 
 def _data_key(trainer: NEATTrainer) -> list[str]:
-    return list(trainer.parts.fingerprints)
+    return list(trainer.parts.data.fingerprints)
 
 
 def _first_round_key(trainer: NEATTrainer) -> str:

@@ -26,7 +26,7 @@ from neat_align.runs.events import stage_reporter, tell_plan
 from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
-from neat_align.runs.run_key import fingerprint, run_key, text_fingerprint
+from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
@@ -143,11 +143,6 @@ class TrainerParts:
             steps_per_round=self.directory.steps_per_round(),
         )
 
-    @functools.cached_property
-    def fingerprints(self) -> tuple[str, str]:
-        """Fingerprints of the rows to learn from and of the held-out rows."""
-        return fingerprint(self.data.rows), fingerprint(self.data.eval_rows)
-
     def announce(self, callbacks: Sequence[TrainerCallback], done_steps: int) -> None:
         """Say what the run will do and which rows were left out, before anything is paid for."""
         if self.ranks.is_rank_zero:
@@ -162,7 +157,7 @@ class TrainerParts:
     def record_start(self) -> None:
         """Write run.json, unless an earlier start of the run has."""
         names = [reward.name for reward in self.scored_by.rewards]
-        data: dict[str, Any] = {"rows": len(self.data.rows), "sha256": self.fingerprints[0]}
+        data: dict[str, Any] = {"rows": len(self.data.rows), "sha256": self.data.fingerprints[0]}
         if self.data.skipped.count:
             data |= {"skipped_rows": self.data.skipped.count, "skipped_file": SKIPPED_FILE}
         self.directory.record_start(names, {"data": data, "plan": self.plan.to_json()})
@@ -181,8 +176,8 @@ class TrainerParts:
                 "start weights": setup.start_fingerprint,
                 "tokenizer": text_fingerprint(template),
                 "instructions": text_fingerprint(pairs),
-                "training data": self.fingerprints[0],
-                "held-out data": self.fingerprints[1],
+                "training data": self.data.fingerprints[0],
+                "held-out data": self.data.fingerprints[1],
                 "rewards": [[r.name, r.weight] for r in self.scored_by.rewards],
                 "judges": [j.name for j in self.scored_by.judges],
                 "processes": self.args.world_size,

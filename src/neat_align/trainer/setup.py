@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from neat_align.rewards.protocol import NamedReward, RewardSpec
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.runs.events import shows_groups
-from neat_align.runs.run_key import weights_fingerprint
+from neat_align.runs.run_key import fingerprint, weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,13 @@ class TrainingData:
     rows: list[PromptRow]
     eval_rows: list[PromptRow]
     conversational: bool
-    skipped: SkippedRows
+    skipped: SkippedRows = field(default_factory=SkippedRows)
     prompt_lengths: Sequence[int] = ()
+
+    @functools.cached_property
+    def fingerprints(self) -> tuple[str, str]:
+        """Of the rows to learn from, and of the held-out rows; taken once."""
+        return fingerprint(self.rows), fingerprint(self.eval_rows)
 
 
 @dataclass(frozen=True)
