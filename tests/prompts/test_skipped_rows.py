@@ -192,6 +192,7 @@ def test_rows_of_earlier_rounds_stay_when_the_run_is_taken_up(tmp_path: Path) ->
     first.write(tmp_path)
     again.add("a:1", "p", "of the data")
     again.write(tmp_path)
+    assert '"id": "q"' in (tmp_path / SKIPPED_FILE).read_text()
     again.add("a:2", "q", "of a round", round_index=0)  # the round is made again
     again.add("a:3", "r", "of the next", round_index=1)
     again.write(tmp_path)

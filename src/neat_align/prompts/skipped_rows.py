@@ -147,7 +147,7 @@ def _lines_of_rounds(path: Path) -> Iterator[bytes]:
     """Lines that an earlier part of the run wrote about its rounds."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):  # a line that somebody broke
+            with contextlib.suppress(ValueError, TypeError):  # a line that somebody broke
                 if "round" in json.loads(line):
                     yield line
 
