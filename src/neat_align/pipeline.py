@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import TrainerCallback
@@ -16,40 +17,50 @@ from neat_align.config import NEATConfig
 from neat_align.config.unsupported import check_command_options
 from neat_align.demo.model import demo_model_path
 from neat_align.demo.rows import demo_rows
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.prompts.loading import load_rows
+from neat_align.prompts.row_checks import check_prompts
 from neat_align.prompts.row_forms import to_conversation
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import PromptRow, hashable, is_conversational
+from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 
+# `load_rows`, knowing what to do with bad rows.
+Reader: TypeAlias = Callable[..., list[PromptRow]]
 
-def load_data(script: ScriptArguments) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Training rows and held-out rows, disjoint by prompt."""
+
+def load_data(
+    script: ScriptArguments, on_bad_row: str = "error", skipped: SkippedRows | None = None
+) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Training rows and held-out rows, disjoint by prompt.
+
+    `on_bad_row` and `skipped` are those of `load_rows`.
+    """
     if not script.dataset_name:
         raise ConfigError(
             "dataset_name is missing: name a file with prompts, a hub data set, or demo"
         )
-    rows = _training_rows(script)
-    held_out = _held_out_rows(script, rows)
-    prompts = {json.dumps(row.prompt) for row in held_out}
-    rows = [row for row in rows if json.dumps(row.prompt) not in prompts]
+    read = functools.partial(load_rows, on_bad_row=on_bad_row, skipped=skipped)
+    rows = _training_rows(script, read)
+    held_out = _held_out_rows(script, rows, read)
+    rows = _without(rows, held_out)
     if script.as_conversations:
         return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
     return rows, held_out
 
 
-def _training_rows(script: ScriptArguments) -> list[PromptRow]:
+def _training_rows(script: ScriptArguments, read: Reader) -> list[PromptRow]:
     split, limit = script.dataset_train_split, script.dataset_limit
     if script.dataset_name != "demo":
-        return load_rows(script.dataset_name, split=split, limit=limit)
+        return read(script.dataset_name, split=split, limit=limit)
     if split is not None:
         raise ConfigError(
             f"dataset_train_split is {split!r}, but the demo's prompts have no splits: take it out"
@@ -57,11 +68,13 @@ def _training_rows(script: ScriptArguments) -> list[PromptRow]:
     return demo_rows("train")[:limit]
 
 
-def _held_out_rows(script: ScriptArguments, rows: Sequence[PromptRow]) -> list[PromptRow]:
+def _held_out_rows(
+    script: ScriptArguments, rows: Sequence[PromptRow], read: Reader
+) -> list[PromptRow]:
     """Rows of `eval_dataset_name`, else `holdout` of the demo's own or of the training rows."""
     n = script.holdout
     if script.eval_dataset_name is not None:
-        return load_rows(script.eval_dataset_name, split=script.eval_dataset_split)
+        return read(script.eval_dataset_name, split=script.eval_dataset_split)
     if script.dataset_name == "demo":
         shipped = demo_rows("heldout")
         if n > len(shipped):
@@ -84,6 +97,35 @@ def _spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
     return [row for i, row in enumerate(rows) if i in picked]
 
 
+def _without(rows: list[PromptRow], others: Sequence[PromptRow]) -> list[PromptRow]:
+    """The rows whose prompts are none of the others'."""
+    prompts = {hashable(row.prompt) for row in others}
+    return [row for row in rows if hashable(row.prompt) not in prompts] if prompts else rows
+
+
+def refilled(
+    rows: list[PromptRow], held_out: list[PromptRow], fits: Callable[[PromptRow], bool]
+) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Training and held-out rows with a training row in the place of each held-out one that fails.
+
+    The others stay held out whatever fits, so that two models or limits are compared on the same
+    rows as far as that goes. What fails goes to the training rows, and is left out there.
+    """
+    failing = [row for row in held_out if not fits(row)]
+    taken: dict[int, PromptRow] = {}
+    usable = functools.cache(lambda k: fits(rows[k]))
+    for i in range(len(failing)):
+        start = i * len(rows) // len(failing)  # evenly spaced, like those that were chosen first
+        order = chain(range(start, len(rows)), range(start))
+        found = next((k for k in order if k not in taken and usable(k)), None)
+        if found is None:
+            break
+        taken[found] = rows[found]
+    left = [row for k, row in enumerate(rows) if k not in taken]
+    kept = [row for row in held_out if row not in failing] + list(taken.values())
+    return [*_without(left, list(taken.values())), *failing], kept
+
+
 def build_trainer(
     script: ScriptArguments, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()
 ) -> NEATTrainer:
@@ -91,7 +133,8 @@ def build_trainer(
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
-    rows, held_out = load_data(script)
+    skipped = SkippedRows()
+    rows, held_out = load_data(script, config.on_bad_row, skipped)
     name = demo_model_path() if script.model_name_or_path == "demo" else script.model_name_or_path
     model = load_policy(
         name, revision=script.model_revision, trust_remote_code=script.trust_remote_code
@@ -99,6 +142,8 @@ def build_trainer(
     tokenizer = load_tokenizer(
         model, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
+    if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
+        rows, held_out = refilled(rows, held_out, _fitting(config, tokenizer, rows))
     peft_config = None
     if script.use_peft:
         from peft import LoraConfig
@@ -110,7 +155,7 @@ def build_trainer(
             lora_dropout=0.0,
             target_modules=script.lora_target_modules or "all-linear",
         )
-    return NEATTrainer(
+    trainer = NEATTrainer(
         model,
         script.reward_funcs or None,
         config,
@@ -121,6 +166,24 @@ def build_trainer(
         peft_config=peft_config,
         judge_funcs=script.judge_funcs or None,
     )
+    trainer.parts.data.skipped.take(skipped)
+    return trainer
+
+
+def _fitting(
+    config: NEATConfig, tokenizer: Any, rows: Sequence[PromptRow]
+) -> Callable[[PromptRow], bool]:
+    """Whether a row's prompt can be sampled from with this tokenizer and these limits."""
+    limit, conversational = config.max_prompt_length, is_conversational(rows)
+
+    def fits(row: PromptRow) -> bool:
+        try:
+            check_prompts([row], tokenizer, limit, conversational=conversational)
+        except (DataError, PromptError):
+            return False
+        return True
+
+    return fits
 
 
 def run_training(

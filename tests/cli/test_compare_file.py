@@ -127,6 +127,16 @@ def test_options_of_train_are_for_all_methods(tmp_path: Path) -> None:
     }
 
 
+def test_passes_win_over_a_number_of_rounds_from_below(tmp_path: Path) -> None:
+    below = write(
+        tmp_path, "below.yaml", {**FIRST, "settings": {"num_train_epochs": 2, "seed_": 1}}
+    )
+    words = ["--data_passes", "1"]
+    assert read_spec(below, words).settings == {"data_passes": 1, "seed_": 1}
+    above = write(tmp_path, "above.yaml", {"like": below.name, "settings": {"data_passes": 0.5}})
+    assert read_spec(above, []).settings == {"data_passes": 0.5, "seed_": 1}
+
+
 def test_seeds_and_methods_are_the_comparisons(tmp_path: Path) -> None:
     got = read(tmp_path, "--seeds", "3", "4", "--methods", "mine", "simpo")
     assert got.seeds == (3, 4)

@@ -52,6 +52,29 @@ def test_the_command_line_wins_over_a_wrong_recipe(tmp_path: Path) -> None:
     assert config.learning_rate == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words", "length"),
+    [
+        ("num_train_epochs: 2\nmax_steps: 7\n", "--data_passes 1", (3.0, -1, 1.0)),
+        ("data_passes: 2\n", "--num-train-epochs 5", (5.0, -1, None)),
+        ("data_passes: 2\n", "--max_steps=7", (3.0, 7, None)),
+        ("data_passes: 0.5\n", "", (3.0, -1, 0.5)),
+    ],
+)
+def test_the_command_lines_way_to_say_how_long_wins_over_the_recipes(
+    tmp_path: Path, recipe: str, words: str, length: tuple[float, int, float | None]
+) -> None:
+    _, config = parsed(tmp_path, recipe, *words.split())
+    assert (config.num_train_epochs, config.max_steps, config.data_passes) == length
+
+
+def test_two_ways_to_say_how_long_in_one_place_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r":1: data_passes is 1 and num_train_epochs is 2, and"):
+        parsed(tmp_path, "data_passes: 1\nnum_train_epochs: 2\n")
+    with pytest.raises(ConfigError, match="data_passes is 1 and max_steps is 4"):
+        parsed(tmp_path, "seed: 1\n", "--data_passes", "1", "--max_steps", "4")
+
+
 def test_mappings_lists_and_switches_of_a_recipe(tmp_path: Path) -> None:
     text = (
         "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.1, more: [1, x]}\n"

@@ -15,8 +15,8 @@ def names(folder: Path, *, disable_tqdm: bool, log_completions: bool) -> list[st
 
 
 def test_bars_and_groups_are_shown_as_the_arguments_ask(tmp_path: Path) -> None:
-    bars = ["StageBars", "RoundProgressCallback"]
+    plan, bars = "PrintPlan", ["PrintPlan", "StageBars", "RoundProgressCallback"]
     assert names(tmp_path, disable_tqdm=False, log_completions=False) == bars
     assert names(tmp_path, disable_tqdm=False, log_completions=True) == [*bars, "PrintGroups"]
-    assert names(tmp_path, disable_tqdm=True, log_completions=True) == ["PrintGroups"]
-    assert names(tmp_path, disable_tqdm=True, log_completions=False) == []
+    assert names(tmp_path, disable_tqdm=True, log_completions=True) == [plan, "PrintGroups"]
+    assert names(tmp_path, disable_tqdm=True, log_completions=False) == [plan]

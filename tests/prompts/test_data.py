@@ -449,10 +449,12 @@ def test_answers_in_two_forms() -> None:
 
 def test_ids_must_be_unique(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"})
+    said, advice = refused(path).split("\n  ")
     assert (
-        refused(path)
+        said
         == f"{path}:2: id '1' is also that of {path}:1: make ids unique, or leave the field out"
     )
+    assert advice == "(on_bad_row: skip leaves such rows out, counts them and lists them)"
 
 
 def test_repeated_prompts_are_counted_once(tmp_path: Path) -> None:
@@ -470,7 +472,10 @@ def test_errors_are_gathered_and_counted(tmp_path: Path) -> None:
     lines = refused(path).split("\n  ")
     assert lines[0] == f"{path}: 8 of 9 rows cannot be used:"
     assert [line.startswith(f"{path}:{n}: ") for n, line in enumerate(lines[1:6], 2)] == [True] * 5
-    assert lines[6:] == ["… and 3 more"]
+    assert lines[6:] == [
+        "… and 3 more",
+        "(on_bad_row: skip leaves such rows out, counts them and lists them)",
+    ]
 
 
 # ---- files ---------------------------------------------------------------------------------------

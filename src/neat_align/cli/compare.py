@@ -11,8 +11,10 @@ from neat_align.cli.console import quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import TrainerCallback
 
     from neat_align.comparison.spec import CompareSpec
+    from neat_align.config import NEATConfig
 
 
 def compare(
@@ -53,7 +55,7 @@ def compare(
 def show_comparison(spec: CompareSpec, out: Path, console: Console) -> None:
     """Run a comparison, with a line for every run and the table at the end."""
     from neat_align.cli.options import options_from
-    from neat_align.cli.progress import terminal_callbacks
+    from neat_align.cli.progress import PrintPlan, terminal_callbacks
     from neat_align.cli.tables import comparison_table, run_line
     from neat_align.comparison.runner import Caller, number_of_runs, run_comparison
 
@@ -61,6 +63,11 @@ def show_comparison(spec: CompareSpec, out: Path, console: Console) -> None:
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     say(f"{spec.name}: {len(spec.methods) - 1} methods, {number_of_runs(spec)} runs into {out}")
-    caller = Caller(options_from, terminal_callbacks, lambda *run: say(run_line(*run)))
+    plan = PrintPlan()  # all runs have one budget
+
+    def callbacks(config: NEATConfig) -> list[TrainerCallback]:
+        return [plan, *(c for c in terminal_callbacks(config) if not isinstance(c, PrintPlan))]
+
+    caller = Caller(options_from, callbacks, lambda *run: say(run_line(*run)))
     result = run_comparison(spec, out, caller)
     console.print(comparison_table(result))

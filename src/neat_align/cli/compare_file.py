@@ -12,7 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from neat_align.cli.options import is_file, option_name, recipe_file, recipe_path, shipped_names
+from neat_align.cli.options import (
+    is_file,
+    option_name,
+    recipe_file,
+    recipe_path,
+    shipped_names,
+    without_overruled,
+)
 from neat_align.comparison.spec import BASE, CompareSpec, parse_spec
 from neat_align.errors import ConfigError
 from neat_align.files.yaml import parse_yaml, read_yaml
@@ -44,7 +51,7 @@ def read_spec(path: Path, arguments: Sequence[str] = ()) -> CompareSpec:
         shipped = [name for name in chosen if name not in raw["methods"]]
         changed["methods"] = {**raw["methods"], **dict.fromkeys(shipped)}
     if given and isinstance(raw.get("settings"), Mapping):
-        changed["settings"] = {**raw["settings"], **given}
+        changed["settings"] = {**without_overruled(raw["settings"], given), **given}
     spec = parse_spec(changed, str(path))
     # Taken out only now: a method may begin as one that is not to be run.
     kept = [m for m in spec.methods if m.name in {BASE, *chosen}]
@@ -72,7 +79,8 @@ def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
         return own  # which lacks what every comparison has, and is told so
     both = {key: value for key, value in begun.items() if key != "name"} | own
     if isinstance(begun.get("settings"), dict) and isinstance(own.get("settings"), dict):
-        both["settings"] = begun["settings"] | own["settings"]
+        changes = own["settings"]
+        both["settings"] = without_overruled(begun["settings"], changes) | changes
     return both
 
 

@@ -48,12 +48,19 @@ def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, f
     from neat_align.runs.signals import listening
 
     _check_output(output, form)
+    if config.data_passes is not None:
+        raise ConfigError(
+            f"data_passes is {config.data_passes:g} and expand makes one round: leave it out, and "
+            "set prompts_per_round (a number of all rows or more takes every prompt)"
+        )
     trainer = build_trainer(replace(script, holdout=0), config, terminal_callbacks(config))
     if (trainer.parts.directory.round_folder(0) / "manifest.json").is_file() and not script.resume:
         raise ConfigError(
             f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
             "--output, or pass --resume true to write the same groups out again"
         )
+    plan = replace(trainer.parts.plan, rounds=1, prompt_tokens=None, optimizer_steps=0)
+    print("\n".join(plan.lines(more=f"prompts_per_round: {plan.rows} is all of it")), flush=True)
     with listening(trainer.parts.ranks.stop), trainer.writing():
         made = trainer.make_round(0)
     written = _write(made, trainer, output, form)

@@ -88,6 +88,17 @@ def option_name(argument: str) -> str:
     return argument.removeprefix("--").split("=")[0].replace("-", "_")
 
 
+def without_overruled(settings: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The settings without those that an option which was given in their place makes void.
+
+    How long to train is said by `data_passes`, or by `num_train_epochs` and `max_steps`: what wins
+    over a recipe wins over either.
+    """
+    passes, others = {"data_passes"}, {"num_train_epochs", "max_steps"}
+    void = others if passes & set(given) else passes if others & set(given) else set()
+    return {name: value for name, value in settings.items() if name not in void}
+
+
 # ---- the parser ----------------------------------------------------------------------------------
 
 
@@ -105,7 +116,8 @@ def _settings(
 ) -> tuple[ScriptArguments, NEATConfig]:
     values = parser.parse_args([])  # the defaults
     given = {option_name(a) for a in arguments if a.startswith("--")}
-    taken = [n for n, value in recipe.value.items() if n not in given and value is not None]
+    kept = without_overruled(recipe.value, given)
+    taken = [n for n, value in kept.items() if n not in given and value is not None]
     for name in taken:
         where = f"{recipe.place(name)}: "
         left = _read(parser, _as_words(name, recipe.value[name], where), values, where)

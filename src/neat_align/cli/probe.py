@@ -27,6 +27,9 @@ HostsOption = Annotated[
 PlacementOption = Annotated[
     str, typer.Option(help="system, user_suffix, affix, or all to compare them.")
 ]
+BadRowOption = Annotated[
+    str, typer.Option(help="A row that cannot be used: error, or skip to leave it out.")
+]
 SeedOption = Annotated[
     int, typer.Option(help="Seed of the prompts' choice, the sampling and the intervals.")
 ]
@@ -46,6 +49,7 @@ def probe(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; above 0.")] = 0.7,
     seed: SeedOption = 0,
     generation_batch_size: Annotated[int, typer.Option(help="Answers sampled at once.")] = 64,
+    on_bad_row: BadRowOption = "error",
     output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
@@ -69,5 +73,6 @@ def probe(
         temperature=temperature,
         seed=seed,
         generation_batch_size=generation_batch_size,
+        on_bad_row=on_bad_row,
     )
     run_probe(settings, output, Console())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from neat_align.config import PLACEMENTS
 from neat_align.errors import ConfigError
 from neat_align.evaluation.probe_summary import MIN_PROMPTS
+from neat_align.prompts.skipped_rows import check_on_bad_row
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ProbeSettings:
     temperature: float = 0.7
     seed: int = 0
     generation_batch_size: int = 64
+    on_bad_row: str = "error"
 
     def __post_init__(self) -> None:
         if self.placement not in (*PLACEMENTS, "all"):
@@ -41,5 +43,6 @@ class ProbeSettings:
         for name in ("samples", "max_completion_length", "generation_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        check_on_bad_row(self.on_bad_row)
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; it must be above 0")

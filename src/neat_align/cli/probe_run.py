@@ -18,8 +18,8 @@ from neat_align.cli.probe_table import print_probe
 from neat_align.cli.progress import stage_bars
 from neat_align.config import PLACEMENTS
 from neat_align.demo.model import demo_model_path
-from neat_align.errors import ConfigError, PromptError
-from neat_align.evaluation.probe import ProbeParams, ProbeTools, probe_bank
+from neat_align.errors import ConfigError, DataError, PromptError
+from neat_align.evaluation.probe import ProbeParams, ProbeTools, check_room, probe_bank
 from neat_align.evaluation.probe_summary import MIN_PROMPTS, Probe
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
@@ -33,6 +33,7 @@ from neat_align.prompts.instruction_banks import InstructionBank, load_bank
 from neat_align.prompts.placement import Placement
 from neat_align.prompts.rendering import eos_token_ids, prompt_ids
 from neat_align.prompts.rows import PromptRow, is_conversational
+from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows
 from neat_align.prompts.template_check import check_template
 from neat_align.rewards.http import check_http_hosts
 from neat_align.rewards.protocol import NamedReward
@@ -61,19 +62,19 @@ def run_probe(
     if output is not None and output.suffix != ".json":
         raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
     bank = load_bank(settings.bank)
-    rows = _rows(settings)
+    skipped = SkippedRows()
+    rows = _rows(settings, skipped)
     model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
-    if not conversational and tokenizer.chat_template:
-        logger.warning(
-            "the prompts are text and are used without the tokenizer's chat template: for a chat "
-            "model, --as_conversations"
-        )
+    _warn_of_unused_template(tokenizer, conversational=conversational)
     placements, refused = usable_placements(
         settings.placement, tokenizer, bank, conversational=conversational
     )
-    tools = _tools(settings, model, tokenizer, rows, conversational=conversational)
+    room = _room(settings, model)
+    rows = _with_room(settings, rows, bank, placements, (tokenizer, room), skipped)
+    say_skipped(skipped, output, console)
+    tools = _tools(settings, model, tokenizer, rows, room, conversational=conversational)
     params = ProbeParams(
         placements=placements,
         sampling=SamplingParams(settings.max_completion_length, settings.temperature),
@@ -90,6 +91,7 @@ def run_probe(
             "bank": bank.name,
             "data": {"prompts": len(probe.prompt_ids), "sha256": fingerprint(rows)},
             "refused_placements": refused,
+            "skipped_rows": skipped.count,
             **probe.to_json(),
             "wall_seconds": time.monotonic() - started,
             "commit": commit(),
@@ -103,19 +105,66 @@ def run_probe(
 # ---- what is probed with -------------------------------------------------------------------------
 
 
-def _rows(settings: ProbeSettings) -> list[PromptRow]:
-    """The prompts that a run with this seed would begin with, each once, as many as asked for."""
+def _warn_of_unused_template(tokenizer: Any, *, conversational: bool) -> None:
+    if not conversational and tokenizer.chat_template:
+        logger.warning(
+            "the prompts are text and are used without the tokenizer's chat template: for a chat "
+            "model, --as_conversations"
+        )
+
+
+def _rows(settings: ProbeSettings, skipped: SkippedRows) -> list[PromptRow]:
+    """All prompts, each once, in the order in which a run with this seed would take them."""
     data = ScriptArguments(
         dataset_name=settings.dataset_name, holdout=0, as_conversations=settings.as_conversations
     )
-    rows = list({row.id: row for row in load_data(data)[0]}.values())
+    read = load_data(data, settings.on_bad_row, skipped)[0]
+    rows = list({row.id: row for row in read}.values())
     if len(rows) < MIN_PROMPTS:
         raise ConfigError(
             f"{settings.dataset_name} has {len(rows)} different prompts and a probe needs "
             f"{MIN_PROMPTS} or more: name other data"
         )
-    count = min(settings.prompts, len(rows))
-    return [rows[prompt_at(len(rows), settings.seed, i)] for i in range(count)]
+    return [rows[prompt_at(len(rows), settings.seed, i)] for i in range(len(rows))]
+
+
+def _with_room(
+    settings: ProbeSettings,
+    rows: Sequence[PromptRow],
+    bank: InstructionBank,
+    placements: Sequence[Placement],
+    fits: tuple[Any, int | None],
+    skipped: SkippedRows,
+) -> list[PromptRow]:
+    """As many of the first rows as are asked for and leave room for an answer.
+
+    `fits` are the tokenizer and the room in tokens (`check_room`). Raises DataError or PromptError
+    for the first row that does not fit, unless such rows are skipped.
+    """
+    bad = BadRows(settings.dataset_name, settings.on_bad_row, skipped)
+    kept: list[PromptRow] = []
+    for row in rows:
+        if len(kept) == settings.prompts:
+            break
+        try:
+            check_room(row, bank, placements, *fits)
+            kept.append(row)
+        except (DataError, PromptError) as error:
+            if not bad.skips:
+                raise
+            bad.add(row.where, row.id, str(error).removeprefix(f"{row.where}: "))
+    bad.settle(len(kept))
+    return kept
+
+
+def say_skipped(skipped: SkippedRows, output: Path | None, console: Console) -> None:
+    """Say which rows were left out; beside a file of numbers, all of them are listed."""
+    if output is not None and skipped.count:
+        skipped.write(output.parent, f"{output.stem}-{SKIPPED_FILE}")
+        return
+    for tally in skipped.tallies:
+        text = f"left out: {tally.said()}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def usable_placements(
@@ -137,11 +186,18 @@ def usable_placements(
     return tuple(one for one in asked if one not in refused), refused
 
 
+def _room(settings: ProbeSettings, model: Any) -> int | None:
+    """Tokens that the model's context leaves for a prompt; None: no limit."""
+    context = context_of(model)
+    return None if context is None else context - settings.max_completion_length
+
+
 def _tools(
     settings: ProbeSettings,
     model: Any,
     tokenizer: Any,
     rows: Sequence[PromptRow],
+    room: int | None,
     *,
     conversational: bool,
 ) -> ProbeTools:
@@ -153,7 +209,6 @@ def _tools(
     ids = [prompt_ids(tokenizer, row.prompt) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
     layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
-    context = context_of(model)
     # As in a run: a CPU is faster with a half-precision copy than under autocast.
     on_cpu = device.type == "cpu"
     policy = half_precision_copy(model, COMPUTE) if on_cpu else model
@@ -175,7 +230,7 @@ def _tools(
             autocast_dtype=autocast_dtype,
         ),
         rewards=_rewards(settings),
-        max_prompt_length=None if context is None else context - settings.max_completion_length,
+        max_prompt_length=room,
     )
 
 

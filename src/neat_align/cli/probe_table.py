@@ -239,6 +239,7 @@ def next_steps(probe: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
         "model_name_or_path": settings.model,
         "dataset_name": settings.dataset_name,
         **({"as_conversations": "true"} if settings.as_conversations else {}),
+        **({"on_bad_row": settings.on_bad_row} if settings.on_bad_row != "error" else {}),
         "reward_funcs": settings.reward,
         "instruction_bank": "my-bank.yaml" if rest else settings.bank,
         "instruction_placement": best,

@@ -14,7 +14,8 @@ from transformers import ProgressCallback, TrainerCallback
 
 from neat_align.reporting.terminal import render_group
 from neat_align.rounds.completions import CompletionGroup
-from neat_align.runs.events import RunCallback
+from neat_align.runs.events import WHOLE_DATA, RunCallback
+from neat_align.runs.plan import RunPlan
 
 if TYPE_CHECKING:
     from neat_align.config import NEATConfig
@@ -26,10 +27,10 @@ SHOWN_GROUPS = 2
 def terminal_callbacks(args: NEATConfig) -> list[TrainerCallback]:
     """The callbacks that show a run in a terminal, as its arguments ask for.
 
-    Bars for stages and steps unless `disable_tqdm`, and a few groups of every round with
-    `log_completions`: `NEATTrainer(…, callbacks=terminal_callbacks(args))`.
+    What the run will do, bars for stages and steps unless `disable_tqdm`, and a few groups of every
+    round with `log_completions`: `NEATTrainer(…, callbacks=terminal_callbacks(args))`.
     """
-    shown: list[TrainerCallback] = []
+    shown: list[TrainerCallback] = [PrintPlan()]
     if not args.disable_tqdm:
         shown += [StageBars(), RoundProgressCallback()]
     if args.log_completions:
@@ -59,6 +60,22 @@ class StageBars(RunCallback):
         for bar in self._bars.values():
             bar.close()
         self._bars.clear()
+
+
+class PrintPlan(RunCallback):
+    """Prints what the run will do, and with what share of its data, before it begins.
+
+    Of several runs that are planned alike, one callback prints the first's plan only.
+    """
+
+    def __init__(self) -> None:
+        self._printed = False
+
+    def on_plan(self, plan: RunPlan, done_steps: int) -> None:
+        """The run begins, or goes on after so many steps."""
+        if not self._printed:
+            print("\n".join(plan.lines(more=WHOLE_DATA, done_steps=done_steps)), flush=True)
+        self._printed = True
 
 
 class PrintGroups(RunCallback):

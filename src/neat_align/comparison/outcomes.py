@@ -81,6 +81,7 @@ class Run:
     seconds: float = 0.0
     trained_tokens: int = 0
     prompts_per_round: int | None = None
+    planned_rounds: int | None = None
     broke: str | None = None
 
     @property

@@ -66,7 +66,8 @@ def comparison_result(
 
 def _budget(config: NEATConfig, runs: Sequence[Run]) -> dict[str, int]:
     """What every trained method had, from one method's settings."""
-    rounds = int(config.num_train_epochs)
+    planned = (run.planned_rounds for run in runs if run.planned_rounds)
+    rounds = next(planned, int(config.num_train_epochs))
     # What a run had, which is less than was asked for where the data has fewer.
     made = (run.prompts_per_round for run in runs if run.prompts_per_round)
     prompts = next(made, config.prompts_per_round)

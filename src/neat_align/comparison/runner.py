@@ -33,7 +33,6 @@ from neat_align.modeling.packing import tokens_in
 from neat_align.pipeline import build_trainer
 from neat_align.reporting.comparison_report import write_comparison_report
 from neat_align.rounds.round_files import read_round
-from neat_align.runs.run_key import fingerprint
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 from neat_align.trainer.round_maker import round_params
@@ -206,6 +205,7 @@ def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path, caller: Calle
         seconds=facts["seconds"],
         trained_tokens=facts["trained_tokens"],
         prompts_per_round=facts.get("prompts_per_round"),
+        planned_rounds=facts.get("planned_rounds"),
         broke=facts.get("broke"),
     )
 
@@ -224,6 +224,7 @@ def _make_run(spec: CompareSpec, job: _Job, shared: Path, caller: Caller) -> Non
         "trained_tokens": _trained_tokens(trainer),
         # Fewer than was asked for, where the data has fewer.
         "prompts_per_round": len(trainer.rounds),
+        "planned_rounds": trainer.parts.plan.rounds,
         "training": [_round_means(job.folder, r) for r in rounds],
         "stopped": trainer.stopped_because,
         "broke": broke,
@@ -279,7 +280,7 @@ def _check_key(folder: Path, options: Mapping[str, Any], trainer: NEATTrainer | 
 
 
 def _data_key(trainer: NEATTrainer) -> list[str]:
-    return [fingerprint(trainer.parts.data.rows), fingerprint(trainer.parts.data.eval_rows)]
+    return list(trainer.parts.data.fingerprints)
 
 
 def _first_round_key(trainer: NEATTrainer) -> str:

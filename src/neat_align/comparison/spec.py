@@ -40,7 +40,8 @@ _COMMON = (
     *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_limit"),
     *("as_conversations", "holdout", "eval_dataset_name", "eval_dataset_split"),
     *("reward_funcs", "reward_weights", "judge_funcs", "output_dir", "num_train_epochs"),
-    *("prompts_per_round", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("data_passes", "max_steps", "on_bad_row", "max_prompt_length", "prompts_per_round"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_completion_length", "temperature", "top_p", "top_k", "num_eval_generations"),
     *("num_eval_prompts", "seed"),
 )

@@ -22,6 +22,20 @@ OTHER_PROMPTS = (
         none_of=("reward",),
     ),
 )
+_PASSES = "data_passes is {c.data_passes:g}"
+_ONE_OF_THEM = "and both say how long to train: leave one of them out"
+DATA_PASSES = (
+    OnlyWith(
+        "num_train_epochs",
+        f"{_PASSES} and num_train_epochs is {{c.num_train_epochs:g}}, {_ONE_OF_THEM}",
+        one_of=(3.0,),  # the default
+    ),
+    OnlyWith(
+        "max_steps",
+        f"{_PASSES} and max_steps is {{c.max_steps}}, {_ONE_OF_THEM}",
+        one_of=(-1,),
+    ),
+)
 INITIAL_POLICY = (
     OnlyWith(
         "negative_source",

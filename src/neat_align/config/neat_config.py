@@ -57,6 +57,15 @@ class NEATConfig(TrainerDefaults):
         "two-stage form.",
         ge=1,
     )
+    data_passes: float | None = option(
+        None,
+        "Passes over the training data, in place of num_train_epochs: as many rounds as take every "
+        "prompt this often (1: each once; 0.5: half of them). The last round may go on into the "
+        "next pass.",
+        gt=0,
+        needed="it is a number of passes over the data above 0, such as 1, or left out",
+        only_with=combinations.DATA_PASSES,
+    )
     num_positive: int = option(1, "Completions per prompt under the positive instruction.", ge=0)
     num_negative: int = option(1, "Completions per prompt under the negative instruction.", ge=0)
     num_plain: int = option(2, "Completions per prompt without an instruction.", ge=0)
@@ -92,9 +101,15 @@ class NEATConfig(TrainerDefaults):
     )
     max_prompt_length: int = option(
         512,
-        "Longest plain prompt, in tokens. A longer one is an error that names its row; nothing is "
+        "Longest plain prompt, in tokens. A longer one is a bad row (`on_bad_row`); nothing is "
         "cut.",
         ge=1,
+    )
+    on_bad_row: str = option(
+        "error",
+        "What a row that cannot be used does (not readable, a prompt over max_prompt_length, …): "
+        "`error` names it and stops, `skip` leaves it out and lists it in skipped-rows.jsonl.",
+        choices=("error", "skip"),
     )
     max_completion_length: int = option(
         256, "Longest completion, in tokens, end-of-turn included.", ge=1

@@ -143,13 +143,7 @@ def _instructions(pair: InstructionPair) -> tuple[tuple[Polarity, str], ...]:
 def _planned(
     rows: Sequence[PromptRow], bank: InstructionBank, params: ProbeParams, tools: ProbeTools
 ) -> _Plan:
-    def requests(row: PromptRow, ids: list[int], what: str = "") -> list[SampleRequest]:
-        if tools.max_prompt_length is not None and len(ids) > tools.max_prompt_length:
-            raise DataError(
-                f"{row.where}: the prompt{what} is {len(ids)} tokens, and the model's context "
-                f"leaves {tools.max_prompt_length} for it beside the answer: lower "
-                "max_completion_length, or drop the row; prompts are never cut"
-            )
+    def requests(row: PromptRow, ids: list[int]) -> list[SampleRequest]:
         # The origin is left out of the seed: whatever the instruction, a prompt's n-th answer is
         # drawn with the same numbers.
         return [
@@ -163,9 +157,11 @@ def _planned(
         sides: dict[Polarity, list[SampleRequest]] = {}
         for polarity, instruction in _instructions(pair):
             ids = prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, placement))
-            sides[polarity] = requests(row, ids, f" with {instruction!r} on it ({placement})")
+            sides[polarity] = requests(row, ids)
         return sides
 
+    for row in rows:
+        check_room(row, bank, params.placements, tools.tokenizer, tools.max_prompt_length)
     plain_ids = [prompt_ids(tools.tokenizer, row.prompt) for row in rows]
     return _Plan(
         plain_ids=[tuple(ids) for ids in plain_ids],
@@ -176,6 +172,35 @@ def _planned(
             for number, pair in enumerate(bank.pairs, start=1)
         },
     )
+
+
+def check_room(
+    row: PromptRow,
+    bank: InstructionBank,
+    placements: Sequence[Placement],
+    tokenizer: Any,
+    max_prompt_length: int | None,
+) -> None:
+    """Refuse a prompt that leaves no room for an answer, plain or under some instruction.
+
+    Raises DataError that names the row, and the PromptError of a template that refuses it.
+    """
+
+    def check(prompt: Prompt, prefix: str, what: str) -> None:
+        length = len(prompt_ids(tokenizer, prompt, prefix))
+        if max_prompt_length is not None and length > max_prompt_length:
+            raise DataError(
+                f"{row.where}: the prompt{what} is {length} tokens, and the model's context leaves "
+                f"{max_prompt_length} for it beside the answer: lower max_completion_length, "
+                "drop the row, or set on_bad_row: skip; prompts are never cut"
+            )
+
+    check(row.prompt, "", "")
+    for placement in placements:
+        for pair in bank.pairs:
+            for _, instruction in _instructions(pair):
+                what = f" with {instruction!r} on it ({placement})"
+                check(*instructed(row.prompt, instruction, placement), what)
 
 
 def _answered(

@@ -4,6 +4,7 @@ rows.py               a row: a prompt, with the data's own answers beside it
 loading.py            rows of a file, a folder or a data set, checked against each other
 file_readers.py       .jsonl, .json, .parquet, .csv and `datasets`, record by record
 row_forms.py          the forms a record can have (TRL's, HH-RLHF's transcripts), read into one
+skipped_rows.py       rows that cannot be used: an error, or left out and listed
 row_checks.py         rows against tokenizer and settings, before anything is sampled
 instruction_banks.py  pairs of instructions, positive and negative (banks/*.yaml)
 placement.py          where on a prompt an instruction goes

@@ -6,7 +6,6 @@ Every message names the place: `file.jsonl:17` is a line (from 1), `row 17` an i
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,8 @@ from neat_align.prompts.row_forms import short_repr
 Record: TypeAlias = tuple[str, object]
 # What pyarrow has been seen to raise on broken files, besides errors of its own.
 _PARQUET_ERRORS = (ValueError, OSError, ArithmeticError, TypeError, MemoryError)
+# Rows of a Parquet file that are Python objects before they are read.
+_ROWS_AT_ONCE = 1024
 # Columns in which an empty CSV field means that there is none.
 _OPTIONAL_COLUMNS = ("id", "prompt_id", "chosen", "rejected")
 
@@ -71,6 +72,17 @@ def _decode(path: Path) -> str:
         raise DataError(f"{path}:{line}: {_unreadable(error)}") from None
 
 
+def _no_utf8(text: str) -> DataError | None:
+    """What is wrong with a text in which undecodable bytes are lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return _unreadable(
+            UnicodeDecodeError("utf-8", bytes([ord(text[error.start]) - 0xDC00]), 0, 1, "")
+        )
+    return None
+
+
 def _unreadable(error: Exception) -> DataError:
     if isinstance(error, UnicodeDecodeError):
         return DataError(
@@ -87,22 +99,34 @@ def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        read_table: Any = pq.read_table
-        items = read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            batches: Any = file.iter_batches(batch_size=_ROWS_AT_ONCE)
+            for batch in batches:
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
     except (pa.ArrowException, *_PARQUET_ERRORS) as error:
         said = " ".join(str(error).split())[:200]
         raise DataError(
             f"{path}: cannot be read as Parquet ({said}): write the file again"
         ) from None
-    yield from numbered(items, str(path))
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
+    # Bytes that are no UTF-8 become lone surrogates, so that only their own rows are bad.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        yield from _csv_rows(path, file)
+
+
+def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[Record]:
+    reader = csv.reader(file, strict=True)
     line = 1
     try:
         header = next(reader, [])
+        if (unreadable := _no_utf8("".join(header))) is not None:
+            raise DataError(f"{path}:1: {unreadable}")
         names_a_row = "prompt" in header or {"chosen", "rejected"} <= set(header)
         if not names_a_row or len(set(header)) < len(header):
             raise DataError(
@@ -112,7 +136,9 @@ def _csv(path: Path) -> Iterator[Record]:
         line = reader.line_num + 1
         for fields in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
-            if len(fields) not in (0, len(header)):
+            if (unreadable := _no_utf8("".join(fields))) is not None:
+                yield where, unreadable
+            elif len(fields) not in (0, len(header)):
                 error = DataError(
                     f"{len(fields)} fields where the header has {len(header)}: quote fields that "
                     "hold commas"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -21,21 +21,30 @@ from typing import Any
 from neat_align.errors import DataError
 from neat_align.prompts.file_readers import READERS, Record, numbered, open_dataset
 from neat_align.prompts.row_forms import answer_warnings, read_pair, short_repr
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import PromptRow, hashable
+from neat_align.prompts.skipped_rows import BadRows, SkippedRows
 
-MAX_ERRORS_SHOWN = 5
 # The name of a data set on the hub: "name" or "owner/name".
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_rows(
-    source: str | Path, *, split: str | None = None, limit: int | None = None
+    source: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    on_bad_row: str = "error",
+    skipped: SkippedRows | None = None,
 ) -> list[PromptRow]:
     """Rows of a file, of a folder written by `save_to_disk`, or of a data set on the hub.
 
     Files are .jsonl, .json, .parquet or .csv. Without `split`, a data set with several gives
     `train`. With `limit`, only the first this many rows are read. Raises DataError that names the
     place of every row that is refused (the first five), and warns of what is odd but usable.
+
+    With `on_bad_row="skip"`, rows that would be refused are left out, with a warning that counts
+    them, and listed in `skipped` where one is given. A file that cannot be told apart into rows
+    (broken CSV, JSON in one list, Parquet) stays an error, and so does data without a good row.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be 1 or more, or unset for every row")
@@ -51,7 +60,7 @@ def load_rows(
             raise DataError(
                 f"split is {split!r}, but {source} is a file and has no splits: remove split"
             )
-        return _collect(reader(path), str(source), limit)
+        return _collect(reader(path), str(source), limit, on_bad_row, skipped)
     may_be_on_hub = (
         isinstance(source, str)
         and path.suffix.lower() not in READERS
@@ -63,13 +72,20 @@ def load_rows(
             f"{Path.cwd()})"
         )
     dataset = open_dataset(str(source), path, split)
-    return _collect(numbered(dataset, f"dataset '{source}'"), str(source), limit)
+    records = numbered(dataset, f"dataset '{source}'")
+    return _collect(records, str(source), limit, on_bad_row, skipped)
 
 
-def rows_from_dataset(dataset: Iterable[Any], *, name: str = "train_dataset") -> list[PromptRow]:
+def rows_from_dataset(
+    dataset: Iterable[Any],
+    *,
+    name: str = "train_dataset",
+    on_bad_row: str = "error",
+    skipped: SkippedRows | None = None,
+) -> list[PromptRow]:
     """Rows of a `datasets.Dataset` (one split), or of any iterable of mappings.
 
-    `name` is what messages call it.
+    `name` is what messages call it; `on_bad_row` and `skipped` are those of `load_rows`.
     """
     if isinstance(dataset, Mapping | str | Path):
         what = short_repr(str(dataset))
@@ -79,46 +95,60 @@ def rows_from_dataset(dataset: Iterable[Any], *, name: str = "train_dataset") ->
             f"{name} is {what}; it must be one data set or list of rows: pass one split, or read "
             "a file with load_rows"
         )
-    return _collect(numbered(dataset, f"dataset '{name}'"), name, None)
+    return _collect(numbered(dataset, f"dataset '{name}'"), name, None, on_bad_row, skipped)
 
 
-def _collect(records: Iterable[Record], source: str, limit: int | None) -> list[PromptRow]:
-    checker, rows, errors = _Checker(), [], []
+def _collect(
+    records: Iterable[Record],
+    source: str,
+    limit: int | None,
+    on_bad_row: str,
+    skipped: SkippedRows | None,
+) -> list[PromptRow]:
+    said_by_caller = skipped is not None
+    bad = BadRows(source, on_bad_row, SkippedRows() if skipped is None else skipped)
+    checker, rows = _Checker(), []
     for where, record in islice(records, limit):
         try:
             rows.append(checker.row(where, record))
         except DataError as error:
-            errors.append(f"{where}: {error}")
-    if errors:
-        lines = errors[:MAX_ERRORS_SHOWN]
-        if len(errors) > 1:
-            total = len(errors) + len(rows)
-            lines.insert(0, f"{source}: {len(errors)} of {total} rows cannot be used:")
-        if len(errors) > MAX_ERRORS_SHOWN:
-            lines.append(f"… and {len(errors) - MAX_ERRORS_SHOWN} more")
-        raise DataError("\n  ".join(lines))
+            bad.add(where, _given_id(record), str(error))
+    bad.settle(len(rows))
     if not rows:
         raise DataError(f"{source}: no rows: it is empty; a row with a prompt is needed")
-    for warning, places in checker.warnings.items():
-        warnings.warn(
-            f"{source}: {len(places)} of {len(rows)} rows {warning} (the first: {places[0]})",
-            stacklevel=3,
-        )
+    said = [
+        f"{source}: {count} of {len(rows)} rows {warning} (the first: {first})"
+        for warning, (count, first) in checker.warnings.items()
+    ]
+    if bad.count and not said_by_caller:
+        said += [tally.said() for tally in bad.skipped.tallies]
+    for text in said:
+        warnings.warn(text, stacklevel=3)
     return rows
+
+
+def _given_id(record: object) -> str | int | None:
+    """The id that a bad row says it has."""
+    if not isinstance(record, Mapping):
+        return None
+    values = (record.get("id"), record.get("prompt_id"))
+    return next((v for v in values if isinstance(v, str | int)), None)
 
 
 class _Checker:
     """What must hold between rows: one form for all, no id twice.
 
-    `warnings` gathers what is worth a warning, and the places of the rows.
+    A row that is refused leaves no trace. Of earlier rows only ids and hashes are kept. `warnings`
+    says what is worth a warning: of how many rows, and the place of the first.
     """
 
     def __init__(self) -> None:
-        self.warnings: defaultdict[str, list[str]] = defaultdict(list)
+        self.warnings: dict[str, tuple[int, str]] = {}
         self._forms: dict[str, tuple[str, str]] = {}
         self._id_places: dict[str, str] = {}
-        self._hashes: Counter[str] = Counter()
-        self._prompts: Counter[str] = Counter()
+        # How often a content's hash came, where that is more than once.
+        self._repeats: Counter[str] = Counter()
+        self._prompts: set[int] = set()
 
     def row(self, where: str, record: object) -> PromptRow:
         if isinstance(record, DataError):
@@ -130,32 +160,39 @@ class _Checker:
             )
         _check_text(record)
         prompt, chosen, rejected = read_pair(record)
-        self._check_form("prompt", prompt, where)
-        self._check_form("chosen", record.get("chosen"), where)
-        self._check_form("rejected", record.get("rejected"), where)
+        forms = {
+            "prompt": _form(prompt),
+            "chosen": _form(record.get("chosen")),
+            "rejected": _form(record.get("rejected")),
+        }
+        for field, form in forms.items():
+            self._check_form(field, form)
         row_warnings, answers_are_usable = answer_warnings(record, prompt, chosen, rejected)
         if not answers_are_usable:
             chosen = rejected = None
         row_id, id_field = self._identify(record, [prompt, chosen, rejected], where)
-        key = json.dumps(prompt)
-        self._prompts[key] += 1
-        if self._prompts[key] > 1:
+        # The row is good; from here on it is one of those that later rows are compared with.
+        self._id_places[row_id] = where
+        for field, form in forms.items():
+            if form:
+                self._forms.setdefault(field, (form, where))
+        key = hash(hashable(prompt))
+        if key in self._prompts:
             row_warnings.append(
                 "repeat an earlier prompt; they are kept and weigh more: drop them if that is not "
                 "meant"
             )
+        self._prompts.add(key)
         for warning in row_warnings:
-            self.warnings[warning].append(where)
+            count, first = self.warnings.get(warning, (0, where))
+            self.warnings[warning] = (count + 1, first)
         read = ("prompt", "chosen", "rejected", id_field)
         columns = {name: value for name, value in record.items() if name not in read}
         return PromptRow(row_id, prompt, chosen, rejected, columns, where)
 
-    def _check_form(self, field: str, value: object, where: str) -> None:
-        if value is None:
-            return
-        form = "text" if isinstance(value, str) else "messages"
-        first, place = self._forms.setdefault(field, (form, where))
-        if form != first:
+    def _check_form(self, field: str, form: str) -> None:
+        first, place = self._forms.get(field, (form, ""))
+        if form and form != first:
             raise DataError(f"{field} is {form}, but {first} at {place}: use one form in all rows")
 
     def _identify(self, row: Mapping[str, Any], content: list[Any], where: str) -> tuple[str, str]:
@@ -171,11 +208,12 @@ class _Checker:
                 )
             row_id = str(value)
         else:
-            digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-            self._hashes[digest] += 1
-            row_id = digest if self._hashes[digest] == 1 else f"{digest}-{self._hashes[digest]}"
-        first = self._id_places.setdefault(row_id, where)
-        if first != where:
+            row_id = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+            if row_id in self._id_places:
+                self._repeats[row_id] += 1
+                row_id = f"{row_id}-{self._repeats[row_id] + 1}"
+        first = self._id_places.get(row_id)
+        if first is not None:
             raise DataError(
                 f"{field or 'id'} {row_id!r} is also that of {first}: make ids unique, or leave "
                 "the field out"
@@ -183,19 +221,35 @@ class _Checker:
         return row_id, field
 
 
+def _form(value: object) -> str:
+    """What messages call a value's form; nothing where there is no value."""
+    if value is None:
+        return ""
+    return "text" if isinstance(value, str) else "messages"
+
+
 def _check_text(row: Mapping[str, Any]) -> None:
     """Refuse what UTF-8 cannot hold, in any column: the first write would fail, hours later."""
+    try:  # of nearly every row that is all
+        _as_utf8(dict(row))
+        return
+    except (ValueError, RecursionError):
+        pass
     for field, value in row.items():
         try:
-            text = json.dumps([field, value], ensure_ascii=False, skipkeys=True, default=str)
-            text.encode("utf-8")
+            _as_utf8([field, value])
         except UnicodeEncodeError as error:
             code = f"U+{ord(error.object[error.start]):04X}"
             raise DataError(
                 f"{field!a} holds the lone surrogate {code}, half of a character: replace it in "
                 "the text"
             ) from None
-        except RecursionError:
+        except (RecursionError, ValueError):  # ValueError: a list that holds itself
             raise DataError(
                 f"{field!a} is nested too deeply: flatten it, or leave the column out"
             ) from None
+
+
+def _as_utf8(value: object) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
+    return text.encode("utf-8")

@@ -57,6 +57,21 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, assistant_prefix: str = "") -> li
     return [int(i) for i in cast("Sequence[int]", ids)]
 
 
+def text_to_encode(tokenizer: Any, prompt: Prompt) -> tuple[str, bool] | None:
+    """The text whose encoding is `prompt_ids`, and whether special tokens are added to it.
+
+    For encoding many prompts at once. None for a conversation in which a message spells a control
+    token, which only `prompt_ids` can encode. Raises what `prompt_ids` raises.
+    """
+    if isinstance(prompt, str):
+        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        return prompt, not has_bos
+    texts = [m["content"] for m in check_messages(prompt)]
+    if any(token in text for token in _control_tokens(tokenizer) for text in texts):
+        return None
+    return prompt_text(tokenizer, prompt), False
+
+
 def answer_text_ids(tokenizer: Any, text: str, *, conversational: bool) -> list[int]:
     """The ids of an answer's text, without what ends its turn.
 

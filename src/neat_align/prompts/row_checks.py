@@ -3,43 +3,114 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.prompts.loading import rows_from_dataset
-from neat_align.prompts.rendering import prompt_ids, prompt_text
+from neat_align.prompts.rendering import prompt_ids, prompt_text, text_to_encode
 from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.skipped_rows import ADVICE, BadRows, SkippedRows
 
 logger = logging.getLogger(__name__)
 
+# Prompts that are tokenised at once.
+_BATCH = 256
 
-def as_rows(dataset: Any, name: str) -> list[PromptRow]:
-    """The rows of a `datasets.Dataset` or any iterable of rows; `name` is for messages."""
+
+@dataclass(frozen=True)
+class UsablePrompts:
+    """Rows whose prompts can be sampled from, and each one's number of tokens."""
+
+    rows: list[PromptRow]
+    lengths: array[int]
+
+
+def as_rows(
+    dataset: Any, name: str, on_bad_row: str = "error", skipped: SkippedRows | None = None
+) -> list[PromptRow]:
+    """The rows of a `datasets.Dataset` or any iterable of rows; `name` is for messages.
+
+    `on_bad_row` and `skipped` are those of `load_rows`.
+    """
     if isinstance(dataset, list) and dataset and isinstance(dataset[0], PromptRow):
         return cast("list[PromptRow]", dataset)
-    return rows_from_dataset(dataset, name=name)
+    return rows_from_dataset(dataset, name=name, on_bad_row=on_bad_row, skipped=skipped)
 
 
 def check_prompts(
-    rows: Sequence[PromptRow], tokenizer: Any, max_prompt_length: int, *, conversational: bool
-) -> None:
-    """Refuse prompts that cannot be sampled from; messages name the row.
+    rows: Sequence[PromptRow],
+    tokenizer: Any,
+    max_prompt_length: int,
+    *,
+    conversational: bool,
+    name: str = "training data",
+    on_bad_row: str = "error",
+    skipped: SkippedRows | None = None,
+    most: int | None = None,
+) -> UsablePrompts:
+    """The rows whose prompts can be sampled from; messages name the row, and `name` the data.
 
-    DataError: longer than `max_prompt_length` tokens, or of another form than the others.
-    PromptError: the chat template refuses or shortens it. Text prompts that bypass a chat template
-    are warned of.
+    Others are refused, or with `on_bad_row="skip"` left out and listed in `skipped`. With `most`,
+    only the first this many good rows are looked for. DataError: longer than `max_prompt_length`
+    tokens, of another form than the others, or no row is left. PromptError: the chat template
+    refuses or shortens it.
     """
-    lengths = [(row, _length(row, tokenizer, conversational=conversational)) for row in rows]
-    too_long = [(row, n) for row, n in lengths if n > max_prompt_length]
-    if too_long:
-        named = ", ".join(f"{row.where} ({n})" for row, n in too_long[:5])
-        raise DataError(
-            f"{len(too_long)} prompts are longer than max_prompt_length={max_prompt_length} "
-            f"tokens: {named}. Raise it (the model's context allowing), or drop the rows; prompts "
-            "are never cut"
-        )
+    bad = BadRows(name, on_bad_row, SkippedRows() if skipped is None else skipped)
+    looked_at = rows if most is None or bad.skips else rows[:most]
+    kept: list[PromptRow] = []
+    lengths, too_long = array("I"), _TooLong(max_prompt_length)
+    for row, found in _lengths(looked_at, tokenizer, conversational=conversational):
+        if most is not None and len(kept) >= most:
+            break
+        if isinstance(found, int) and found <= max_prompt_length:
+            kept.append(row)
+            lengths.append(found)
+        elif bad.skips:
+            reason = too_long.reason(found) if isinstance(found, int) else str(found)
+            bad.add(row.where, row.id, reason)
+        elif isinstance(found, int):
+            too_long.add(row, found)
+        else:
+            raise type(found)(
+                f"{row.where}: {found} (change this row, or drop it; {ADVICE})"
+            ) from found
+    too_long.settle()
+    bad.settle(len(kept))
+    return UsablePrompts(kept, lengths)
+
+
+class _TooLong:
+    """Prompts over the limit: all of them are counted before any is an error."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
+        self.named: list[str] = []
+
+    def reason(self, length: int) -> str:
+        return f"prompt is {length} tokens, over max_prompt_length={self.limit}"
+
+    def add(self, row: PromptRow, length: int) -> None:
+        self.count += 1
+        if len(self.named) < 5:
+            self.named.append(f"{row.where} ({length})")
+
+    def settle(self) -> None:
+        if self.count:
+            raise DataError(
+                f"{self.count} prompts are longer than max_prompt_length={self.limit} tokens: "
+                f"{', '.join(self.named)}. Raise it (the model's context allowing), or drop the "
+                f"rows ({ADVICE}); prompts are never cut"
+            )
+
+
+def warn_of_unused_template(tokenizer: Any, *, conversational: bool) -> None:
+    """Warn where prompts that are text bypass a chat template."""
     if not conversational and tokenizer.chat_template:
         logger.warning(
             "the prompts are text and the tokenizer has a chat template: they are used as they "
@@ -47,21 +118,59 @@ def check_prompts(
         )
 
 
-def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
-    """Tokens of a row's prompt, after a look at its form and at what the template makes of it."""
+def _lengths(
+    rows: Sequence[PromptRow], tokenizer: Any, *, conversational: bool
+) -> Iterator[tuple[PromptRow, int | DataError | PromptError]]:
+    """Every row with the tokens of its prompt, or with what is wrong with it.
+
+    Tokenised batch by batch, which fast tokenizers do faster and, where they are allowed to, on
+    all cores.
+    """
+    left = iter(rows)
+    while batch := list(islice(left, _BATCH)):
+        found: list[int | DataError | PromptError] = []
+        # By whether special tokens are added: the rows' places in the batch, and their texts.
+        waiting: dict[bool, tuple[list[int], list[str]]] = {False: ([], []), True: ([], [])}
+        for place, row in enumerate(batch):
+            try:
+                text = _checked_text(row, tokenizer, conversational=conversational)
+                if text is None:
+                    found.append(len(prompt_ids(tokenizer, row.prompt)))
+                    continue
+            except (DataError, PromptError) as error:
+                found.append(error)
+                continue
+            places, texts = waiting[text[1]]
+            places.append(place)
+            texts.append(text[0])
+            found.append(0)  # until all of them are encoded
+        for add_special_tokens, (places, texts) in waiting.items():
+            if not texts:
+                continue
+            ids = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+            for place, row_ids in zip(places, ids["input_ids"], strict=True):
+                found[place] = len(row_ids)
+        yield from zip(batch, found, strict=True)
+
+
+def _checked_text(
+    row: PromptRow, tokenizer: Any, *, conversational: bool
+) -> tuple[str, bool] | None:
+    """`text_to_encode` of a row, after a look at its form and at what the template makes of it."""
     if isinstance(row.prompt, str) == conversational:
         came, others = ("text", "messages") if conversational else ("messages", "text")
         raise DataError(
-            f"{row.where}: prompt is {came}, but {others} in the training data: use one form in "
-            "both (--as_conversations true turns text into messages)"
+            f"prompt is {came}, but {others} in the training data: use one form in both "
+            "(--as_conversations true turns text into messages)"
         )
     try:
-        ids = prompt_ids(tokenizer, row.prompt)
+        text = text_to_encode(tokenizer, row.prompt)
         if not isinstance(row.prompt, str) and any(m["role"] == "system" for m in row.prompt):
-            _check_system_turn_is_kept(row, prompt_text(tokenizer, row.prompt))
+            rendered = prompt_text(tokenizer, row.prompt) if text is None else text[0]
+            _check_system_turn_is_kept(row, rendered)
     except PromptError as error:
-        raise PromptError(f"{row.where}: prompt: {error} (change this row, or drop it)") from error
-    return len(ids)
+        raise PromptError(f"prompt: {error}") from error
+    return text
 
 
 def _check_system_turn_is_kept(row: PromptRow, text: str) -> None:

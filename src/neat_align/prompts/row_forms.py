@@ -12,6 +12,8 @@ from neat_align.errors import DataError
 from neat_align.prompts.rows import Message, Prompt, PromptRow
 
 ROLES = ("system", "user", "assistant")
+# One text for every message, instead of one a message.
+_ROLE = {role: role for role in ROLES}
 HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
 # What goes before the first mark is the system's.
 ROLE_OF = {"": "system", "Human": "user", "Assistant": "assistant"}
@@ -166,7 +168,7 @@ def _read_messages(value: Any, field: str) -> list[Message]:
                 f"{at} also has {', '.join(extra)}, which would be lost: remove everything but "
                 "role and content"
             )
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    return [{"role": _ROLE[m["role"]], "content": m["content"]} for m in value]
 
 
 def _read_answer(value: object, field: str) -> str | None:

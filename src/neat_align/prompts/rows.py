@@ -35,6 +35,13 @@ def is_conversational(rows: Sequence[PromptRow]) -> bool:
     return bool(rows) and not isinstance(rows[0].prompt, str)
 
 
+def hashable(prompt: Prompt) -> object:
+    """What equal prompts have in common and different ones have not, without a copy of the text."""
+    if isinstance(prompt, str):
+        return prompt
+    return tuple((message["role"], message["content"]) for message in prompt)
+
+
 def check_messages(messages: list[Message]) -> list[Message]:
     """The messages, if a conversation with them can be answered. Raises PromptError."""
     if not messages:

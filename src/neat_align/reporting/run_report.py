@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
+from neat_align.prompts.skipped_rows import SKIPPED_FILE
 from neat_align.reporting.charts import LineChart, Series, box_figure, line_chart, line_figure
 from neat_align.reporting.pages import (
     bounds,
@@ -33,6 +34,7 @@ from neat_align.reporting.run_groups import (
 )
 from neat_align.reporting.run_warnings import warnings_of
 from neat_align.rounds.completions import ORIGINS, Origin
+from neat_align.rounds.prompt_order import percent_of_data
 from neat_align.rounds.ranking import BAD_ORIGINS, RankBy, rank_keys
 
 # Prompts on the page with their answers before and after, and how many of the largest gains and of
@@ -289,6 +291,8 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
         ("Model", r.get("model")),
         ("Rounds", len(run.rounds) or None),
         ("Prompts per round", c.get("prompts_per_round")),
+        ("Planned prompts", _share_of_data(run.record)),
+        ("Rows left out", _rows_left_out(run.record)),
         ("Rewards", ", ".join(map(str, rewards)) if isinstance(rewards, list) else rewards),
         ("Instructions", c.get("instruction_bank")),
         ("Ranking loss", c.get("ranking_loss")),
@@ -298,6 +302,23 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
         ("Peak memory", f"{memory / 2**30:.1f} GiB" if memory else None),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _share_of_data(record: dict[str, Any]) -> str | None:
+    """How many prompts the run was to look at, and what share of the data that is."""
+    plan = record.get("plan")
+    numbers = [number(plan.get(k)) for k in ("prompts", "rows")] if isinstance(plan, dict) else []
+    prompts, rows = numbers if len(numbers) == 2 else (None, None)
+    if prompts is None or not rows:
+        return None
+    return f"{prompts:,.0f}, {percent_of_data(prompts / rows)} of {rows:,.0f} rows"
+
+
+def _rows_left_out(record: dict[str, Any]) -> str | None:
+    """How many rows could not be used, and where they are listed."""
+    data = record.get("data")
+    count = number(data.get("skipped_rows")) if isinstance(data, dict) else None
+    return f"{count:,.0f} ({SKIPPED_FILE})" if count else None
 
 
 def page_context(run: RunContents) -> dict[str, Any]:

@@ -190,6 +190,9 @@ def _progress(run: RunContents) -> list[KeyedSentence]:
     unit, planned = "steps", steps if steps > 0 else None
     if planned is None:
         unit, planned = "rounds", number(run.config.get("num_train_epochs"))
+        if run.config.get("data_passes") is not None:
+            plan = run.record.get("plan")
+            planned = number(plan.get("rounds")) if isinstance(plan, dict) else None
     done = run.last("step" if unit == "steps" else "epoch")
     if done is None or planned is None or done >= planned - 1e-6:
         return []

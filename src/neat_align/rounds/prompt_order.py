@@ -22,3 +22,13 @@ def _pass_order(n_rows: int, seed: int, cycle: int) -> tuple[int, ...]:
     order = list(range(n_rows))
     random.Random(f"{seed}/{cycle}").shuffle(order)
     return tuple(order)
+
+
+def percent_of_data(share: float) -> str:
+    """A share in percent: 100 % only where it is all of the data."""
+    if share == 1:
+        return "100 %"
+    percent = 100 * share
+    if percent >= 100:
+        return f"{max(percent, 100.1):,.1f} %"
+    return f"{min(percent, 99.9):.3g} %" if percent >= 0.001 else "under 0.001 %"

@@ -1,6 +1,7 @@
 """Runs: what is kept in a run directory, and how a run survives.
 
 run_directory.py      opening, resuming and saving, as the one process that writes sees it
+plan.py               how much a run will do, with what share of the data
 record.py             run.json: what was run, on what, with which versions
 run_key.py            run-key.json: what a run may not change when it goes on
 checkpoints.py        checkpoints that are complete or absent

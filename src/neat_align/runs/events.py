@@ -7,15 +7,23 @@ made. The trainer draws nothing itself: the command line gives it callbacks that
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from transformers import TrainerCallback
 
 from neat_align.rounds.completions import CompletionGroup
+from neat_align.runs.plan import RunPlan
+
+logger = logging.getLogger(__name__)
+WHOLE_DATA = "data_passes: 1 is one pass over all of it"
 
 
 class RunCallback(TrainerCallback):
     """A `TrainerCallback` that is also told of stages and rounds. Methods do nothing by default."""
+
+    def on_plan(self, plan: RunPlan, done_steps: int) -> None:
+        """What the run will do, before anything is sampled; so many steps are done. Rank 0 only."""
 
     def on_stage(self, title: str, stage: str, finished: int, total: int) -> None:
         """A stage (sampling, scoring) of `title` has finished this many of its pieces."""
@@ -25,6 +33,17 @@ class RunCallback(TrainerCallback):
 
     def on_round_made(self, round_index: int, groups: Sequence[CompletionGroup]) -> None:
         """A round's groups are ready to be learned from; rounds count from 0. Rank 0 only."""
+
+
+def tell_plan(callbacks: Sequence[TrainerCallback], plan: RunPlan, done_steps: int) -> None:
+    """Tell every `RunCallback` the plan; where none does anything with it, it is logged."""
+    listeners = [c for c in callbacks if isinstance(c, RunCallback) and shows_plan(c)]
+    for callback in listeners:
+        callback.on_plan(plan, done_steps)
+    if not listeners:
+        # At a level that is shown by default: that a run sees little of its data must not pass
+        # without a word.
+        logger.warning("%s", "\n".join(plan.lines(more=WHOLE_DATA, done_steps=done_steps)))
 
 
 @contextlib.contextmanager
@@ -52,6 +71,11 @@ def tell_round(
     for callback in callbacks:
         if isinstance(callback, RunCallback):
             callback.on_round_made(round_index, groups)
+
+
+def shows_plan(callback: RunCallback) -> bool:
+    """Whether a callback does something with the plan."""
+    return type(callback).on_plan is not RunCallback.on_plan
 
 
 def shows_groups(callback: TrainerCallback | type[TrainerCallback]) -> bool:

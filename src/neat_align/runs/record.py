@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,30 +10,38 @@ from neat_align.config import NEATConfig
 from neat_align.files.atomic import read_json, write_json
 from neat_align.files.provenance import versions
 from neat_align.files.secrets import redacted
-from neat_align.prompts.rows import PromptRow
-from neat_align.runs.run_key import fingerprint
 
 
 def write_run_record(
     output_dir: Path,
     args: NEATConfig,
-    rows: Sequence[PromptRow],
     reward_names: Sequence[str],
+    data: Mapping[str, Any],
     metrics_bytes: int = 0,
 ) -> None:
     """Write run.json into the run directory.
 
-    `metrics_bytes` is how long metrics.jsonl is before the first step.
+    `data` is what it says about data and plan. `metrics_bytes` is how long metrics.jsonl is before
+    the first step.
     """
     record: dict[str, Any] = {
         "config": redacted(cast("Any", args).to_dict()),
         "versions": versions(),
         "seed": args.seed,
-        "data": {"rows": len(rows), "sha256": fingerprint(rows)},
+        **data,
         "rewards": list(reward_names),
         "metrics_bytes": metrics_bytes,
     }
     write_json(output_dir / "run.json", record)
+
+
+def update_run_record(output_dir: Path, data: Mapping[str, Any]) -> None:
+    """Bring what run.json says about data and plan up to date."""
+    path = output_dir / "run.json"
+    record = read_json(path)
+    updated = record | dict(data)
+    if updated != record:
+        write_json(path, updated)
 
 
 def record_changes(output_dir: Path, args: NEATConfig, step: int, changes: Sequence[str]) -> None:

@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, SaveError
 from neat_align.files.atomic import cut_to, read_json, size_of
-from neat_align.prompts.rows import PromptRow
 from neat_align.rounds.round_files import set_aside_round
 from neat_align.runs.checkpoints import (
     checkpoint_to_resume,
@@ -33,7 +32,7 @@ from neat_align.runs.checkpoints import (
 )
 from neat_align.runs.lock import LOCK_FILE, one_writer
 from neat_align.runs.ranks import Ranks
-from neat_align.runs.record import record_changes, write_run_record
+from neat_align.runs.record import record_changes, update_run_record, write_run_record
 from neat_align.runs.resume_state import (
     RANK_ZERO_FILE,
     ResumeState,
@@ -62,15 +61,23 @@ class RunDirectory:
         args: the configuration; `output_dir` is the directory.
         ranks: the run's processes. Methods are called on all of them unless they say otherwise.
         steps_per_round: gives the optimizer steps in a round.
+        on_open: called on all ranks each time the run was begun or taken up, with the optimizer
+            steps that are done.
     """
 
     def __init__(
-        self, args: NEATConfig, ranks: Ranks, *, steps_per_round: Callable[[], int]
+        self,
+        args: NEATConfig,
+        ranks: Ranks,
+        *,
+        steps_per_round: Callable[[], int],
+        on_open: Callable[[int], None] = lambda done_steps: None,
     ) -> None:
         self.path = Path(str(args.output_dir))
         self.args = args
         self.ranks = ranks
         self.steps_per_round = steps_per_round
+        self._on_open = on_open
         # Checkpoints that are kept while training; `own_limits` says why Trainer is not told.
         self._save_total_limit = args.save_total_limit
         self._start: RunStart | None = None
@@ -131,6 +138,7 @@ class RunDirectory:
 
         self.ranks.run_on_rank_zero(open_on_rank_zero, "while it opened the run")
         self._start = broadcast_object_list(opened)[0]
+        self._on_open(step_of(self._start.checkpoint))
 
     def take_start(
         self, resume: str | bool | None, run_key: Callable[[], Mapping[str, Any]]
@@ -203,23 +211,32 @@ class RunDirectory:
             if folder.name.isdigit() and int(folder.name) >= first:
                 set_aside_round(folder, "it was sampled by another policy")
 
-    def record_start(self, rows: Sequence[PromptRow], reward_names: Sequence[str]) -> None:
-        """Write run.json, unless an earlier start of the run has."""
-        if self.ranks.is_rank_zero and not (self.path / "run.json").is_file():
+    def record_start(self, reward_names: Sequence[str], data: Mapping[str, Any]) -> None:
+        """Write run.json, unless an earlier start of the run has.
+
+        `data` is what it says about the data, and about the plan, which is kept up to date.
+        """
+        if not self.ranks.is_rank_zero:
+            return
+        if (self.path / "run.json").is_file():
+            update_run_record(self.path, data)
+        else:
             size = size_of(self.metrics_file)
-            write_run_record(self.path, self.args, rows, reward_names, size)
+            write_run_record(self.path, self.args, reward_names, data, size)
 
     @contextlib.contextmanager
-    def own_limits(self, start: RunStart, *, has_stopped: bool) -> Iterator[None]:
+    def own_limits(self, start: RunStart, *, has_stopped: bool, rounds: int) -> Iterator[None]:
         """Keep from Trainer what is done here while it trains.
 
-        That is deleting checkpoints (Trainer would before the new one is marked), and ending a run
-        at once that had stopped by itself.
+        That is deleting checkpoints (Trainer would before the new one is marked), the number of
+        `rounds` where `data_passes` sets it, and ending a run at once that had stopped by itself.
         """
         a = self.args
         before = a.save_total_limit, a.num_train_epochs, a.max_steps
         self._save_total_limit = a.save_total_limit
         a.save_total_limit = None
+        if a.data_passes is not None:
+            a.num_train_epochs = rounds
         if has_stopped:
             rounds = -(-step_of(start.checkpoint) // self.steps_per_round())
             a.num_train_epochs, a.max_steps = rounds, -1

@@ -87,6 +87,8 @@ FREE_OPTIONS = frozenset(
         "allow_changes",
         "alarm_logp_drop",
         "alarm_ratio",
+        # A run that stopped at a bad row goes on without it; all else has no such row.
+        "on_bad_row",
     ]
 )
 

@@ -28,7 +28,6 @@ from neat_align.evaluation.held_out import Evaluation
 from neat_align.learning.batches import GroupBatch
 from neat_align.learning.current_round import CurrentRoundDataset
 from neat_align.learning.objective import LossCounts
-from neat_align.prompts.row_checks import as_rows
 from neat_align.rewards.protocol import RewardSpec
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.round_files import FinishedRound
@@ -96,7 +95,7 @@ class NEATTrainer(Trainer):
         args = given.as_config(args)
         data = read_data(args, train_dataset, eval_dataset)
         check_settings(args, callbacks or (), data)
-        setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
+        setup, data = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
             args, contrast, reward_funcs, judge_funcs, reward_processing_classes
@@ -123,11 +122,11 @@ class NEATTrainer(Trainer):
             forward_backward=self._forward_backward,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             steps_per_round=lambda: self.steps_per_round,
+            on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
         rehearse(self, self.steps_per_round)
         keep_one_progress_bar(self)
-        # The last callback, so that all others have seen the save.
-        self.add_callback(StopAfterSaveCallback(self.parts.ranks))
+        self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
     def _sum_logprobs(self, *rows: Any) -> list[float]:
         return self.parts.policies.sum_logprobs(*rows)
@@ -159,6 +158,7 @@ class NEATTrainer(Trainer):
 
     def make_round(self, index: int) -> FinishedRound:
         """Sample, score and rank a round, or read it when it is finished on the disk."""
+        self.parts.record_skipped()
         return self.parts.round_maker.make(
             index,
             is_start=self.state.global_step == 0,
@@ -234,7 +234,7 @@ class NEATTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train for `num_train_epochs` rounds.
+        """Train for `num_train_epochs` rounds, or as many as `data_passes` takes.
 
         `resume_from_checkpoint=True` goes on from the newest complete checkpoint, or from the first
         round's finished work when there is none yet: same weights, rounds and metrics as without
@@ -247,7 +247,8 @@ class NEATTrainer(Trainer):
             start = directory.take_start(resume_from_checkpoint, self.parts.run_key)
             self.round_callback.start_from(start)
             self.parts.record_start()
-            with directory.own_limits(start, has_stopped=self.stopped_because is not None):
+            rounds, has_stopped = self.parts.plan.rounds, self.stopped_because is not None
+            with directory.own_limits(start, has_stopped=has_stopped, rounds=rounds):
                 try:
                     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
                     output = super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -287,9 +288,8 @@ class NEATTrainer(Trainer):
             raise ConfigError(
                 "ignore_keys has no meaning: evaluate samples and collects no outputs"
             )
-        given = eval_dataset is not None
         self.last_evaluation = self.parts.evaluate(
-            as_rows(eval_dataset, "eval_dataset") if given else self.parts.data.eval_rows,
+            eval_dataset,
             self.callback_handler.callbacks,
             is_start=self.state.global_step == 0,
             may_stop=not self.is_in_train,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +21,14 @@ from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.modeling.packing import Layout
 from neat_align.prompts.rendering import eos_token_ids
+from neat_align.prompts.row_checks import as_rows
 from neat_align.prompts.rows import PromptRow
-from neat_align.runs.events import stage_reporter
+from neat_align.prompts.skipped_rows import SKIPPED_FILE, SkippedRows
+from neat_align.runs.events import stage_reporter, tell_plan
+from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
-from neat_align.runs.run_key import fingerprint, run_key, text_fingerprint
+from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
@@ -33,6 +38,7 @@ from neat_align.trainer.setup import (
     TrainingData,
     judged_by_start,
     layout_for,
+    usable_rows,
 )
 from neat_align.trainer.startup_checks import check_followed_metric
 
@@ -83,21 +89,23 @@ class TrainerParts:
 
     def evaluate(
         self,
-        rows: Sequence[PromptRow],
+        eval_dataset: Any,
         callbacks: Sequence[TrainerCallback],
         *,
         is_start: bool,
         may_stop: bool,
     ) -> Evaluation:
-        """Sample and judge the current policy on held-out rows (plain prompt).
+        """Sample and judge the current policy on held-out rows (plain prompt); None: the run's own.
 
         `is_start`: no optimizer step has been made, so there is no KL to measure. `may_stop`: a
         signal ends it at once; within training it is finished first, since a checkpoint comes next.
         """
+        rows = self.data.eval_rows if eval_dataset is None else self._held_out(eval_dataset)
         if not rows:
             raise ConfigError(
                 "there is nothing to evaluate on: pass an eval_dataset with held-out prompts"
             )
+        self.record_skipped()
         with stage_reporter(callbacks, "evaluate") as report:
 
             def progress(stage: str, finished: int, total: int) -> None:
@@ -127,16 +135,49 @@ class TrainerParts:
         logger.warning("this evaluation has no %s: it counts as no improvement", key)
         return {key: math.nan}
 
+    def _held_out(self, eval_dataset: Any) -> list[PromptRow]:
+        """The rows of a data set that can be evaluated on."""
+        skipped = SkippedRows()
+        rows = as_rows(eval_dataset, "eval_dataset", self.args.on_bad_row, skipped)
+        tokenizer, name = self.setup.tokenizer, "eval_dataset"
+        usable = usable_rows(self.args, self.data, rows, tokenizer, name, skipped=skipped)
+        self.data.skipped.take(skipped)
+        return usable.rows
+
     def complete_training_log(self, logs: dict[str, float], step: int) -> None:
         """Add the training metrics since the last log line, and look at them for alarms."""
         logs |= self.engine.metrics.take()
         if self.ranks.is_rank_zero:
             self.alarms.training(logs, (step - 1) // self.directory.steps_per_round())
 
+    @functools.cached_property
+    def plan(self) -> RunPlan:
+        """How much the run will do, and with what share of the data."""
+        return plan_run(
+            self.args,
+            self.data.prompt_lengths,
+            prompts_per_round=self.round_maker.num_groups,
+            steps_per_round=self.directory.steps_per_round(),
+        )
+
+    def announce(self, callbacks: Sequence[TrainerCallback], done_steps: int) -> None:
+        """Say what the run will do and which rows were left out, before anything is paid for."""
+        if self.ranks.is_rank_zero:
+            self.record_skipped()
+            tell_plan(callbacks, self.plan, done_steps)
+
+    def record_skipped(self) -> None:
+        """List the rows that were left out in the run directory, and say how many there are."""
+        if self.ranks.is_rank_zero:
+            self.data.skipped.write(self.directory.path)
+
     def record_start(self) -> None:
         """Write run.json, unless an earlier start of the run has."""
         names = [reward.name for reward in self.scored_by.rewards]
-        self.directory.record_start(self.data.rows, names)
+        data: dict[str, Any] = {"rows": len(self.data.rows), "sha256": self.data.fingerprints[0]}
+        if self.data.skipped.count:
+            data |= {"skipped_rows": self.data.skipped.count, "skipped_file": SKIPPED_FILE}
+        self.directory.record_start(names, {"data": data, "plan": self.plan.to_json()})
 
     def run_key(self) -> dict[str, object]:
         """What this run may not change when it goes on: options that decide results, data, model,
@@ -152,8 +193,8 @@ class TrainerParts:
                 "start weights": setup.start_fingerprint,
                 "tokenizer": text_fingerprint(template),
                 "instructions": text_fingerprint(pairs),
-                "training data": fingerprint(self.data.rows),
-                "held-out data": fingerprint(self.data.eval_rows),
+                "training data": self.data.fingerprints[0],
+                "held-out data": self.data.fingerprints[1],
                 "rewards": [[r.name, r.weight] for r in self.scored_by.rewards],
                 "judges": [j.name for j in self.scored_by.judges],
                 "processes": self.args.world_size,
@@ -171,6 +212,7 @@ def compose(
     forward_backward: ForwardBackward,
     sharded: bool,
     steps_per_round: Callable[[], int],
+    on_open: Callable[[int], None],
 ) -> TrainerParts:
     """The parts, once Trainer's constructor has made the accelerator.
 
@@ -178,7 +220,7 @@ def compose(
     """
     _check_followed(args, data, scored_by)
     ranks = Ranks(accelerator, StopRequest())
-    directory = RunDirectory(args, ranks, steps_per_round=steps_per_round)
+    directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     layout = layout_for(args, setup, data, sharded=sharded)
     policies = _policies(args, setup, layout, conversational=data.conversational)
     return TrainerParts(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +28,16 @@ from neat_align.modeling.requirements import (
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity, load_bank
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
-from neat_align.prompts.row_checks import as_rows, check_group_size, check_prompts
+from neat_align.prompts.row_checks import (
+    UsablePrompts,
+    as_rows,
+    check_group_size,
+    check_prompts,
+    warn_of_unused_template,
+)
 from neat_align.prompts.rows import Prompt, PromptRow, is_conversational
 from neat_align.prompts.seeds import draw_pair
+from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.prompts.template_check import check_template
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
@@ -37,7 +45,7 @@ from neat_align.rewards.protocol import NamedReward, RewardSpec
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.runs.events import shows_groups
-from neat_align.runs.run_key import weights_fingerprint
+from neat_align.runs.run_key import fingerprint, weights_fingerprint
 from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 
 logger = logging.getLogger(__name__)
@@ -49,11 +57,22 @@ GivenRewards = RewardSpec | Sequence[RewardSpec] | None
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows to learn from, and held-out rows. `conversational`: prompts are messages, not text."""
+    """Rows to learn from, and held-out rows.
+
+    `conversational`: prompts are messages, not text. `skipped`: rows that were left out.
+    `prompt_lengths`: tokens of each row's prompt, once they were checked.
+    """
 
     rows: list[PromptRow]
     eval_rows: list[PromptRow]
     conversational: bool
+    skipped: SkippedRows = field(default_factory=SkippedRows)
+    prompt_lengths: Sequence[int] = ()
+
+    @functools.cached_property
+    def fingerprints(self) -> tuple[str, str]:
+        """Of the rows to learn from, and of the held-out rows; taken once."""
+        return fingerprint(self.rows), fingerprint(self.eval_rows)
 
 
 @dataclass(frozen=True)
@@ -108,9 +127,51 @@ def read_data(args: NEATConfig, train_dataset: Any, eval_dataset: Any) -> Traini
     """The rows of both data sets. Raises DataError and ConfigError."""
     if train_dataset is None:
         raise ConfigError("NEATTrainer needs a train_dataset with prompts")
-    rows = as_rows(train_dataset, "train_dataset")
-    eval_rows = [] if eval_dataset is None else as_rows(eval_dataset, "eval_dataset")
-    return TrainingData(rows, eval_rows[: args.num_eval_prompts], is_conversational(rows))
+    skipped = SkippedRows()
+    rows = as_rows(train_dataset, "train_dataset", args.on_bad_row, skipped)
+    eval_rows: list[PromptRow] = []
+    if eval_dataset is not None:
+        eval_rows = as_rows(eval_dataset, "eval_dataset", args.on_bad_row, skipped)
+    return TrainingData(rows, eval_rows, is_conversational(rows), skipped)
+
+
+def usable_rows(
+    args: NEATConfig,
+    data: TrainingData,
+    rows: Sequence[PromptRow],
+    tokenizer: Any,
+    name: str,
+    *,
+    skipped: SkippedRows,
+    most: int | None = None,
+) -> UsablePrompts:
+    """The rows that tokenizer, template and limits allow; see `check_prompts`."""
+    return check_prompts(
+        rows,
+        tokenizer,
+        args.max_prompt_length,
+        conversational=data.conversational,
+        name=name,
+        on_bad_row=args.on_bad_row,
+        skipped=skipped,
+        most=most,
+    )
+
+
+def _usable_data(args: NEATConfig, data: TrainingData, tokenizer: Any) -> TrainingData:
+    train = usable_rows(args, data, data.rows, tokenizer, "training prompts", skipped=data.skipped)
+    held_out = usable_rows(
+        args,
+        data,
+        data.eval_rows,
+        tokenizer,
+        "held-out prompts",
+        skipped=data.skipped,
+        most=args.num_eval_prompts,
+    )
+    warn_of_unused_template(tokenizer, conversational=data.conversational)
+    check_group_size(train.rows, args)
+    return replace(data, rows=train.rows, eval_rows=held_out.rows, prompt_lengths=train.lengths)
 
 
 def set_up_policy(
@@ -120,8 +181,10 @@ def set_up_policy(
     tokenizer: Any,
     peft_config: Any,
     ref_model: str | torch.nn.Module | None,
-) -> PolicySetup:
+) -> tuple[PolicySetup, TrainingData]:
     """Load what is named, and check that policy, tokenizer, template, bank and data fit together.
+
+    Gives the data without the rows that `on_bad_row` leaves out.
 
     Raises ConfigError, DataError and PromptError, each with what to change.
     """
@@ -133,9 +196,7 @@ def set_up_policy(
         placement = args.instruction_placement
         check_template(tokenizer, bank, placement, conversational=conversational)
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
-    check_group_size(data.rows, args)
-    everything = (*data.rows, *data.eval_rows)
-    check_prompts(everything, tokenizer, args.max_prompt_length, conversational=conversational)
+    data = _usable_data(args, data, tokenizer)
     settle_generation_config(policy)
     ref_model = load_policy(ref_model) if isinstance(ref_model, str) else ref_model
     reference_given = ref_model is not None and ref_model is not policy
@@ -148,7 +209,7 @@ def set_up_policy(
         disable_dropout(policy)
     check_trainable_weights(policy)
     start = weights_fingerprint(policy)
-    return PolicySetup(policy, tokenizer, bank, reference, reference_given, start)
+    return PolicySetup(policy, tokenizer, bank, reference, reference_given, start), data
 
 
 def set_up_rewards(
