@@ -46,6 +46,9 @@ def probe(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; above 0.")] = 0.7,
     seed: SeedOption = 0,
     generation_batch_size: Annotated[int, typer.Option(help="Answers sampled at once.")] = 64,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="Variables for the chat template, as a JSON object.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
@@ -69,5 +72,6 @@ def probe(
         temperature=temperature,
         seed=seed,
         generation_batch_size=generation_batch_size,
+        chat_template_kwargs=chat_template_kwargs,
     )
     run_probe(settings, output, Console())

@@ -26,6 +26,7 @@ class ProbeSettings:
     temperature: float = 0.7
     seed: int = 0
     generation_batch_size: int = 64
+    chat_template_kwargs: str | None = None
 
     def __post_init__(self) -> None:
         if self.placement not in (*PLACEMENTS, "all"):

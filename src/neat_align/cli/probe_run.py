@@ -30,9 +30,12 @@ from neat_align.modeling.precision import half_precision_copy
 from neat_align.pipeline import load_data
 from neat_align.prompts.instruction_banks import InstructionBank, load_bank
 from neat_align.prompts.placement import Placement
-from neat_align.prompts.rendering import eos_token_ids, prompt_ids
-from neat_align.prompts.rows import PromptRow, is_conversational
-from neat_align.prompts.template_check import check_template
+from neat_align.prompts.rendering import eos_token_ids
+from neat_align.prompts.row_checks import check_reading
+from neat_align.prompts.row_prompts import row_prompt_ids
+from neat_align.prompts.rows import NO_INPUTS, PromptRow, TemplateInputs, is_conversational
+from neat_align.prompts.template_check import check_rendering, check_template
+from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.rewards.http import check_http_hosts
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.resolve import resolve_rewards
@@ -60,7 +63,8 @@ def run_probe(
     if output is not None and output.suffix != ".json":
         raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
     bank = load_bank(settings.bank)
-    rows = _rows(settings)
+    kwargs = read_kwargs(settings.chat_template_kwargs, "chat_template_kwargs")
+    rows = with_template_kwargs(_rows(settings), kwargs)
     model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
@@ -69,10 +73,13 @@ def run_probe(
             "the prompts are text and are used without the tokenizer's chat template: for a chat "
             "model, --as_conversations"
         )
+    inputs = TemplateInputs(kwargs=kwargs)
+    check_rendering(tokenizer, conversational=conversational, inputs=inputs)
+    check_reading(rows, tokenizer, conversational=conversational)
     placements, refused = usable_placements(
-        settings.placement, tokenizer, bank, conversational=conversational
+        settings.placement, tokenizer, bank, conversational=conversational, inputs=inputs
     )
-    tools = _tools(settings, model, tokenizer, rows, conversational=conversational)
+    tools = _tools(settings, model, tokenizer, rows, inputs, conversational=conversational)
     params = ProbeParams(
         placements=placements,
         sampling=SamplingParams(settings.max_completion_length, settings.temperature),
@@ -118,7 +125,12 @@ def _rows(settings: ProbeSettings) -> list[PromptRow]:
 
 
 def usable_placements(
-    placement: str, tokenizer: Any, bank: InstructionBank, *, conversational: bool
+    placement: str,
+    tokenizer: Any,
+    bank: InstructionBank,
+    *,
+    conversational: bool,
+    inputs: TemplateInputs = NO_INPUTS,
 ) -> tuple[tuple[Placement, ...], dict[str, str]]:
     """The placements to probe, and why others are left out of `all`.
 
@@ -128,7 +140,7 @@ def usable_placements(
     refused: dict[str, str] = {}
     for one in asked:
         try:
-            check_template(tokenizer, bank, one, conversational=conversational)
+            check_template(tokenizer, bank, one, conversational=conversational, inputs=inputs)
         except PromptError as error:
             refused[one] = str(error)
             if len(refused) == len(asked):
@@ -141,6 +153,7 @@ def _tools(
     model: Any,
     tokenizer: Any,
     rows: Sequence[PromptRow],
+    inputs: TemplateInputs,
     *,
     conversational: bool,
 ) -> ProbeTools:
@@ -149,7 +162,7 @@ def _tools(
         accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
     )
     model.to(device)
-    ids = [prompt_ids(tokenizer, row.prompt) for row in rows]
+    ids = [row_prompt_ids(tokenizer, row) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
     layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
     context = getattr(model.config, "max_position_embeddings", None)
@@ -161,7 +174,9 @@ def _tools(
         tokenizer=tokenizer,
         sampler=TransformersSampler(
             model=policy,
-            eos_token_ids=eos_token_ids(tokenizer, model, conversational=conversational),
+            eos_token_ids=eos_token_ids(
+                tokenizer, model, conversational=conversational, inputs=inputs
+            ),
             pad_token_id=tokenizer.pad_token_id,
             batch_size=settings.generation_batch_size,
             autocast_dtype=autocast_dtype,
@@ -174,6 +189,7 @@ def _tools(
             autocast_dtype=autocast_dtype,
         ),
         rewards=_rewards(settings),
+        template_kwargs=inputs.kwargs,
         max_prompt_length=None if context is None else context - settings.max_completion_length,
     )
 

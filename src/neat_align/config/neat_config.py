@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from neat_align.config import combinations
-from neat_align.config.constraints import check_options, option, read_numbers
+from neat_align.config.constraints import check_options, option, read_numbers, read_object
 from neat_align.config.unsupported import (
     TRAINER_RULES,
     check_not_sharded,
@@ -144,6 +144,11 @@ class NEATConfig(TrainingArguments):
         "Where the instruction goes: `system` turn, `user_suffix` of the last user turn, or "
         "`affix` to the assistant turn.",
         choices=PLACEMENTS,
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Variables for the chat template, as JSON (a mapping in recipes), such as "
+        '{"enable_thinking": false}; those of a row\'s chat_template_kwargs column win.',
     )
     max_prompt_length: int = option(
         512,
@@ -353,6 +358,7 @@ class NEATConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         read_numbers(self)
+        read_object(self, "chat_template_kwargs")
         check_not_sharded(self)
         choose_device(self)
         try:

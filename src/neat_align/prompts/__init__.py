@@ -8,6 +8,9 @@ row_checks.py         rows against tokenizer and settings, before anything is sa
 instruction_banks.py  pairs of instructions, positive and negative (banks/*.yaml)
 placement.py          where on a prompt an instruction goes
 rendering.py          prompts and answers to token ids, by the chat template
-template_check.py     what a chat template must keep, before anything is sampled
+row_prompts.py        a row's prompt as token ids, plain or under an instruction
+template_inputs.py    tools and chat_template_kwargs: what a template is given besides messages
+control_tokens.py     control tokens that a text spells out, and which of them stay text
+template_check.py     what tokenizer and template must do, before anything is sampled
 seeds.py              seeds and draws that depend on their arguments alone
 """

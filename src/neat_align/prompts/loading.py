@@ -22,6 +22,7 @@ from neat_align.errors import DataError
 from neat_align.prompts.file_readers import READERS, Record, numbered, open_dataset
 from neat_align.prompts.row_forms import answer_warnings, read_pair, short_repr
 from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.template_inputs import read_template_inputs
 
 MAX_ERRORS_SHOWN = 5
 # The name of a data set on the hub: "name" or "owner/name".
@@ -136,8 +137,10 @@ class _Checker:
         row_warnings, answers_are_usable = answer_warnings(record, prompt, chosen, rejected)
         if not answers_are_usable:
             chosen = rejected = None
-        row_id, id_field = self._identify(record, [prompt, chosen, rejected], where)
-        key = json.dumps(prompt)
+        inputs = read_template_inputs(record)
+        given = [[inputs.tools, inputs.kwargs]] if inputs else []
+        row_id, id_field = self._identify(record, [prompt, chosen, rejected, *given], where)
+        key = json.dumps([prompt, *given])
         self._prompts[key] += 1
         if self._prompts[key] > 1:
             row_warnings.append(
@@ -148,7 +151,7 @@ class _Checker:
             self.warnings[warning].append(where)
         read = ("prompt", "chosen", "rejected", id_field)
         columns = {name: value for name, value in record.items() if name not in read}
-        return PromptRow(row_id, prompt, chosen, rejected, columns, where)
+        return PromptRow(row_id, prompt, chosen, rejected, columns, where, inputs)
 
     def _check_form(self, field: str, value: object, where: str) -> None:
         if value is None:

@@ -8,9 +8,17 @@ from typing import Any, cast
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, DataError, PromptError
+from neat_align.prompts.control_tokens import control_tokens
 from neat_align.prompts.loading import rows_from_dataset
-from neat_align.prompts.rendering import prompt_ids, prompt_text
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rendering import (
+    answer_text_ids,
+    prompt_text,
+    split_end,
+    tokenizer_name,
+    unread_kwargs,
+)
+from neat_align.prompts.row_prompts import row_prompt_ids
+from neat_align.prompts.rows import PromptRow, TemplateInputs
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +36,12 @@ def check_prompts(
     """Refuse prompts that cannot be sampled from; messages name the row.
 
     DataError: longer than `max_prompt_length` tokens, or of another form than the others.
-    PromptError: the chat template refuses or shortens it. Text prompts that bypass a chat template
-    are warned of.
+    PromptError: the chat template refuses or shortens it, or does not read the row's tools; an
+    answer holds nothing but its end. Text prompts that bypass a chat template, and variables that
+    the template does not read, are warned of.
     """
-    lengths = [(row, _length(row, tokenizer, conversational=conversational)) for row in rows]
-    too_long = [(row, n) for row, n in lengths if n > max_prompt_length]
+    lengths = check_reading(rows, tokenizer, conversational=conversational)
+    too_long = [(row, n) for row, n in zip(rows, lengths, strict=True) if n > max_prompt_length]
     if too_long:
         named = ", ".join(f"{row.where} ({n})" for row, n in too_long[:5])
         raise DataError(
@@ -47,6 +56,35 @@ def check_prompts(
         )
 
 
+def check_reading(
+    rows: Sequence[PromptRow], tokenizer: Any, *, conversational: bool
+) -> list[int]:
+    """The prompts' lengths in tokens, once it is known that the model reads all of each row.
+
+    Raises DataError and PromptError as `check_prompts` does, but for lengths.
+    """
+    lengths = [_length(row, tokenizer, conversational=conversational) for row in rows]
+    _warn_of_unread_kwargs(rows, tokenizer)
+    return lengths
+
+
+def _warn_of_unread_kwargs(rows: Sequence[PromptRow], tokenizer: Any) -> None:
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        if row.template_inputs.kwargs:
+            for name in unread_kwargs(tokenizer, row.template_inputs):
+                places.setdefault(name, []).append(row.where)
+    for name, where in places.items():
+        logger.warning(
+            "chat_template_kwargs of %d rows gives %s, which the chat template of %s never reads "
+            "(the first: %s)",
+            len(where),
+            name,
+            tokenizer_name(tokenizer),
+            where[0],
+        )
+
+
 def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
     """Tokens of a row's prompt, after a look at its form and at what the template makes of it."""
     if isinstance(row.prompt, str) == conversational:
@@ -56,12 +94,48 @@ def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
             "both (--as_conversations true turns text into messages)"
         )
     try:
-        ids = prompt_ids(tokenizer, row.prompt)
-        if not isinstance(row.prompt, str) and any(m["role"] == "system" for m in row.prompt):
-            _check_system_turn_is_kept(row, prompt_text(tokenizer, row.prompt))
+        ids = row_prompt_ids(tokenizer, row)
+        if not isinstance(row.prompt, str):
+            _check_is_read(row, tokenizer)
     except PromptError as error:
         raise PromptError(f"{row.where}: prompt: {error} (change this row, or drop it)") from error
+    _check_answers(row, tokenizer, conversational=conversational)
     return len(ids)
+
+
+def _check_answers(row: PromptRow, tokenizer: Any, *, conversational: bool) -> None:
+    """What of the data's own answers control tokens can spoil."""
+    finder, inputs = control_tokens(tokenizer).finder, row.template_inputs
+    for field, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if answer is None or not finder.tokens_in(answer):
+            continue
+        try:
+            text, _ = split_end(tokenizer, answer, conversational=conversational, inputs=inputs)
+            if not text.strip():
+                raise PromptError(f"{answer!r} holds nothing but its end")
+            answer_text_ids(tokenizer, text, conversational=conversational)
+        except PromptError as error:
+            raise PromptError(
+                f"{row.where}: {field}: {error} (change this row, or drop it)"
+            ) from error
+
+
+def _check_is_read(row: PromptRow, tokenizer: Any) -> None:
+    """Refuse system turns and tools that do not reach the model."""
+    inputs = row.template_inputs
+    roles = {m["role"] for m in row.prompt if isinstance(m, dict)}
+    if not inputs.tools and "system" not in roles:
+        return
+    text = prompt_text(tokenizer, row.prompt, inputs=inputs)
+    if inputs.tools and text == prompt_text(
+        tokenizer, row.prompt, inputs=TemplateInputs(kwargs=inputs.kwargs)
+    ):
+        raise PromptError(
+            f"the chat template of {tokenizer_name(tokenizer)} does not read tools, so the model "
+            "would never see them: use a model whose template does, or leave the tools column out"
+        )
+    if "system" in roles:
+        _check_system_turn_is_kept(row, text)
 
 
 def _check_system_turn_is_kept(row: PromptRow, text: str) -> None:

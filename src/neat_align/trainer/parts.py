@@ -17,7 +17,7 @@ from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.modeling.packing import Layout
 from neat_align.prompts.rendering import eos_token_ids
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.runs.events import stage_reporter
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
@@ -205,7 +205,12 @@ def _policies(
         model=setup.model,
         reference=setup.reference,
         layout=layout,
-        eos_token_ids=eos_token_ids(setup.tokenizer, setup.model, conversational=conversational),
+        eos_token_ids=eos_token_ids(
+            setup.tokenizer,
+            setup.model,
+            conversational=conversational,
+            inputs=TemplateInputs(kwargs=template_kwargs(args)),
+        ),
         pad_token_id=setup.tokenizer.pad_token_id,
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,

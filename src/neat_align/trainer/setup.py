@@ -11,7 +11,7 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.packing import Layout, TokenIds
@@ -25,9 +25,17 @@ from neat_align.prompts.instruction_banks import InstructionBank, Polarity, load
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
 from neat_align.prompts.row_checks import as_rows, check_group_size, check_prompts
-from neat_align.prompts.rows import Prompt, PromptRow, is_conversational
+from neat_align.prompts.row_prompts import row_prompt_ids
+from neat_align.prompts.rows import (
+    NO_INPUTS,
+    Prompt,
+    PromptRow,
+    TemplateInputs,
+    is_conversational,
+)
 from neat_align.prompts.seeds import draw_pair
-from neat_align.prompts.template_check import check_template
+from neat_align.prompts.template_check import check_rendering, check_template
+from neat_align.prompts.template_inputs import joined_inputs, read_kwargs, with_template_kwargs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
 from neat_align.rewards.protocol import NamedReward, RewardSpec
@@ -98,9 +106,20 @@ def read_data(args: NEATConfig, train_dataset: Any, eval_dataset: Any) -> Traini
     """The rows of both data sets. Raises DataError and ConfigError."""
     if train_dataset is None:
         raise ConfigError("NEATTrainer needs a train_dataset with prompts")
-    rows = as_rows(train_dataset, "train_dataset")
-    eval_rows = [] if eval_dataset is None else as_rows(eval_dataset, "eval_dataset")
+    kwargs = template_kwargs(args)
+    rows = with_template_kwargs(as_rows(train_dataset, "train_dataset"), kwargs)
+    eval_rows = []
+    if eval_dataset is not None:
+        eval_rows = with_template_kwargs(as_rows(eval_dataset, "eval_dataset"), kwargs)
     return TrainingData(rows, eval_rows[: args.num_eval_prompts], is_conversational(rows))
+
+
+def template_kwargs(args: NEATConfig) -> dict[str, Any]:
+    """The option's variables for the chat template. Raises ConfigError."""
+    try:
+        return read_kwargs(args.chat_template_kwargs, "chat_template_kwargs")
+    except DataError as error:
+        raise ConfigError(str(error)) from error
 
 
 def set_up_policy(
@@ -119,9 +138,11 @@ def set_up_policy(
     tokenizer = load_tokenizer(policy, tokenizer)
     bank = load_bank(args.instruction_bank)
     conversational = data.conversational
-    if args.num_positive or args.num_negative:
+    inputs = TemplateInputs(kwargs=template_kwargs(args))
+    check_rendering(tokenizer, conversational=conversational, inputs=inputs)
+    if args.num_positive or args.num_negative or (args.evaluate_contrast and data.eval_rows):
         placement = args.instruction_placement
-        check_template(tokenizer, bank, placement, conversational=conversational)
+        check_template(tokenizer, bank, placement, conversational=conversational, inputs=inputs)
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
     check_group_size(data.rows, args)
     everything = (*data.rows, *data.eval_rows)
@@ -190,11 +211,15 @@ def _resolved(
 def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) -> ContrastReward:
     """The policy's own log-probability under the positive against the negative instruction."""
 
-    def render(prompt: Prompt, polarity: Polarity) -> list[int]:
+    option = template_kwargs(args)
+
+    def render(
+        prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS
+    ) -> list[int]:
         pair = draw_pair(setup.bank, run_seed=args.seed, round_index=0, prompt_id=str(prompt))
         instruction = pair.positive if polarity == "positive" else pair.negative
         placed = instructed(prompt, instruction, args.instruction_placement)
-        return prompt_ids(setup.tokenizer, *placed)
+        return prompt_ids(setup.tokenizer, *placed, joined_inputs(option, inputs))
 
     return ContrastReward(score=score, render=render)
 
@@ -227,7 +252,7 @@ def layout_for(
             "max_tokens_per_micro_batch does not cut"
         )
         return "padded"
-    prompts = [prompt_ids(setup.tokenizer, row.prompt) for row in data.rows[:2]]
+    prompts = [row_prompt_ids(setup.tokenizer, row) for row in data.rows[:2]]
     longest = args.max_prompt_length + args.max_completion_length
     pad = setup.tokenizer.pad_token_id
     layout = choose_layout(setup.model, prompts, pad_token_id=pad, longest=longest)
