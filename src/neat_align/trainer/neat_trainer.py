@@ -28,7 +28,6 @@ from neat_align.evaluation.held_out import Evaluation
 from neat_align.learning.batches import GroupBatch
 from neat_align.learning.current_round import CurrentRoundDataset
 from neat_align.learning.objective import LossCounts
-from neat_align.prompts.row_checks import as_rows
 from neat_align.rewards.protocol import RewardSpec
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.round_files import FinishedRound
@@ -39,6 +38,7 @@ from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.setup import (
     check_callbacks,
+    checked_rows,
     contrast_reward,
     keep_one_progress_bar,
     read_data,
@@ -282,9 +282,11 @@ class NEATTrainer(Trainer):
             raise ConfigError(
                 "ignore_keys has no meaning: evaluate samples and collects no outputs"
             )
-        given = eval_dataset is not None
-        self.last_evaluation = self.parts.evaluate(
-            as_rows(eval_dataset, "eval_dataset") if given else self.parts.data.eval_rows,
+        parts, rows = self.parts, self.parts.data.eval_rows
+        if eval_dataset is not None:
+            rows = checked_rows(self.args, parts.setup, parts.data, eval_dataset)
+        self.last_evaluation = parts.evaluate(
+            rows,
             self.callback_handler.callbacks,
             is_start=self.state.global_step == 0,
             may_stop=not self.is_in_train,

@@ -31,6 +31,7 @@ from neat_align.trainer.setup import (
     TrainingData,
     judged_by_start,
     layout_for,
+    template_kwargs,
 )
 
 

@@ -122,6 +122,19 @@ def template_kwargs(args: NEATConfig) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
 
 
+def checked_rows(
+    args: NEATConfig, setup: PolicySetup, data: TrainingData, dataset: Any
+) -> list[PromptRow]:
+    """Rows of another data set to evaluate on, which must be of the form of the training data.
+
+    Raises DataError and PromptError.
+    """
+    rows = with_template_kwargs(as_rows(dataset, "eval_dataset"), template_kwargs(args))
+    conversational = data.conversational
+    check_prompts(rows, setup.tokenizer, args.max_prompt_length, conversational=conversational)
+    return rows
+
+
 def set_up_policy(
     args: NEATConfig,
     model: Any,
