@@ -43,18 +43,11 @@ def prompt_ids(
     Raises PromptError where the tokenizer has no chat template, where its template fails, and for
     `inputs` with a text prompt, which no template is given.
     """
-    if isinstance(prompt, str):
-        refuse_inputs_of_text(inputs)
-        text = prompt + assistant_prefix
-        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        return _encode(tokenizer, text, add_special_tokens=not has_bos)
-    _refuse_without_template(tokenizer)
-    check_messages(prompt)
+    ordinary = text_to_encode(tokenizer, prompt, assistant_prefix, inputs)
+    if ordinary is not None:
+        return _encode(tokenizer, ordinary[0], add_special_tokens=ordinary[1])
+    assert not isinstance(prompt, str)
     known = control_tokens(tokenizer)
-    spelled = known.finder.tokens_in([prompt, assistant_prefix, inputs.tools, inputs.kwargs])
-    if not spelled:
-        text = prompt_text(tokenizer, prompt, assistant_prefix, inputs)
-        return _encode(tokenizer, text, add_special_tokens=False)
     _refuse_names(tokenizer, [inputs.tools, inputs.kwargs, *prompt])
     messages = [
         {
@@ -68,6 +61,26 @@ def prompt_ids(
     )
     text = render(tokenizer, messages, safe)
     return encode_marked(tokenizer, text + str(marked(assistant_prefix, known.finder)))
+
+
+def text_to_encode(
+    tokenizer: Any, prompt: Prompt, assistant_prefix: str = "", inputs: TemplateInputs = NO_INPUTS
+) -> tuple[str, bool] | None:
+    """The text whose encoding is `prompt_ids`, and whether special tokens are added to it.
+
+    For encoding many prompts at once. None for a conversation in which something spells a control
+    token, which only `prompt_ids` can encode. Raises what `prompt_ids` raises.
+    """
+    if isinstance(prompt, str):
+        refuse_inputs_of_text(inputs)
+        text = prompt + assistant_prefix
+        has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        return text, not has_bos
+    _refuse_without_template(tokenizer)
+    data = [check_messages(prompt), assistant_prefix, inputs.tools, inputs.kwargs]
+    if control_tokens(tokenizer).finder.tokens_in(data):
+        return None
+    return prompt_text(tokenizer, prompt, assistant_prefix, inputs), False
 
 
 def refuse_inputs_of_text(inputs: TemplateInputs) -> None:

@@ -8,17 +8,14 @@ from typing import Any, cast
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, DataError, PromptError
-from neat_align.prompts.control_tokens import control_tokens
 from neat_align.prompts.loading import rows_from_dataset
-from neat_align.prompts.rendering import (
-    answer_text_ids,
-    prompt_text,
-    split_end,
-    tokenizer_name,
-    unread_kwargs,
-)
 from neat_align.prompts.row_prompts import row_prompt_ids
-from neat_align.prompts.rows import PromptRow, TemplateInputs
+from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.template_reading import (
+    check_answers,
+    check_turns_are_read,
+    warn_of_unread_kwargs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,25 +61,8 @@ def check_reading(
     Raises DataError and PromptError as `check_prompts` does, but for lengths.
     """
     lengths = [_length(row, tokenizer, conversational=conversational) for row in rows]
-    _warn_of_unread_kwargs(rows, tokenizer)
+    warn_of_unread_kwargs(rows, tokenizer)
     return lengths
-
-
-def _warn_of_unread_kwargs(rows: Sequence[PromptRow], tokenizer: Any) -> None:
-    places: dict[str, list[str]] = {}
-    for row in rows:
-        if row.template_inputs.kwargs:
-            for name in unread_kwargs(tokenizer, row.template_inputs):
-                places.setdefault(name, []).append(row.where)
-    for name, where in places.items():
-        logger.warning(
-            "chat_template_kwargs of %d rows gives %s, which the chat template of %s never reads "
-            "(the first: %s)",
-            len(where),
-            name,
-            tokenizer_name(tokenizer),
-            where[0],
-        )
 
 
 def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
@@ -95,58 +75,11 @@ def _length(row: PromptRow, tokenizer: Any, *, conversational: bool) -> int:
         )
     try:
         ids = row_prompt_ids(tokenizer, row)
-        if not isinstance(row.prompt, str):
-            _check_is_read(row, tokenizer)
+        check_turns_are_read(row, tokenizer)
     except PromptError as error:
         raise PromptError(f"{row.where}: prompt: {error} (change this row, or drop it)") from error
-    _check_answers(row, tokenizer, conversational=conversational)
+    check_answers(row, tokenizer, conversational=conversational)
     return len(ids)
-
-
-def _check_answers(row: PromptRow, tokenizer: Any, *, conversational: bool) -> None:
-    """What of the data's own answers control tokens can spoil."""
-    finder, inputs = control_tokens(tokenizer).finder, row.template_inputs
-    for field, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-        if answer is None or not finder.tokens_in(answer):
-            continue
-        try:
-            text, _ = split_end(tokenizer, answer, conversational=conversational, inputs=inputs)
-            if not text.strip():
-                raise PromptError(f"{answer!r} holds nothing but its end")
-            answer_text_ids(tokenizer, text, conversational=conversational)
-        except PromptError as error:
-            raise PromptError(
-                f"{row.where}: {field}: {error} (change this row, or drop it)"
-            ) from error
-
-
-def _check_is_read(row: PromptRow, tokenizer: Any) -> None:
-    """Refuse system turns and tools that do not reach the model."""
-    inputs = row.template_inputs
-    roles = {m["role"] for m in row.prompt if isinstance(m, dict)}
-    if not inputs.tools and "system" not in roles:
-        return
-    text = prompt_text(tokenizer, row.prompt, inputs=inputs)
-    if inputs.tools and text == prompt_text(
-        tokenizer, row.prompt, inputs=TemplateInputs(kwargs=inputs.kwargs)
-    ):
-        raise PromptError(
-            f"the chat template of {tokenizer_name(tokenizer)} does not read tools, so the model "
-            "would never see them: use a model whose template does, or leave the tools column out"
-        )
-    if "system" in roles:
-        _check_system_turn_is_kept(row, text)
-
-
-def _check_system_turn_is_kept(row: PromptRow, text: str) -> None:
-    for index, message in enumerate(row.prompt):
-        assert isinstance(message, dict)
-        if message["role"] == "system" and message["content"].strip() not in text:
-            raise PromptError(
-                f"the chat template drops or changes the system turn prompt[{index}] "
-                f"({message['content'][:60]!r}), so the model never reads it: move its text into "
-                "the user turn, or use a model whose template has system turns"
-            )
 
 
 def check_group_size(rows: Sequence[PromptRow], args: NEATConfig) -> None:
