@@ -11,6 +11,8 @@ rendering.py          prompts and answers to token ids, by the chat template
 row_prompts.py        a row's prompt as token ids, plain or under an instruction
 template_inputs.py    tools and chat_template_kwargs: what a template is given besides messages
 control_tokens.py     control tokens that a text spells out, and which of them stay text
+turn_tokens.py        which tokens a template writes around turns and calls of tools
+token_finder.py       any of thousands of tokens in a text
 template_check.py     what tokenizer and template must do, before anything is sampled
 template_reading.py   whether a template hands a row's turns, tools and answers on to the model
 seeds.py              seeds and draws that depend on their arguments alone

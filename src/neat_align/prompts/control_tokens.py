@@ -7,65 +7,21 @@ would end their own turn.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from neat_align.errors import PromptError
+from neat_align.prompts.token_finder import TokenFinder
+from neat_align.prompts.turn_tokens import Written, twin, written_tokens
 
 # Noncharacters of Unicode, which no text holds and every template hands through: they stand around
 # what must stay text until the rendered prompt is encoded.
 _START, _END = "\ufdd0", "\ufdd1"
 _MARKED = re.compile(f"{_START}([^{_START}{_END}]*){_END}|[{_START}{_END}]")
-# A turn, and an answer in it, as a template is asked to write them: what it writes around them is
-# its own.
-_SYSTEM, _FIRST, _ANSWER, _LAST = "neat-system", "neat-first", "neat-answer", "neat-last"
-# Ends that no plain conversation shows: Llama 3's <|eom_id|> after a call of a tool, another </s>.
-_ENDS_A_MESSAGE = re.compile(r"\W*(eo[mst](_id)?|s)\W*", re.IGNORECASE)
-
-
-class TokenFinder:
-    """Finds any of some tokens in a text: left to right, the longest first, as tokenizers do.
-
-    The time depends on the text, not on how many tokens there are.
-    """
-
-    def __init__(self, tokens: Collection[str]) -> None:
-        self.tokens = frozenset(tokens) - {""}
-        # Lengths by first character, the longest first: "<" may begin thousands of tokens.
-        self._lengths: dict[str, list[int]] = {}
-        for first, length in sorted({(t[0], len(t)) for t in self.tokens}, reverse=True):
-            self._lengths.setdefault(first, []).append(length)
-        firsts = "".join(map(re.escape, self._lengths))
-        self._starts = re.compile(f"[{firsts}]" if firsts else "(?!)")
-
-    def at(self, text: str, start: int) -> str | None:
-        """The token that begins at `start`, or None."""
-        for length in self._lengths.get(text[start : start + 1], ()):
-            if text[start : start + length] in self.tokens:
-                return text[start : start + length]
-        return None
-
-    def find(self, text: str) -> Iterator[tuple[int, str]]:
-        """(start, token) of every one in the text; they do not overlap."""
-        end = 0
-        for match in self._starts.finditer(text):
-            if match.start() >= end and (token := self.at(text, match.start())) is not None:
-                yield match.start(), token
-                end = match.start() + len(token)
-
-    def tokens_in(self, value: object) -> set[str]:
-        """Those in any text of plain data, keys of objects included."""
-        if isinstance(value, str):
-            return {token for _, token in self.find(value)}
-        if isinstance(value, Mapping):
-            parts: Sequence[object] = [*value, *value.values()]
-        elif isinstance(value, list | tuple):
-            parts = value
-        else:
-            return set()
-        return set().union(*map(self.tokens_in, parts))
+# Ends by their name, such as Llama 3's <|eom_id|> and the </s> of a tokenizer with another eos.
+_ENDS = re.compile(r"\W*(eo[mst](_id)?|s)\W*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -132,86 +88,30 @@ def _is_free(tokenizer: Any, next_id: int | None) -> bool:
 def _read(tokenizer: Any) -> ControlTokens:
     template = getattr(tokenizer, "chat_template", None) or ""
     source = "\0".join(template.values()) if isinstance(template, dict) else str(template)
-    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-    listed = set(getattr(tokenizer, "chat_control_tokens", None) or ())
-    special = {name for name, token in added.items() if token.special}
     # White space stands in every template as ordinary text (Gemma has a token for "\n").
-    in_template = {name for name in added if name in source and not name.isspace()}
-    everything = TokenFinder({name for name in added if not name.isspace()})
-    around = _written_around_turns(tokenizer, everything) if template else (set(), set())
-    turns = _turn_tokens(around, added) if around is not None else None
-    named = set(tokenizer.special_tokens_map.values())
-    control = special | named | in_template | (listed & set(added)) | (turns or set())
+    added = {
+        token.content: token
+        for token in tokenizer.added_tokens_decoder.values()
+        if not token.content.isspace()
+    }
+    named = frozenset(tokenizer.special_tokens_map.values())
+    special = frozenset(name for name, token in added.items() if token.special)
+    in_template = {name for name in added if name in source}
+    listed = set(getattr(tokenizer, "chat_control_tokens", None) or ()) & set(added)
+    written = written_tokens(tokenizer, TokenFinder(added)) if template else Written()
+    control = special | named | in_template | listed | (written.turns if written else frozenset())
 
     def is_own(token: str) -> bool:
-        if token in named or (turns is not None and token in turns):
+        if token in named or _ENDS.fullmatch(token):
             return False
-        if _ENDS_A_MESSAGE.fullmatch(token):
+        if written is None:  # nothing is known of the template: what looks like a block alone
+            return token not in special and twin(token) in added
+        if token in written.turns or token in written.given:
             return False
-        if _twin(token) in added:
-            return True
-        return turns is not None and token in in_template
+        return token in written.calls or token not in special or twin(token) in added
 
     own = frozenset(filter(is_own, control))
-    return ControlTokens(TokenFinder(control), own, frozenset(special))
-
-
-def _twin(token: str) -> str:
-    """The closing token of an opening one, and the other way round: `<think>` and `</think>`."""
-    return token.replace("/", "", 1) if token[1:2] == "/" else f"{token[:1]}/{token[1:]}"
-
-
-def _turn_tokens(around: tuple[set[str], set[str]], added: Collection[str]) -> set[str]:
-    """Those that begin or end a turn, of what the template writes around turns and answers.
-
-    A pair that opens and closes a block (`<think>`, `</think>`) right before an answer belongs to
-    the answer: the model writes it, or the template does in its stead.
-    """
-    outer, before_answers = around
-    blocks = {t for t in before_answers if _twin(t) in added and not {t, _twin(t)} & outer}
-    return outer | (before_answers - blocks)
-
-
-def _written_around_turns(
-    tokenizer: Any, finder: TokenFinder
-) -> tuple[set[str], set[str]] | None:
-    """The tokens that the template writes before users' turns and after answers, and before answers.
-
-    None where it refuses the plainest of conversations, as one that needs arguments does.
-    """
-    question = {"role": "user", "content": _FIRST}
-    talk = [question, {"role": "assistant", "content": _ANSWER}]
-    asked = [*talk, {"role": "user", "content": _LAST}]
-    system = {"role": "system", "content": _SYSTEM}
-    texts = [_render(tokenizer, [system, *talk], open_end=False)]
-    texts += [
-        _render(tokenizer, talk, open_end=False),
-        _render(tokenizer, asked, open_end=True),
-    ]
-    outer: set[str] = set()
-    before_answers: set[str] = set()
-    if texts[1] is None:
-        return None
-    for text in filter(None, texts):
-        first, last = text.find(_FIRST), text.rfind(_LAST)
-        answer = text.find(_ANSWER, first)
-        if first < 0 or answer < 0:  # it drops earlier turns
-            before_answers |= finder.tokens_in(text)
-            continue
-        outer |= finder.tokens_in(text[:first])
-        before_answers |= finder.tokens_in(text[first:answer])
-        outer |= finder.tokens_in(text[answer:last] if last >= 0 else text[answer:])
-        before_answers |= finder.tokens_in(text[last:]) if last >= 0 else set()
-    return outer, before_answers
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, open_end: bool) -> str | None:
-    try:
-        return str(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=open_end, tokenize=False)
-        )
-    except Exception:  # noqa: BLE001 - a template is somebody's program and can raise anything
-        return None
+    return ControlTokens(TokenFinder(control), own, special)
 
 
 # ---- staying text --------------------------------------------------------------------------------

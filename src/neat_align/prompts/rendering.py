@@ -170,7 +170,8 @@ def _end_of_turn(tokenizer: Any, inputs: TemplateInputs) -> str | None:
         {"role": "assistant", "content": answer},
     ]
     rendered = render(tokenizer, turns, inputs, add_generation_prompt=False)
-    return control_tokens(tokenizer).finder.at(rendered.rpartition(answer)[2].lstrip(), 0)
+    _, found, after = rendered.rpartition(answer)
+    return control_tokens(tokenizer).finder.at(after.lstrip(), 0) if found else None
 
 
 def eos_token_ids(
