@@ -232,7 +232,7 @@ def read_object(config: Any, name: str) -> None:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{name} is {value!r}; it must be a JSON object, such as {{\"name\": true}} "
+                f'{name} is {value!r}; it must be a JSON object, such as {{"name": true}} '
                 f"({getattr(error, 'msg', error)}): correct it"
             ) from None
         setattr(config, name, value)

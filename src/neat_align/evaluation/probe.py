@@ -310,9 +310,7 @@ def _own_contrast(pair: InstructionPair, placement: Placement, tools: ProbeTools
     ) -> list[float]:
         return [sum(row) for row in tools.logprobs(prompts, completions)]
 
-    def render(
-        prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS
-    ) -> list[int]:
+    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         placed = instructed(prompt, dict(_instructions(pair))[polarity], placement)
         inputs = joined_inputs(tools.template_kwargs, inputs)
         return prompt_ids(tools.tokenizer, *placed, inputs)

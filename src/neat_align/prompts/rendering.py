@@ -56,9 +56,7 @@ def prompt_ids(
         }
         for message in prompt
     ]
-    safe = TemplateInputs(
-        marked(inputs.tools, known.finder), marked(inputs.kwargs, known.finder)
-    )
+    safe = TemplateInputs(marked(inputs.tools, known.finder), marked(inputs.kwargs, known.finder))
     text = render(tokenizer, messages, safe)
     return encode_marked(tokenizer, text + str(marked(assistant_prefix, known.finder)))
 
@@ -133,9 +131,7 @@ def split_end(
     return text, end
 
 
-def _ends(
-    tokenizer: Any, *, conversational: bool, inputs: TemplateInputs = NO_INPUTS
-) -> list[str]:
+def _ends(tokenizer: Any, *, conversational: bool, inputs: TemplateInputs = NO_INPUTS) -> list[str]:
     """The tokens that end an answer: eos and what the chat template writes after one.
 
     The latter first in a conversation; beside a text prompt eos is, and the template may even fail.

@@ -53,9 +53,7 @@ def check_prompts(
         )
 
 
-def check_reading(
-    rows: Sequence[PromptRow], tokenizer: Any, *, conversational: bool
-) -> list[int]:
+def check_reading(rows: Sequence[PromptRow], tokenizer: Any, *, conversational: bool) -> list[int]:
     """The prompts' lengths in tokens, once it is known that the model reads all of each row.
 
     Raises DataError and PromptError as `check_prompts` does, but for lengths.

@@ -14,9 +14,7 @@ def row_prompt_ids(tokenizer: Any, row: PromptRow) -> list[int]:
     return prompt_ids(tokenizer, row.prompt, inputs=row.template_inputs)
 
 
-def instructed_ids(
-    tokenizer: Any, row: PromptRow, instruction: str, placement: str
-) -> list[int]:
+def instructed_ids(tokenizer: Any, row: PromptRow, instruction: str, placement: str) -> list[int]:
     """The same with an instruction on it, placed as `instructed` says."""
     prompt, prefix = instructed(row.prompt, instruction, placement)
     return prompt_ids(tokenizer, prompt, prefix, inputs=row.template_inputs)

@@ -57,6 +57,11 @@ def is_conversational(rows: Sequence[PromptRow]) -> bool:
     return bool(rows) and not isinstance(rows[0].prompt, str)
 
 
+def has_more_fields(prompt: Prompt) -> bool:
+    """Whether messages have more than role and content."""
+    return not isinstance(prompt, str) and any(m.keys() - {"role", "content"} for m in prompt)
+
+
 def check_messages(messages: list[Message]) -> list[Message]:
     """The messages, if a conversation with them can be answered. Raises PromptError."""
     if not messages:

@@ -84,8 +84,10 @@ def _check_texts(tokenizer: Any, *, conversational: bool) -> None:
                 "asked to write after its end: set tokenizer.add_eos_token = False, or take that "
                 "token out of its post-processor"
             )
-        if tokenizer.bos_token_id is not None and longer > 1 and (
-            ids[:2] == [tokenizer.bos_token_id] * 2
+        if (
+            tokenizer.bos_token_id is not None
+            and longer > 1
+            and (ids[:2] == [tokenizer.bos_token_id] * 2)
         ):
             raise PromptError(
                 f"the tokenizer of {name} begins every text with {tokenizer.bos_token!r} twice: "

@@ -55,7 +55,7 @@ def written_tokens(tokenizer: Any, finder: TokenFinder) -> Written | None:
     if turns is None:
         return None
     calls, given = _tools(tokenizer, finder)
-    return Written(turns, calls - turns, given - calls - turns)
+    return Written(turns, frozenset(calls - turns), frozenset(given - calls - turns))
 
 
 def _turns(tokenizer: Any, finder: TokenFinder) -> frozenset[str] | None:

@@ -59,9 +59,7 @@ def human_completions(row: PromptRow, tokenizer: Any, max_length: int) -> list[C
 def _rewarded_text(row: PromptRow, text: str, tokenizer: Any) -> str:
     """The answer without the tokens that end it."""
     conversational = not isinstance(row.prompt, str)
-    return split_end(
-        tokenizer, text, conversational=conversational, inputs=row.template_inputs
-    )[0]
+    return split_end(tokenizer, text, conversational=conversational, inputs=row.template_inputs)[0]
 
 
 def _runs_together(prompt: str, answer: str) -> bool:

@@ -92,8 +92,7 @@ FREE_OPTIONS = frozenset(
 
 
 def fingerprint(rows: Sequence[PromptRow]) -> str:
-    """SHA-256 over the rows' ids, prompts, answers and what their chat template is given, in order.
-    """
+    """SHA-256 over the rows' ids, prompts, answers and what their chat template is given, in order."""
     digest = hashlib.sha256()
     for row in rows:
         content = [row.id, row.prompt, row.chosen, row.rejected]

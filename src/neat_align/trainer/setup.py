@@ -226,9 +226,7 @@ def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) ->
 
     option = template_kwargs(args)
 
-    def render(
-        prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS
-    ) -> list[int]:
+    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         pair = draw_pair(setup.bank, run_seed=args.seed, round_index=0, prompt_id=str(prompt))
         instruction = pair.positive if polarity == "positive" else pair.negative
         placed = instructed(prompt, instruction, args.instruction_placement)
