@@ -72,8 +72,10 @@ FAMILIES = {
     "gemma": family(GEMMA, ["<start_of_turn>", "<end_of_turn>"], []),
     "mistral": family(
         MISTRAL,
-        ["[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
-        + ["[THINK]", "[/THINK]", "</s>"],
+        [
+            *("[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+            *("[THINK]", "[/THINK]", "</s>"),
+        ],
         [],
         eos="</s>",
     ),

@@ -77,7 +77,8 @@ def test_an_answer_ends_once_however_it_was_written(tail: str, prompt: Any) -> N
     row = PromptRow("1", prompt, "Yes" + tail, None, {}, "row 1")
     (completion,) = human_completions(row, QWEN3_TOK, 50)
     end = QWEN3_TOK.convert_tokens_to_ids("<|im_end|>")
-    assert completion.token_ids.count(end) == 1 and completion.token_ids[-1] == end
+    assert completion.token_ids.count(end) == 1
+    assert completion.token_ids[-1] == end
     assert completion.text.strip() == "Yes"
     assert completion.finish_reason == "stop"
 

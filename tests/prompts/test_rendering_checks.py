@@ -10,13 +10,13 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import ByT5Tokenizer
 
+from neat_align import NEATTrainer
 from neat_align.cli.probe_options import ProbeSettings
 from neat_align.cli.probe_run import run_probe
 from neat_align.errors import DataError, PromptError
-from neat_align.prompts.template_check import check_rendering
 from neat_align.prompts.rows import TemplateInputs
+from neat_align.prompts.template_check import check_rendering
 from small_trainer import config, trainer
-from neat_align import NEATTrainer
 from template_families import FAMILIES
 from tiny import BOS, CHATML, save_tiny, tiny_model, tiny_tokenizer
 
@@ -162,7 +162,7 @@ def test_training_refuses_a_template_that_does_not_open_the_answer(tmp_path: Pat
 
 def test_the_contrast_of_an_evaluation_needs_the_instructions_too(tmp_path: Path) -> None:
     """Nothing is sampled under an instruction in training, but evaluation does."""
-    drops_system = CHATML.replace("{% for", "{% for").replace(
+    drops_system = CHATML.replace(
         "{{ '<|im_start|>' + message['role']",
         "{{ '' if message['role'] == 'system' else '<|im_start|>' + message['role']",
     )
@@ -212,7 +212,7 @@ def test_rows_to_evaluate_on_are_checked_like_those_of_training(tmp_path: Path) 
 
 def test_a_variable_that_no_template_reads_is_refused() -> None:
     inputs = TemplateInputs(kwargs={"enable_thinkng": False})
-    with pytest.raises(PromptError, match="gives enable_thinkng, which .* never reads: correct"):
+    with pytest.raises(PromptError, match=r"gives enable_thinkng, which .* never reads: correct"):
         check_rendering(FAMILIES["qwen3"], conversational=True, inputs=inputs)
     with pytest.raises(PromptError, match="chat_template_kwargs are for a chat template, and the"):
         check_rendering(FAMILIES["qwen3"], conversational=False, inputs=inputs)

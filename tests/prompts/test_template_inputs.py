@@ -366,7 +366,8 @@ def test_every_rendering_of_a_run_has_them(tmp_path: Path, monkeypatch: pytest.M
     t.train()
     t.evaluate()
     t.evaluate(ROWS[3:5])
-    assert len(heard.prompts) > 40 and len(rendered) > 40
+    assert len(heard.prompts) > 40
+    assert len(rendered) > 40
     for prompt in (*heard.prompts, *rendered):
         assert prompt.startswith(expected_start(prompt)), prompt
     assert {c for given in columns for c in map(json.dumps, given["tools"])} == {
@@ -406,7 +407,7 @@ def test_the_option_needs_conversations_and_a_template_that_reads_it(tmp_path: P
 
     with pytest.raises(PromptError, match="chat_template_kwargs are for a chat template, and the"):
         build([{"prompt": f"Hi {i}"} for i in range(8)], mood="x")
-    with pytest.raises(PromptError, match="gives mod, which the chat template of .* never reads"):
+    with pytest.raises(PromptError, match=r"gives mod, which the chat template of .* never reads"):
         build(ROWS, mod="x")
     with pytest.raises(ConfigError, match="holds 'max_length', which is no variable"):
         build(ROWS, max_length=3)

@@ -188,7 +188,7 @@ def _is_own(message: Message, key: str) -> bool:
 
 
 def _refuse_names(tokenizer: Any, data: list[Any]) -> None:
-    """Raise PromptError where a field's name holds a control token: names cannot be kept as text."""
+    """Raise PromptError where the name of a field holds a control token: it cannot stay text."""
     names = [name for part in data for name in _names(part)]
     spelled = control_tokens(tokenizer).finder.tokens_in(names)
     if spelled:

@@ -6,7 +6,6 @@ is kept, and makes a difference.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,7 +129,9 @@ def _check_opening(tokenizer: Any, probe: list[Message], inputs: TemplateInputs)
         return
     opening = prompt.rpartition(question)[2]
     expected = whole.rpartition(_ANSWER)[0].rpartition(question)[2]
-    same = len(os.path.commonprefix([opening, expected]))
+    pairs = enumerate(zip(opening, expected, strict=False))
+    shorter = min(len(opening), len(expected))
+    same = next((i for i, (a, b) in pairs if a != b), shorter)
     tokens = control_tokens(tokenizer)
     end = end_of_turn_id(tokenizer, conversational=True, inputs=inputs)
     ends = {tokenizer.eos_token, tokenizer.convert_ids_to_tokens(end)}

@@ -1,4 +1,4 @@
-"""`tools` and `chat_template_kwargs`: read from a row's columns, and joined with the run's option."""
+"""`tools` and `chat_template_kwargs`: read from a row's columns, joined with the run's option."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ def _check_json(value: object, field: str) -> None:
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{field} is no JSON ({error}): use texts, numbers, lists and objects")
+        raise DataError(
+            f"{field} is no JSON ({error}): use texts, numbers, lists and objects"
+        ) from None
 
 
 def _short(value: object) -> str:

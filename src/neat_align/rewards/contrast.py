@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from neat_align.errors import RewardError
-from neat_align.prompts.instruction_banks import Polarity
 from neat_align.prompts.rows import Prompt, TemplateInputs
 from neat_align.prompts.template_inputs import COLUMNS, read_template_inputs
 from neat_align.rewards.protocol import CompletionInput
@@ -28,9 +27,9 @@ class ContrastReward:
     `score(prompt_ids, completion_ids)` gives, a row, the sum over completion tokens of
     log-probabilities in nats; `render(prompt, polarity)` gives the token ids of the prompt with
     that polarity's instruction, generation prompt included; of a row with `tools` or
-    `chat_template_kwargs` it is given those as a third argument, a `TemplateInputs`. DLMA uses the sum; dividing by length
-    keeps long answers from winning by length. A completion without tokens abstains. The score is
-    the policy's own opinion: it moves as the policy does.
+    `chat_template_kwargs` it is given those as a third argument, a `TemplateInputs`. DLMA uses the
+    sum; dividing by length keeps long answers from winning by length. A completion without tokens
+    abstains. The score is the policy's own opinion: it moves as the policy does.
     """
 
     score: Scorer
