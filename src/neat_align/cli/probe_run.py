@@ -63,19 +63,14 @@ def run_probe(
     if output is not None and output.suffix != ".json":
         raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
     bank = load_bank(settings.bank)
-    kwargs = read_kwargs(settings.chat_template_kwargs, "chat_template_kwargs")
-    rows = with_template_kwargs(_rows(settings), kwargs)
+    inputs = TemplateInputs(
+        None, read_kwargs(settings.chat_template_kwargs, "chat_template_kwargs")
+    )
+    rows = with_template_kwargs(_rows(settings), inputs.kwargs)
     model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
-    if not conversational and tokenizer.chat_template:
-        logger.warning(
-            "the prompts are text and are used without the tokenizer's chat template: for a chat "
-            "model, --as_conversations"
-        )
-    inputs = TemplateInputs(kwargs=kwargs)
-    check_rendering(tokenizer, conversational=conversational, inputs=inputs)
-    check_reading(rows, tokenizer, conversational=conversational)
+    _check_prompts(rows, tokenizer, inputs, conversational=conversational)
     placements, refused = usable_placements(
         settings.placement, tokenizer, bank, conversational=conversational, inputs=inputs
     )
@@ -122,6 +117,19 @@ def _rows(settings: ProbeSettings) -> list[PromptRow]:
         )
     count = min(settings.prompts, len(rows))
     return [rows[prompt_at(len(rows), settings.seed, i)] for i in range(count)]
+
+
+def _check_prompts(
+    rows: Sequence[PromptRow], tokenizer: Any, inputs: TemplateInputs, *, conversational: bool
+) -> None:
+    """As before a run, but for the prompts' lengths."""
+    if not conversational and tokenizer.chat_template:
+        logger.warning(
+            "the prompts are text and are used without the tokenizer's chat template: for a chat "
+            "model, --as_conversations"
+        )
+    check_rendering(tokenizer, conversational=conversational, inputs=inputs)
+    check_reading(rows, tokenizer, conversational=conversational)
 
 
 def usable_placements(
