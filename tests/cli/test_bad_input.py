@@ -488,9 +488,9 @@ ROWS = (
     ),
     Row(
         "unknown role",
-        lines({"prompt": [{"role": "tool", "content": "x"}]}),
+        lines({"prompt": [{"role": "function", "content": "x"}]}),
         DataError,
-        ("bad.jsonl:1", "prompt[0].role is 'tool'", "rename the role"),
+        ("bad.jsonl:1", "prompt[0].role is 'function'", "rename the role"),
     ),
     Row(
         "content None",

@@ -364,16 +364,16 @@ def test_a_bad_row_of_text_data(tmp_path: Path, bad: Any, message: str) -> None:
             "prompt[0].role is null; it must be one of system, user, assistant",
         ),
         (
-            {"prompt": [USER, BLUE, {"role": "tool", "content": "x"}]},
-            "prompt[2].role is 'tool'; it must be one of",
+            {"prompt": [USER, BLUE, {"role": "function", "content": "x"}]},
+            "prompt[2].role is 'function'; it must be one of",
         ),
         (
             {"prompt": [{"role": "user", "content": None}]},
             "prompt[0].content is null; it must be text",
         ),
         (
-            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
-            "prompt[0].content is [{'type'",
+            {"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
+            "prompt[0].content has parts of type image; neat-align trains on text",
         ),
         ({"prompt": [{"role": "user"}]}, "prompt[0].content is null"),
         ({"prompt": [{**USER, "name": "Bob"}]}, "prompt[0] also has name, which would be lost"),

@@ -28,7 +28,7 @@ from neat_align.prompts.instruction_banks import (
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import end_of_turn_id, prompt_ids, prompt_text
 from neat_align.prompts.seeds import completion_seed, draw_pair
-from neat_align.prompts.template_check import check_template
+from neat_align.prompts.template_check import check_rendering, check_template
 
 PACKAGE = Path(neat_align.__file__).parent
 
@@ -695,9 +695,9 @@ def test_a_tokenizer_that_ends_texts_is_refused() -> None:
         PromptError,
         match=r"ends every text with '<\|im_end\|>', .* set tokenizer\.add_eos_token = False",
     ):
-        check_template(tokenizer, BANK, "user_suffix", conversational=False)
+        check_rendering(tokenizer, conversational=False)
     # The template writes its own.
-    check_template(tokenizer, BANK, "user_suffix", conversational=True)
+    check_rendering(tokenizer, conversational=True)
 
 
 # ---- The demo's data -----------------------------------------------------------------------------

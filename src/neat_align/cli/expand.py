@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,13 +12,16 @@ import typer
 
 from neat_align.cli.console import ConfigOption, quiet
 from neat_align.errors import ConfigError
+from neat_align.prompts.rows import has_more_fields
 
 if TYPE_CHECKING:
     from neat_align.config import NEATConfig
+    from neat_align.prompts.rows import PromptRow
     from neat_align.rounds.round_files import FinishedRound
     from neat_align.script_arguments import ScriptArguments
     from neat_align.trainer import NEATTrainer
 
+logger = logging.getLogger(__name__)
 FORMS = ("ranked", "preference", "groups")
 
 
@@ -59,6 +63,7 @@ def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, f
             f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
             "--output, or pass --resume true to write the same groups out again"
         )
+    _warn_of_what_is_left_out(trainer.parts.data.rows)
     plan = replace(trainer.parts.plan, rounds=1, prompt_tokens=None, optimizer_steps=0)
     print("\n".join(plan.lines(more=f"prompts_per_round: {plan.rows} is all of it")), flush=True)
     with listening(trainer.parts.ranks.stop), trainer.writing():
@@ -76,6 +81,18 @@ def _check_output(output: Path, form: str) -> None:
     if form == "groups" and output.suffix != ".parquet":
         raise ConfigError(
             f"groups keep token ids and log-probabilities and go to .parquet, not {output.suffix}"
+        )
+
+
+def _warn_of_what_is_left_out(rows: list[PromptRow]) -> None:
+    """Rows that are written hold a message's role and content alone."""
+    given = [row for row in rows if row.template_inputs or has_more_fields(row.prompt)]
+    if given:
+        logger.warning(
+            "%d prompts have tools, chat_template_kwargs, calls of tools or thoughts, which the "
+            "rows that are written do not hold: add them from the data, by the prompt, before "
+            "training on those rows",
+            len(given),
         )
 
 

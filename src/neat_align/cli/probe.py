@@ -50,6 +50,9 @@ def probe(
     seed: SeedOption = 0,
     generation_batch_size: Annotated[int, typer.Option(help="Answers sampled at once.")] = 64,
     on_bad_row: BadRowOption = "error",
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="Variables for the chat template, as a JSON object.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
@@ -74,5 +77,6 @@ def probe(
         seed=seed,
         generation_batch_size=generation_batch_size,
         on_bad_row=on_bad_row,
+        chat_template_kwargs=chat_template_kwargs,
     )
     run_probe(settings, output, Console())

@@ -28,6 +28,7 @@ class ProbeSettings:
     seed: int = 0
     generation_batch_size: int = 64
     on_bad_row: str = "error"
+    chat_template_kwargs: str | None = None
 
     def __post_init__(self) -> None:
         if self.placement not in (*PLACEMENTS, "all"):

@@ -31,10 +31,13 @@ from neat_align.modeling.requirements import context_of
 from neat_align.pipeline import load_data
 from neat_align.prompts.instruction_banks import InstructionBank, load_bank
 from neat_align.prompts.placement import Placement
-from neat_align.prompts.rendering import eos_token_ids, prompt_ids
-from neat_align.prompts.rows import PromptRow, is_conversational
+from neat_align.prompts.rendering import eos_token_ids
+from neat_align.prompts.row_checks import checked_text, warn_of_unused_template
+from neat_align.prompts.row_prompts import row_prompt_ids
+from neat_align.prompts.rows import NO_INPUTS, PromptRow, TemplateInputs, is_conversational
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows
-from neat_align.prompts.template_check import check_template
+from neat_align.prompts.template_check import check_rendering, check_template
+from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.rewards.http import check_http_hosts
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.resolve import resolve_rewards
@@ -63,18 +66,22 @@ def run_probe(
         raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
     bank = load_bank(settings.bank)
     skipped = SkippedRows()
-    rows = _rows(settings, skipped)
+    inputs = TemplateInputs(
+        None, read_kwargs(settings.chat_template_kwargs, "chat_template_kwargs")
+    )
+    rows = with_template_kwargs(_rows(settings, skipped), inputs.kwargs)
     model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
-    _warn_of_unused_template(tokenizer, conversational=conversational)
+    warn_of_unused_template(tokenizer, conversational=conversational)
+    check_rendering(tokenizer, conversational=conversational, inputs=inputs)
     placements, refused = usable_placements(
-        settings.placement, tokenizer, bank, conversational=conversational
+        settings.placement, tokenizer, bank, conversational=conversational, inputs=inputs
     )
     room = _room(settings, model)
     rows = _with_room(settings, rows, bank, placements, (tokenizer, room), skipped)
     say_skipped(skipped, output, console)
-    tools = _tools(settings, model, tokenizer, rows, room, conversational=conversational)
+    tools = _tools(settings, model, tokenizer, rows, inputs, conversational=conversational)
     params = ProbeParams(
         placements=placements,
         sampling=SamplingParams(settings.max_completion_length, settings.temperature),
@@ -103,14 +110,6 @@ def run_probe(
 
 
 # ---- what is probed with -------------------------------------------------------------------------
-
-
-def _warn_of_unused_template(tokenizer: Any, *, conversational: bool) -> None:
-    if not conversational and tokenizer.chat_template:
-        logger.warning(
-            "the prompts are text and are used without the tokenizer's chat template: for a chat "
-            "model, --as_conversations"
-        )
 
 
 def _rows(settings: ProbeSettings, skipped: SkippedRows) -> list[PromptRow]:
@@ -147,6 +146,7 @@ def _with_room(
         if len(kept) == settings.prompts:
             break
         try:
+            checked_text(row, fits[0], conversational=not isinstance(row.prompt, str))
             check_room(row, bank, placements, *fits)
             kept.append(row)
         except (DataError, PromptError) as error:
@@ -168,7 +168,12 @@ def say_skipped(skipped: SkippedRows, output: Path | None, console: Console) -> 
 
 
 def usable_placements(
-    placement: str, tokenizer: Any, bank: InstructionBank, *, conversational: bool
+    placement: str,
+    tokenizer: Any,
+    bank: InstructionBank,
+    *,
+    conversational: bool,
+    inputs: TemplateInputs = NO_INPUTS,
 ) -> tuple[tuple[Placement, ...], dict[str, str]]:
     """The placements to probe, and why others are left out of `all`.
 
@@ -178,7 +183,7 @@ def usable_placements(
     refused: dict[str, str] = {}
     for one in asked:
         try:
-            check_template(tokenizer, bank, one, conversational=conversational)
+            check_template(tokenizer, bank, one, conversational=conversational, inputs=inputs)
         except PromptError as error:
             refused[one] = str(error)
             if len(refused) == len(asked):
@@ -197,7 +202,7 @@ def _tools(
     model: Any,
     tokenizer: Any,
     rows: Sequence[PromptRow],
-    room: int | None,
+    inputs: TemplateInputs,
     *,
     conversational: bool,
 ) -> ProbeTools:
@@ -206,7 +211,7 @@ def _tools(
         accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
     )
     model.to(device)
-    ids = [prompt_ids(tokenizer, row.prompt) for row in rows]
+    ids = [row_prompt_ids(tokenizer, row) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
     layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
     # As in a run: a CPU is faster with a half-precision copy than under autocast.
@@ -217,7 +222,9 @@ def _tools(
         tokenizer=tokenizer,
         sampler=TransformersSampler(
             model=policy,
-            eos_token_ids=eos_token_ids(tokenizer, model, conversational=conversational),
+            eos_token_ids=eos_token_ids(
+                tokenizer, model, conversational=conversational, inputs=inputs
+            ),
             pad_token_id=tokenizer.pad_token_id,
             batch_size=settings.generation_batch_size,
             autocast_dtype=autocast_dtype,
@@ -230,7 +237,8 @@ def _tools(
             autocast_dtype=autocast_dtype,
         ),
         rewards=_rewards(settings),
-        max_prompt_length=room,
+        template_kwargs=inputs.kwargs,
+        max_prompt_length=_room(settings, model),
     )
 
 

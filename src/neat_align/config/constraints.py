@@ -9,6 +9,7 @@ begins with the name of an option that was set: the command line looks up its li
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import types
@@ -278,3 +279,25 @@ def _number(f: Field[Any], text: str) -> str | float:
         raise ConfigError(
             f"{f.name} is {text!r}; it must be a {what}, such as {kind(1)}: correct it"
         ) from None
+
+
+def read_object(config: Any, name: str) -> None:
+    """Turn an option that came as the text of a JSON object into that object.
+
+    Raises ConfigError for anything else that is set.
+    """
+    value = getattr(config, name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f'{name} is {value!r}; it must be a JSON object, such as {{"name": true}} '
+                f"({getattr(error, 'msg', error)}): correct it"
+            ) from None
+        setattr(config, name, value)
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name} is {value!r}; it must be a mapping of names to values: correct it, or leave "
+            "it out"
+        )

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from neat_align.config import combinations
-from neat_align.config.constraints import check_kinds, check_options, option, read_numbers
+from neat_align.config.constraints import (
+    check_kinds,
+    check_options,
+    option,
+    read_numbers,
+    read_object,
+)
 from neat_align.config.trainer_defaults import TrainerDefaults
 from neat_align.config.trainer_values import RULES as VALUE_RULES
 from neat_align.config.trainer_values import check_values, follow_the_metric
@@ -98,6 +104,11 @@ class NEATConfig(TrainerDefaults):
         "Where the instruction goes: `system` turn, `user_suffix` of the last user turn, or "
         "`affix` to the assistant turn.",
         choices=PLACEMENTS,
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Variables for the chat template, as JSON (a mapping in recipes), such as "
+        '{"enable_thinking": false}; those of a row\'s chat_template_kwargs column win.',
     )
     max_prompt_length: int = option(
         512,
@@ -313,6 +324,7 @@ class NEATConfig(TrainerDefaults):
 
     def __post_init__(self) -> None:
         read_numbers(self)
+        read_object(self, "chat_template_kwargs")
         check_not_sharded(self)
         check_kinds(self)
         check_values(self)

@@ -7,6 +7,7 @@ stops the run after its round (`drift_monitor`, and `trainer/round_callback.py`,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from neat_align.evaluation.held_out import EvalTools, evaluate_policy
 from neat_align.prompts.rows import PromptRow
@@ -49,6 +50,4 @@ def limit_passed(
 
 
 def _without_answers(row: PromptRow) -> PromptRow:
-    return PromptRow(
-        id=row.id, prompt=row.prompt, chosen=None, rejected=None, columns={}, where=row.where
-    )
+    return replace(row, chosen=None, rejected=None, columns={})

@@ -17,8 +17,7 @@ from neat_align.modeling.packing import Layout
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.requirements import context_of
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
-from neat_align.prompts.placement import instructed
-from neat_align.prompts.rendering import prompt_ids
+from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.rows import Prompt, PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair
 from neat_align.rewards.protocol import NamedReward
@@ -239,11 +238,11 @@ def _sample(
 ) -> list[Sample]:
     requests = []
     for row in rows:
-        ids = prompt_ids(tools.tokenizer, row.prompt)
+        ids = row_prompt_ids(tools.tokenizer, row)
         if polarity != "plain":
             pair = draw_pair(tools.bank, run_seed=seed, round_index=EVAL_ROUND, prompt_id=row.id)
             instruction = pair.positive if polarity == "positive" else pair.negative
-            ids = prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, tools.placement))
+            ids = instructed_ids(tools.tokenizer, row, instruction, tools.placement)
         requests += [
             SampleRequest(tuple(ids), completion_seed(seed, EVAL_ROUND, row.id, polarity, i))
             for i in range(n)
@@ -268,7 +267,7 @@ def _human_logprobs(rows: Sequence[PromptRow], tools: EvalTools) -> list[_Answer
         for side, text in enumerate((row.chosen, row.rejected))
         if text is not None
     ]
-    prompts = [prompt_ids(tools.tokenizer, rows[r].prompt) for r, _, _ in given]
+    prompts = [row_prompt_ids(tools.tokenizer, rows[r]) for r, _, _ in given]
     # A model with learned positions cannot read past its context; what does not fit is left out of
     # the mean.
     context = context_of(tools.model)
@@ -315,7 +314,7 @@ def _drift(
     return exact_divergence(
         tools.model,
         tools.reference,
-        [prompt_ids(tools.tokenizer, row.prompt) for row in rows],
+        [row_prompt_ids(tools.tokenizer, row) for row in rows],
         [s.token_ids for s in samples],
         layout=tools.layout,
         pad_token_id=tools.pad_token_id,

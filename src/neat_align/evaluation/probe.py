@@ -7,8 +7,8 @@ blanks, which training drops, are counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from neat_align.errors import ConfigError, DataError
@@ -23,8 +23,10 @@ from neat_align.evaluation.probe_summary import (
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair, Polarity
 from neat_align.prompts.placement import Placement, instructed
 from neat_align.prompts.rendering import prompt_ids
-from neat_align.prompts.rows import Prompt, PromptRow
+from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
+from neat_align.prompts.rows import NO_INPUTS, Prompt, PromptRow, TemplateInputs
 from neat_align.prompts.seeds import completion_seed
+from neat_align.prompts.template_inputs import joined_inputs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import score_answers
@@ -55,7 +57,8 @@ class ProbeTools:
 
     `rewards` None scores with the contrast of the very pair that is probed (`ContrastReward`).
     `max_prompt_length` is the longest prompt in tokens, instruction included, that leaves room for
-    an answer; None: no limit.
+    an answer; None: no limit. `template_kwargs` are the option that the rows have been given
+    already: that contrast is told the rows' own columns only.
     """
 
     tokenizer: Any
@@ -63,6 +66,7 @@ class ProbeTools:
     logprobs: LogprobFunction
     rewards: tuple[NamedReward, ...] | None
     max_prompt_length: int | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def probe_bank(
@@ -156,13 +160,13 @@ def _planned(
     ) -> dict[Polarity, list[SampleRequest]]:
         sides: dict[Polarity, list[SampleRequest]] = {}
         for polarity, instruction in _instructions(pair):
-            ids = prompt_ids(tools.tokenizer, *instructed(row.prompt, instruction, placement))
+            ids = instructed_ids(tools.tokenizer, row, instruction, placement)
             sides[polarity] = requests(row, ids)
         return sides
 
     for row in rows:
         check_room(row, bank, params.placements, tools.tokenizer, tools.max_prompt_length)
-    plain_ids = [prompt_ids(tools.tokenizer, row.prompt) for row in rows]
+    plain_ids = [row_prompt_ids(tools.tokenizer, row) for row in rows]
     return _Plan(
         plain_ids=[tuple(ids) for ids in plain_ids],
         plain=[requests(row, ids) for row, ids in zip(rows, plain_ids, strict=True)],
@@ -186,8 +190,8 @@ def check_room(
     Raises DataError that names the row, and the PromptError of a template that refuses it.
     """
 
-    def check(prompt: Prompt, prefix: str, what: str) -> None:
-        length = len(prompt_ids(tokenizer, prompt, prefix))
+    def check(ids: Sequence[int], what: str) -> None:
+        length = len(ids)
         if max_prompt_length is not None and length > max_prompt_length:
             raise DataError(
                 f"{row.where}: the prompt{what} is {length} tokens, and the model's context leaves "
@@ -195,12 +199,12 @@ def check_room(
                 "drop the row, or set on_bad_row: skip; prompts are never cut"
             )
 
-    check(row.prompt, "", "")
+    check(row_prompt_ids(tokenizer, row), "")
     for placement in placements:
         for pair in bank.pairs:
             for _, instruction in _instructions(pair):
                 what = f" with {instruction!r} on it ({placement})"
-                check(*instructed(row.prompt, instruction, placement), what)
+                check(instructed_ids(tokenizer, row, instruction, placement), what)
 
 
 def _answered(
@@ -331,9 +335,9 @@ def _own_contrast(pair: InstructionPair, placement: Placement, tools: ProbeTools
     ) -> list[float]:
         return [sum(row) for row in tools.logprobs(prompts, completions)]
 
-    def render(prompt: Prompt, polarity: Polarity) -> list[int]:
-        return prompt_ids(
-            tools.tokenizer, *instructed(prompt, dict(_instructions(pair))[polarity], placement)
-        )
+    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+        placed = instructed(prompt, dict(_instructions(pair))[polarity], placement)
+        inputs = joined_inputs(tools.template_kwargs, inputs)
+        return prompt_ids(tools.tokenizer, *placed, inputs)
 
     return NamedReward("contrast", ContrastReward(score, render), 1.0)

@@ -9,6 +9,12 @@ row_checks.py         rows against tokenizer and settings, before anything is sa
 instruction_banks.py  pairs of instructions, positive and negative (banks/*.yaml)
 placement.py          where on a prompt an instruction goes
 rendering.py          prompts and answers to token ids, by the chat template
-template_check.py     what a chat template must keep, before anything is sampled
+row_prompts.py        a row's prompt as token ids, plain or under an instruction
+template_inputs.py    tools and chat_template_kwargs: what a template is given besides messages
+control_tokens.py     control tokens that a text spells out, and which of them stay text
+turn_tokens.py        which tokens a template writes around turns and calls of tools
+token_finder.py       any of thousands of tokens in a text
+template_check.py     what tokenizer and template must do, before anything is sampled
+template_reading.py   whether a template hands a row's turns, tools and answers on to the model
 seeds.py              seeds and draws that depend on their arguments alone
 """

@@ -23,6 +23,7 @@ from neat_align.prompts.file_readers import READERS, Record, numbered, open_data
 from neat_align.prompts.row_forms import answer_warnings, read_pair, short_repr
 from neat_align.prompts.rows import PromptRow, hashable
 from neat_align.prompts.skipped_rows import BadRows, SkippedRows
+from neat_align.prompts.template_inputs import read_template_inputs
 
 # The name of a data set on the hub: "name" or "owner/name".
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -170,13 +171,15 @@ class _Checker:
         row_warnings, answers_are_usable = answer_warnings(record, prompt, chosen, rejected)
         if not answers_are_usable:
             chosen = rejected = None
-        row_id, id_field = self._identify(record, [prompt, chosen, rejected], where)
+        inputs = read_template_inputs(record)
+        given = [[inputs.tools, inputs.kwargs]] if inputs else []
+        row_id, id_field = self._identify(record, [prompt, chosen, rejected, *given], where)
         # The row is good; from here on it is one of those that later rows are compared with.
         self._id_places[row_id] = where
         for field, form in forms.items():
             if form:
                 self._forms.setdefault(field, (form, where))
-        key = hash(hashable(prompt))
+        key = hash((hashable(prompt), json.dumps(given) if given else ""))
         if key in self._prompts:
             row_warnings.append(
                 "repeat an earlier prompt; they are kept and weigh more: drop them if that is not "
@@ -188,7 +191,7 @@ class _Checker:
             self.warnings[warning] = (count + 1, first)
         read = ("prompt", "chosen", "rejected", id_field)
         columns = {name: value for name, value in record.items() if name not in read}
-        return PromptRow(row_id, prompt, chosen, rejected, columns, where)
+        return PromptRow(row_id, prompt, chosen, rejected, columns, where, inputs)
 
     def _check_form(self, field: str, form: str) -> None:
         first, place = self._forms.get(field, (form, ""))

@@ -12,9 +12,15 @@ from typing import Any, cast
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.prompts.loading import rows_from_dataset
-from neat_align.prompts.rendering import prompt_ids, prompt_text, text_to_encode
+from neat_align.prompts.rendering import text_to_encode
+from neat_align.prompts.row_prompts import row_prompt_ids
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import ADVICE, BadRows, SkippedRows
+from neat_align.prompts.template_reading import (
+    check_answers,
+    check_turns_are_read,
+    warn_of_unread_kwargs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +64,8 @@ def check_prompts(
     Others are refused, or with `on_bad_row="skip"` left out and listed in `skipped`. With `most`,
     only the first this many good rows are looked for. DataError: longer than `max_prompt_length`
     tokens, of another form than the others, or no row is left. PromptError: the chat template
-    refuses or shortens it.
+    refuses or shortens it, or does not read the row's tools; an answer holds nothing but its end.
+    Variables that the template does not read are warned of.
     """
     bad = BadRows(name, on_bad_row, SkippedRows() if skipped is None else skipped)
     looked_at = rows if most is None or bad.skips else rows[:most]
@@ -81,6 +88,7 @@ def check_prompts(
             ) from found
     too_long.settle()
     bad.settle(len(kept))
+    warn_of_unread_kwargs(kept, tokenizer)
     return UsablePrompts(kept, lengths)
 
 
@@ -133,9 +141,9 @@ def _lengths(
         waiting: dict[bool, tuple[list[int], list[str]]] = {False: ([], []), True: ([], [])}
         for place, row in enumerate(batch):
             try:
-                text = _checked_text(row, tokenizer, conversational=conversational)
+                text = checked_text(row, tokenizer, conversational=conversational)
                 if text is None:
-                    found.append(len(prompt_ids(tokenizer, row.prompt)))
+                    found.append(len(row_prompt_ids(tokenizer, row)))
                     continue
             except (DataError, PromptError) as error:
                 found.append(error)
@@ -153,10 +161,13 @@ def _lengths(
         yield from zip(batch, found, strict=True)
 
 
-def _checked_text(
+def checked_text(
     row: PromptRow, tokenizer: Any, *, conversational: bool
 ) -> tuple[str, bool] | None:
-    """`text_to_encode` of a row, after a look at its form and at what the template makes of it."""
+    """`text_to_encode` of a row, after a look at its form and at what the template makes of it.
+
+    Raises DataError and PromptError, which do not say where the row is.
+    """
     if isinstance(row.prompt, str) == conversational:
         came, others = ("text", "messages") if conversational else ("messages", "text")
         raise DataError(
@@ -164,24 +175,12 @@ def _checked_text(
             "(--as_conversations true turns text into messages)"
         )
     try:
-        text = text_to_encode(tokenizer, row.prompt)
-        if not isinstance(row.prompt, str) and any(m["role"] == "system" for m in row.prompt):
-            rendered = prompt_text(tokenizer, row.prompt) if text is None else text[0]
-            _check_system_turn_is_kept(row, rendered)
+        text = text_to_encode(tokenizer, row.prompt, inputs=row.template_inputs)
+        check_turns_are_read(row, tokenizer)
     except PromptError as error:
         raise PromptError(f"prompt: {error}") from error
+    check_answers(row, tokenizer, conversational=conversational)
     return text
-
-
-def _check_system_turn_is_kept(row: PromptRow, text: str) -> None:
-    for index, message in enumerate(row.prompt):
-        assert isinstance(message, dict)
-        if message["role"] == "system" and message["content"].strip() not in text:
-            raise PromptError(
-                f"the chat template drops or changes the system turn prompt[{index}] "
-                f"({message['content'][:60]!r}), so the model never reads it: move its text into "
-                "the user turn, or use a model whose template has system turns"
-            )
 
 
 def check_group_size(rows: Sequence[PromptRow], args: NEATConfig) -> None:

@@ -10,10 +10,16 @@ from typing import Any, TypeAlias
 
 from neat_align.errors import DataError
 from neat_align.prompts.rows import Message, Prompt, PromptRow
+from neat_align.prompts.template_inputs import without_nulls
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 # One text for every message, instead of one a message.
 _ROLE = {role: role for role in ROLES}
+# What a message may have beside role and content, by role; the chat template reads it.
+_MORE_FIELDS = {
+    "assistant": ("tool_calls", "reasoning_content", "thinking"),
+    "tool": ("tool_call_id", "name"),
+}
 HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
 # What goes before the first mark is the system's.
 ROLE_OF = {"": "system", "Human": "user", "Assistant": "assistant"}
@@ -132,6 +138,8 @@ def _read_prompt(value: object) -> Prompt:
     last = messages[-1]
     if last["role"] == "assistant":
         raise DataError("prompt ends with an assistant message: split it off into chosen")
+    if last["role"] == "tool":
+        return messages
     if last["role"] != "user" or not last["content"].strip():
         raise DataError(
             f"prompt must end with a user message that says something, not {short_repr(last)}: add "
@@ -149,26 +157,67 @@ def _read_messages(value: Any, field: str) -> list[Message]:
             raise DataError(
                 f"{at} is {short_repr(message)}; a message must be an object with role and content"
             )
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
+        if message.get("role") not in ROLES:
             raise DataError(
-                f"{at}.role is {short_repr(role)}; it must be one of {', '.join(ROLES)}: rename "
-                "the role, or drop the message"
+                f"{at}.role is {short_repr(message.get('role'))}; it must be one of "
+                f"{', '.join(ROLES)}: rename the role, or drop the message"
             )
-        if not isinstance(content, str):
+    return [_read_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+
+
+def _read_message(message: Mapping[str, Any], at: str) -> Message:
+    allowed = _MORE_FIELDS.get(message["role"], ())
+    # Arrow gives every message the fields of all, empty where it has none.
+    more = {
+        str(k): without_nulls(v)
+        for k, v in message.items()
+        if k not in ("role", "content") and v is not None and v != []
+    }
+    extra = [name for name in more if name not in allowed]
+    if extra:
+        others = f" (or {', '.join(allowed)})" if allowed else ""
+        raise DataError(
+            f"{at} also has {', '.join(extra)}, which would be lost: remove everything but role "
+            f"and content{others}"
+        )
+    content = _read_content(message.get("content"), at, may_be_none="tool_calls" in more)
+    if "tool_calls" in more:
+        _check_calls(more["tool_calls"], f"{at}.tool_calls")
+    return {"role": _ROLE[message["role"]], "content": content, **more}
+
+
+def _read_content(content: object, at: str, *, may_be_none: bool) -> str:
+    if content is None and may_be_none:
+        return ""
+    if isinstance(content, list | tuple) and content:
+        parts = [part for part in content if isinstance(part, Mapping)]
+        texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            return "".join(map(str, texts))
+        kinds = {str(part.get("type")) for part in parts if part.get("type", "text") != "text"}
+        if kinds:
             raise DataError(
-                f"{at}.content is {short_repr(content)}; it must be text: join its parts, or "
-                "drop the row"
+                f"{at}.content has parts of type {', '.join(sorted(kinds))}; neat-align trains on "
+                "text: leave them out, or drop the row"
             )
-        extra = [
-            str(k) for k, v in message.items() if k not in ("role", "content") and v is not None
-        ]
-        if extra:
+    if not isinstance(content, str):
+        raise DataError(
+            f"{at}.content is {short_repr(content)}; it must be text, or a list of text parts: "
+            "join its parts, or drop the row"
+        )
+    return content
+
+
+def _check_calls(calls: object, at: str) -> None:
+    for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(calls, list) or not isinstance(name, str) or not name:
             raise DataError(
-                f"{at} also has {', '.join(extra)}, which would be lost: remove everything but "
-                "role and content"
+                f"{at}{f'[{i}]' if isinstance(calls, list) else ''} is {short_repr(call)}; a call "
+                'of a tool is {"type": "function", "function": {"name": …, "arguments": …}}: '
+                "correct it, or drop the row"
             )
-    return [{"role": _ROLE[m["role"]], "content": m["content"]} for m in value]
 
 
 def _read_answer(value: object, field: str) -> str | None:
@@ -185,7 +234,14 @@ def _read_answer(value: object, field: str) -> str | None:
             f"{field} must be one assistant message, not {came}: move earlier turns into prompt, "
             "and cut later ones"
         )
-    return str(value[0]["content"])
+    (message,) = _read_messages(value, field)
+    more = [name for name in message if name not in ("role", "content")]
+    if more:
+        raise DataError(
+            f"{field} has {', '.join(more)}, which would be lost: write into its content what the "
+            "model itself writes there (<think>…</think>, <tool_call>…</tool_call>), or drop it"
+        )
+    return str(message["content"])
 
 
 def answer_warnings(

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from neat_align.errors import PromptError
 
-Message: TypeAlias = dict[str, str]
+# `role` and `content`, both text; beside them what templates read of calls of tools
+# (`tool_calls`, `tool_call_id`, `name`) and of thoughts (`reasoning_content`, `thinking`).
+Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInputs:
+    """What a chat template is given beside the messages.
+
+    `tools` are JSON schemas of what the model may call; `kwargs` are variables that the template
+    reads, such as `enable_thinking`.
+    """
+
+    tools: list[dict[str, Any]] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.tools or self.kwargs)
+
+
+NO_INPUTS = TemplateInputs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +40,8 @@ class PromptRow:
     `id` is the row's `id` or `prompt_id` where it has one, else a hash of its content. The prompt's
     last turn is the user's. Answers are text, as written; those cut out of whole transcripts are
     without the blanks around them. `columns` is everything else in the row, for reward functions;
-    `where` is the row's place in the data, for messages.
+    `where` is the row's place in the data, for messages; `template_inputs` is what the row's
+    `tools` and `chat_template_kwargs` give the chat template (they are columns, too).
     """
 
     id: str
@@ -28,6 +50,7 @@ class PromptRow:
     rejected: str | None
     columns: Mapping[str, Any]
     where: str
+    template_inputs: TemplateInputs = NO_INPUTS
 
 
 def is_conversational(rows: Sequence[PromptRow]) -> bool:
@@ -39,7 +62,17 @@ def hashable(prompt: Prompt) -> object:
     """What equal prompts have in common and different ones have not, without a copy of the text."""
     if isinstance(prompt, str):
         return prompt
-    return tuple((message["role"], message["content"]) for message in prompt)
+    return tuple(
+        (m["role"], m["content"])
+        if len(m) == len(("role", "content"))
+        else json.dumps(m, sort_keys=True, default=str)
+        for m in prompt
+    )
+
+
+def has_more_fields(prompt: Prompt) -> bool:
+    """Whether messages have more than role and content."""
+    return not isinstance(prompt, str) and any(m.keys() - {"role", "content"} for m in prompt)
 
 
 def check_messages(messages: list[Message]) -> list[Message]:

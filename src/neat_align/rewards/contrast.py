@@ -5,17 +5,18 @@ under the negative one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from neat_align.errors import RewardError
-from neat_align.prompts.instruction_banks import Polarity
-from neat_align.prompts.rows import Prompt
+from neat_align.prompts.rows import Prompt, TemplateInputs
+from neat_align.prompts.template_inputs import COLUMNS, read_template_inputs
 from neat_align.rewards.protocol import CompletionInput
 
 Scorer = Callable[[list[list[int]], list[list[int]]], list[float]]
-Renderer = Callable[[Prompt, Polarity], list[int]]
+# (prompt, polarity), and the row's template inputs where it has any.
+Renderer = Callable[..., list[int]]
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class ContrastReward:
 
     `score(prompt_ids, completion_ids)` gives, a row, the sum over completion tokens of
     log-probabilities in nats; `render(prompt, polarity)` gives the token ids of the prompt with
-    that polarity's instruction, generation prompt included. DLMA uses the sum; dividing by length
-    keeps long answers from winning by length. A completion without tokens abstains. The score is
-    the policy's own opinion: it moves as the policy does.
+    that polarity's instruction, generation prompt included; of a row with `tools` or
+    `chat_template_kwargs` it is given those as a third argument, a `TemplateInputs`. DLMA uses the
+    sum; dividing by length keeps long answers from winning by length. A completion without tokens
+    abstains. The score is the policy's own opinion: it moves as the policy does.
     """
 
     score: Scorer
@@ -44,8 +46,14 @@ class ContrastReward:
         """Nats per token for each row."""
         rows = [i for i, ids in enumerate(completion_ids) if len(ids) > 0]
         answers = [list(completion_ids[i]) for i in rows]
-        positive = [self.render(prompts[i], "positive") for i in rows]
-        negative = [self.render(prompts[i], "negative") for i in rows]
+        inputs = [_template_inputs(columns, i) for i in rows]
+        positive, negative = (
+            [
+                self.render(prompts[i], polarity, *given)
+                for i, given in zip(rows, inputs, strict=True)
+            ]
+            for polarity in ("positive", "negative")
+        )
         for i, good, bad in zip(rows, positive, negative, strict=True):
             if good == bad:
                 raise RewardError(
@@ -79,3 +87,10 @@ class ContrastReward:
                     f"completion {i})"
                 )
         return sums
+
+
+def _template_inputs(columns: Mapping[str, Sequence[Any]], row: int) -> tuple[TemplateInputs, ...]:
+    """What the row's columns give its chat template; nothing where they give nothing."""
+    own = {name: columns[name][row] for name in COLUMNS if name in columns}
+    inputs = read_template_inputs(own)
+    return (inputs,) if inputs else ()

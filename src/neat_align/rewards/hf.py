@@ -160,7 +160,7 @@ class ModelReward:
         if isinstance(prompt, str):
             return prompt
         if len(prompt) == 1 and prompt[0]["role"] == "user":
-            return prompt[0]["content"]
+            return str(prompt[0]["content"])
         raise RewardError(
             f"row {index}'s prompt has {len(prompt)} messages, and the tokenizer of the reward "
             f"model {self.name!r} has no chat template to join them: pass a reward processing "

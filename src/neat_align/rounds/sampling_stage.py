@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 from neat_align.errors import CollapseError, DataError, name_list
 from neat_align.prompts.instruction_banks import Polarity
-from neat_align.prompts.placement import instructed
-from neat_align.prompts.rendering import prompt_ids
+from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair
 from neat_align.rounds.completions import Completion, CompletionGroup
@@ -131,8 +130,9 @@ def _plan_completions(
             instruction = _instruction(source, round_index, params, tools)
             ids = plain_ids[r]
             if instruction is not None:
-                instructed_prompt = instructed(source.row.prompt, instruction, params.placement)
-                ids = tuple(prompt_ids(tools.tokenizer, *instructed_prompt))
+                ids = tuple(
+                    instructed_ids(tools.tokenizer, source.row, instruction, params.placement)
+                )
             for index in range(count):
                 seed = completion_seed(
                     params.seed,
@@ -214,7 +214,7 @@ def _completion(plan: PlannedCompletion, sample: Sample, tokenizer: Any) -> Comp
 
 
 def _checked_prompt_ids(row: PromptRow, params: RoundParams, tools: RoundTools) -> tuple[int, ...]:
-    ids = tuple(prompt_ids(tools.tokenizer, row.prompt))
+    ids = tuple(row_prompt_ids(tools.tokenizer, row))
     if len(ids) > params.max_prompt_length:
         raise DataError(
             f"{row.where}: the prompt is {len(ids)} tokens and max_prompt_length is "

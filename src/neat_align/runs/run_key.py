@@ -94,10 +94,13 @@ FREE_OPTIONS = frozenset(
 
 
 def fingerprint(rows: Sequence[PromptRow]) -> str:
-    """SHA-256 over the rows' ids, prompts and answers, in order."""
+    """SHA-256 over the rows' ids, prompts, answers and inputs of the chat template, in order."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.id, row.prompt, row.chosen, row.rejected]).encode("ascii"))
+        content: list[Any] = [row.id, row.prompt, row.chosen, row.rejected]
+        if row.template_inputs:
+            content += [row.template_inputs.tools, dict(row.template_inputs.kwargs)]
+        digest.update(json.dumps(content).encode("ascii"))
     return digest.hexdigest()
 
 

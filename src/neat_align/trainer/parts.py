@@ -21,8 +21,7 @@ from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.modeling.packing import Layout
 from neat_align.prompts.rendering import eos_token_ids
-from neat_align.prompts.row_checks import as_rows
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, SkippedRows
 from neat_align.runs.events import stage_reporter, tell_plan
 from neat_align.runs.plan import RunPlan, plan_run
@@ -38,6 +37,8 @@ from neat_align.trainer.setup import (
     TrainingData,
     judged_by_start,
     layout_for,
+    read_rows,
+    template_kwargs,
     usable_rows,
 )
 from neat_align.trainer.startup_checks import check_followed_metric
@@ -138,7 +139,7 @@ class TrainerParts:
     def _held_out(self, eval_dataset: Any) -> list[PromptRow]:
         """The rows of a data set that can be evaluated on."""
         skipped = SkippedRows()
-        rows = as_rows(eval_dataset, "eval_dataset", self.args.on_bad_row, skipped)
+        rows = read_rows(self.args, eval_dataset, "eval_dataset", skipped)
         tokenizer, name = self.setup.tokenizer, "eval_dataset"
         usable = usable_rows(self.args, self.data, rows, tokenizer, name, skipped=skipped)
         self.data.skipped.take(skipped)
@@ -275,7 +276,12 @@ def _policies(
         model=setup.model,
         reference=setup.reference,
         layout=layout,
-        eos_token_ids=eos_token_ids(setup.tokenizer, setup.model, conversational=conversational),
+        eos_token_ids=eos_token_ids(
+            setup.tokenizer,
+            setup.model,
+            conversational=conversational,
+            inputs=TemplateInputs(kwargs=template_kwargs(args)),
+        ),
         pad_token_id=setup.tokenizer.pad_token_id,
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,

@@ -12,7 +12,7 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.packing import Layout, TokenIds
@@ -35,10 +35,18 @@ from neat_align.prompts.row_checks import (
     check_prompts,
     warn_of_unused_template,
 )
-from neat_align.prompts.rows import Prompt, PromptRow, is_conversational
+from neat_align.prompts.row_prompts import row_prompt_ids
+from neat_align.prompts.rows import (
+    NO_INPUTS,
+    Prompt,
+    PromptRow,
+    TemplateInputs,
+    is_conversational,
+)
 from neat_align.prompts.seeds import draw_pair
 from neat_align.prompts.skipped_rows import SkippedRows
-from neat_align.prompts.template_check import check_template
+from neat_align.prompts.template_check import check_rendering, check_template
+from neat_align.prompts.template_inputs import joined_inputs, read_kwargs, with_template_kwargs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
 from neat_align.rewards.protocol import NamedReward, RewardSpec
@@ -128,11 +136,17 @@ def read_data(args: NEATConfig, train_dataset: Any, eval_dataset: Any) -> Traini
     if train_dataset is None:
         raise ConfigError("NEATTrainer needs a train_dataset with prompts")
     skipped = SkippedRows()
-    rows = as_rows(train_dataset, "train_dataset", args.on_bad_row, skipped)
+    rows = read_rows(args, train_dataset, "train_dataset", skipped)
     eval_rows: list[PromptRow] = []
     if eval_dataset is not None:
-        eval_rows = as_rows(eval_dataset, "eval_dataset", args.on_bad_row, skipped)
+        eval_rows = read_rows(args, eval_dataset, "eval_dataset", skipped)
     return TrainingData(rows, eval_rows, is_conversational(rows), skipped)
+
+
+def read_rows(args: NEATConfig, dataset: Any, name: str, skipped: SkippedRows) -> list[PromptRow]:
+    """The rows of a data set, with the option's variables for the chat template in them."""
+    rows = as_rows(dataset, name, args.on_bad_row, skipped)
+    return with_template_kwargs(rows, template_kwargs(args))
 
 
 def usable_rows(
@@ -174,6 +188,14 @@ def _usable_data(args: NEATConfig, data: TrainingData, tokenizer: Any) -> Traini
     return replace(data, rows=train.rows, eval_rows=held_out.rows, prompt_lengths=train.lengths)
 
 
+def template_kwargs(args: NEATConfig) -> dict[str, Any]:
+    """The option's variables for the chat template. Raises ConfigError."""
+    try:
+        return read_kwargs(args.chat_template_kwargs, "chat_template_kwargs")
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
 def set_up_policy(
     args: NEATConfig,
     model: Any,
@@ -192,9 +214,11 @@ def set_up_policy(
     tokenizer = load_tokenizer(policy, tokenizer)
     bank = load_bank(args.instruction_bank)
     conversational = data.conversational
-    if args.num_positive or args.num_negative:
+    inputs = TemplateInputs(kwargs=template_kwargs(args))
+    check_rendering(tokenizer, conversational=conversational, inputs=inputs)
+    if args.num_positive or args.num_negative or (args.evaluate_contrast and data.eval_rows):
         placement = args.instruction_placement
-        check_template(tokenizer, bank, placement, conversational=conversational)
+        check_template(tokenizer, bank, placement, conversational=conversational, inputs=inputs)
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
     data = _usable_data(args, data, tokenizer)
     settle_generation_config(policy)
@@ -266,11 +290,13 @@ def _resolved(
 def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) -> ContrastReward:
     """The policy's own log-probability under the positive against the negative instruction."""
 
-    def render(prompt: Prompt, polarity: Polarity) -> list[int]:
+    option = template_kwargs(args)
+
+    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         pair = draw_pair(setup.bank, run_seed=args.seed, round_index=0, prompt_id=str(prompt))
         instruction = pair.positive if polarity == "positive" else pair.negative
         placed = instructed(prompt, instruction, args.instruction_placement)
-        return prompt_ids(setup.tokenizer, *placed)
+        return prompt_ids(setup.tokenizer, *placed, joined_inputs(option, inputs))
 
     return ContrastReward(score=score, render=render)
 
@@ -303,7 +329,7 @@ def layout_for(
             "max_tokens_per_micro_batch does not cut"
         )
         return "padded"
-    prompts = [prompt_ids(setup.tokenizer, row.prompt) for row in data.rows[:2]]
+    prompts = [row_prompt_ids(setup.tokenizer, row) for row in data.rows[:2]]
     longest = args.max_prompt_length + args.max_completion_length
     pad = setup.tokenizer.pad_token_id
     layout = choose_layout(setup.model, prompts, pad_token_id=pad, longest=longest)

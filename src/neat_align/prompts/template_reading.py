@@ -1,0 +1,99 @@
+"""Whether the chat template hands a row's turns, tools, variables and answers on to the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from neat_align.errors import PromptError
+from neat_align.prompts.control_tokens import control_tokens
+from neat_align.prompts.rendering import (
+    answer_text_ids,
+    prompt_text,
+    split_end,
+    tokenizer_name,
+    unread_kwargs,
+)
+from neat_align.prompts.rows import Message, PromptRow, TemplateInputs
+
+logger = logging.getLogger(__name__)
+
+
+def check_turns_are_read(row: PromptRow, tokenizer: Any) -> None:
+    """Raise PromptError for system turns, tools, calls of tools and their results that a
+    conversation's template leaves out. Users' and assistants' words are in every template.
+    """
+    if isinstance(row.prompt, str):
+        return
+    inputs = row.template_inputs
+    looked_for = [(i, said) for i, m in enumerate(row.prompt) for said in _not_in_all_templates(m)]
+    if not inputs.tools and not looked_for:
+        return
+    text = prompt_text(tokenizer, row.prompt, inputs=inputs)
+    name = tokenizer_name(tokenizer)
+    if inputs.tools and text == prompt_text(
+        tokenizer, row.prompt, inputs=TemplateInputs(kwargs=inputs.kwargs)
+    ):
+        raise PromptError(
+            f"the chat template of {name} does not read tools, so the model would never see them: "
+            "use a model whose template does, or leave the tools column out"
+        )
+    for index, said in looked_for:
+        # Templates of tools write some of it as JSON.
+        if said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text:
+            continue
+        role = row.prompt[index]["role"]
+        turn = "system turn" if role == "system" else f"{role} turn's call or result of a tool"
+        raise PromptError(
+            f"the chat template drops or changes the {turn} prompt[{index}] ({said[:60]!r}), so "
+            "the model never reads it: move its text into the user turn, or use a model whose "
+            f"template has {'system turns' if role == 'system' else 'tools'}"
+        )
+
+
+def _not_in_all_templates(message: Message) -> list[str]:
+    """What of a message must be found in the rendered prompt."""
+    if message["role"] in ("system", "tool"):
+        return [message["content"].strip()]
+    return [str(_called(call)) for call in message.get("tool_calls", ())]
+
+
+def _called(call: dict[str, Any]) -> Any:
+    """The name of the tool that a call is of."""
+    return call.get("function", call)["name"]
+
+
+def check_answers(row: PromptRow, tokenizer: Any, *, conversational: bool) -> None:
+    """Raise PromptError for what control tokens spoil in the data's own answers."""
+    finder, inputs = control_tokens(tokenizer).finder, row.template_inputs
+    for field, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if answer is None or not finder.tokens_in(answer):
+            continue
+        try:
+            text, _ = split_end(tokenizer, answer, conversational=conversational, inputs=inputs)
+            if not text.strip():
+                raise PromptError(f"{answer!r} holds nothing but its end")
+            answer_text_ids(tokenizer, text, conversational=conversational)
+        except PromptError as error:
+            raise PromptError(f"{field}: {error}") from error
+
+
+def warn_of_unread_kwargs(rows: Sequence[PromptRow], tokenizer: Any) -> None:
+    """Warn of variables in the data that the chat template never reads."""
+    places: dict[str, tuple[int, str]] = {}
+    for row in rows:
+        if row.template_inputs.kwargs:
+            for name in unread_kwargs(tokenizer, row.template_inputs):
+                count, first = places.get(name, (0, row.where))
+                places[name] = (count + 1, first)
+    for name, (count, first) in places.items():
+        logger.warning(
+            "chat_template_kwargs of %d rows gives %s, which the chat template of %s never reads "
+            "(the first: %s)",
+            count,
+            name,
+            tokenizer_name(tokenizer),
+            first,
+        )
