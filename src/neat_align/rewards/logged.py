@@ -1,0 +1,103 @@
+"""TRL's optional arguments of a reward function: `trainer_state`, `log_metric`, `log_extra`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from neat_align.errors import RewardError
+from neat_align.prompts.copies import deep_copy
+from neat_align.rewards.protocol import NamedReward
+
+OPTIONAL_ARGUMENTS = ("trainer_state", "log_metric", "log_extra")
+
+
+class CallLog:
+    """What a reward function logs in one call on `rows` rows."""
+
+    def __init__(self, reward: NamedReward, rows: int) -> None:
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+        self._reward, self._rows, self._is_open = reward, rows, True
+
+    def arguments(self) -> dict[str, Any]:
+        """The optional arguments that the function's signature names."""
+        available: dict[str, Callable[[], Any]] = {
+            "trainer_state": self._state,
+            "log_metric": lambda: self.log_metric,
+            "log_extra": lambda: self.log_extra,
+        }
+        return {name: available[name]() for name in _named_by(self._reward.function)}
+
+    def _state(self) -> Any:
+        if self._reward.trainer_state is None:
+            return None
+        state = copy.copy(self._reward.trainer_state())
+        vars(state).update((name, deep_copy(value)) for name, value in vars(state).items())
+        return state
+
+    def log_metric(self, name: str, value: float) -> None:
+        """A number of this call, to be averaged with those of the other calls and logged."""
+        self._check_open("log_metric")
+        plain = value.item() if getattr(value, "ndim", None) == 0 else value
+        if not isinstance(plain, numbers.Real):
+            raise RewardError(
+                f"reward function {self._reward.name!r} gave log_metric {name!r} as "
+                f"{type(value).__name__} {str(value)[:80]!r}; it must be one number"
+            )
+        self.metrics.setdefault(str(name), []).append(float(plain))
+
+    def log_extra(self, column: str, values: Iterable[Any]) -> None:
+        """Values of a column, one a row; several calls add up."""
+        self._check_open("log_extra")
+        self.extra.setdefault(str(column), []).extend(_as_json(value) for value in values)
+
+    def close(self) -> None:
+        """The call is over. Raises RewardError for a column without one value a row."""
+        self._is_open = False
+        for column, values in self.extra.items():
+            if len(values) != self._rows:
+                raise RewardError(
+                    f"reward function {self._reward.name!r} gave log_extra {len(values)} values of "
+                    f"{column!r} for {self._rows} completions: one a completion is needed"
+                )
+
+    def _check_open(self, what: str) -> None:
+        if not self._is_open:
+            raise RewardError(
+                f"reward function {self._reward.name!r} called {what} after the call that it was "
+                "given for: call it before returning"
+            )
+
+
+def _named_by(function: Any) -> list[str]:
+    bound: set[str] = set()
+    plain = function
+    while isinstance(plain, functools.partial):
+        bound |= plain.keywords.keys()
+        plain = plain.func
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions of C have none
+        return []
+    return [
+        name
+        for name in OPTIONAL_ARGUMENTS
+        if name in parameters
+        and name not in bound
+        and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+
+
+def _as_json(value: Any) -> Any:
+    """The value now, as plain data; text where JSON has no form for it."""
+    plain = value.item() if getattr(value, "ndim", None) == 0 else value
+    try:
+        return json.loads(json.dumps(plain, default=str))
+    except (TypeError, ValueError):
+        return str(value)
