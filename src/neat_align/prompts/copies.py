@@ -16,7 +16,8 @@ def deep_copy(value: T) -> T:
     tensor within a graph) is the same object in the copy as in `value`. Where one object stands
     twice in `value`, its copy does as well.
     """
-    return _copied(value, {})
+    copied: T = _copied(value, {})
+    return copied
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -27,11 +28,13 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     # `copy.deepcopy` is ten times slower on plain data, and gives a whole list up for one lock.
     if kind is list:
-        memo[id(value)] = items = []
+        items: list[Any] = []
+        memo[id(value)] = items
         items.extend(_copied(item, memo) for item in value)
         return items
     if kind is dict:
-        memo[id(value)] = pairs = {}
+        pairs: dict[Any, Any] = {}
+        memo[id(value)] = pairs
         pairs.update((_copied(k, memo), _copied(v, memo)) for k, v in value.items())
         return pairs
     if kind is tuple:

@@ -147,7 +147,7 @@ class _Call:
 
     def __init__(self, reward: NamedReward, rows: Rows, first: int) -> None:
         self.reward, self.rows, self.first = reward, rows, first
-        self.log = CallLog(reward, len(rows))
+        self.log = CallLog(reward.name, len(rows))
 
     def begin(self) -> Answer | _TooMuch | Awaitable[Any]:
         """Call the function; what is to be awaited where it is async. Raises RewardError."""
@@ -178,7 +178,7 @@ class _Call:
 
     def _in_time(self) -> Any:
         """The function's output. RewardTimeoutError after the reward's timeout."""
-        arguments = self.rows.arguments() | self.log.arguments()
+        arguments = self.rows.arguments() | self.log.arguments_for(self.reward)
 
         def called() -> Any:
             return consumed(self.reward.function(**arguments), len(self.rows))
@@ -204,9 +204,7 @@ class _Call:
         return future.result()
 
     def _answer(self, output: Any) -> Answer:
-        scores = checked_scores(
-            self.reward.name, output, self.rows.completions, self.rows.labels
-        )
+        scores = checked_scores(self.reward.name, output, self.rows.completions, self.rows.labels)
         self.log.close()
         return Answer(self.first, scores, self.log)
 
@@ -240,7 +238,7 @@ class _Call:
         here = max(i for i, frame in enumerate(frames) if frame.filename == __file__)
         inside = [f for f in frames[here + 1 :] if f.filename == frames[here + 1].filename]
         # The last line of the file that the function is in, not that of a library which it calls.
-        place = f" at {Path(inside[-1].filename).name}:{inside[-1].lineno}" if inside else ""
+        place = f" ({Path(inside[-1].filename).name}:{inside[-1].lineno})" if inside else ""
         if len(self.rows) == 1:
             where = (
                 f"{self.rows.labels[0]}, whose completion begins "
@@ -249,8 +247,8 @@ class _Call:
         else:
             where = f"a batch of {len(self.rows)} rows ({name_list(self.rows.labels)})"
         return (
-            f"reward function {self.reward.name!r} raised {type(error).__name__}{place} on "
-            f"{where}: {error}{_hint(error, self.rows)}"
+            f"reward function {self.reward.name!r} raised {type(error).__name__} on {where}: "
+            f"{error}{place}{_hint(error, self.rows)}"
         )
 
 

@@ -49,8 +49,8 @@ class ModelReward:
     Batches are sorted by length, padded on the right and masked by length; results are in the rows'
     order and do not depend on `batch_size`. Where the model has a pad token its own pooling rule
     stands; where it has none, the last token is pooled, as for a single row. `bf16` computes under
-    bf16 autocast. When memory runs out `batch_size` is halved. A model on the CPU moves to the accelerator if there is one; a dispatched or
-    quantised model stays where it is.
+    bf16 autocast. When memory runs out `batch_size` is halved. A model on the CPU moves to the
+    accelerator if there is one; a dispatched or quantised model stays where it is.
     """
 
     def __init__(

@@ -18,36 +18,32 @@ OPTIONAL_ARGUMENTS = ("trainer_state", "log_metric", "log_extra")
 
 
 class CallLog:
-    """What a reward function logs in one call on `rows` rows."""
+    """What the reward function `name` logs in one call on `rows` rows.
 
-    def __init__(self, reward: NamedReward, rows: int) -> None:
+    It knows nothing of the trainer: a function may keep what it is given, and would keep that too.
+    """
+
+    def __init__(self, name: str, rows: int) -> None:
         self.metrics: dict[str, list[float]] = {}
         self.extra: dict[str, list[Any]] = {}
-        self._reward, self._rows, self._is_open = reward, rows, True
+        self._name, self._rows, self._is_open = name, rows, True
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments_for(self, reward: NamedReward) -> dict[str, Any]:
         """The optional arguments that the function's signature names."""
         available: dict[str, Callable[[], Any]] = {
-            "trainer_state": self._state,
+            "trainer_state": lambda: _copy_of_state(reward),
             "log_metric": lambda: self.log_metric,
             "log_extra": lambda: self.log_extra,
         }
-        return {name: available[name]() for name in _named_by(self._reward.function)}
+        return {name: available[name]() for name in _named_by(reward.function)}
 
-    def _state(self) -> Any:
-        if self._reward.trainer_state is None:
-            return None
-        state = copy.copy(self._reward.trainer_state())
-        vars(state).update((name, deep_copy(value)) for name, value in vars(state).items())
-        return state
-
-    def log_metric(self, name: str, value: float) -> None:
+    def log_metric(self, name: str, value: Any) -> None:
         """A number of this call, to be averaged with those of the other calls and logged."""
         self._check_open("log_metric")
         plain = value.item() if getattr(value, "ndim", None) == 0 else value
         if not isinstance(plain, numbers.Real):
             raise RewardError(
-                f"reward function {self._reward.name!r} gave log_metric {name!r} as "
+                f"reward function {self._name!r} gave log_metric {name!r} as "
                 f"{type(value).__name__} {str(value)[:80]!r}; it must be one number"
             )
         self.metrics.setdefault(str(name), []).append(float(plain))
@@ -63,16 +59,24 @@ class CallLog:
         for column, values in self.extra.items():
             if len(values) != self._rows:
                 raise RewardError(
-                    f"reward function {self._reward.name!r} gave log_extra {len(values)} values of "
+                    f"reward function {self._name!r} gave log_extra {len(values)} values of "
                     f"{column!r} for {self._rows} completions: one a completion is needed"
                 )
 
     def _check_open(self, what: str) -> None:
         if not self._is_open:
             raise RewardError(
-                f"reward function {self._reward.name!r} called {what} after the call that it was "
+                f"reward function {self._name!r} called {what} after the call that it was "
                 "given for: call it before returning"
             )
+
+
+def _copy_of_state(reward: NamedReward) -> Any:
+    if reward.trainer_state is None:
+        return None
+    state = copy.copy(reward.trainer_state())
+    vars(state).update((name, deep_copy(value)) for name, value in vars(state).items())
+    return state
 
 
 def _named_by(function: Any) -> list[str]:

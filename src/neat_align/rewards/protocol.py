@@ -32,7 +32,7 @@ class Unscorable:
     reason: str
 
 
-Score: TypeAlias = float | None | Unscorable
+Score: TypeAlias = float | Unscorable | None
 
 
 @runtime_checkable

@@ -119,9 +119,7 @@ def _extra(answers: Sequence[Answer], rows: int) -> dict[str, tuple[Any, ...]]:
     return {column: tuple(values) for column, values in extra.items()}
 
 
-def unscorable_prompts(
-    rewards: Sequence[NamedReward], prompts: Sequence[Prompt]
-) -> list[LeftOut]:
+def unscorable_prompts(rewards: Sequence[NamedReward], prompts: Sequence[Prompt]) -> list[LeftOut]:
     """The prompts no answer to which can be scored, as far as the rewards can tell beforehand."""
     return [
         LeftOut(i, reward.name, reason)

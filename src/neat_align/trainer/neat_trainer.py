@@ -42,6 +42,7 @@ from neat_align.trainer.setup import (
     contrast_reward,
     keep_one_progress_bar,
     read_data,
+    scorable_data,
     set_up_policy,
     set_up_rewards,
 )
@@ -96,6 +97,7 @@ class NEATTrainer(Trainer):
         scored_by = set_up_rewards(
             args, contrast, reward_funcs, judge_funcs, reward_processing_classes
         )
+        data = scorable_data(data, scored_by)
         self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         self.last_evaluation: Evaluation | None = None
@@ -119,6 +121,7 @@ class NEATTrainer(Trainer):
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             num_groups=len(self.rounds),
             steps_per_round=lambda: self.steps_per_round,
+            trainer_state=lambda: self.state,
         )
         keep_one_progress_bar(self)
         # The last callback, so that all others have seen the save.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -155,11 +156,14 @@ def compose(
     sharded: bool,
     num_groups: int,
     steps_per_round: Callable[[], int],
+    trainer_state: Callable[[], Any],
 ) -> TrainerParts:
     """The parts, once Trainer's constructor has made the accelerator.
 
-    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights.
+    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights;
+    `trainer_state` is for reward functions that ask for it.
     """
+    scored_by = scored_by.with_trainer_state(trainer_state)
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round)
     layout = layout_for(args, setup, data, sharded=sharded)

@@ -11,7 +11,7 @@ import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.packing import Layout, TokenIds
@@ -30,8 +30,9 @@ from neat_align.prompts.seeds import draw_pair
 from neat_align.prompts.template_check import check_template
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
-from neat_align.rewards.protocol import NamedReward, RewardSpec
+from neat_align.rewards.protocol import NamedReward, OnBadRow, RewardSpec
 from neat_align.rewards.resolve import resolve_rewards
+from neat_align.rewards.scoring import unscorable_prompts
 from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import weights_fingerprint
@@ -45,11 +46,16 @@ GivenRewards = RewardSpec | Sequence[RewardSpec] | None
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows to learn from, and held-out rows. `conversational`: prompts are messages, not text."""
+    """Rows to learn from, and held-out rows. `conversational`: prompts are messages, not text.
+
+    `unscorable` are rows that were taken out since a reward cannot score any answer to them: where
+    they are in the data, and why.
+    """
 
     rows: list[PromptRow]
     eval_rows: list[PromptRow]
     conversational: bool
+    unscorable: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,13 @@ class Rewards:
 
     rewards: tuple[NamedReward, ...]
     judges: tuple[NamedReward, ...]
+
+    def with_trainer_state(self, state: Callable[[], Any]) -> Rewards:
+        """The same, each with the trainer's state for a function that asks for it."""
+        return Rewards(
+            tuple(replace(reward, trainer_state=state) for reward in self.rewards),
+            tuple(replace(judge, trainer_state=state) for judge in self.judges),
+        )
 
 
 def check_callbacks(args: NEATConfig, callbacks: Sequence[TrainerCallback | type]) -> None:
@@ -165,6 +178,38 @@ def set_up_rewards(
             f"pair; set reward_margin below {ORIGIN_STEP:g}"
         )
     return Rewards(rewards, judges)
+
+
+def scorable_data(
+    data: TrainingData, scored_by: Rewards, on_bad_row: OnBadRow = "error"
+) -> TrainingData:
+    """The data without the prompts that are too long for a reward model already.
+
+    Raises DataError where there are such prompts and `on_bad_row` is "error".
+    """
+    everybody = (*scored_by.rewards, *scored_by.judges)
+    rows, out = _scorable(data.rows, scored_by.rewards)
+    eval_rows, eval_out = _scorable(data.eval_rows, everybody)
+    out += eval_out
+    if not out:
+        return data
+    named = "; ".join(f"{where}: it {why}" for where, why in out[:3])
+    if on_bad_row == "error" or not rows:
+        raise DataError(
+            f"{len(out)} prompts cannot be scored, whatever the answer is: {named}. Drop these "
+            "rows, or take another reward model"
+        )
+    logger.warning("%d prompts are left out, since no answer can be scored: %s", len(out), named)
+    return replace(data, rows=rows, eval_rows=eval_rows, unscorable=tuple(out))
+
+
+def _scorable(
+    rows: list[PromptRow], rewards: Sequence[NamedReward]
+) -> tuple[list[PromptRow], list[tuple[str, str]]]:
+    """The rows whose prompts can be scored; place and reason of the others."""
+    bad = {left.row: left.reason for left in unscorable_prompts(rewards, [r.prompt for r in rows])}
+    kept = [row for i, row in enumerate(rows) if i not in bad]
+    return kept, [(rows[i].where, reason) for i, reason in sorted(bad.items())]
 
 
 def _resolved(
