@@ -245,7 +245,7 @@ class _Call:
                 f"{excerpt(self.rows.completions[0])}"
             )
         else:
-            where = f"a batch of {len(self.rows)} rows ({name_list(self.rows.labels)})"
+            where = f"a batch of {len(self.rows)} rows ({name_list(self.rows.labels, '; ')})"
         return (
             f"reward function {self.reward.name!r} raised {type(error).__name__} on {where}: "
             f"{error}{place}{_hint(error, self.rows)}"
