@@ -464,6 +464,21 @@ def test_what_is_logged_is_checked() -> None:
             log("x", value)
 
 
+def test_numbers_that_are_not_finite_are_left_out_and_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def logs(completions: Any, log_metric: Any, log_extra: Any, **_: Any) -> Any:
+        for value in (np.float32("nan"), torch.tensor(2.0), float("inf"), 4):
+            log_metric("x", value)
+        log_extra("y", [1.5, float("nan"), np.nan, None])
+        return ones(completions)
+
+    got = scored(logs)
+    assert got.metrics == {"x": (2.0, 4.0)}
+    assert got.extra == {"y": (1.5, "nan", "nan", None)}
+    assert "'logs' logged nan as 'x': left out" in caplog.text
+
+
 def test_what_a_call_that_was_made_again_has_logged_counts_once() -> None:
     def logs(completions: Any, log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
         log_metric("rows", len(completions))

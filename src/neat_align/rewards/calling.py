@@ -133,13 +133,15 @@ def _outcomes(calls: Sequence[_Call]) -> list[Answer | _TooMuch]:
             else:
                 outcomes.append(None)
                 waiting.append((call, outcome))
-    except BaseException:
+        awaited = iter(_await_all(waiting))
+        return [next(awaited) if outcome is None else outcome for outcome in outcomes]
+    finally:
         for _, awaitable in waiting:
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()
-        raise
-    awaited = iter(_await_all(waiting))
-    return [next(awaited) if outcome is None else outcome for outcome in outcomes]
+            if (
+                inspect.iscoroutine(awaitable)
+                and inspect.getcoroutinestate(awaitable) == inspect.CORO_CREATED
+            ):
+                awaitable.close()  # Python warns of one that nobody awaited
 
 
 class _Call:

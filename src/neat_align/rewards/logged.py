@@ -6,6 +6,8 @@ import copy
 import functools
 import inspect
 import json
+import logging
+import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,6 +16,7 @@ from neat_align.errors import RewardError
 from neat_align.prompts.copies import deep_copy
 from neat_align.rewards.protocol import NamedReward
 
+logger = logging.getLogger(__name__)
 OPTIONAL_ARGUMENTS = ("trainer_state", "log_metric", "log_extra")
 
 
@@ -38,7 +41,10 @@ class CallLog:
         return {name: available[name]() for name in _named_by(reward.function)}
 
     def log_metric(self, name: str, value: Any) -> None:
-        """A number of this call, to be averaged with those of the other calls and logged."""
+        """A number of this call, to be averaged with those of the other calls and logged.
+
+        One that is not finite is warned of and left out: it would hide all others.
+        """
         self._check_open("log_metric")
         plain = value.item() if getattr(value, "ndim", None) == 0 else value
         if not isinstance(plain, numbers.Real):
@@ -46,7 +52,10 @@ class CallLog:
                 f"reward function {self._name!r} gave log_metric {name!r} as "
                 f"{type(value).__name__} {str(value)[:80]!r}; it must be one number"
             )
-        self.metrics.setdefault(str(name), []).append(float(plain))
+        if math.isfinite(plain):
+            self.metrics.setdefault(str(name), []).append(float(plain))
+        else:
+            logger.warning("reward function %r logged %s as %r: left out", self._name, plain, name)
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
         """Values of a column, one a row; several calls add up."""
@@ -102,6 +111,6 @@ def _as_json(value: Any) -> Any:
     """The value now, as plain data; text where JSON has no form for it."""
     plain = value.item() if getattr(value, "ndim", None) == 0 else value
     try:
-        return json.loads(json.dumps(plain, default=str))
+        return json.loads(json.dumps(plain, default=str, allow_nan=False))
     except (TypeError, ValueError):
         return str(value)

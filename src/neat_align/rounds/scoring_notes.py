@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -125,13 +124,9 @@ def count_left_out(left_out: Iterable[Mapping[str, Any]]) -> int:
 def logged_means(
     logged: Mapping[str, Sequence[float]], taken: Iterable[str] = ()
 ) -> dict[str, float]:
-    """Means of what reward functions logged; a name that is `taken` becomes `logged/<name>`.
-
-    A mean that is no finite number is left out, as everywhere in metrics.
-    """
+    """Means of what reward functions logged; a name that is `taken` becomes `logged/<name>`."""
     others = {*taken, *_TAKEN}
-    means = {
+    return {
         f"logged/{name}" if name in others else name: fmean(values)
         for name, values in logged.items()
     }
-    return {name: mean for name, mean in means.items() if math.isfinite(mean)}
