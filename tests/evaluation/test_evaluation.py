@@ -316,10 +316,8 @@ def test_what_a_judge_cannot_score_and_what_rewards_log_is_in_the_evaluation() -
     assert (summary["unscorable"], summary["mine"], summary["logged/reward"]) == (3.0, 0.25, 7.0)
     assert summary["reward"] == 1.0
     assert Evaluation(**json.loads(json.dumps(found.to_json()))) == found
-    with pytest.raises(RewardError, match="'judge' cannot score .*: it is too long .and 2 more"):
-        evaluate_policy(
-            rows(), tools(model(), judges=(NamedReward("judge", judge, 1.0),)), seed=0
-        )
+    with pytest.raises(RewardError, match=r"'judge' cannot score .*: it is too long .and 2 more"):
+        evaluate_policy(rows(), tools(model(), judges=(NamedReward("judge", judge, 1.0),)), seed=0)
 
 
 def test_an_evaluations_prompts_are_the_readers_own() -> None:

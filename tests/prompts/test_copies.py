@@ -49,7 +49,10 @@ def test_arrays_and_objects_are_copied_and_what_cannot_be_is_shared() -> None:
 
     lock, refuses = threading.Lock(), Refuses()
     in_a_graph = torch.ones(2, requires_grad=True) * 2
-    row = {"a": [np.zeros(2), torch.zeros(2), Holder()], "b": [lock, in_a_graph, refuses, {"c": []}]}
+    row = {
+        "a": [np.zeros(2), torch.zeros(2), Holder()],
+        "b": [lock, in_a_graph, refuses, {"c": []}],
+    }
     copied = deep_copy(row)
     copied["a"][0][0] = copied["a"][1][0] = 9
     copied["a"][2].items.append(2)

@@ -139,7 +139,9 @@ def test_a_contrast_scorer_may_change_its_lists() -> None:
             ids.append(99)
         return [float(-sum(ids)) for ids in answers]
 
-    reward = ContrastReward(log_probs, lambda prompt, polarity: [len(polarity), polarity == "negative"])
+    reward = ContrastReward(
+        log_probs, lambda prompt, polarity: [len(polarity), polarity == "negative"]
+    )
     got = reward(prompts=["a", "b"], completions=["x", "y"], completion_ids=[[1, 2], [3]])
     assert got == [0.0, 0.0]  # the same answers under both instructions
 
@@ -187,7 +189,9 @@ def test_a_generator_that_fails_or_goes_on_and_on_is_the_functions_fault() -> No
         yield 1.0
 
     never = threading.Event()
-    with pytest.raises(RewardError, match="'fails' raised ZeroDivisionError on .*in the generator"):
+    with pytest.raises(
+        RewardError, match=r"'fails' raised ZeroDivisionError on .*in the generator"
+    ):
         scored(fails)
     with pytest.raises(RewardError, match="'endless' returned 5 scores for 4 completions"):
         scored(endless)
@@ -211,7 +215,9 @@ class Client400(Exception):
 
 def http_status(status: int) -> Exception:
     request = httpx2.Request("POST", "https://judge.example/")
-    return httpx2.HTTPStatusError("no", request=request, response=httpx2.Response(status, request=request))
+    return httpx2.HTTPStatusError(
+        "no", request=request, response=httpx2.Response(status, request=request)
+    )
 
 
 @pytest.mark.parametrize(
@@ -460,7 +466,7 @@ def test_what_is_logged_is_checked() -> None:
         scored(short)
     scored(keeps)
     for log, value in zip(late, (1.0, [1.0]), strict=True):
-        with pytest.raises(RewardError, match="'keeps' called log_.* after the call"):
+        with pytest.raises(RewardError, match=r"'keeps' called log_.* after the call"):
             log("x", value)
 
 
@@ -496,7 +502,9 @@ def test_a_kept_logger_keeps_no_trainer() -> None:
 
     kept: list[Any] = []
 
-    def keeps(completions: Any, trainer_state: Any, log_metric: Any, log_extra: Any, **_: Any) -> Any:
+    def keeps(
+        completions: Any, trainer_state: Any, log_metric: Any, log_extra: Any, **_: Any
+    ) -> Any:
         kept.extend((trainer_state, log_metric, log_extra))
         return ones(completions)
 

@@ -199,7 +199,9 @@ def test_what_belongs_to_another_loop_says_what_to_change() -> None:
         return [0.0, 0.0]
 
     asyncio.run(elsewhere())
-    with pytest.raises(RewardError, match="different event loop.*inside the function, at its first"):
+    with pytest.raises(
+        RewardError, match=r"different event loop.*inside the function, at its first"
+    ):
         scored(uses)
 
 
@@ -239,7 +241,9 @@ def test_a_reward_that_blocks_the_loop_is_late_and_the_next_one_has_another(
         return []
 
     before, started = reward_loop(), time.monotonic()
-    with pytest.raises(RewardTimeoutError, match="'blocks' did not return .*blocks the event loop"):
+    with pytest.raises(
+        RewardTimeoutError, match=r"'blocks' did not return .*blocks the event loop"
+    ):
         scored(blocks, timeout=0.1)
     assert time.monotonic() - started < 5
     assert scored(plain_async).rewards == (1.0, 2.0)
@@ -415,4 +419,6 @@ def test_a_client_is_kept_over_rounds_and_an_evaluation(
         t.evaluate()
         assert t.state.global_step == 2
     assert len(reward.loops | judge.loops) == 1
-    assert len(connections) == 2  # a client has one request at a time here, and keeps its connection
+    assert (
+        len(connections) == 2
+    )  # a client has one request at a time here, and keeps its connection

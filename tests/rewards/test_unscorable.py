@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from neat_align import NEATTrainer
 from neat_align.errors import DataError, RewardError
 from neat_align.prompts.rows import PromptRow
 from neat_align.rewards.hf import ModelReward
@@ -31,7 +33,8 @@ from neat_align.rewards.protocol import (
 from neat_align.rewards.scoring import score, unscorable_prompts
 from neat_align.trainer.setup import Rewards, TrainingData, scorable_data
 from reward_server import Asked, Handler, RewardServer, by_length
-from tiny import tiny_tokenizer
+from small_trainer import ROWS, TOKENIZER, config, trainer
+from tiny import tiny_model, tiny_tokenizer
 
 CONTEXT = 64
 
@@ -95,9 +98,7 @@ def test_a_skipped_row_has_no_reward_whatever_the_others_say(
     second = gives(10.0, 20.0, 30.0, name="second")
     judge = gives(Unscorable("is odd"), 2.0, 3.0, name="judge", weight=0.0)
     with caplog.at_level(logging.WARNING, "neat_align"):
-        got = score(
-            (first, second, judge), **rows_for(["one", "two", "three"]), on_bad_row="skip"
-        )
+        got = score((first, second, judge), **rows_for(["one", "two", "three"]), on_bad_row="skip")
     assert got == ScoredRows(
         rewards=(11.0, None, 30.0),
         components=((1.0, 10.0, None), (None, 20.0, 2.0), (None, 30.0, 3.0)),
@@ -208,7 +209,9 @@ def test_a_model_that_runs_out_of_memory_takes_fewer_rows_from_then_on() -> None
         assert reward(texts, texts, [[]] * 9) == pytest.approx(whole, abs=1e-5)
     assert model.batches == [8, 4, 2, 2, 2, 2, 1, 2, 2, 2, 2, 1]
     none = ModelReward(Fits(small_model(), 0), tokenizer, name="big")
-    with pytest.raises(RewardError, match=r"memory ran out while .*'big' scored one row of \d+ tok"):
+    with pytest.raises(
+        RewardError, match=r"memory ran out while .*'big' scored one row of \d+ tok"
+    ):
         score((NamedReward("big", none, 1.0),), **rows_for(texts))
 
 
@@ -231,7 +234,9 @@ def test_a_request_that_is_too_large_is_halved_down_to_the_row_at_fault() -> Non
         named = (NamedReward("server", HttpReward(server.url, batch_size=8), 1.0),)
         got = score(named, **rows_for(texts), on_bad_row="skip")
         sizes = sorted(len(asked.rows) for asked in server.asked)
-        with pytest.raises(RewardError, match=r"data\.jsonl:3, .* it is too large for the reward s"):
+        with pytest.raises(
+            RewardError, match=r"data\.jsonl:3, .* it is too large for the reward s"
+        ):
             score(named, **rows_for(texts))
     assert got.rewards == (1, 2, None, 4, 5, 6, 7, 8, 9)
     # 8 → 4 and 4 → 2, 2, 2, 2, of which the one with the long row → 1, 1; and the ninth row.
@@ -245,7 +250,14 @@ def test_a_prompt_that_is_too_long_already_is_found_without_an_answer() -> None:
     reward = model_reward()
     assert isinstance(reward, ChecksPrompts)
     long, emoji = "word " * 40, "\U0001f600" * 14  # 56 bytes, 56 tokens
-    prompts = ["Hi", user(long), user("Hi"), [*user("Hi"), *user(long)], user(emoji), user("x" * 34)]
+    prompts = [
+        "Hi",
+        user(long),
+        user("Hi"),
+        [*user("Hi"), *user(long)],
+        user(emoji),
+        user("x" * 34),
+    ]
     bad = unscorable_prompts((NamedReward("judge", reward, 1.0), gives(1.0)), prompts)
     assert [left.row for left in bad] == [1, 3, 4]
     assert all(left.reward == "judge" and "which takes 64" in left.reason for left in bad)
@@ -254,7 +266,9 @@ def test_a_prompt_that_is_too_long_already_is_found_without_an_answer() -> None:
 def test_the_cheap_look_tells_of_every_prompt_that_is_too_long() -> None:
     reward, all_of_them = model_reward(), model_reward()
     all_of_them._may_be_unscorable = lambda prompt: True  # type: ignore[method-assign]
-    prompts: list[Any] = [user(text * n) for text in ("x", "é ", "the ", "😀", "\n") for n in range(70)]
+    prompts: list[Any] = [
+        user(text * n) for text in ("x", "é ", "the ", "😀", "\n") for n in range(70)
+    ]
     assert reward.unscorable_prompts(prompts) == all_of_them.unscorable_prompts(prompts) != {}
 
 
@@ -286,11 +300,6 @@ def test_rows_that_no_answer_can_save_are_refused_or_taken_out_at_start(
 
 
 def test_a_trainer_refuses_such_a_prompt_before_it_samples(tmp_path: Path) -> None:
-    from small_trainer import ROWS, TOKENIZER, config
-
-    from neat_align import NEATTrainer
-    from tiny import tiny_model
-
     long = {"prompt": user("Tell me " * 20)}
     with pytest.raises(DataError, match=r"1 prompts cannot be scored.*which takes 64"):
         NEATTrainer(
@@ -308,7 +317,6 @@ def test_a_trainer_refuses_such_a_prompt_before_it_samples(tmp_path: Path) -> No
 
 def test_a_round_counts_and_lists_what_could_not_be_scored(tmp_path: Path) -> None:
     """Also when it is interrupted and taken up, with other batches."""
-    from small_trainer import trainer
 
     def judge(completions: Any, log_metric: Any, log_extra: Any, **_: Any) -> list[Any]:
         texts = [c[0]["content"] for c in completions]
@@ -363,6 +371,4 @@ def test_a_round_counts_and_lists_what_could_not_be_scored(tmp_path: Path) -> No
 
 
 def _skipping(tools: Any) -> Any:
-    from dataclasses import replace
-
     return replace(tools, on_bad_row="skip")

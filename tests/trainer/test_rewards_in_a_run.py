@@ -1,4 +1,4 @@
-"""What a run makes of a reward function's habits: it changes its input, logs, asks for the state."""
+"""A run whose reward functions change their input, log, and ask for the trainer's state."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def test_a_run_is_the_same_whatever_its_rewards_and_callbacks_do_to_what_they_ar
         assert t.parts.run_key() == key
         runs[name] = t
     calm, wild = runs["calm"], runs["wild"]
-    assert all(torch.equal(a, b) for a, b in zip(weights(calm).values(), weights(wild).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(calm).values(), weights(wild).values(), strict=True)
+    )
     assert wild.last_evaluation is not None
     assert calm.last_evaluation is not None
     assert wild.last_evaluation.rewards == calm.last_evaluation.rewards

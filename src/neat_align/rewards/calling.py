@@ -53,9 +53,9 @@ class Rows:
 
     def arguments(self) -> dict[str, Any]:
         """Deep copies, a row for itself: whatever a function does to its own changes no other's."""
-        rows = (self.prompts, self.completions, self.completion_ids)
-        given = {**dict(zip(ARGUMENTS, rows, strict=True)), **self.columns}
-        return {name: [deep_copy(value) for value in values] for name, values in given.items()}
+        texts = {"prompts": self.prompts, "completions": self.completions, **self.columns}
+        copies = {name: [deep_copy(value) for value in values] for name, values in texts.items()}
+        return {**copies, "completion_ids": [list(ids) for ids in self.completion_ids]}
 
     def part(self, first: int, end: int) -> Rows:
         """The rows from `first` to `end`, which is left out."""
