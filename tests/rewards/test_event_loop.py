@@ -20,7 +20,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from neat_align.errors import RewardError, RewardTimeoutError
+from neat_align.errors import RewardError, RewardTimeoutError, RunInterrupted
 from neat_align.rewards.event_loop import RewardLoop, reward_loop
 from neat_align.rewards.protocol import ScoredRows
 from neat_align.rewards.resolve import resolve_rewards
@@ -422,3 +422,31 @@ def test_a_client_is_kept_over_rounds_and_an_evaluation(
     assert (
         len(connections) == 2
     )  # a client has one request at a time here, and keeps its connection
+
+
+def test_a_signal_while_a_reward_waits_stops_the_run_where_it_can_go_on(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    async def judge(completions: Any, **_: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        return [float(len(c[0]["content"])) for c in completions]
+
+    def run() -> Any:
+        return trainer(
+            tmp_path, rows=ROWS[:4], reward=judge, prompts_per_round=4, generation_batch_size=8
+        )
+
+    with pytest.raises(RunInterrupted) as stopped:
+        run().train()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(calls) == 1  # the batch is finished and kept
+    t = run()
+    t.train(resume_from_checkpoint=True)
+    assert t.state.global_step == 2
+    kept = sum(len(g.completions) for g in t.parts.round_maker.make(
+        0, is_start=False, start_is_current=True
+    ).groups)  # fmt: skip
+    assert sum(calls) == kept

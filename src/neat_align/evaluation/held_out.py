@@ -139,13 +139,9 @@ def evaluate_policy(
     n = samples_per_prompt
     plain = _sample(rows, tools, seed, n, "plain", progress)
     texts = _texts(plain, tools)
-    scored = score_answers(
-        [row for row in rows for _ in range(n)],
-        texts,
-        [s.token_ids for s in plain],
-        (*tools.rewards, *_silent(tools.judges)),
-        tools.on_bad_row,
-    )
+    asked = [row for row in rows for _ in range(n)]
+    token_ids, everybody = [s.token_ids for s in plain], (*tools.rewards, *_silent(tools.judges))
+    scored = score_answers(asked, texts, token_ids, everybody, tools.on_bad_row)
     # Exact at each token, so a prompt's first answer says nearly all; the dearest part.
     drift = _drift(rows, plain[::n], tools)
     human_logprobs = _human_logprobs(rows, tools)
@@ -153,7 +149,7 @@ def evaluate_policy(
     under = {"plain": mean_of(scored.rewards)}
     if contrast and tools.rewards:
         under |= {p: _reward_under(p, rows, tools, seed, progress) for p in _CONTRAST}
-    return Evaluation(
+    found = Evaluation(
         prompt_ids=[row.id for row in rows],
         prompts=[deep_copy(row.prompt) for row in rows],  # the caller's, to do with as it likes
         completions=[texts[i : i + n] for i in range(0, len(texts), n)],
@@ -170,10 +166,8 @@ def evaluate_policy(
         repetition=_means([repetition(t) for t in texts], n),
         refusals=_means([is_refusal(t) for t in texts], n),
         pair_accuracy=_pair_accuracy(human_logprobs),
-        left_out=_left_out(scored, rows, n),
-        logged={name: fmean(values) for name, values in scored.metrics.items()},
-        extra={name: list(values) for name, values in scored.extra.items()},
     )
+    return _with_notes(found, scored)
 
 
 def _texts(samples: Sequence[Sample], tools: EvalTools) -> list[str]:
@@ -199,16 +193,22 @@ def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
     return tuple(replace(judge, weight=0.0) for judge in judges)
 
 
-def _left_out(scored: ScoredRows, rows: Sequence[PromptRow], n: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt_id": rows[left.row // n].id,
-            "sample": left.row % n,
-            "reward": left.reward,
-            "reason": left.reason,
-        }
-        for left in scored.left_out
+def _with_notes(found: Evaluation, scored: ScoredRows) -> Evaluation:
+    """The evaluation with what scoring its answers noted."""
+    places = [
+        {"prompt_id": prompt_id, "sample": i}
+        for prompt_id, answers in zip(found.prompt_ids, found.completions, strict=True)
+        for i in range(len(answers))
     ]
+    return replace(
+        found,
+        left_out=[
+            {**places[left.row], "reward": left.reward, "reason": left.reason}
+            for left in scored.left_out
+        ],
+        logged={name: fmean(values) for name, values in scored.metrics.items()},
+        extra={name: list(values) for name, values in scored.extra.items()},
+    )
 
 
 def _judge_scores(

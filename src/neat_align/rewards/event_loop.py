@@ -73,9 +73,9 @@ class RewardLoop:
             tasks.append(self._loop.create_task(main))
             tasks[0].add_done_callback(lambda task: _pass_on(task, done))
 
-        # It runs in a copy of this thread's context, and so does the task that it makes.
-        self._loop.call_soon_threadsafe(begin)
         try:
+            # It runs in a copy of this thread's context, and so does the task that it makes.
+            self._loop.call_soon_threadsafe(begin)
             waited = 0.0
             while not done.done():
                 step = _LOOK_EVERY if limit is None else min(_LOOK_EVERY, limit - waited)

@@ -65,22 +65,27 @@ def score(
         for i, value in enumerate(scores)
         if isinstance(value, Unscorable)
     ]
-    if left_out:
-        _tell_left_out(left_out, rows, on_bad_row)
-    counted = {reward.name for reward in rewards if reward.weight != 0}
-    without = {row.row for row in left_out if row.reward in counted}
-    per_function = [[_number(value) for value in scores] for scores in given]
-    components = (
-        tuple(zip(*per_function, strict=True)) if per_function else ((),) * len(completions)
-    )
-    weights = [reward.weight for reward in rewards]
-    sums = [
-        None if i in without else _weighted_sum(weights, row, label)
-        for i, (row, label) in enumerate(zip(components, rows.labels, strict=True))
-    ]
+    _tell_left_out(left_out, rows, on_bad_row)
+    numbers = [[_number(value) for value in scores] for scores in given]
+    components = tuple(zip(*numbers, strict=True)) if numbers else ((),) * len(completions)
+    sums = _sums(rewards, components, left_out, rows.labels)
     flat = [answer for parts in answers for answer in parts]
-    return ScoredRows(
-        tuple(sums), components, tuple(left_out), _metrics(flat), _extra(flat, len(rows))
+    return ScoredRows(sums, components, tuple(left_out), _metrics(flat), _extra(flat, len(rows)))
+
+
+def _sums(
+    rewards: Sequence[NamedReward],
+    components: Sequence[Sequence[float | None]],
+    left_out: Sequence[LeftOut],
+    labels: Sequence[str],
+) -> tuple[float | None, ...]:
+    """Each row's weighted sum; None for one that a function with a weight could not score."""
+    counted = {reward.name for reward in rewards if reward.weight != 0}
+    without = {left.row for left in left_out if left.reward in counted}
+    weights = [reward.weight for reward in rewards]
+    return tuple(
+        None if i in without else _weighted_sum(weights, row, label)
+        for i, (row, label) in enumerate(zip(components, labels, strict=True))
     )
 
 
@@ -89,7 +94,9 @@ def _number(value: Score) -> float | None:
 
 
 def _tell_left_out(left_out: Sequence[LeftOut], rows: Rows, on_bad_row: OnBadRow) -> None:
-    """Raise RewardError, or warn where such rows are to be skipped."""
+    """Raise RewardError where there are any, or warn where such rows are to be skipped."""
+    if not left_out:
+        return
     first = left_out[0]
     more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
     what = (

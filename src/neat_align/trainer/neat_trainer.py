@@ -73,6 +73,7 @@ class NEATTrainer(Trainer):
     # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
     loss_is_scaled_for_ga = True
     args: NEATConfig
+    last_evaluation: Evaluation | None = None
 
     def __init__(
         self,
@@ -95,12 +96,11 @@ class NEATTrainer(Trainer):
         setup = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
-            args, contrast, reward_funcs, judge_funcs, reward_processing_classes
+            args, contrast, reward_funcs, judge_funcs, reward_processing_classes, lambda: self.state
         )
         data = scorable_data(data, scored_by)
         self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
-        self.last_evaluation: Evaluation | None = None
         super().__init__(
             model=cast("Any", setup.model),
             args=args,
@@ -121,7 +121,6 @@ class NEATTrainer(Trainer):
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             num_groups=len(self.rounds),
             steps_per_round=lambda: self.steps_per_round,
-            trainer_state=lambda: self.state,
         )
         keep_one_progress_bar(self)
         # The last callback, so that all others have seen the save.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -156,14 +155,11 @@ def compose(
     sharded: bool,
     num_groups: int,
     steps_per_round: Callable[[], int],
-    trainer_state: Callable[[], Any],
 ) -> TrainerParts:
     """The parts, once Trainer's constructor has made the accelerator.
 
-    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights;
-    `trainer_state` is for reward functions that ask for it.
+    `num_groups` is groups per round, `sharded` whether ranks hold parts of the weights.
     """
-    scored_by = scored_by.with_trainer_state(trainer_state)
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round)
     layout = layout_for(args, setup, data, sharded=sharded)

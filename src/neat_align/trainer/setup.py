@@ -81,13 +81,6 @@ class Rewards:
     rewards: tuple[NamedReward, ...]
     judges: tuple[NamedReward, ...]
 
-    def with_trainer_state(self, state: Callable[[], Any]) -> Rewards:
-        """The same, each with the trainer's state for a function that asks for it."""
-        return Rewards(
-            tuple(replace(reward, trainer_state=state) for reward in self.rewards),
-            tuple(replace(judge, trainer_state=state) for judge in self.judges),
-        )
-
 
 def check_callbacks(args: NEATConfig, callbacks: Sequence[TrainerCallback | type]) -> None:
     """Refuse `log_completions` when nothing would print them."""
@@ -155,8 +148,11 @@ def set_up_rewards(
     reward_funcs: GivenRewards,
     judge_funcs: GivenRewards,
     processing_classes: Any,
+    trainer_state: Callable[[], Any] | None = None,
 ) -> Rewards:
     """Rewards and judges as the user gave them, as functions with names and weights.
+
+    `trainer_state` gives the trainer's state to functions that ask for it.
 
     Raises ConfigError and RewardError for what is no reward, does not fit the way of ranking, or
     lacks its server's token.
@@ -177,7 +173,10 @@ def set_up_rewards(
             f"the best bad completion {ORIGIN_STEP:g} below the worst good one: that would be no "
             f"pair; set reward_margin below {ORIGIN_STEP:g}"
         )
-    return Rewards(rewards, judges)
+    return Rewards(
+        tuple(replace(reward, trainer_state=trainer_state) for reward in rewards),
+        tuple(replace(judge, trainer_state=trainer_state) for judge in judges),
+    )
 
 
 def scorable_data(
