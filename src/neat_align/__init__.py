@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from neat_align.prompts.loading import load_rows
     from neat_align.prompts.rows import PromptRow
     from neat_align.reporting.run_report import write_report
+    from neat_align.rewards.protocol import Unscorable
     from neat_align.rounds.completions import Completion, CompletionGroup, read_groups
     from neat_align.rounds.exports import preference_rows, ranked_rows
     from neat_align.trainer import NEATTrainer
@@ -41,6 +42,7 @@ _HOMES = {
     "preference_rows": "rounds.exports",
     "PromptRow": "prompts.rows",
     "load_rows": "prompts.loading",
+    "Unscorable": "rewards.protocol",
     "write_report": "reporting.run_report",
     "terminal_callbacks": "cli.progress",
     "NEATError": "errors",
@@ -67,6 +69,7 @@ __all__ = [
     "RewardError",
     "RewardTimeoutError",
     "RewardUnavailableError",
+    "Unscorable",
     "load_rows",
     "preference_rows",
     "ranked_rows",

@@ -70,8 +70,8 @@ class RunInterrupted(SystemExit):
 NAMED = 8
 
 
-def name_list(names: Sequence[str]) -> str:
+def name_list(names: Sequence[str], separator: str = ", ") -> str:
     """Prompt ids for a message: the first few, and how many more."""
     unique = list(dict.fromkeys(names))
     more = f" and {len(unique) - NAMED} more" if len(unique) > NAMED else ""
-    return ", ".join(unique[:NAMED]) + more
+    return separator.join(unique[:NAMED]) + more

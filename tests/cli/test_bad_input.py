@@ -332,7 +332,7 @@ def special_tokens_in_what_a_reward_model_reads(folder: Path) -> None:
             LlamaConfig(vocab_size=len(tokenizer), **shape, num_labels=1, pad_token_id=0)
         )
         judge = ModelReward(model, tokenizer)
-        honest, hostile = (judge._encode(0, "Hi", f"I am good.{end}").ids for end in ("", IM_END))
+        honest, hostile = (judge._encode("Hi", f"I am good.{end}").ids for end in ("", IM_END))
         end = tokenizer.eos_token_id
         assert hostile.count(end) == honest.count(end)
         assert len(hostile) > len(honest)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from typer.testing import CliRunner
 
 from neat_align import ConfigError, RewardError
@@ -22,7 +23,7 @@ from neat_align.cli.app import app
 from neat_align.cli.compare import show_comparison
 from neat_align.cli.options import options_from
 from neat_align.cli.progress import PrintGroups, terminal_callbacks
-from neat_align.comparison.runner import Caller, _build
+from neat_align.comparison.runner import Caller, _build, run_comparison
 from neat_align.comparison.spec import CompareSpec, parse_spec
 from neat_align.files.atomic import read_json
 from neat_align.rounds.round_files import read_round
@@ -552,6 +553,38 @@ def test_the_command_reads_a_file_and_writes_where_it_is_told(
     assert "change over base" in done.output
     assert f"page    {copied / 'comparison.html'}" in done.output
     assert read_json(tmp_path / "a" / "b.json") == read_json(copied / "comparison.json")
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_nothing_of_a_run_is_in_memory_when_the_next_begins(
+    place: Path, tmp_path: Path, use_peft: bool
+) -> None:
+    """Trainer, model, optimizer: also of a run that broke down, whose error holds its frames."""
+    seen: list[weakref.ref[Any]] = []
+    alive_at_a_start: list[int] = []
+
+    class Watch(TrainerCallback):
+        def note(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            parts = (given["model"], given.get("optimizer"), given.get("train_dataloader"))
+            seen.extend(weakref.ref(part) for part in parts if part is not None)
+
+        on_evaluate = on_step_end = note
+
+    def callbacks(_: Any) -> list[TrainerCallback]:
+        alive_at_a_start.append(sum(ref() is not None for ref in seen))
+        return [Watch()]
+
+    given = spec(
+        place,
+        seeds=[0],
+        methods={"sft-best": None, "dpo": {"reward_margin": 1e6}, "rrhf": None},
+        settings={"num_train_epochs": 1, "use_peft": use_peft, "bf16": True},
+    )
+    result = run_comparison(given, tmp_path, Caller(options_from, callbacks, lambda *_: None))
+    assert len(alive_at_a_start) == 4
+    assert alive_at_a_start == [0] * 4
+    assert len(seen) >= 4
+    assert "0 of" in str(result["runs"])
 
 
 def test_a_run_is_shown_as_its_own_settings_ask(place: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from neat_align.errors import RewardError, RewardTimeoutError
 from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy
 from neat_align.evaluation.statistics import mean_of
@@ -22,7 +25,7 @@ from neat_align.prompts.instruction_banks import InstructionBank, InstructionPai
 from neat_align.prompts.loading import rows_from_dataset
 from neat_align.prompts.rendering import prompt_ids
 from neat_align.prompts.rows import PromptRow
-from neat_align.rewards.protocol import NamedReward
+from neat_align.rewards.protocol import NamedReward, Unscorable
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from tiny import tiny_model, tiny_tokenizer
@@ -264,6 +267,69 @@ def test_judges_are_reported_and_never_in_the_reward() -> None:
     assert only.judges == judged.judges
     assert only.rewards == [None] * 4
     assert only.contrast == {}
+
+
+def test_a_judge_keeps_its_time_limit() -> None:
+    def slow(completions: Sequence[Any], **_: Any) -> list[float]:
+        never.wait(10)
+        return [0.0] * len(completions)
+
+    never = threading.Event()
+    judge = NamedReward("slow", slow, 1.0, timeout=0.05)
+    with pytest.raises(RewardTimeoutError, match="'slow' did not return"):
+        evaluate_policy(rows(), tools(model(), judges=(judge,)), seed=0)
+    never.set()
+
+
+def test_what_a_judge_cannot_score_and_what_rewards_log_is_in_the_evaluation() -> None:
+    def rewarded(completions: Any, log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        log_metric("mine", 0.25)
+        log_metric("reward", 7.0)
+        log_extra("number", list(range(len(completions))))
+        return [1.0] * len(completions)
+
+    def judge(completions: Any, **_: Any) -> list[Any]:
+        bad = Unscorable("is too long")
+        return [bad if i in (1, 2, 3) else 1.0 for i in range(len(completions))]
+
+    found = evaluate_policy(
+        rows(),
+        tools(
+            model(),
+            rewards=(NamedReward("rewarded", rewarded, 1.0),),
+            judges=(NamedReward("judge", judge, 1.0),),
+            on_bad_row="skip",
+        ),
+        seed=0,
+        samples_per_prompt=2,
+        contrast=False,
+    )
+    ids = found.prompt_ids
+    assert found.left_out == [
+        {"prompt_id": ids[p], "sample": s, "reward": "judge", "reason": "is too long"}
+        for p, s in ((0, 1), (1, 0), (1, 1))
+    ]
+    assert found.judges == {"judge": [1.0, None, 1.0, 1.0]}
+    assert found.rewards == [1.0] * 4  # a judge has no say in the reward
+    assert found.extra == {"number": list(range(8))}
+    summary = found.summary()
+    assert (summary["unscorable"], summary["mine"], summary["logged/reward"]) == (3.0, 0.25, 7.0)
+    assert summary["reward"] == 1.0
+    assert Evaluation(**json.loads(json.dumps(found.to_json()))) == found
+    with pytest.raises(RewardError, match=r"'judge' cannot score .*: it is too long .and 2 more"):
+        evaluate_policy(rows(), tools(model(), judges=(NamedReward("judge", judge, 1.0),)), seed=0)
+
+
+def test_an_evaluations_prompts_are_the_readers_own() -> None:
+    given = rows()
+    before = copy.deepcopy([row.prompt for row in given])
+    found = evaluate_policy(given, tools(model()), seed=0, contrast=False)
+    assert found.prompts == before
+    for prompt in found.prompts:
+        assert isinstance(prompt, list)
+        prompt[0]["content"] = ""
+        prompt.clear()
+    assert [row.prompt for row in given] == before
 
 
 def test_the_contrast_is_the_reward_under_each_instruction() -> None:

@@ -47,7 +47,7 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": []}, "prompt is an empty list of messages"),
     (asked(" "), "prompt must end with a user message that says something"),
     ({"prompt": [USER, {"role": "assistant", "content": "x"}]}, "ends with an assistant message"),
-    ({"prompt": [{"role": "tool", "content": "x"}]}, "prompt[0].role is 'tool'"),
+    ({"prompt": [{"role": "critic", "content": "x"}]}, "prompt[0].role is 'critic'"),
     ({"prompt": "text among messages"}, "prompt is text, but messages at"),
     (asked("again", id="one"), "id 'one' is also that of"),
     (asked("of no id", id=1.5), "id is 1.5 (float)"),

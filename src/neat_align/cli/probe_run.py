@@ -35,7 +35,7 @@ from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.row_checks import checked_text, warn_of_unused_template
 from neat_align.prompts.row_prompts import row_prompt_ids
 from neat_align.prompts.rows import NO_INPUTS, PromptRow, TemplateInputs, is_conversational
-from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows
+from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, check_on_bad_row
 from neat_align.prompts.template_check import check_rendering, check_template
 from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.rewards.http import check_http_hosts
@@ -239,6 +239,7 @@ def _tools(
         rewards=_rewards(settings),
         template_kwargs=inputs.kwargs,
         max_prompt_length=_room(settings, model),
+        on_bad_row=check_on_bad_row(settings.on_bad_row),
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from transformers import PrinterCallback, TrainerCallback
 
 from neat_align.comparison.outcomes import Point, Run
@@ -156,6 +157,9 @@ def _build(
     folder: Path,
     caller: Caller,
 ) -> NEATTrainer:
+    # A trainer and its model hold each other, so the run before this one is still in memory; two of
+    # them may not fit.
+    clear_device_cache(garbage_collection=True)
     given = {**spec.options(method, strength, seed), "output_dir": str(folder)}
     settings, config = caller.read_options(given)
     callback = _EvaluateRounds(folder)

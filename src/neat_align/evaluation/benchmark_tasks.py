@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
@@ -157,6 +158,8 @@ def _evaluate(model: str, params: CapabilityParams, manager: Any) -> Results:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # The harness and the model that it measured before may hold each other.
+    clear_device_cache(garbage_collection=True)
     policy: Any = load_policy(model_path(model))
     policy.to(torch.accelerator.current_accelerator() or torch.device("cpu")).eval()
     wrapped = HFLM(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -16,14 +16,17 @@ from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.requirements import context_of
+from neat_align.prompts.copies import deep_copy
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.rows import Prompt, PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair
-from neat_align.rewards.protocol import NamedReward
+from neat_align.prompts.skipped_rows import OnBadRow
+from neat_align.rewards.protocol import NamedReward, ScoredRows
 from neat_align.rewards.scoring import score_answers
 from neat_align.rounds.human_answers import answer_ids
 from neat_align.rounds.params import progress_counter
+from neat_align.rounds.scoring_notes import logged_means
 from neat_align.rounds.text_metrics import distinct_n, is_refusal, repetition
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 
@@ -37,6 +40,7 @@ class EvalTools:
     """Who samples and who judges.
 
     `judges` are never trained on; `reference` opens the start policy, None before training.
+    `on_bad_row`: an answer that a reward or judge cannot score is an error, or has no score.
     """
 
     model: torch.nn.Module
@@ -51,6 +55,7 @@ class EvalTools:
     pad_token_id: int
     autocast_dtype: torch.dtype | None
     reference: Reference | None = None
+    on_bad_row: OnBadRow = "error"
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class Evaluation:
     instruction (and plain). `repetition` and `refusals` are those of `text_metrics`;
     `pair_accuracy` is 1 where the policy prefers the data's `chosen` answer to its `rejected` one
     (mean log-probability a token), 0 where not, 0.5 for equal ones. None, or an empty list, where
-    there is nothing to measure.
+    there is nothing to measure. `left_out` are the answers that a reward or judge could not score;
+    `logged` and `extra` are what reward functions logged (`log_metric`, a mean, and `log_extra`, a
+    column of one value an answer).
     """
 
     prompt_ids: list[str]
@@ -83,6 +90,9 @@ class Evaluation:
     repetition: list[float] = field(default_factory=list)
     refusals: list[float] = field(default_factory=list)
     pair_accuracy: list[float | None] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    logged: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """The means, as logged under `eval_`. What was not measured is left out."""
@@ -100,7 +110,11 @@ class Evaluation:
             "entropy": self.entropy,
             **{f"contrast/reward/{name}": value for name, value in self.contrast.items()},
         }
-        return {k: v for k, v in values.items() if v is not None}
+        if self.left_out:
+            answers = {(line["prompt_id"], line["sample"]) for line in self.left_out}
+            values["unscorable"] = float(len(answers))
+        measured = {k: v for k, v in values.items() if v is not None}
+        return measured | logged_means({k: [v] for k, v in self.logged.items()}, measured)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file."""
@@ -153,12 +167,9 @@ def evaluate_policy(
     n = samples_per_prompt
     plain = _sample(rows, tools, seed, n, "plain", progress)
     texts = _texts(plain, tools)
-    scored = score_answers(
-        [row for row in rows for _ in range(n)],
-        texts,
-        [s.token_ids for s in plain],
-        (*tools.rewards, *_silent(tools.judges)),
-    )
+    asked = [row for row in rows for _ in range(n)]
+    token_ids, everybody = [s.token_ids for s in plain], (*tools.rewards, *_silent(tools.judges))
+    scored = score_answers(asked, texts, token_ids, everybody, tools.on_bad_row)
     # Exact at each token, so a prompt's first answer says nearly all; the dearest part.
     drift = _drift(rows, plain[::n], tools)
     human_logprobs = _human_logprobs(rows, tools)
@@ -166,9 +177,9 @@ def evaluate_policy(
     under = {"plain": mean_of(scored.rewards)}
     if contrast and tools.rewards:
         under |= {p: _reward_under(p, rows, tools, seed, progress) for p in _CONTRAST}
-    return Evaluation(
+    found = Evaluation(
         prompt_ids=[row.id for row in rows],
-        prompts=[row.prompt for row in rows],
+        prompts=[deep_copy(row.prompt) for row in rows],  # the caller's, to do with as it likes
         completions=[texts[i : i + n] for i in range(0, len(texts), n)],
         rewards=_by_prompt(list(scored.rewards), n),
         judges=_judge_scores(scored.components, tools, n),
@@ -184,6 +195,7 @@ def evaluate_policy(
         refusals=_means([is_refusal(t) for t in texts], n),
         pair_accuracy=_pair_accuracy(human_logprobs),
     )
+    return _with_notes(found, scored)
 
 
 def _texts(samples: Sequence[Sample], tools: EvalTools) -> list[str]:
@@ -200,12 +212,31 @@ def _reward_under(
     """The mean reward of one answer to each prompt under its instruction of that polarity."""
     samples = _sample(rows, tools, seed, 1, polarity, progress)
     token_ids = [s.token_ids for s in samples]
-    return mean_of(score_answers(rows, _texts(samples, tools), token_ids, tools.rewards).rewards)
+    texts = _texts(samples, tools)
+    return mean_of(score_answers(rows, texts, token_ids, tools.rewards, tools.on_bad_row).rewards)
 
 
 def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
     # Weight 0: recorded beside the reward, never part of it.
-    return tuple(NamedReward(j.name, j.function, 0.0) for j in judges)
+    return tuple(replace(judge, weight=0.0) for judge in judges)
+
+
+def _with_notes(found: Evaluation, scored: ScoredRows) -> Evaluation:
+    """The evaluation with what scoring its answers noted."""
+    places = [
+        {"prompt_id": prompt_id, "sample": i}
+        for prompt_id, answers in zip(found.prompt_ids, found.completions, strict=True)
+        for i in range(len(answers))
+    ]
+    return replace(
+        found,
+        left_out=[
+            {**places[left.row], "reward": left.reward, "reason": left.reason}
+            for left in scored.left_out
+        ],
+        logged={name: fmean(values) for name, values in scored.metrics.items()},
+        extra={name: list(values) for name, values in scored.extra.items()},
+    )
 
 
 def _judge_scores(

@@ -26,6 +26,7 @@ from neat_align.prompts.rendering import prompt_ids
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.rows import NO_INPUTS, Prompt, PromptRow, TemplateInputs
 from neat_align.prompts.seeds import completion_seed
+from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.prompts.template_inputs import joined_inputs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.protocol import NamedReward
@@ -58,7 +59,8 @@ class ProbeTools:
     `rewards` None scores with the contrast of the very pair that is probed (`ContrastReward`).
     `max_prompt_length` is the longest prompt in tokens, instruction included, that leaves room for
     an answer; None: no limit. `template_kwargs` are the option that the rows have been given
-    already: that contrast is told the rows' own columns only.
+    already: that contrast is told the rows' own columns only. `on_bad_row`: an answer that a reward
+    cannot score is an error, or has no reward.
     """
 
     tokenizer: Any
@@ -67,6 +69,7 @@ class ProbeTools:
     rewards: tuple[NamedReward, ...] | None
     max_prompt_length: int | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    on_bad_row: OnBadRow = "error"
 
 
 def probe_bank(
@@ -94,7 +97,8 @@ def probe_bank(
     if progress is not None:
         progress("score", 0, 1)
     if tools.rewards is not None:
-        answers = _scored(rows, [plan.of_row(r) for r in range(len(rows))], answers, tools.rewards)
+        by_row = [plan.of_row(r) for r in range(len(rows))]
+        answers = _scored(rows, by_row, answers, tools.rewards, tools.on_bad_row)
     pairs: list[PairProbe] = []
     for placement, number in plan.instructed:
         pair = bank.pairs[number - 1]
@@ -267,6 +271,7 @@ def _scored(
     by_row: Sequence[Sequence[SampleRequest]],
     answers: dict[SampleRequest, Completion],
     rewards: tuple[NamedReward, ...],
+    on_bad_row: OnBadRow = "error",
 ) -> dict[SampleRequest, Completion]:
     """The answers, with new rewards where one of `by_row` asked for them."""
     flat = [(row, q) for row, mine in zip(rows, by_row, strict=True) for q in mine]
@@ -275,6 +280,7 @@ def _scored(
         [answers[q].text for _, q in flat],
         [answers[q].token_ids for _, q in flat],
         rewards,
+        on_bad_row,
     )
     values = zip(flat, scored.rewards, scored.components, strict=True)
     return answers | {

@@ -6,6 +6,7 @@ file_readers.py       .jsonl, .json, .parquet, .csv and `datasets`, record by re
 row_forms.py          the forms a record can have (TRL's, HH-RLHF's transcripts), read into one
 skipped_rows.py       rows that cannot be used: an error, or left out and listed
 row_checks.py         rows against tokenizer and settings, before anything is sampled
+copies.py             deep copies of rows' values
 instruction_banks.py  pairs of instructions, positive and negative (banks/*.yaml)
 placement.py          where on a prompt an instruction goes
 rendering.py          prompts and answers to token ids, by the chat template

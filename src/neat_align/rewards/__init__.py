@@ -5,6 +5,10 @@ Higher is better; `None` abstains; a failure is an error and never a zero.
     protocol.py     what a reward function is (TRL's signature), and what scoring gives back
     resolve.py      names, paths, models and functions to named, weighted reward functions
     scoring.py      reward functions over rows, strictly; their weighted sum
+    calling.py      calling them: on copies, in time, async ones at once; what a failure says
+    event_loop.py   the one event loop of async rewards
+    output.py       what they return, checked
+    logged.py       TRL's trainer_state, log_metric and log_extra
     contrast.py     the policy's own opinion: its log-probability under either instruction
     hf.py           a sequence-classification model
     http.py         a reward server, asked over HTTP

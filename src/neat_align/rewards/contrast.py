@@ -75,7 +75,8 @@ class ContrastReward:
     def _sums(
         self, prompt_ids: list[list[int]], answers: list[list[int]], polarity: str
     ) -> list[float]:
-        sums = self.score(prompt_ids, answers)
+        # Copies: whoever scores may add to what it is given, and the answers are scored twice.
+        sums = self.score([list(ids) for ids in prompt_ids], [list(ids) for ids in answers])
         if len(sums) != len(answers):
             raise RewardError(
                 f"the contrast's scorer returned {len(sums)} sums for {len(answers)} completions"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +12,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import clear_device_cache
+from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from neat_align.errors import RewardError
 from neat_align.modeling.text_config import context_length
 from neat_align.prompts.rows import Message, Prompt
-from neat_align.rewards.protocol import CompletionInput, completion_text
+from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
 
+logger = logging.getLogger(__name__)
 # Tokenizers that know no limit say 1e30.
 _NO_LIMIT = 1_000_000
 
@@ -28,6 +33,10 @@ class _Encoded:
     types: list[int]
 
 
+class _UnscorableError(Exception):
+    """A row that the model cannot score; the message is the reason."""
+
+
 class ModelReward:
     """The single output of a sequence-classification model, read from its own tokenizer and chat
     template.
@@ -35,13 +44,14 @@ class ModelReward:
     With a chat template, the row is rendered as a conversation that ends with the completion (a
     text prompt is one user turn). Without one, prompt and completion go in as a text pair, which is
     only defined for text prompts and for conversations of one user turn. A row that is longer than
-    the model takes is an error; nothing is cut.
+    the model takes, or that template or tokenizer have no form for, is `Unscorable`; nothing is
+    cut.
 
     Batches are sorted by length, padded on the right and masked by length; results are in the rows'
     order and do not depend on `batch_size`. Where the model has a pad token its own pooling rule
     stands; where it has none, the last token is pooled, as for a single row. `bf16` computes under
-    bf16 autocast. A model on the CPU moves to the accelerator if there is one; a dispatched or
-    quantised model stays where it is.
+    bf16 autocast. When memory runs out `batch_size` is halved. A model on the CPU moves to the
+    accelerator if there is one; a dispatched or quantised model stays where it is.
     """
 
     def __init__(
@@ -75,7 +85,7 @@ class ModelReward:
         self._takes_types = (
             has_types and "token_type_ids" in inspect.signature(base.forward).parameters
         )
-        self._max_length = _max_length(self.tokenizer, self._config)
+        self._max_length = _max_length(self.tokenizer, self._config, base)
 
     @classmethod
     def from_name(
@@ -106,66 +116,137 @@ class ModelReward:
         completions: Sequence[CompletionInput],
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
-    ) -> list[float | None]:
-        """The model's logit for each row.
+    ) -> list[Score]:
+        """The model's logit for each row, `Unscorable` for one that it cannot score.
 
         The policy's token ids are not used: this tokenizer is another one.
         """
-        rows = [
-            self._encode(i, p, c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
-        scores: list[float | None] = [None] * len(rows)
+        scores: list[Score] = [None] * len(completions)
+        rows: dict[int, _Encoded] = {}
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                rows[i] = self._encode(prompt, completion)
+            except _UnscorableError as error:
+                scores[i] = Unscorable(str(error))
+        order = sorted(rows, key=lambda i: len(rows[i].ids), reverse=True)
         self.model.eval()
-        for start in range(0, len(order), self.batch_size):
+        start = 0
+        while start < len(order):
             batch = order[start : start + self.batch_size]
-            for i, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
-                scores[i] = value
+            values = self._in_memory([rows[i] for i in batch])
+            if values is not None:
+                start += len(batch)
+                for i, value in zip(batch, values, strict=True):
+                    scores[i] = value
         return scores
 
-    def _encode(self, index: int, prompt: Prompt, completion: CompletionInput) -> _Encoded:
-        if getattr(self.tokenizer, "chat_template", None):
-            messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
-            if any(token in message["content"] for message in messages for token in self._special):
-                # An answer that spells a control token out must not end its own turn and go on as
-                # the user.
-                ids = self.tokenizer.apply_chat_template(
-                    messages, tokenize=True, return_dict=False, sanitize_control_tokens=True
-                )
-                encoded = {"input_ids": ids, "token_type_ids": [0] * len(ids)}
-            else:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-                encoded = self.tokenizer(text, add_special_tokens=False, return_token_type_ids=True)
-        else:
-            only, answer = self._only_turn(index, prompt), completion_text(completion)
-            as_text = any(token in text for text in (only, answer) for token in self._special)
-            encoded = self.tokenizer(
-                only, answer, return_token_type_ids=True, split_special_tokens=as_text
-            )
+    def unscorable_prompts(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        """The reason by position, for prompts no answer to which has a score: over the model's
+        context already, or without a form that template and tokenizer have.
+        """
+        return {
+            i: reason
+            for i, prompt in enumerate(prompts)
+            if self._may_be_unscorable(prompt) and (reason := self._refused(prompt)) is not None
+        }
+
+    def _may_be_unscorable(self, prompt: Prompt) -> bool:
+        """A cheap look, for data of a million prompts: most are far too short to be too long."""
+        if not _is_one_turn(prompt):
+            return True
+        if self._max_length is None:
+            return False
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        # A token is a byte or more; the template adds as much as it adds to any prompt.
+        return len(text.encode("utf-8", "replace")) + self._template_tokens > self._max_length
+
+    @functools.cached_property
+    def _template_tokens(self) -> int:
+        return len(self._tokenized("a", "a")["input_ids"])
+
+    def _refused(self, prompt: Prompt) -> str | None:
+        try:
+            # The shortest answer there is.
+            self._encode(prompt, "a" if isinstance(prompt, str) else _messages("a", "assistant"))
+        except _UnscorableError as error:
+            return str(error)
+        return None
+
+    def _encode(self, prompt: Prompt, completion: CompletionInput) -> _Encoded:
+        """Raises _UnscorableError."""
+        try:
+            encoded = self._tokenized(prompt, completion)
+        except TemplateError as error:
+            raise _UnscorableError(
+                f"is refused by the chat template of the reward model {self.name!r} ({error})"
+            ) from error
         ids = list(encoded["input_ids"])
         if not ids:
-            raise RewardError(
-                f"row {index} has no tokens for the reward model {self.name!r}: prompt and "
-                "completion are empty"
+            raise _UnscorableError(
+                f"has no tokens for the reward model {self.name!r}: prompt and completion are empty"
             )
         if self._max_length is not None and len(ids) > self._max_length:
-            raise RewardError(
-                f"row {index} has {len(ids)} tokens for the reward model {self.name!r}, which "
-                f"takes {self._max_length}: shorten max_prompt_length or max_completion_length, "
-                "or choose a model with a longer context"
+            raise _UnscorableError(
+                f"has {len(ids)} tokens for the reward model {self.name!r}, which takes "
+                f"{self._max_length}: shorten max_prompt_length or max_completion_length, or "
+                "choose a model with a longer context"
             )
         return _Encoded(ids, list(encoded["token_type_ids"]))
 
-    def _only_turn(self, index: int, prompt: Prompt) -> str:
+    def _tokenized(self, prompt: Prompt, completion: CompletionInput) -> Any:
+        if not getattr(self.tokenizer, "chat_template", None):
+            only, answer = self._only_turn(prompt), completion_text(completion)
+            as_text = any(token in text for text in (only, answer) for token in self._special)
+            return self.tokenizer(
+                only, answer, return_token_type_ids=True, split_special_tokens=as_text
+            )
+        messages = [*_messages(prompt, "user"), *_messages(completion, "assistant")]
+        if any(token in message["content"] for message in messages for token in self._special):
+            # An answer that spells a control token out must not end its own turn and go on as
+            # the user.
+            ids = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=False, sanitize_control_tokens=True
+            )
+            return {"input_ids": ids, "token_type_ids": [0] * len(ids)}
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False, return_token_type_ids=True)
+
+    def _only_turn(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
             return prompt
-        if len(prompt) == 1 and prompt[0]["role"] == "user":
+        if _is_one_turn(prompt):
             return str(prompt[0]["content"])
-        raise RewardError(
-            f"row {index}'s prompt has {len(prompt)} messages, and the tokenizer of the reward "
-            f"model {self.name!r} has no chat template to join them: pass a reward processing "
-            "class whose chat_template is set, in the form that the model was trained on"
+        raise _UnscorableError(
+            f"has a prompt of {len(prompt)} messages, and the tokenizer of the reward model "
+            f"{self.name!r} has no chat template to join them: pass a reward processing class "
+            "whose chat_template is set, in the form that the model was trained on"
         )
+
+    def _in_memory(self, rows: Sequence[_Encoded]) -> list[float] | None:
+        """The batch's logits, or None when memory ran out and `batch_size` was halved.
+
+        Raises RewardError for a row that alone is too large.
+        """
+        try:
+            return self._forward(rows)
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise RewardError(
+                    f"memory ran out while the reward model {self.name!r} scored one row of "
+                    f"{len(rows[0].ids)} tokens: shorten max_completion_length, or choose a "
+                    "smaller reward model"
+                ) from error
+            self.batch_size = len(rows) // 2
+            logger.warning(
+                "memory ran out while the reward model %r scored %d rows at once: from now on it "
+                "scores %d",
+                self.name,
+                len(rows),
+                self.batch_size,
+            )
+        # Outside of the except block: the exception would keep the failed batch's tensors alive.
+        clear_device_cache(garbage_collection=True)
+        return None
 
     @torch.no_grad()
     def _forward(self, rows: Sequence[_Encoded]) -> list[float]:
@@ -229,8 +310,18 @@ def _placed(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _max_length(tokenizer: Any, config: Any) -> int | None:
-    limits = [getattr(tokenizer, "model_max_length", None), context_length(config)]
+def _max_length(tokenizer: Any, config: Any, model: torch.nn.Module) -> int | None:
+    """The tokens that a row may have; None where neither tokenizer nor configuration says."""
+    positions = context_length(config)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the pad's: 514 of them are 512 tokens.
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, torch.nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            positions = module.num_embeddings - module.padding_idx - 1
+    limits = [getattr(tokenizer, "model_max_length", None), positions]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < _NO_LIMIT]
     return min(known, default=None)
 
@@ -253,6 +344,10 @@ def _pad_token(config: Any, pad: int) -> Iterator[None]:
         yield
     finally:
         config.pad_token_id = before
+
+
+def _is_one_turn(prompt: Prompt) -> bool:
+    return isinstance(prompt, str) or [m["role"] for m in prompt] == ["user"]
 
 
 def _messages(turn: Prompt, role: str) -> list[Message]:

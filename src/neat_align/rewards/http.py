@@ -20,6 +20,7 @@ order, and the same rows may be sent again, so scoring must have no side effects
   pause than `RetryPolicy` allows, RewardUnavailableError stops the run, which can be resumed.
 - An error at once: any other status (a redirect too: none is followed), an answer that is too long,
   is not this JSON, has another number of rewards, or one that is not finite. Never a score.
+- 413: the chunk is too large, and is sent as two halves; a single row is `Unscorable`.
 - The first chunk that fails for good ends the others.
 
 Security: https off this machine, or http to private hosts that the user named (`allow_http_hosts`);
@@ -52,8 +53,14 @@ from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.files.secrets import scrubbed
 from neat_align.prompts.rows import Prompt
 from neat_align.rewards.addresses import CheckedTransport, root_cause
-from neat_align.rewards.protocol import CompletionInput, RewardFunction, completion_text
-from neat_align.rewards.scoring import checked_scores
+from neat_align.rewards.output import checked_scores
+from neat_align.rewards.protocol import (
+    CompletionInput,
+    RewardFunction,
+    Score,
+    Unscorable,
+    completion_text,
+)
 from neat_align.rewards.server_url import TOKEN_VARIABLE, parse_url
 
 logger = logging.getLogger(__name__)
@@ -95,6 +102,10 @@ class _TransientError(Exception):
         self.retry_after = retry_after
 
 
+class _TooLargeError(Exception):
+    """The server answered 413."""
+
+
 class HttpReward:
     """A reward server, see the module's docstring.
 
@@ -127,11 +138,11 @@ class HttpReward:
         completions: Sequence[CompletionInput],
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
-    ) -> list[float | None]:
+    ) -> list[Score]:
         """The server's reward for each row."""
         slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
-        async def scores(client: httpx2.AsyncClient, first: int) -> list[float | None]:
+        async def scores(client: httpx2.AsyncClient, first: int) -> list[Score]:
             chunk = slice(first, first + self.batch_size)
             async with slots:  # also while it pauses: a busy server is asked less
                 return await self._chunk(client, first, prompts[chunk], completions[chunk])
@@ -165,7 +176,7 @@ class HttpReward:
         first: int,
         prompts: Sequence[Prompt],
         completions: Sequence[CompletionInput],
-    ) -> list[float | None]:
+    ) -> list[Score]:
         """The rewards of the rows from `first` on, after as many tries as it takes."""
         rows = [
             {"prompt": prompt, "completion": completion_text(completion)}
@@ -192,6 +203,14 @@ class HttpReward:
                 f"the reward server {self.name} {error}: given up on {where} after {tries} tries "
                 f"in {took:.0f} s"
             ) from error
+        except _TooLargeError:
+            if len(rows) == 1:
+                return [Unscorable(f"is too large for the reward server {self.name} (413)")]
+            half = len(rows) // 2
+            return [
+                *await self._chunk(client, first, prompts[:half], completions[:half]),
+                *await self._chunk(client, first + half, prompts[half:], completions[half:]),
+            ]
         labels = [f"row {i}" for i in range(first, first + len(rows))]
         return checked_scores(self.name, self._rewards_in(answer), completions, labels)
 
@@ -206,7 +225,8 @@ class HttpReward:
         )
 
     async def _post(self, client: httpx2.AsyncClient, body: bytes, where: str) -> bytes:
-        """One request. _TransientError for what may pass, RewardError for what will not.
+        """One request. _TransientError for what may pass, _TooLargeError for too many rows at once,
+        RewardError for what will not pass.
 
         `where` names the rows in messages.
         """
@@ -223,6 +243,8 @@ class HttpReward:
         status = response.status_code
         if status == 200:
             return data
+        if status == 413:
+            raise _TooLargeError
         if status in _AGAIN or status >= 500:
             asked = _retry_after(response.headers.get("retry-after"))
             if asked is not None and asked > self.retry.longest_retry_after:

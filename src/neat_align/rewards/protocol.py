@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from neat_align.prompts.rows import Message, Prompt
@@ -16,14 +16,42 @@ CompletionInput: TypeAlias = str | list[Message]
 RewardSpec: TypeAlias = str | Callable[..., Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Unscorable:
+    """What a reward function returns in place of a number for a row that it cannot score, such as
+    one over its model's context.
+
+    `reason` goes on from the row's name: "has 600 tokens, and the model takes 512". It is not an
+    abstention (None): a row that one function cannot score has no reward at all, for the sum of the
+    others would be another scale.
+    """
+
+    reason: str
+
+
+Score: TypeAlias = float | Unscorable | None
+
+
 @runtime_checkable
 class RewardFunction(Protocol):
     """TRL's signature: one number a row, higher is better, and `None` abstains.
 
-    `columns` are the data's other columns.
+    `columns` are the data's other columns. Everything is a deep copy of this call's own, which the
+    function may change and keep; only objects that Python cannot copy (locks, open files) are the
+    data's own.
+
+    Three of TRL's arguments are given where the signature names them: `trainer_state`, a copy of
+    transformers' TrainerState (None outside of a trainer); `log_metric(name, value)`, a number that
+    is averaged over the round, or the evaluation, and logged; `log_extra(column, values)`, one
+    value a row, kept beside the completions (`rounds/*/reward-extra.jsonl`).
 
     A round is scored in batches of whole groups, about 64 rows each: all completions of one prompt
-    come in one call, and nothing may be read from where a batch begins or ends.
+    come in one call, and nothing may be read from where a batch begins or ends. A call that runs
+    out of memory (MemoryError, torch's OutOfMemoryError, HTTP 413) is made again on fewer prompts;
+    after any other exception a function is not called again.
+
+    Async functions run in one event loop for the life of the process, so they may keep clients and
+    locks between calls; these must be made inside the function, not before.
     """
 
     def __call__(
@@ -32,8 +60,17 @@ class RewardFunction(Protocol):
         completions: Sequence[CompletionInput],
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
-    ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]:
+    ) -> Sequence[Score] | Awaitable[Sequence[Score]]:
         """Score every row."""
+        ...
+
+
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """A reward function that can tell before anything is sampled which prompts it cannot score."""
+
+    def unscorable_prompts(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
+        """The reason by the prompt's position, for prompts no answer to which can be scored."""
         ...
 
 
@@ -44,13 +81,24 @@ class NamedReward:
     A reward of weight 0 is logged and never trained on.
 
     `timeout` is in seconds a call. A function that runs past it is left alone in its thread, since
-    threads cannot be ended; an async one is cancelled.
+    threads cannot be ended; an async one is cancelled. `trainer_state` gives the state that a
+    function may ask for.
     """
 
     name: str
     function: RewardFunction
     weight: float
     timeout: float | None = None
+    trainer_state: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A row that has no reward because a function could not score it; `row` is its position."""
+
+    row: int
+    reward: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -58,10 +106,16 @@ class ScoredRows:
     """One entry a row.
 
     `components` has one number a function, unweighted; `rewards` is their weighted sum, or None.
+    `left_out` are the rows that a function could not score. `metrics` has the numbers that
+    functions logged under a name, one a call; `extra` the columns that they logged, one value a
+    row, as JSON.
     """
 
     rewards: tuple[float | None, ...]
     components: tuple[tuple[float | None, ...], ...]
+    left_out: tuple[LeftOut, ...] = ()
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 def completion_text(completion: CompletionInput) -> str:

@@ -29,6 +29,7 @@ from neat_align.rounds.ranking import ordered_pairs, rank_keys
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.round_files import FORMAT, FinishedRound, read_round, write_round
 from neat_align.rounds.sampling_stage import sample_groups
+from neat_align.rounds.scoring_notes import read_notes, with_notes, write_lists
 from neat_align.rounds.scoring_stage import score_groups
 
 
@@ -72,7 +73,9 @@ def make_round(
         used += take
     _refuse_too_few_pairs(len(kept), len(sampled), params, removed)
     reward_names = [reward.name for reward in tools.rewards]
-    metrics = round_metrics(sampled, kept, removed, reward_names)
+    notes = read_notes(folder / "work")
+    metrics = with_notes(round_metrics(sampled, kept, removed, reward_names), notes)
+    write_lists(folder, notes)
     made = FinishedRound(round_index, tuple(kept), metrics, position + used)
     write_round(folder, made, num_prompts=len(sampled), reward_names=reward_names)
     shutil.rmtree(folder / "work", ignore_errors=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
+from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.ranking import RankBy
 from neat_align.sampling.protocol import Sampler, SamplingParams
@@ -54,7 +55,7 @@ class RoundTools:
 
     `negative_sampler` writes the negatives; `policy_logprobs` and `ref_logprobs` score every
     completion under the plain prompt, for the current and for the start policy (None: not
-    computed).
+    computed). `on_bad_row`: a completion that a reward cannot score is an error, or has no reward.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no
@@ -70,6 +71,7 @@ class RoundTools:
     ref_logprobs: LogprobFunction | None = None
     batch_size: int = 64
     between_batches: Callable[[], None] = lambda: None
+    on_bad_row: OnBadRow = "error"
 
 
 def progress_counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:

@@ -4,6 +4,7 @@
                 samples-*.parquet  finished batches of samples
                 sampled.parquet    all groups, sampled and not yet filtered
                 scored-*.parquet   finished batches of scored groups
+                scored-*.json      what scoring them noted (`scoring_notes`)
 
 A batch's file is named after its first member. What is finished is read from the files' contents,
 not from their number, so a run that goes on with another `generation_batch_size` takes them up as

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from neat_align.errors import CollapseError, DataError, name_list
@@ -96,6 +96,8 @@ def draw_samples(
             batch_samples = sampler.sample(requests, params.sampling, progress=report)
         except CollapseError as error:
             raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
+        # A sampler may keep its lists, and use them again.
+        batch_samples = [replace(s, token_ids=tuple(s.token_ids)) for s in batch_samples]
         refuse_non_finite("log-probability", prompts, [s.logprob for s in batch_samples])
         store.write_samples(missing, batch_samples)
         samples.update(zip(missing, batch_samples, strict=True))

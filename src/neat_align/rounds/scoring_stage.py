@@ -8,11 +8,13 @@ from dataclasses import replace
 
 from neat_align.errors import CollapseError, name_list
 from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import score_answers
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.params import Progress, RoundTools, progress_counter
 from neat_align.rounds.rollout_store import RolloutStore
+from neat_align.rounds.scoring_notes import ScoringNotes, notes_on, write_notes
 
 
 def score_groups(
@@ -36,10 +38,14 @@ def score_groups(
         if not missing:
             continue
         tools.between_batches()
-        rewarded = with_rewards(
-            [groups[i] for i in missing], [rows[i] for i in missing], tools.rewards
+        rewarded, notes = with_rewards(
+            [groups[i] for i in missing],
+            [rows[i] for i in missing],
+            tools.rewards,
+            tools.on_bad_row,
         )
         made = with_logprobs(rewarded, tools)
+        write_notes(store.folder, missing[0], notes)
         store.write_scored(missing[0], made, reward_names)
         scored.update((g.prompt_id, g) for g in made)
         report(len(missing))
@@ -65,17 +71,25 @@ def group_batches(
 
 
 def with_rewards(
-    groups: Sequence[CompletionGroup], rows: Sequence[PromptRow], rewards: tuple[NamedReward, ...]
-) -> list[CompletionGroup]:
-    """The groups with rewards; `rows` are the groups' rows.
+    groups: Sequence[CompletionGroup],
+    rows: Sequence[PromptRow],
+    rewards: tuple[NamedReward, ...],
+    on_bad_row: OnBadRow = "error",
+) -> tuple[list[CompletionGroup], ScoringNotes]:
+    """The groups with rewards, and what scoring noted; `rows` are the groups' rows.
 
-    Without reward functions, the groups as they are. Raises what a reward function raises.
+    Without reward functions, the groups as they are. Completions that cannot be scored raise, or
+    with `on_bad_row` "skip" have no reward and are noted. Raises RewardError.
     """
     if not rewards:
-        return list(groups)
+        return list(groups), ScoringNotes()
     flat = [(row, c) for group, row in zip(groups, rows, strict=True) for c in group.completions]
     scores = score_answers(
-        [row for row, _ in flat], [c.text for _, c in flat], [c.token_ids for _, c in flat], rewards
+        [row for row, _ in flat],
+        [c.text for _, c in flat],
+        [c.token_ids for _, c in flat],
+        rewards,
+        on_bad_row,
     )
     values = iter(zip(scores.rewards, scores.components, strict=True))
     rewarded = []
@@ -85,7 +99,7 @@ def with_rewards(
             reward, components = next(values)
             completions.append(replace(c, reward=reward, reward_components=components))
         rewarded.append(replace(group, completions=tuple(completions)))
-    return rewarded
+    return rewarded, notes_on(groups, scores)
 
 
 def with_logprobs(groups: Sequence[CompletionGroup], tools: RoundTools) -> list[CompletionGroup]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import overload
 
 from transformers import TrainerCallback
 
+from neat_align.prompts.copies import deep_copy
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.runs.plan import RunPlan
 
@@ -67,10 +70,35 @@ def stage_reporter(
 def tell_round(
     callbacks: Sequence[TrainerCallback], round_index: int, groups: Sequence[CompletionGroup]
 ) -> None:
-    """Tell every `RunCallback` which groups a round made."""
+    """Tell every `RunCallback` which groups a round made; each may change what it is given."""
     for callback in callbacks:
         if isinstance(callback, RunCallback):
-            callback.on_round_made(round_index, groups)
+            callback.on_round_made(round_index, _OwnGroups(groups))
+
+
+class _OwnGroups(Sequence[CompletionGroup]):
+    """The groups with prompts (the only part of a group that can change) of the reader's own.
+
+    They are copied as they are read: most callbacks look at a few.
+    """
+
+    def __init__(self, groups: Sequence[CompletionGroup]) -> None:
+        self._groups = groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, index: int) -> CompletionGroup: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CompletionGroup]: ...
+
+    def __getitem__(self, index: int | slice) -> CompletionGroup | Sequence[CompletionGroup]:
+        if isinstance(index, slice):
+            return _OwnGroups(self._groups[index])
+        group = self._groups[index]
+        return replace(group, prompt=deep_copy(group.prompt))
 
 
 def shows_plan(callback: RunCallback) -> bool:

@@ -42,6 +42,7 @@ from neat_align.trainer.setup import (
     contrast_reward,
     keep_one_progress_bar,
     read_data,
+    scorable_data,
     set_up_policy,
     set_up_rewards,
 )
@@ -98,8 +99,9 @@ class NEATTrainer(Trainer):
         setup, data = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(
-            args, contrast, reward_funcs, judge_funcs, reward_processing_classes
+            args, contrast, reward_funcs, judge_funcs, reward_processing_classes, lambda: self.state
         )
+        data = scorable_data(data, scored_by, args.on_bad_row)
         self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         with refused("Trainer refuses these settings", "Correct them"):

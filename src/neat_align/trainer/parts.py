@@ -22,7 +22,7 @@ from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.modeling.packing import Layout
 from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
-from neat_align.prompts.skipped_rows import SKIPPED_FILE, SkippedRows
+from neat_align.prompts.skipped_rows import SKIPPED_FILE, SkippedRows, check_on_bad_row
 from neat_align.runs.events import stage_reporter, tell_plan
 from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.runs.ranks import Ranks
@@ -86,6 +86,7 @@ class TrainerParts:
             pad_token_id=policies.pad_token_id,
             autocast_dtype=policies.autocast_dtype,
             reference=policies.reference if with_reference else None,
+            on_bad_row=check_on_bad_row(self.args.on_bad_row),
         )
 
     def evaluate(

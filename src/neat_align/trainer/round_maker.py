@@ -11,6 +11,7 @@ from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.prompts.instruction_banks import InstructionBank
 from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.skipped_rows import check_on_bad_row
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.make_round import make_round
 from neat_align.rounds.params import RoundParams, RoundTools
@@ -156,4 +157,5 @@ class RoundMaker:
             ref_logprobs=start_logprobs,
             batch_size=self.args.generation_batch_size,
             between_batches=lambda: self.ranks.raise_if_this_rank_must_stop(where),
+            on_bad_row=check_on_bad_row(self.args.on_bad_row),
         )

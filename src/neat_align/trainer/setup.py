@@ -44,13 +44,14 @@ from neat_align.prompts.rows import (
     is_conversational,
 )
 from neat_align.prompts.seeds import draw_pair
-from neat_align.prompts.skipped_rows import SkippedRows
+from neat_align.prompts.skipped_rows import BadRows, SkippedRows
 from neat_align.prompts.template_check import check_rendering, check_template
 from neat_align.prompts.template_inputs import joined_inputs, read_kwargs, with_template_kwargs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
 from neat_align.rewards.protocol import NamedReward, RewardSpec
 from neat_align.rewards.resolve import resolve_rewards
+from neat_align.rewards.scoring import unscorable_prompts
 from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import fingerprint, weights_fingerprint
@@ -242,8 +243,11 @@ def set_up_rewards(
     reward_funcs: GivenRewards,
     judge_funcs: GivenRewards,
     processing_classes: Any,
+    trainer_state: Callable[[], Any] | None = None,
 ) -> Rewards:
     """Rewards and judges as the user gave them, as functions with names and weights.
+
+    `trainer_state` gives the trainer's state to functions that ask for it.
 
     Raises ConfigError and RewardError for what is no reward, does not fit the way of ranking, or
     lacks its server's token.
@@ -264,7 +268,41 @@ def set_up_rewards(
             f"the best bad completion {ORIGIN_STEP:g} below the worst good one: that would be no "
             f"pair; set reward_margin below {ORIGIN_STEP:g}"
         )
-    return Rewards(rewards, judges)
+    return Rewards(
+        tuple(replace(reward, trainer_state=trainer_state) for reward in rewards),
+        tuple(replace(judge, trainer_state=trainer_state) for judge in judges),
+    )
+
+
+def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> TrainingData:
+    """The data without the prompts that are too long for a reward model already.
+
+    Raises DataError where there are such prompts and `on_bad_row` is "error".
+    """
+    everybody = (*scored_by.rewards, *scored_by.judges)
+    train = _unscorable(data.rows, scored_by.rewards)
+    held_out = _unscorable(data.eval_rows, everybody)
+    sets = (("training prompts", data.rows, train), ("held-out prompts", data.eval_rows, held_out))
+    for name, rows, unscorable in sets:
+        bad = BadRows(name, on_bad_row, data.skipped)
+        for i, reason in unscorable.items():
+            bad.add(rows[i].where, rows[i].id, f"no answer can be scored, since it {reason}")
+        bad.settle(len(rows) - len(unscorable))
+    if not train and not held_out:
+        return data
+    kept = [i for i in range(len(data.rows)) if i not in train]
+    return replace(
+        data,
+        rows=[data.rows[i] for i in kept],
+        prompt_lengths=[data.prompt_lengths[i] for i in kept] if data.prompt_lengths else (),
+        eval_rows=[row for i, row in enumerate(data.eval_rows) if i not in held_out],
+    )
+
+
+def _unscorable(rows: list[PromptRow], rewards: Sequence[NamedReward]) -> dict[int, str]:
+    """The rows no answer to which can be scored, and why."""
+    found = unscorable_prompts(rewards, [row.prompt for row in rows])
+    return {left.row: left.reason for left in found}
 
 
 def _resolved(

@@ -1,0 +1,132 @@
+"""What scoring says of completions besides their scores: which could not be scored, and what reward
+functions logged.
+
+A batch's notes stand beside its scores in the rollout store, so that an interrupted round has them
+all; a finished round has them as `left-out.jsonl` and `reward-extra.jsonl`, a line a completion.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import IO, Any
+
+from neat_align.files.atomic import read_json, write_atomic, write_json
+from neat_align.rewards.protocol import ScoredRows
+from neat_align.rounds.completions import CompletionGroup
+
+logger = logging.getLogger(__name__)
+LEFT_OUT, EXTRA = "left-out.jsonl", "reward-extra.jsonl"
+# Names that a log line has already, whoever wrote it.
+_TAKEN = frozenset({"loss", "train_loss", "grad_norm", "learning_rate", "epoch", "step", "round"})
+
+
+@dataclass(frozen=True)
+class ScoringNotes:
+    """Notes on some completions, as JSON.
+
+    `left_out` and `extra` have an entry a completion with its `prompt_id`, `origin` and `index`;
+    the first adds `reward` and `reason`, the second `values` by column. `metrics` lists the numbers
+    that reward functions logged under a name.
+    """
+
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    extra: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+
+def notes_on(groups: Sequence[CompletionGroup], scored: ScoredRows) -> ScoringNotes:
+    """The notes of a batch; `scored` has a row a completion of the groups, in order."""
+    places = [
+        {"prompt_id": group.prompt_id, "origin": c.origin, "index": c.index}
+        for group in groups
+        for c in group.completions
+    ]
+    return ScoringNotes(
+        left_out=[
+            {**places[row.row], "reward": row.reward, "reason": row.reason}
+            for row in scored.left_out
+        ],
+        extra=[
+            {**place, "values": {name: column[i] for name, column in scored.extra.items()}}
+            for i, place in enumerate(places if scored.extra else ())
+        ],
+        metrics={name: list(values) for name, values in scored.metrics.items()},
+    )
+
+
+def write_notes(work: Path, first: int, notes: ScoringNotes) -> None:
+    """Keep a batch's notes beside its scores, which are written after them."""
+    path = work / f"scored-{first:06d}.json"
+    if notes == ScoringNotes():
+        path.unlink(missing_ok=True)  # of an attempt that was cut off before its scores
+    else:
+        write_json(path, asdict(notes))
+
+
+def read_notes(work: Path) -> ScoringNotes:
+    """All notes of a round's stores. Those without scores are of an attempt that was cut off."""
+    files = [
+        path
+        for path in sorted(work.glob("*/scored-*.json"))
+        if path.with_suffix(".parquet").is_file()
+    ]
+    found = [notes for path in files if (notes := _read_or_skip(path)) is not None]
+    metrics: dict[str, list[float]] = {}
+    for notes in found:
+        for name, values in notes.metrics.items():
+            metrics.setdefault(name, []).extend(values)
+    return ScoringNotes(
+        [line for notes in found for line in notes.left_out],
+        [line for notes in found for line in notes.extra],
+        metrics,
+    )
+
+
+def _read_or_skip(path: Path) -> ScoringNotes | None:
+    try:
+        return ScoringNotes(**read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s is damaged: what scoring noted there is lost (%s)", path, error)
+        return None
+
+
+def write_lists(folder: Path, notes: ScoringNotes) -> None:
+    """Write the lists that have entries into a round's folder."""
+    for name, lines in ((LEFT_OUT, notes.left_out), (EXTRA, notes.extra)):
+        if lines:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_atomic(folder / name, partial(_write_text, text))
+
+
+def _write_text(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode("ascii"))
+
+
+def with_notes(metrics: Mapping[str, float], notes: ScoringNotes) -> dict[str, float]:
+    """The metrics, with how many completions could not be scored (if any), and logged means."""
+    counted = dict(metrics)
+    if notes.left_out:
+        counted["removed/unscorable"] = float(count_left_out(notes.left_out))
+    return counted | logged_means(notes.metrics, counted)
+
+
+def count_left_out(left_out: Iterable[Mapping[str, Any]]) -> int:
+    """How many completions these lines are about."""
+    return len({(line["prompt_id"], line["origin"], line["index"]) for line in left_out})
+
+
+def logged_means(
+    logged: Mapping[str, Sequence[float]], taken: Iterable[str] = ()
+) -> dict[str, float]:
+    """Means of what reward functions logged; a name that is `taken` becomes `logged/<name>`."""
+    others = {*taken, *_TAKEN}
+    return {
+        f"logged/{name}" if name in others else name: fmean(values)
+        for name, values in logged.items()
+    }
