@@ -130,7 +130,15 @@ class AsyncCall:
         functools.partial(plain_async, unused=1),
         functools.partial(AsyncCall()),
     ],
-    ids=str,
+    ids=[
+        "function",
+        "coroutine",
+        "awaitable",
+        "call",
+        "method",
+        "partial",
+        "partial of a call",
+    ],
 )
 @pytest.mark.parametrize("timeout", [None, 5.0])
 def test_every_way_to_be_async_works(function: Any, timeout: float | None) -> None:
