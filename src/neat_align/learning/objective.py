@@ -2,17 +2,18 @@
 
 Each term is divided by a count over the whole optimizer step (every micro-batch, every rank).
 The counts depend on the data alone, so they are known before the first forward pass, and 1×8 groups
-give the same gradient as 8×1.
+give the same gradient as 8×1. What each term reads depends on the data alone, too: it is chosen on
+the CPU (`micro_batch_of`), since a choice made on a GPU would have to be waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neat_align.config import NEATConfig
@@ -20,6 +21,8 @@ from neat_align.errors import ConfigError
 from neat_align.learning import losses
 from neat_align.learning import pairs as pair_masks
 from neat_align.learning.batches import GroupBatch
+from neat_align.learning.step_metrics import sum_dtype
+from neat_align.modeling.packing import Rows, padding_fraction, to_device
 from neat_align.rounds.completions import ORIGINS
 from neat_align.rounds.ranking import PairSelection
 
@@ -58,6 +61,52 @@ class LossCounts:
     kl: float
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """The groups of one forward and backward pass, and what each term of the loss reads of them.
+
+    `pairs` says which completion ranks above which; `target_rows` and `penalised_rows` are the rows
+    of the language-modelling targets and of the completions that the negative penalty is for.
+    `counts` are this batch's shares of what the terms are divided by (`LossCounts`, unclamped);
+    `packing` are the share of places that hold nothing and the number of tokens.
+    """
+
+    groups: GroupBatch
+    pairs: Bool[Tensor, "groups k k"]
+    target_rows: Int[Tensor, " targets"]
+    penalised_rows: Int[Tensor, " penalised"]
+    counts: tuple[float, float, float, float]
+    packing: Float[Tensor, "2"]
+
+    @property
+    def rows(self) -> Rows:
+        """What goes through the model."""
+        return self.groups.rows
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
+        """The same micro-batch on another device."""
+        return to_device(self, device, non_blocking)
+
+
+def micro_batch_of(b: GroupBatch, p: ObjectiveParams) -> MicroBatch:
+    """These groups as one micro-batch; call it before they are copied to a device."""
+    pairs, penalised = pairs_of(b, p), penalised_of(b, p)
+    target_rows = b.best_row[b.best_row >= 0]
+    return MicroBatch(
+        groups=b,
+        pairs=pairs,
+        target_rows=target_rows,
+        penalised_rows=penalised[b.group, b.slot].nonzero().squeeze(-1),
+        counts=(
+            float(pairs.any(-1).any(-1).sum()),
+            float(len(target_rows)),
+            float(penalised.sum()),
+            float(len(b.group)),
+        ),
+        packing=torch.tensor([padding_fraction(b.rows), float(b.rows.input_ids.numel())]),
+    )
+
+
 def objective_params(config: NEATConfig) -> ObjectiveParams:
     """The objective's settings of a configuration."""
     return ObjectiveParams(
@@ -94,18 +143,9 @@ def penalised_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k"]:
     return pair_masks.penalised(b.keys, b.present & ~b.keys.isnan(), negative)
 
 
-def counts_of(batches: Sequence[GroupBatch], p: ObjectiveParams) -> Float[Tensor, "4"]:
+def counts_of(batches: Sequence[MicroBatch]) -> tuple[float, ...]:
     """The four counts of these batches, unclamped: to be summed over processes first."""
-    counts = [
-        (
-            float(pairs_of(b, p).any(-1).any(-1).sum()),
-            float((b.best_row >= 0).sum()),
-            float(penalised_of(b, p).sum()),
-            float(len(b.group)),
-        )
-        for b in batches
-    ]
-    return torch.tensor(counts, dtype=torch.float64).sum(0)
+    return tuple(sum(b.counts[i] for b in batches) for i in range(4))
 
 
 def ranking_losses(
@@ -142,9 +182,17 @@ def score_tables(
 
 
 def loss_terms(
-    b: GroupBatch, logps: Float[Tensor, "rows tokens"], counts: LossCounts, p: ObjectiveParams
+    micro_batch: MicroBatch,
+    logps: Float[Tensor, "rows tokens"],
+    counts: LossCounts,
+    p: ObjectiveParams,
 ) -> losses.LossTerms:
     """This batch's share of each term of the step's loss."""
+    b, best, penalised = (
+        micro_batch.groups,
+        micro_batch.target_rows,
+        micro_batch.penalised_rows,
+    )
     if p.needs_reference and not b.has_ref:
         raise ConfigError(
             "the round's groups have no ref_logprobs, which dpo, npo and the KL term need: make "
@@ -152,8 +200,6 @@ def loss_terms(
         )
     mask = b.rows.completion_mask
     scores, ref_scores = score_tables(b, logps, p)
-    best = b.best_row[b.best_row >= 0]
-    penalised = penalised_of(b, p)[b.group, b.slot]
     if p.negative_penalty == "npo":
         own = scores[b.group, b.slot][penalised]
         ref = ref_scores[b.group, b.slot][penalised]
@@ -162,24 +208,47 @@ def loss_terms(
         negative = losses.unlikelihood_penalty(logps[penalised], mask[penalised])
     kl = losses.kl_k3(logps, b.ref_logps, mask).sum() if b.has_ref else logps.new_zeros(())
     return losses.LossTerms(
-        ranking=ranking_losses(scores, ref_scores, pairs_of(b, p), p).sum() / counts.ranking,
+        ranking=ranking_losses(scores, ref_scores, micro_batch.pairs, p).sum() / counts.ranking,
         lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,
         negative=negative.sum() / counts.negative,
         kl=kl / counts.kl,
     )
 
 
-def ranking_facts(
-    b: GroupBatch, logps: Float[Tensor, "rows tokens"], p: ObjectiveParams
-) -> Iterator[tuple[str, float, float]]:
-    """(metric, numerator, denominator) of this batch, to be summed over a step. No gradient passes.
+# ---- metrics -------------------------------------------------------------------------------------
+
+_TERMS = ("ranking", "lm", "negative", "kl")
+_OF_AN_ORIGIN = ("ranking/active_pair_fraction", "ranking/gradient_share", "logps")
+METRICS: tuple[str, ...] = (
+    *(f"loss/{term}" for term in _TERMS),
+    "ranking/accuracy",
+    "ranking/active_pair_fraction",
+    *(f"{name}/{origin}" for origin in ORIGINS for name in _OF_AN_ORIGIN),
+    "logps/best",
+    "packing/padding_fraction",
+    "packing/tokens_per_micro_batch",
+)
+"""What `step_facts` gives a numerator and a denominator of, in this order."""
+SHARE_NEEDS = {f"ranking/gradient_share/{o}": f"logps/{o}" for o in ORIGINS}
+"""An origin without a completion has no share of the gradient, rather than 0."""
+
+
+def step_facts(
+    micro_batch: MicroBatch,
+    logps: Float[Tensor, "rows tokens"],
+    terms: losses.LossTerms,
+    p: ObjectiveParams,
+) -> Float[Tensor, "metrics 2"]:
+    """Numerator and denominator of each of `METRICS` in this batch, to be summed over micro-batches
+    and ranks. No gradient passes, and no number leaves the device.
 
     A pair counts for the origin of its loser. `gradient_share` is the origin's part of the summed
-    absolute gradient of the ranking loss with respect to the scores.
+    absolute gradient of the ranking loss with respect to the scores. The shares of a step's loss
+    have denominator 0.
     """
+    b, pairs, best = micro_batch.groups, micro_batch.pairs, micro_batch.target_rows
     logps, mask = logps.detach(), b.rows.completion_mask
     scores, ref_scores = score_tables(b, logps, p)
-    pairs = pairs_of(b, p)
     active = pair_masks.active_pairs(
         scores - ref_scores if p.ranking_loss == "dpo" else scores,
         pairs,
@@ -189,24 +258,37 @@ def ranking_facts(
         gamma=p.gamma,
     )
     correct, total = pair_masks.ranking_accuracy(scores, pairs)
-    yield "ranking/accuracy", float(correct), float(total)
-    yield "ranking/active_pair_fraction", float(active.sum()), float(total)
     with torch.enable_grad():
         leaf = scores.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(ranking_losses(leaf, ref_scores, pairs, p).sum(), leaf)
-    pull = gradient.abs()
-    for i, origin in enumerate(ORIGINS):
-        mine = b.origins == i
-        if not bool(mine.any()):
-            continue
-        as_loser = pairs & mine[:, None, :]
-        yield (
-            f"ranking/active_pair_fraction/{origin}",
-            float((active & as_loser).sum()),
-            float(as_loser.sum()),
-        )
-        yield f"ranking/gradient_share/{origin}", float(pull[mine].sum()), float(pull.sum())
-        tokens = mask & mine[b.group, b.slot][:, None]
-        yield f"logps/{origin}", float(logps[tokens].sum()), float(tokens.sum())
-    best = b.best_row[b.best_row >= 0]
-    yield "logps/best", float(logps[best].sum()), float(mask[best].sum())
+    wide = sum_dtype(logps.device)
+    pull = gradient.abs().to(wide)
+    tokens, nats = mask.sum(-1), torch.where(mask, logps, 0.0).to(wide).sum(-1)
+    by_slot = torch.stack(
+        [active.sum(1), pairs.sum(1), pull, b.table(nats), b.table(tokens.to(wide))], -1
+    )
+    origins = torch.arange(len(ORIGINS), device=logps.device)
+    is_of = b.origins[..., None] == origins
+    # Chosen, not multiplied: what is not finite in one origin stays there.
+    of_origin = torch.where(is_of[..., None], by_slot[:, :, None], 0.0).sum((0, 1))
+    of_origin = torch.stack(
+        [
+            of_origin[:, 0:2],
+            torch.stack([of_origin[:, 2], pull.sum().expand(len(ORIGINS))], -1),
+            of_origin[:, 3:5],
+        ],
+        1,
+    )
+    shares = torch.stack([getattr(terms, name).detach() for name in _TERMS]).to(wide)
+    padding, fed = micro_batch.packing.to(wide)
+    one = torch.ones_like(fed)
+    overall = torch.stack([correct, total, active.sum(), total]).to(wide)
+    last = torch.stack([nats[best].sum(), tokens[best].sum().to(wide), padding, one, fed, one])
+    return torch.cat(
+        [
+            torch.stack([shares, torch.zeros_like(shares)], -1),
+            overall.view(2, 2),
+            of_origin.flatten(0, 1),
+            last.view(3, 2),
+        ]
+    )

@@ -87,7 +87,8 @@ def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "
 
 def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "rows tokens"]:
     """From the states at the positions that predict a completion token; few logits are held."""
-    states, ids = completion_states(model, rows), rows.completion_ids[rows.completion_mask]
+    states = completion_states(model, rows)
+    ids = rows.completion_ids.flatten().index_select(0, rows.token_at)
     head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
     tail = logit_tail(model)
     chunk = chunk_rows(unwrapped(model).config.get_text_config().vocab_size, states.device)
@@ -100,7 +101,8 @@ def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "
 
         chunks = [_in_chunk(logprobs, states[p], ids[p]) for p in parts(len(ids), chunk)]
         flat = torch.cat([states.new_zeros(0).float(), *chunks])
-    return flat.new_zeros(rows.completion_ids.shape).masked_scatter(rows.completion_mask, flat)
+    table = flat.new_zeros(rows.completion_ids.numel()).index_copy(0, rows.token_at, flat)
+    return table.view_as(rows.completion_ids)
 
 
 def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "predicted dim"]:

@@ -31,13 +31,13 @@ PADDING_POSITION = 2**30
 def to_device(rows: T, device: torch.device | str, non_blocking: bool) -> T:
     """A dataclass of tensors, or of such dataclasses, on another device.
 
-    Flags and tuples of names stay as they are.
+    Flags, numbers and tuples stay as they are.
     """
     values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
     moved = {
         name: v.to(device, non_blocking=non_blocking)
         for name, v in values.items()
-        if not isinstance(v, bool | tuple)
+        if not isinstance(v, bool | float | tuple)
     }
     return cast("T", replace(cast("Any", rows), **moved))
 
@@ -91,12 +91,14 @@ class PackedRows:
 
     `read_at` are the row's positions whose states predict the completion tokens, completion by
     completion: the prompt's last token, then the completion's own but the last, which is not fed at
-    all.
+    all. `token_at` are the places of the same tokens in the flattened table of completions: a mask
+    would have to be read to know how many there are.
     """
 
     input_ids: Int[Tensor, "1 flat"]
     position_ids: Int[Tensor, "1 flat"]
     read_at: Int[Tensor, " predicted"]
+    token_at: Int[Tensor, " predicted"]
     completion_ids: Int[Tensor, "rows tokens"]
     completion_mask: Bool[Tensor, "rows tokens"]
     layout: PrefixLayout
@@ -164,6 +166,7 @@ def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenI
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
         read_at=torch.tensor(read_at, dtype=torch.long),
+        token_at=completion_mask.flatten().nonzero().squeeze(-1),
         completion_ids=completion_ids,
         completion_mask=completion_mask,
         layout=_prefix_layout(prompt_spans, spans, group),
