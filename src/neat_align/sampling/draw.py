@@ -9,6 +9,7 @@ the logits, which can move a boundary past the number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,8 @@ def draw(
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
     """A token a row, and its log-probability in nats under the untempered, unwarped policy.
 
-    `uniform` holds a number in [0, 1) a row. Raises CollapseError for logits that are not finite.
+    `uniform` holds a number in [0, 1) a row. Where the logits are not finite the log-probability is
+    NaN (`check_drawn` raises): nothing is read from the device here.
     """
     logits = logits.float()
     warped = logits / params.temperature if params.temperature != 1 else logits
@@ -45,18 +47,22 @@ def draw(
     # A GPU sums in parallel, which in fp32 need not be monotone; a CPU adds one by one.
     dtype = torch.float32 if logits.device.type == "cpu" else torch.float64
     running = warped.softmax(-1, dtype=dtype).cumsum_(-1)
-    if not bool(running[:, -1].isfinite().all()):
-        raise CollapseError(
-            "the policy's logits are not finite while it samples: the weights or the number type "
-            "are broken"
-        )
     # The sum may end a rounding error away from 1; scaled by it, the number is always passed. A
     # token of probability 0 never moves the sum, so it is never the one.
     thresholds = uniform[:, None] * running[:, -1:]
     tokens = torch.searchsorted(running, thresholds, right=True).squeeze(-1)
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return tokens, logprobs
+    return tokens, torch.where(running[:, -1].isfinite(), logprobs, torch.nan)
+
+
+def check_drawn(logprobs: Sequence[float]) -> None:
+    """Raise CollapseError where a token was drawn from logits that are not finite."""
+    if any(map(math.isnan, logprobs)):
+        raise CollapseError(
+            "the policy's logits are not finite while it samples: the weights or the number type "
+            "are broken"
+        )
 
 
 def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
