@@ -9,9 +9,11 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows, parts
+from neat_align.modeling.known_padding import KnownPadding, masks_from
 from neat_align.modeling.packing import (
     Layout,
     PackedRows,
@@ -23,7 +25,7 @@ from neat_align.modeling.packing import (
     pad_rows,
     tokens_in,
 )
-from neat_align.modeling.precision import inference
+from neat_align.modeling.precision import frozen_casts, inference
 from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, unwrapped
 
 # Padded rows' log-softmax that is held in fp32 at a time; the backward pass computes it again.
@@ -51,7 +53,8 @@ def completion_logits(
     }
     if "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters:
         inputs["logits_to_keep"] = n + 1
-    logits: Tensor = model(**inputs).logits
+    with masks_from(KnownPadding(rows.has_padding)):
+        logits: Tensor = model(**inputs).logits
     return logits[:, -(n + 1) : -1]
 
 
@@ -96,8 +99,10 @@ def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "
         flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
     else:
         # An adapter on the head, or a quantised one: whatever it computes, in chunks.
+        casts = frozen_casts(head, states.device)
+
         def logprobs(states: Float[Tensor, "n dim"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-            return _gather_logprobs(tail(head(states)), ids)
+            return _gather_logprobs(tail(functional_call(head, casts, (states,))), ids)
 
         chunks = [_in_chunk(logprobs, states[p], ids[p]) for p in parts(len(ids), chunk)]
         flat = torch.cat([states.new_zeros(0).float(), *chunks])

@@ -46,7 +46,8 @@ def to_device(rows: T, device: torch.device | str, non_blocking: bool) -> T:
 class PaddedRows:
     """Prompts and completions side by side.
 
-    Masks go by length, never by token: pad is often eos.
+    Masks go by length, never by token: pad is often eos. `has_padding` says whether the mask hides
+    anything, so that nobody has to read it.
     """
 
     input_ids: Int[Tensor, "rows width"]
@@ -54,6 +55,7 @@ class PaddedRows:
     position_ids: Int[Tensor, "rows width"]
     completion_ids: Int[Tensor, "rows tokens"]
     completion_mask: Bool[Tensor, "rows tokens"]
+    has_padding: bool
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedRows:
         """The same rows on another device."""
@@ -130,6 +132,7 @@ def pad_rows(
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
         completion_ids=input_ids[:, left:],
         completion_mask=attention_mask[:, left:].bool(),
+        has_padding=not bool(attention_mask.all()),
     )
 
 

@@ -4,7 +4,6 @@
     transformers_sampler.py  a transformers model on any device
     policies.py              the current and the start policy, scored and sampled in one way
     draw.py                  one token from one random number: what a sampler owes its seed
-    decode_masks.py          attention masks without asking a GPU about padding
     decode_attention.py      faster attention for one new token a sequence, on a CPU
 
 A sampler of another engine is a new file beside `transformers_sampler.py` that keeps `protocol.py`:

@@ -28,10 +28,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from neat_align.modeling.known_padding import KnownPadding, masks_from
 from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
-from neat_align.sampling.decode_attention import fast_decoding
-from neat_align.sampling.decode_masks import KnownPadding, masks_from
+from neat_align.sampling.decode_attention import ATTENTION, fast_decoding
 from neat_align.sampling.draw import check_drawn, draw, uniforms
 from neat_align.sampling.protocol import FinishReason, Sample, SampleRequest, SamplingParams
 
@@ -161,7 +161,7 @@ class TransformersSampler:
         padding = [width - len(r.prompt_ids) for r in requests]
         known = KnownPadding(is_there=any(padding))
         cache = DynamicCache(config=unwrapped(self.model).config)
-        with masks_from(known):
+        with masks_from(known, also=(ATTENTION,)):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             logits = self._forward(input_ids, mask, positions, cache)[which]
             cache.batch_select_indices(which)

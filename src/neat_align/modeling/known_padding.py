@@ -1,8 +1,8 @@
-"""Attention masks while decoding, from what the CPU knows of padding.
+"""Attention masks from what the CPU knows of padding.
 
-transformers asks the padding mask at every token whether it hides anything, since a kernel without
-a mask is faster: on a GPU the CPU waits for the answer. A batch's padding is known where its
-prompts were put side by side.
+transformers asks a padding mask in every forward pass whether it hides anything, since a kernel
+without a mask is faster: on a GPU the CPU waits for the answer. Whether rows are padded is known
+where they were put side by side.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ from typing import Any
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from neat_align.sampling.decode_attention import ATTENTION
-
 # The ways of attention whose mask function asks.
-_ASKING = ("sdpa", "flash_attention_2", "flash_attention_3", ATTENTION)
+_ASKING = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 
 @dataclass
 class KnownPadding:
-    """Whether any row of the batch that is decoded has padding."""
+    """Whether any of the rows that go through a model has padding."""
 
-    is_there: bool = True
+    is_there: bool
 
 
 @contextlib.contextmanager
-def masks_from(padding: KnownPadding) -> Iterator[None]:
+def masks_from(padding: KnownPadding, *, also: tuple[str, ...] = ()) -> Iterator[None]:
     """While open, transformers makes the masks that it would make, without asking them.
 
-    `padding` has to be true to every batch that goes through a model meanwhile.
+    `padding` has to be true of every batch that goes through a model meanwhile; `also` names
+    further ways of attention whose masks are torch's.
     """
     registered = AttentionMaskInterface()
-    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in _ASKING}
+    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in (*_ASKING, *also)}
     for name, function in before.items():
         ALL_MASK_ATTENTION_FUNCTIONS[name] = _told(function, padding)
     try:
