@@ -8,8 +8,10 @@ copy which the CPU waits for.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -114,3 +116,21 @@ def _indexes_by_mask(name: str, args: tuple[Any, ...]) -> bool:
 def _repeats(func: Any, kwargs: Any) -> bool:
     by_tensor = func.overloadpacket.__name__ == "repeat_interleave" and "Tensor" in str(func)
     return by_tensor and (kwargs or {}).get("output_size") is None
+
+
+@contextlib.contextmanager
+def weight_casts(model: torch.nn.Module) -> Iterator[Counter[str]]:
+    """While open, counts how often each weight of a model is cast to another type, by name."""
+    names = {p.data_ptr(): name for name, p in model.named_parameters()}
+    seen: Counter[str] = Counter()
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if func.overloadpacket.__name__ == "_to_copy" and args[0].data_ptr() in names:
+                seen[names[args[0].data_ptr()]] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Casts():
+        yield seen

@@ -94,9 +94,7 @@ class TransformersSampler:
         size = -(-len(order) // batches)
         samples: dict[int, Sample] = {}
         fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
-        with inference(self.model, self.autocast_dtype), fast, contextlib.ExitStack() as casts:
-            if self._keeps_casts:
-                casts.enter_context(casting_once(self.model))
+        with inference(self.model, self.autocast_dtype), self._casts() as casts, fast:
             start = 0
             while start < len(order):
                 batch = order[start : start + min(size, self.batch_limit.limit or size)]
@@ -138,6 +136,13 @@ class TransformersSampler:
     @property
     def _keeps_casts(self) -> bool:
         return self.autocast_dtype is not None and self.batch_limit.keeps_casts
+
+    def _casts(self) -> contextlib.ExitStack:
+        """Casts frozen weights once, where there is room, until it is closed."""
+        casts = contextlib.ExitStack()
+        if self._keeps_casts:
+            casts.enter_context(casting_once(self.model))
+        return casts
 
     def _halve(self, requests: int) -> None:
         """From now on half as many at once."""
@@ -214,7 +219,8 @@ class TransformersSampler:
             params,
             input_ids.shape[1],
         )
-        with _no_own_generation_config(self.model):
+        known = KnownPadding(is_there=len({len(r.prompt_ids) for r in requests}) > 1)
+        with _no_own_generation_config(self.model), masks_from(known):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
