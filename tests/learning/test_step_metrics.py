@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 import slow_objective as slow
 from host_syncs import HostSyncs
 from neat_align import NEATTrainer
-from neat_align.learning.objective import METRICS, SHARE_NEEDS, loss_terms, step_facts
+from neat_align.learning.objective import loss_terms
+from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
 from neat_align.learning.step_metrics import StepMetrics
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
 from small_trainer import TOKENIZER, trainer
@@ -327,8 +328,8 @@ def test_the_counter_counts() -> None:
         lambda: bool(mask.any()),
         lambda: x[mask],
         lambda: x.index_put((mask,), torch.tensor(0.0)),
-        lambda: mask.nonzero(),
-        lambda: x.tolist(),
+        mask.nonzero,
+        x.tolist,
         lambda: torch.isin(x, x),
         lambda: x.repeat_interleave(torch.tensor([1, 2, 1, 1])),
         lambda: torch.tensor([1.0]),

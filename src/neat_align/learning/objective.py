@@ -1,4 +1,4 @@
-"""The objective: from a batch's log-probabilities to the terms of a step's loss, and to metrics.
+"""The objective: from a batch's log-probabilities to the terms of a step's loss.
 
 Each term is divided by a count over the whole optimizer step (every micro-batch, every rank).
 The counts depend on the data alone, so they are known before the first forward pass, and 1×8 groups
@@ -21,7 +21,6 @@ from neat_align.errors import ConfigError
 from neat_align.learning import losses
 from neat_align.learning import pairs as pair_masks
 from neat_align.learning.batches import GroupBatch
-from neat_align.learning.step_metrics import sum_dtype
 from neat_align.modeling.packing import Rows, padding_fraction, to_device
 from neat_align.rounds.completions import ORIGINS
 from neat_align.rounds.ranking import PairSelection
@@ -212,83 +211,4 @@ def loss_terms(
         lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,
         negative=negative.sum() / counts.negative,
         kl=kl / counts.kl,
-    )
-
-
-# ---- metrics -------------------------------------------------------------------------------------
-
-_TERMS = ("ranking", "lm", "negative", "kl")
-_OF_AN_ORIGIN = ("ranking/active_pair_fraction", "ranking/gradient_share", "logps")
-METRICS: tuple[str, ...] = (
-    *(f"loss/{term}" for term in _TERMS),
-    "ranking/accuracy",
-    "ranking/active_pair_fraction",
-    *(f"{name}/{origin}" for origin in ORIGINS for name in _OF_AN_ORIGIN),
-    "logps/best",
-    "packing/padding_fraction",
-    "packing/tokens_per_micro_batch",
-)
-"""What `step_facts` gives a numerator and a denominator of, in this order."""
-SHARE_NEEDS = {f"ranking/gradient_share/{o}": f"logps/{o}" for o in ORIGINS}
-"""An origin without a completion has no share of the gradient, rather than 0."""
-
-
-def step_facts(
-    micro_batch: MicroBatch,
-    logps: Float[Tensor, "rows tokens"],
-    terms: losses.LossTerms,
-    p: ObjectiveParams,
-) -> Float[Tensor, "metrics 2"]:
-    """Numerator and denominator of each of `METRICS` in this batch, to be summed over micro-batches
-    and ranks. No gradient passes, and no number leaves the device.
-
-    A pair counts for the origin of its loser. `gradient_share` is the origin's part of the summed
-    absolute gradient of the ranking loss with respect to the scores. The shares of a step's loss
-    have denominator 0.
-    """
-    b, pairs, best = micro_batch.groups, micro_batch.pairs, micro_batch.target_rows
-    logps, mask = logps.detach(), b.rows.completion_mask
-    scores, ref_scores = score_tables(b, logps, p)
-    active = pair_masks.active_pairs(
-        scores - ref_scores if p.ranking_loss == "dpo" else scores,
-        pairs,
-        ranking_loss=p.ranking_loss,
-        margin=p.hinge_margin,
-        beta=p.beta,
-        gamma=p.gamma,
-    )
-    correct, total = pair_masks.ranking_accuracy(scores, pairs)
-    with torch.enable_grad():
-        leaf = scores.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(ranking_losses(leaf, ref_scores, pairs, p).sum(), leaf)
-    wide = sum_dtype(logps.device)
-    pull = gradient.abs().to(wide)
-    tokens, nats = mask.sum(-1), torch.where(mask, logps, 0.0).to(wide).sum(-1)
-    by_slot = torch.stack(
-        [active.sum(1), pairs.sum(1), pull, b.table(nats), b.table(tokens.to(wide))], -1
-    )
-    origins = torch.arange(len(ORIGINS), device=logps.device)
-    is_of = b.origins[..., None] == origins
-    # Chosen, not multiplied: what is not finite in one origin stays there.
-    of_origin = torch.where(is_of[..., None], by_slot[:, :, None], 0.0).sum((0, 1))
-    of_origin = torch.stack(
-        [
-            of_origin[:, 0:2],
-            torch.stack([of_origin[:, 2], pull.sum().expand(len(ORIGINS))], -1),
-            of_origin[:, 3:5],
-        ],
-        1,
-    )
-    shares = torch.stack([getattr(terms, name).detach() for name in _TERMS]).to(wide)
-    padding, fed = micro_batch.packing.to(wide)
-    one = torch.ones_like(fed)
-    overall = torch.stack([correct, total, active.sum(), total]).to(wide)
-    last = torch.stack([nats[best].sum(), tokens[best].sum().to(wide), padding, one, fed, one])
-    return torch.cat(
-        [
-            torch.stack([shares, torch.zeros_like(shares)], -1),
-            overall.view(2, 2),
-            of_origin.flatten(0, 1),
-            last.view(3, 2),
-        ]
     )

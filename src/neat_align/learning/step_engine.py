@@ -28,16 +28,14 @@ from neat_align.learning.batches import collate_groups, without_unread_completio
 from neat_align.learning.finite import CheckedBatch, checked_batch, non_finite
 from neat_align.learning.losses import total_loss
 from neat_align.learning.objective import (
-    METRICS,
-    SHARE_NEEDS,
     LossCounts,
     MicroBatch,
     counts_of,
     loss_terms,
     micro_batch_of,
     objective_params,
-    step_facts,
 )
+from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
 from neat_align.learning.step_metrics import StepMetrics
 from neat_align.modeling.logprobs import completion_logprobs
 from neat_align.modeling.packing import Layout, fill_budget, tokens_in

@@ -17,8 +17,7 @@ Sums = dict[str, list[float]]
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """The type in which many numbers are added up: fp64, or fp32 on Apple's GPUs, which have none.
-    """
+    """The type in which many numbers are added up: fp64, or fp32 on Apple's GPUs (no fp64)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -90,6 +89,4 @@ class StepMetrics:
         return metrics
 
     def _zeros(self) -> Float[Tensor, "metrics 2"]:
-        return torch.zeros(
-            len(self.names), 2, dtype=sum_dtype(self.device), device=self.device
-        )
+        return torch.zeros(len(self.names), 2, dtype=sum_dtype(self.device), device=self.device)

@@ -242,7 +242,9 @@ class TransformersSampler:
 class _Drawing:
     """The tokens that a batch has drawn so far; nothing is read from the device until `left`."""
 
-    def __init__(self, numbers: Float[Tensor, "requests tokens"], ends: Int[Tensor, " ends"]) -> None:
+    def __init__(
+        self, numbers: Float[Tensor, "requests tokens"], ends: Int[Tensor, " ends"]
+    ) -> None:
         device = numbers.device
         self.numbers, self.ends, self.step = numbers, ends, 0
         self.tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)

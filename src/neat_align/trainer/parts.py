@@ -123,7 +123,7 @@ class TrainerParts:
     def mean_over_ranks(self, value: float) -> float:
         """The mean of all ranks' values. Every rank has to call this."""
         here = torch.tensor(value, dtype=sum_dtype(self.engine.device), device=self.engine.device)
-        return float(self.engine.sum_over_ranks(here)) / self.args.world_size
+        return float(self.engine.sum_over_ranks(here)) / int(self.args.world_size)
 
     def record_start(self) -> None:
         """Write run.json, unless an earlier start of the run has."""
