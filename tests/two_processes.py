@@ -57,6 +57,7 @@ if __name__ == "__main__":
         "negative_penalty": "unlikelihood",
         "negative_weight": 0.1,
         "accelerator_config": {"even_batches": False},
+        "drift_prompts": 2,
     }
     even: dict[str, Any] = {"prompts_per_round": 8, "num_train_epochs": 2}
     t = trainer(

@@ -21,6 +21,7 @@ from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
 from neat_align.learning.step_metrics import StepMetrics
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
 from small_trainer import TOKENIZER, trainer
+from small_trainer import logged as rows_of
 from tiny import Family
 
 EOS = TOKENIZER.eos_token_id
@@ -342,3 +343,46 @@ def test_the_counter_counts() -> None:
         torch.where(mask, x, 0.0).sum() + x[torch.arange(2)].sum()
     assert seen.total == 0
     assert list(itertools.chain(seen.by_line)) == []
+
+
+# ---- who logs ------------------------------------------------------------------------------------
+
+
+class LogsItself(TrainerCallback):
+    """A user's callback that logs a loss of its own, as one process alone may."""
+
+    trainer: NEATTrainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.log({"loss": -1.0})
+        self.trainer.log({"train_loss": -1.0})
+
+
+def test_a_loss_that_a_callback_logs_takes_nothing_from_the_next_line(tmp_path: Path) -> None:
+    """And asks nothing of other processes, which may not log."""
+    runs = []
+    for name, callbacks in (("plain", []), ("logs", [LogsItself()])):
+        t = trainer(tmp_path / name, callbacks=callbacks, logging_steps=2)
+        for callback in callbacks:
+            callback.trainer = t
+        t.train()
+        runs.append([line for line in rows_of(tmp_path / name) if line.get("loss", -1.0) != -1.0])
+    assert [set(line) for line in runs[0]] == [set(line) for line in runs[1]]
+    assert [line["loss/lm"] for line in runs[0]] == [line["loss/lm"] for line in runs[1]]
+    alien = [line for line in rows_of(tmp_path / "logs") if line.get("loss") == -1.0]
+    assert len(alien) == 4
+    assert not any("loss/lm" in line for line in alien)
+    own = [line["train_loss"] for line in rows_of(tmp_path / "logs") if "train_loss" in line]
+    assert own[:-1] == [-1.0] * 4
+
+
+def test_what_training_gives_back_is_what_it_logs(tmp_path: Path) -> None:
+    """The mean over all steps, also those after the last log line."""
+    t = trainer(tmp_path, logging_steps=3)
+    output = t.train()
+    every = trainer(tmp_path / "every", logging_steps=1)
+    every.train()
+    losses = [line["loss"] for line in rows_of(tmp_path / "every") if "loss" in line]
+    assert output.training_loss == pytest.approx(sum(losses) / 4)
+    assert output.metrics["train_loss"] == output.training_loss
+    assert rows_of(tmp_path)[-1]["train_loss"] == output.training_loss
