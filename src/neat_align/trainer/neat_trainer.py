@@ -199,10 +199,10 @@ class NEATTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics gathered since the last training log added to it."""
-        # Trainer's own line, which every rank logs; a callback's may be one rank's alone.
-        if "loss" in logs and logged_step(self) == self.state.global_step:
+        # Trainer's own lines, which every rank logs; a callback's may be one rank's alone.
+        if logs.keys() >= {"loss", "learning_rate"} and logged_step(self) == self.state.global_step:
             self.parts.complete_training_log(logs, self.state.global_step)
-        if "train_loss" in logs and "train_runtime" in logs:
+        if logs.keys() >= {"train_loss", "train_runtime"}:
             # Trainer divides by the steps since the run was taken up last, where the sum goes back
             # to the first; and what came after the last log line is this rank's alone.
             total = self.parts.mean_over_ranks(running_loss(self).total)
