@@ -4,6 +4,7 @@ plain formulas, and read from the device once.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import TrainerCallback
 
 import slow_objective as slow
@@ -386,3 +388,52 @@ def test_what_training_gives_back_is_what_it_logs(tmp_path: Path) -> None:
     assert output.training_loss == pytest.approx(sum(losses) / 4)
     assert output.metrics["train_loss"] == output.training_loss
     assert rows_of(tmp_path)[-1]["train_loss"] == output.training_loss
+
+
+# ---- on the way to the device --------------------------------------------------------------------
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if not dataclasses.is_dataclass(value):
+        return []
+    return [t for f in dataclasses.fields(value) for t in tensors_in(getattr(value, f.name))]
+
+
+@pytest.mark.parametrize("sharing", ["auto", "off"], ids=["packed", "padded"])
+def test_a_batch_is_pinned_and_copied_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharing: str
+) -> None:
+    """DataLoader pins what has `pin_memory`. (There is no GPU here: pinning is a copy, and a copy
+    to a device is looked at.)
+    """
+    engine = trainer(tmp_path, prefix_sharing=sharing).parts.engine
+    pinned: set[int] = set()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copied = tensor.clone()
+        pinned.add(id(copied))
+        return copied
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda t: id(t) in pinned)
+    batch = engine.collate(GROUPS)
+    waiting: list[bool] = []
+    loaded = pin_memory(batch)
+    assert loaded["groups"] == batch["groups"]
+    (given,), (micro_batch,) = batch["micro_batches"], loaded["micro_batches"]
+    assert all(id(t) in pinned for t in tensors_in(micro_batch))
+    for a, b in zip(tensors_in(given), tensors_in(micro_batch), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    to = torch.Tensor.to
+
+    def copied(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        waiting.append(not kwargs["non_blocking"])
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    micro_batch.to("cpu")
+    assert waiting == [False] * len(tensors_in(micro_batch))
+    given.to("cpu")
+    assert all(waiting[len(tensors_in(micro_batch)) :])

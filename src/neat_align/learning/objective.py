@@ -21,7 +21,12 @@ from neat_align.errors import ConfigError
 from neat_align.learning import losses
 from neat_align.learning import pairs as pair_masks
 from neat_align.learning.batches import GroupBatch
-from neat_align.modeling.packing import Rows, padding_fraction, to_device
+from neat_align.modeling.packing import (
+    Rows,
+    in_pinned_memory,
+    padding_fraction,
+    to_device,
+)
 from neat_align.rounds.completions import ORIGINS
 from neat_align.rounds.ranking import PairSelection
 
@@ -85,6 +90,10 @@ class MicroBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         """The same micro-batch on another device."""
         return to_device(self, device, non_blocking)
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in pinned memory."""
+        return in_pinned_memory(self)
 
 
 def micro_batch_of(b: GroupBatch, p: ObjectiveParams) -> MicroBatch:

@@ -13,7 +13,7 @@ the reference for the packed layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
@@ -31,15 +31,25 @@ PADDING_POSITION = 2**30
 def to_device(rows: T, device: torch.device | str, non_blocking: bool) -> T:
     """A dataclass of tensors, or of such dataclasses, on another device.
 
-    Flags, numbers and tuples stay as they are.
+    Flags and tuples stay as they are. Nobody waits for a copy of pinned memory.
     """
+
+    def moved(value: Any) -> Any:
+        pinned = isinstance(value, Tensor) and value.is_pinned()
+        return value.to(device, non_blocking=non_blocking or pinned)
+
+    return _with_each(rows, moved)
+
+
+def in_pinned_memory(rows: T) -> T:
+    """The same dataclass in memory that a GPU copies from by itself; DataLoader asks for it."""
+    return _with_each(rows, lambda value: value.pin_memory())
+
+
+def _with_each(rows: T, work: Callable[[Any], Any]) -> T:
     values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
-    moved = {
-        name: v.to(device, non_blocking=non_blocking)
-        for name, v in values.items()
-        if not isinstance(v, bool | float | tuple)
-    }
-    return cast("T", replace(cast("Any", rows), **moved))
+    done = {name: work(v) for name, v in values.items() if not isinstance(v, bool | tuple)}
+    return cast("T", replace(cast("Any", rows), **done))
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,10 @@ class PaddedRows:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedRows:
         """The same rows on another device."""
         return to_device(self, device, non_blocking)
+
+    def pin_memory(self) -> PaddedRows:
+        """The same rows in pinned memory."""
+        return in_pinned_memory(self)
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,10 @@ class PrefixLayout:
         """The same layout on another device."""
         return to_device(self, device, non_blocking)
 
+    def pin_memory(self) -> PrefixLayout:
+        """The same layout in pinned memory."""
+        return in_pinned_memory(self)
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -108,6 +126,10 @@ class PackedRows:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRows:
         """The same rows on another device."""
         return to_device(self, device, non_blocking)
+
+    def pin_memory(self) -> PackedRows:
+        """The same rows in pinned memory."""
+        return in_pinned_memory(self)
 
 
 Rows: TypeAlias = PaddedRows | PackedRows
