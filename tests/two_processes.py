@@ -1,8 +1,15 @@
-"""Two rounds of training, run by test_distributed.py in one process or in two:
-python two_processes.py FOLDER PER_DEVICE ACCUMULATION [nan | signal | resume]"""
+"""Rounds of training, run by test_distributed.py in one process or in two:
+python two_processes.py FOLDER PER_DEVICE ACCUMULATION [WHAT]
+
+WHAT may be nan or signal (after the second step, on the second process), and resume. uneven: the
+second process has fewer groups in a round's last step, and none of some origins; a log line stands
+for four steps, and the last two steps have none. uneven-cut and uneven-resume: the same, stopped
+between two log lines, and gone on with.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +21,7 @@ from transformers import TrainerCallback
 
 from neat_align import CollapseError
 from neat_align.errors import RunInterrupted
-from small_trainer import trainer, weights
+from small_trainer import ROWS, trainer, weights
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -32,17 +39,30 @@ class OnSecondProcess(TrainerCallback):
             return
         if self.what == "nan":
             t.policy.get_output_embeddings().weight.data[0, 0] = float("nan")
-        elif self.what == "signal":
+        elif self.what in ("signal", "uneven-cut"):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
     folder, per_device, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     what = sys.argv[4] if len(sys.argv) > 4 else ""
+    uneven: dict[str, Any] = {
+        "prompts_per_round": 7,
+        "num_train_epochs": 3,
+        "logging_steps": 4,
+        "rows": [row if i == 0 else {"prompt": row["prompt"]} for i, row in enumerate(ROWS)],
+        "use_human_completions": True,
+        "num_plain": 1,
+        "ranking_loss": "dpo",
+        "negative_penalty": "unlikelihood",
+        "negative_weight": 0.1,
+        "accelerator_config": {"even_batches": False},
+        "drift_prompts": 2,
+    }
+    even: dict[str, Any] = {"prompts_per_round": 8, "num_train_epochs": 2}
     t = trainer(
         folder,
-        prompts_per_round=8,
-        num_train_epochs=2,
+        **(uneven if what.startswith("uneven") else even),
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         # groups are of unequal size: the processes cut into unequal numbers of micro-batches
@@ -53,11 +73,15 @@ if __name__ == "__main__":
         callbacks=[OnSecondProcess(what)],
     )
     try:
-        t.train(resume_from_checkpoint=True if what == "resume" else None)
+        output = t.train(resume_from_checkpoint=True if what.endswith("resume") else None)
     except (CollapseError, RunInterrupted) as error:
         (folder / f"stopped-{RANK}.txt").write_text(
             f"{type(error).__name__} at {t.state.global_step}: {error}"
         )
+    else:
+        (folder / f"output-{RANK}.json").write_text(json.dumps(output.metrics))
+        (folder / f"history-{RANK}.json").write_text(json.dumps(t.state.log_history))
+        assert output.training_loss == output.metrics["train_loss"]
     torch.save(weights(t), folder / f"weights-{RANK}.pt")
     if torch.distributed.is_initialized():
         # What an error left of the process group has threads, which the interpreter's end aborts

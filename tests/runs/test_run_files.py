@@ -33,6 +33,7 @@ from neat_align.runs.checkpoints import (
     unmark,
 )
 from neat_align.runs.lock import HELD_FILE, LOCK_FILE, one_writer
+from neat_align.runs.resume_state import ResumeState, read_resume_state, write_resume_state
 from neat_align.runs.run_key import check_same_run, key_changes, write_key
 from neat_align.runs.signals import StopRequest, interrupted, listening
 
@@ -450,3 +451,46 @@ def test_alarms_sound_past_their_threshold_once_a_round(caplog: pytest.LogCaptur
     off.training({"logps/best": -9.0}, 0)
     off.drift({"mean_length": 90.0}, start, 0)
     assert len(caplog.records) == 6
+
+
+# ---- sums between two log lines, of several processes --------------------------------------------
+
+
+def saved_by(folder: Path, losses: list[float]) -> Path:
+    """A checkpoint of as many processes as there are losses."""
+    folder.mkdir()
+    for rank, loss in enumerate(losses):
+        sums = {"loss/lm": [loss, 0.0], "logps/best": [-loss, 2.0]}
+        state = ResumeState(loss_since_log=loss, total_loss=7.0, logged_step=3, sums=sums)
+        write_resume_state(folder, rank, state)
+    return folder
+
+
+@pytest.mark.parametrize("losses", [[1.0], [1.0, 2.0], [1.0, 2.0, 6.0]])
+def test_as_many_processes_go_on_with_their_own_sums(tmp_path: Path, losses: list[float]) -> None:
+    folder = saved_by(tmp_path / "checkpoint", losses)
+    states = [read_resume_state(folder, rank, len(losses)) for rank in range(len(losses))]
+    assert [state and state.loss_since_log for state in states] == losses
+    assert [state and state.sums["loss/lm"][0] for state in states] == losses
+
+
+@pytest.mark.parametrize("losses", [[1.0], [1.0, 2.0], [1.0, 2.0, 6.0]])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_any_number_of_processes_logs_the_same_line(
+    tmp_path: Path, losses: list[float], processes: int
+) -> None:
+    """The mean of the losses and the sum of the sums are what a log line is made of."""
+    folder = saved_by(tmp_path / "checkpoint", losses)
+    states = [read_resume_state(folder, rank, processes) for rank in range(processes)]
+    mean = sum(state.loss_since_log for state in states if state) / processes
+    assert mean == pytest.approx(sum(losses) / len(losses))
+    for name, expected in (("loss/lm", [sum(losses), 0.0]), ("logps/best", None)):
+        rows = [state.sums[name] for state in states if state and name in state.sums]
+        found = [sum(column) for column in zip(*rows, strict=True)]
+        assert found == (expected or [-sum(losses), 2.0 * len(losses)])
+    assert all(state and (state.total_loss, state.logged_step) == (7.0, 3) for state in states)
+
+
+def test_a_checkpoint_without_such_a_file_has_no_state(tmp_path: Path) -> None:
+    assert read_resume_state(tmp_path, 0, 1) is None
+    assert read_resume_state(tmp_path, 1, 2) is None

@@ -431,7 +431,7 @@ def test_what_is_not_finite_names_its_prompts_and_changes_no_weight(
         if t.state.global_step != 2:
             return compute(model, inputs, *args, **kwargs)
         before.update(weights(t))
-        trained.extend(b.names)
+        trained.extend(b.groups.names)
         if what == "gradient":
             loss = compute(model, inputs, *args, **kwargs)
             next(t.policy.parameters()).register_hook(lambda g: g * float("inf"))

@@ -22,7 +22,7 @@ from neat_align import (
 )
 from neat_align.cli.progress import PrintGroups, terminal_callbacks
 from neat_align.learning.batches import collate_groups
-from neat_align.learning.objective import LossCounts, loss_terms
+from neat_align.learning.objective import LossCounts, loss_terms, micro_batch_of
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy
 from neat_align.modeling.requirements import disable_dropout
@@ -143,7 +143,9 @@ def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(
         ]
     )
     logps = before.clone().requires_grad_()
-    terms = loss_terms(batch, logps, LossCounts(1, 1, 1, 1), t.parts.engine.objective)
+    objective = t.parts.engine.objective
+    micro_batch = micro_batch_of(batch, objective)
+    terms = loss_terms(micro_batch, logps, LossCounts(1, 1, 1, 1), objective)
     (gradient,) = torch.autograd.grad(terms.ranking, logps)
     # Descending the gradient lowers every token of the worst completion, and touches no padding.
     length = len(group.completions[worst].token_ids)

@@ -53,6 +53,11 @@ class TrainerDefaults(TrainingArguments):
         "none.",
     )
     logging_steps: float = option(1, "Log every this many optimizer steps.")
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Leave losses that are not finite out of the logged mean. There are none: they stop a run "
+        "before the step. True only makes the CPU wait for a GPU in every accumulation step.",
+    )
     save_strategy: str = option("epoch", "When to checkpoint: `epoch` is after every round.")
     save_total_limit: int | None = option(
         3,

@@ -11,7 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neat_align.config import NEATConfig
-from neat_align.modeling.packing import Layout, Rows, pack_rows, pad_rows, to_device
+from neat_align.modeling.packing import (
+    Layout,
+    Rows,
+    in_pinned_memory,
+    pack_rows,
+    pad_rows,
+    to_device,
+)
 from neat_align.rounds.completions import ORIGINS, CompletionGroup
 from neat_align.rounds.ranking import (
     RankBy,
@@ -47,6 +54,10 @@ class GroupBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GroupBatch:
         """The same batch on another device."""
         return to_device(self, device, non_blocking)
+
+    def pin_memory(self) -> GroupBatch:
+        """The same batch in pinned memory."""
+        return in_pinned_memory(self)
 
     def table(self, values: Float[Tensor, " rows"]) -> Float[Tensor, "groups k"]:
         """Per-row values laid out by group and slot; 0 where a slot is absent. Gradients pass."""

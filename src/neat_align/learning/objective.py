@@ -1,18 +1,19 @@
-"""The objective: from a batch's log-probabilities to the terms of a step's loss, and to metrics.
+"""The objective: from a batch's log-probabilities to the terms of a step's loss.
 
 Each term is divided by a count over the whole optimizer step (every micro-batch, every rank).
 The counts depend on the data alone, so they are known before the first forward pass, and 1×8 groups
-give the same gradient as 8×1.
+give the same gradient as 8×1. What each term reads depends on the data alone, too: it is chosen on
+the CPU (`micro_batch_of`), since a choice made on a GPU would have to be waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neat_align.config import NEATConfig
@@ -20,6 +21,12 @@ from neat_align.errors import ConfigError
 from neat_align.learning import losses
 from neat_align.learning import pairs as pair_masks
 from neat_align.learning.batches import GroupBatch
+from neat_align.modeling.packing import (
+    Rows,
+    in_pinned_memory,
+    padding_fraction,
+    to_device,
+)
 from neat_align.rounds.completions import ORIGINS
 from neat_align.rounds.ranking import PairSelection
 
@@ -58,6 +65,56 @@ class LossCounts:
     kl: float
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """The groups of one forward and backward pass, and what each term of the loss reads of them.
+
+    `pairs` says which completion ranks above which; `target_rows` and `penalised_rows` are the rows
+    of the language-modelling targets and of the completions that the negative penalty is for.
+    `counts` are this batch's shares of what the terms are divided by (`LossCounts`, unclamped);
+    `packing` are the share of places that hold nothing and the number of tokens.
+    """
+
+    groups: GroupBatch
+    pairs: Bool[Tensor, "groups k k"]
+    target_rows: Int[Tensor, " targets"]
+    penalised_rows: Int[Tensor, " penalised"]
+    counts: tuple[float, float, float, float]
+    packing: Float[Tensor, "2"]
+
+    @property
+    def rows(self) -> Rows:
+        """What goes through the model."""
+        return self.groups.rows
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
+        """The same micro-batch on another device."""
+        return to_device(self, device, non_blocking)
+
+    def pin_memory(self) -> MicroBatch:
+        """The same micro-batch in pinned memory."""
+        return in_pinned_memory(self)
+
+
+def micro_batch_of(b: GroupBatch, p: ObjectiveParams) -> MicroBatch:
+    """These groups as one micro-batch; call it before they are copied to a device."""
+    pairs, penalised = pairs_of(b, p), penalised_of(b, p)
+    target_rows = b.best_row[b.best_row >= 0]
+    return MicroBatch(
+        groups=b,
+        pairs=pairs,
+        target_rows=target_rows,
+        penalised_rows=penalised[b.group, b.slot].nonzero().squeeze(-1),
+        counts=(
+            float(pairs.any(-1).any(-1).sum()),
+            float(len(target_rows)),
+            float(penalised.sum()),
+            float(len(b.group)),
+        ),
+        packing=torch.tensor([padding_fraction(b.rows), float(b.rows.input_ids.numel())]),
+    )
+
+
 def objective_params(config: NEATConfig) -> ObjectiveParams:
     """The objective's settings of a configuration."""
     return ObjectiveParams(
@@ -94,18 +151,9 @@ def penalised_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k"]:
     return pair_masks.penalised(b.keys, b.present & ~b.keys.isnan(), negative)
 
 
-def counts_of(batches: Sequence[GroupBatch], p: ObjectiveParams) -> Float[Tensor, "4"]:
+def counts_of(batches: Sequence[MicroBatch]) -> tuple[float, ...]:
     """The four counts of these batches, unclamped: to be summed over processes first."""
-    counts = [
-        (
-            float(pairs_of(b, p).any(-1).any(-1).sum()),
-            float((b.best_row >= 0).sum()),
-            float(penalised_of(b, p).sum()),
-            float(len(b.group)),
-        )
-        for b in batches
-    ]
-    return torch.tensor(counts, dtype=torch.float64).sum(0)
+    return tuple(sum(b.counts[i] for b in batches) for i in range(4))
 
 
 def ranking_losses(
@@ -142,9 +190,17 @@ def score_tables(
 
 
 def loss_terms(
-    b: GroupBatch, logps: Float[Tensor, "rows tokens"], counts: LossCounts, p: ObjectiveParams
+    micro_batch: MicroBatch,
+    logps: Float[Tensor, "rows tokens"],
+    counts: LossCounts,
+    p: ObjectiveParams,
 ) -> losses.LossTerms:
     """This batch's share of each term of the step's loss."""
+    b, best, penalised = (
+        micro_batch.groups,
+        micro_batch.target_rows,
+        micro_batch.penalised_rows,
+    )
     if p.needs_reference and not b.has_ref:
         raise ConfigError(
             "the round's groups have no ref_logprobs, which dpo, npo and the KL term need: make "
@@ -152,8 +208,6 @@ def loss_terms(
         )
     mask = b.rows.completion_mask
     scores, ref_scores = score_tables(b, logps, p)
-    best = b.best_row[b.best_row >= 0]
-    penalised = penalised_of(b, p)[b.group, b.slot]
     if p.negative_penalty == "npo":
         own = scores[b.group, b.slot][penalised]
         ref = ref_scores[b.group, b.slot][penalised]
@@ -162,51 +216,8 @@ def loss_terms(
         negative = losses.unlikelihood_penalty(logps[penalised], mask[penalised])
     kl = losses.kl_k3(logps, b.ref_logps, mask).sum() if b.has_ref else logps.new_zeros(())
     return losses.LossTerms(
-        ranking=ranking_losses(scores, ref_scores, pairs_of(b, p), p).sum() / counts.ranking,
+        ranking=ranking_losses(scores, ref_scores, micro_batch.pairs, p).sum() / counts.ranking,
         lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,
         negative=negative.sum() / counts.negative,
         kl=kl / counts.kl,
     )
-
-
-def ranking_facts(
-    b: GroupBatch, logps: Float[Tensor, "rows tokens"], p: ObjectiveParams
-) -> Iterator[tuple[str, float, float]]:
-    """(metric, numerator, denominator) of this batch, to be summed over a step. No gradient passes.
-
-    A pair counts for the origin of its loser. `gradient_share` is the origin's part of the summed
-    absolute gradient of the ranking loss with respect to the scores.
-    """
-    logps, mask = logps.detach(), b.rows.completion_mask
-    scores, ref_scores = score_tables(b, logps, p)
-    pairs = pairs_of(b, p)
-    active = pair_masks.active_pairs(
-        scores - ref_scores if p.ranking_loss == "dpo" else scores,
-        pairs,
-        ranking_loss=p.ranking_loss,
-        margin=p.hinge_margin,
-        beta=p.beta,
-        gamma=p.gamma,
-    )
-    correct, total = pair_masks.ranking_accuracy(scores, pairs)
-    yield "ranking/accuracy", float(correct), float(total)
-    yield "ranking/active_pair_fraction", float(active.sum()), float(total)
-    with torch.enable_grad():
-        leaf = scores.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(ranking_losses(leaf, ref_scores, pairs, p).sum(), leaf)
-    pull = gradient.abs()
-    for i, origin in enumerate(ORIGINS):
-        mine = b.origins == i
-        if not bool(mine.any()):
-            continue
-        as_loser = pairs & mine[:, None, :]
-        yield (
-            f"ranking/active_pair_fraction/{origin}",
-            float((active & as_loser).sum()),
-            float(as_loser.sum()),
-        )
-        yield f"ranking/gradient_share/{origin}", float(pull[mine].sum()), float(pull.sum())
-        tokens = mask & mine[b.group, b.slot][:, None]
-        yield f"logps/{origin}", float(logps[tokens].sum()), float(tokens.sum())
-    best = b.best_row[b.best_row >= 0]
-    yield "logps/best", float(logps[best].sum()), float(mask[best].sum())

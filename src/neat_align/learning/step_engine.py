@@ -24,19 +24,21 @@ from torch import Tensor
 
 from neat_align.config import NEATConfig
 from neat_align.errors import name_list
-from neat_align.learning.batches import GroupBatch, collate_groups, without_unread_completions
-from neat_align.learning.finite import non_finite_batch, non_finite_gradient
+from neat_align.learning.batches import collate_groups, without_unread_completions
+from neat_align.learning.finite import CheckedBatch, checked_batch, non_finite
 from neat_align.learning.losses import total_loss
 from neat_align.learning.objective import (
     LossCounts,
+    MicroBatch,
     counts_of,
     loss_terms,
+    micro_batch_of,
     objective_params,
-    ranking_facts,
 )
-from neat_align.learning.step_metrics import StepMetrics, Sums
+from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
+from neat_align.learning.step_metrics import StepMetrics
 from neat_align.modeling.logprobs import completion_logprobs
-from neat_align.modeling.packing import Layout, fill_budget, padding_fraction, tokens_in
+from neat_align.modeling.packing import Layout, fill_budget, tokens_in
 from neat_align.modeling.precision import autocast
 from neat_align.modeling.shared_prefix import sharing_prefixes
 from neat_align.rounds.completions import CompletionGroup
@@ -45,7 +47,7 @@ from neat_align.rounds.ranking import RankBy
 logger = logging.getLogger(__name__)
 
 # Forward and backward over one micro-batch: Trainer's own training step.
-ForwardBackward = Callable[[torch.nn.Module, GroupBatch, LossCounts], Tensor]
+ForwardBackward = Callable[[torch.nn.Module, MicroBatch, LossCounts], Tensor]
 # How bad a number that is not finite is: a loss breaks the gradient of every rank, so it is named
 # rather than the gradients that it broke.
 BAD_GRADIENT, BAD_LOSS = 1, 2
@@ -90,12 +92,12 @@ class StepEngine:
         self.sharded = sharded
         self.objective = objective_params(args)
         self.micro_batch_tokens = args.max_tokens_per_micro_batch
-        self.metrics = StepMetrics()
+        self.metrics = StepMetrics(METRICS, self.device, needs=SHARE_NEEDS)
         # Of the optimizer step that is being made: its groups by accumulation step, the metrics
-        # before it, what was not finite.
+        # before it, whether its numbers are finite.
         self._groups: list[list[CompletionGroup]] = []
-        self._metrics_before: Sums = {}
-        self._non_finite: list[str] = []
+        self._metrics_before = self.metrics.copy()
+        self._checked: list[CheckedBatch] = []
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +111,7 @@ class StepEngine:
         groups = [without_unread_completions(g, self.args) for g in groups]
         return {"micro_batches": self._micro_batches(groups), "groups": groups}
 
-    def _micro_batches(self, groups: Sequence[CompletionGroup]) -> list[GroupBatch]:
+    def _micro_batches(self, groups: Sequence[CompletionGroup]) -> list[MicroBatch]:
         sizes = [self._tokens_in(g) for g in groups]
         budget = sum(sizes) if self.sharded else self.micro_batch_tokens
         return [
@@ -120,9 +122,9 @@ class StepEngine:
         lengths = [len(c.token_ids) for c in group.completions]
         return tokens_in(len(group.prompt_ids), lengths, self.layout)
 
-    def micro_batch(self, groups: Sequence[CompletionGroup]) -> GroupBatch:
+    def micro_batch(self, groups: Sequence[CompletionGroup]) -> MicroBatch:
         """These groups as one micro-batch."""
-        return collate_groups(
+        batch = collate_groups(
             groups,
             pad_token_id=self.pad_token_id,
             rank_by=cast("RankBy", self.args.rank_by),
@@ -130,6 +132,7 @@ class StepEngine:
             lm_on_cut=self.args.lm_on_cut_completions,
             layout=self.layout,
         )
+        return micro_batch_of(batch, self.objective)
 
     # ---- a step ----
 
@@ -137,16 +140,23 @@ class StepEngine:
         """Begin an optimizer step on these batches of the data loader: what its loss terms are
         divided by.
         """
-        self._groups, self._metrics_before, self._non_finite = [], self.metrics.copy(), []
+        self._groups, self._metrics_before, self._checked = [], self.metrics.copy(), []
         self.metrics.begin_step()
         return self.count([micro for batch in batches for micro in batch["micro_batches"]])
 
-    def count(self, micro_batches: Sequence[GroupBatch]) -> LossCounts:
+    def count(self, micro_batches: Sequence[MicroBatch]) -> LossCounts:
         """Counts over these micro-batches and over all ranks."""
-        counts = counts_of(micro_batches, self.objective)
+        counts: Sequence[float] = counts_of(micro_batches)
         if self.args.world_size > 1:
-            counts = cast("Tensor", self.accelerator.reduce(counts.to(self.device), "sum"))
-        return LossCounts(*counts.clamp(min=1).tolist())
+            here = torch.tensor(counts, dtype=torch.float64, device=self.device)
+            counts = self.sum_over_ranks(here).tolist()
+        return LossCounts(*(max(1.0, count) for count in counts))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """All ranks' values, added up. Every rank has to call this, in the same order."""
+        if self.args.world_size == 1:
+            return values
+        return cast("Tensor", self.accelerator.reduce(values, "sum"))
 
     def accumulate(
         self, model: torch.nn.Module, batch: dict[str, Any], counts: LossCounts
@@ -165,12 +175,12 @@ class StepEngine:
             self._halve_micro_batches()
             model.zero_grad()
             self.metrics.restore(self._metrics_before)
-            self._non_finite = []
+            self._checked = []
             loss = self._unless_out_of_memory(lambda: self._replay(model, counts))
         return loss
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batches: Sequence[GroupBatch], counts: LossCounts
+        self, model: torch.nn.Module, micro_batches: Sequence[MicroBatch], counts: LossCounts
     ) -> Tensor:
         losses = []
         for micro_batch in micro_batches:
@@ -233,15 +243,15 @@ class StepEngine:
     def loss(
         self,
         model: torch.nn.Module,
-        micro_batch: GroupBatch,
+        micro_batch: MicroBatch,
         counts: LossCounts | None,
         *,
-        step: int,
         autocast_dtype: torch.dtype | None,
     ) -> Tensor:
         """Loss of one micro-batch in nats, scaled to its share of the whole step.
 
-        Without `counts` the micro-batch is taken for the whole step. `step` counts from 1.
+        Without `counts` the micro-batch is taken for the whole step. No number is read from the
+        device: what is logged and checked stays there until the end of the step.
         """
         counts = self.count([micro_batch]) if counts is None else counts
         # Accelerate puts autocast around the model; packed rows run the head outside of it.
@@ -255,18 +265,10 @@ class StepEngine:
             negative_weight=p.negative_weight,
             kl_weight=p.kl_weight,
         )
-        message = non_finite_batch(micro_batch, logps, loss, step)
-        if message is not None:
-            # Said before the optimizer step: raised here, it would leave the other ranks waiting
-            # for this gradient.
-            self._non_finite.append(message)
-        for name in ("ranking", "lm", "negative", "kl"):
-            self.metrics.add(f"loss/{name}", float(getattr(terms, name).detach()), 0.0)
-        for fact in ranking_facts(micro_batch, logps, p):
-            self.metrics.add(*fact)
-        self.metrics.add("packing/padding_fraction", padding_fraction(micro_batch.rows))
-        tokens = float(micro_batch.rows.input_ids.numel())
-        self.metrics.add("packing/tokens_per_micro_batch", tokens)
+        # Said before the optimizer step: raised here, it would leave the other ranks waiting for
+        # this gradient.
+        self._checked.append(checked_batch(micro_batch.groups, logps, loss))
+        self.metrics.add(step_facts(micro_batch, logps, terms, p))
         # Ranks average their gradients; the counts are global, so the shares have to be summed.
         return cast("Tensor", loss * self.args.world_size)
 
@@ -277,14 +279,17 @@ class StepEngine:
 
         Call it before the optimizer step.
         """
-        if self._non_finite:
-            return NonFinite(tuple(self._non_finite), BAD_LOSS)
         scaler = self.accelerator.scaler
         # fp16's loss scaling expects gradients that overflow, and skips such steps itself.
-        if scaler is not None and scaler.is_enabled():
-            return NonFinite()
-        message = non_finite_gradient(parameters, step)
-        if message is None:
+        scales = scaler is not None and scaler.is_enabled()
+        found = non_finite(self._checked, () if scales else parameters)
+        if found.batches:
+            return NonFinite(tuple(b.in_words(step) for b in found.batches), BAD_LOSS)
+        if not found.weights:
             return NonFinite()
         prompts = name_list([g.prompt_id for groups in self._groups for g in groups])
-        return NonFinite((f"{message}; prompts {prompts}",), BAD_GRADIENT)
+        message = (
+            f"the gradient of {found.weights[0]} is not finite at step {step} "
+            f"({len(found.weights)} of {found.of} weights); prompts {prompts}"
+        )
+        return NonFinite((message,), BAD_GRADIENT)

@@ -7,6 +7,7 @@ reference.py      the start policy: a frozen copy, or the adapter switched off
 precision.py      number types: autocast, inference, a half-precision copy
 packing.py        groups as tensors: packed rows (a prompt once) or padded rows
 layout.py         which of the two a model is given: decides, by measuring
+known_padding.py  attention masks without asking a GPU whether rows are padded
 shared_prefix.py  attention in which the completions of a group share one prompt
 chunked_head.py   log-probabilities of chosen tokens without holding the logits
 logprobs.py       model and rows in, per-token log-probabilities out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +20,7 @@ from neat_align.modeling.logprobs import (
     scoring_batches,
 )
 from neat_align.modeling.packing import Layout, PackedRows, Rows, TokenIds
-from neat_align.modeling.precision import inference
+from neat_align.modeling.precision import autocast, casting_once, inference
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.modeling.text_config import text_config
@@ -79,21 +80,45 @@ def exact_divergence(
             ref_inputs = _head_inputs(start_policy, rows)
         owners = [i for i in members for _ in completions[i]]
         size = chunk_rows(text_config(unwrapped(model).config).vocab_size, device)
-        for part in parts(len(owners), size):
-            with inference(model, autocast_dtype):
-                logp = _head_outputs(model, inputs[part], rows).float().log_softmax(-1)
-            with reference() as start_policy, inference(start_policy, autocast_dtype):
-                ref_logits = _head_outputs(start_policy, ref_inputs[part], rows)
-                ref_logp = ref_logits.float().log_softmax(-1)
-            p = logp.exp()
-            token_kl = (p * (logp - ref_logp)).sum(-1).tolist()
-            token_entropy = (p * -logp).sum(-1).tolist()
-            for owner, its_kl, its_entropy in zip(
-                owners[part], token_kl, token_entropy, strict=True
-            ):
-                kl[owner] += its_kl
-                entropy[owner] += its_entropy
+        per_token = []
+        with _heads_cast_once(model, reference, autocast_dtype):
+            for part in parts(len(owners), size):
+                with inference(model, autocast_dtype):
+                    logp = _head_outputs(model, inputs[part], rows).float().log_softmax(-1)
+                with reference() as start_policy, inference(start_policy, autocast_dtype):
+                    ref_logits = _head_outputs(start_policy, ref_inputs[part], rows)
+                    ref_logp = ref_logits.float().log_softmax(-1)
+                p = logp.exp()
+                token_kl, token_entropy = (p * (logp - ref_logp)).sum(-1), (p * -logp).sum(-1)
+                per_token.append(torch.stack([token_kl, token_entropy], -1))
+        numbers = torch.cat(per_token).tolist() if per_token else []
+        for owner, (its_kl, its_entropy) in zip(owners, numbers, strict=True):
+            kl[owner] += its_kl
+            entropy[owner] += its_entropy
     return Divergence(tuple(kl), tuple(entropy), tuple(map(len, completions)))
+
+
+@contextlib.contextmanager
+def _heads_cast_once(
+    model: torch.nn.Module, reference: Reference, autocast_dtype: torch.dtype | None
+) -> Iterator[None]:
+    """While open, autocast keeps the casts of both policies' heads from chunk to chunk.
+
+    An autocast that is closed forgets its casts; the outer one stays open.
+    """
+    device = next(model.parameters()).device.type
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(autocast(device, autocast_dtype))
+        if autocast_dtype is not None:
+            with reference() as start_policy:
+                policies = (model, start_policy)
+            for head in {id(h): h for h in map(_head, policies)}.values():
+                opened.enter_context(casting_once(head))
+        yield
+
+
+def _head(model: torch.nn.Module) -> torch.nn.Module:
+    return cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
 
 
 def _head_inputs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "predicted width"]:
@@ -110,6 +135,5 @@ def _head_outputs(
     model: torch.nn.Module, inputs: Float[Tensor, "n width"], rows: Rows
 ) -> Float[Tensor, "n vocab"]:
     if isinstance(rows, PackedRows):
-        head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
-        return logit_tail(model)(head(inputs))
+        return logit_tail(model)(_head(model)(inputs))
     return inputs

@@ -9,9 +9,11 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows, parts
+from neat_align.modeling.known_padding import KnownPadding, masks_from
 from neat_align.modeling.packing import (
     Layout,
     PackedRows,
@@ -23,7 +25,7 @@ from neat_align.modeling.packing import (
     pad_rows,
     tokens_in,
 )
-from neat_align.modeling.precision import inference
+from neat_align.modeling.precision import frozen_casts, inference
 from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, unwrapped
 from neat_align.modeling.text_config import text_config
 
@@ -52,7 +54,8 @@ def completion_logits(
     }
     if "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters:
         inputs["logits_to_keep"] = n + 1
-    logits: Tensor = model(**inputs).logits
+    with masks_from(KnownPadding(rows.has_padding)):
+        logits: Tensor = model(**inputs).logits
     return logits[:, -(n + 1) : -1]
 
 
@@ -88,7 +91,8 @@ def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "
 
 def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "rows tokens"]:
     """From the states at the positions that predict a completion token; few logits are held."""
-    states, ids = completion_states(model, rows), rows.completion_ids[rows.completion_mask]
+    states = completion_states(model, rows)
+    ids = rows.completion_ids.flatten().index_select(0, rows.token_at)
     head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
     tail = logit_tail(model)
     chunk = chunk_rows(text_config(unwrapped(model).config).vocab_size, states.device)
@@ -96,12 +100,15 @@ def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "
         flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
     else:
         # An adapter on the head, or a quantised one: whatever it computes, in chunks.
+        casts = frozen_casts(head, states.device)
+
         def logprobs(states: Float[Tensor, "n dim"], ids: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-            return _gather_logprobs(tail(head(states)), ids)
+            return _gather_logprobs(tail(functional_call(head, casts, (states,))), ids)
 
         chunks = [_in_chunk(logprobs, states[p], ids[p]) for p in parts(len(ids), chunk)]
         flat = torch.cat([states.new_zeros(0).float(), *chunks])
-    return flat.new_zeros(rows.completion_ids.shape).masked_scatter(rows.completion_mask, flat)
+    table = flat.new_zeros(rows.completion_ids.numel()).index_copy(0, rows.token_at, flat)
+    return table.view_as(rows.completion_ids)
 
 
 def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "predicted dim"]:

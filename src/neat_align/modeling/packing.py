@@ -13,7 +13,7 @@ the reference for the packed layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
@@ -31,22 +31,33 @@ PADDING_POSITION = 2**30
 def to_device(rows: T, device: torch.device | str, non_blocking: bool) -> T:
     """A dataclass of tensors, or of such dataclasses, on another device.
 
-    Flags and tuples of names stay as they are.
+    Flags and tuples stay as they are. Nobody waits for a copy of pinned memory.
     """
+
+    def moved(value: Any) -> Any:
+        pinned = isinstance(value, Tensor) and value.is_pinned()
+        return value.to(device, non_blocking=non_blocking or pinned)
+
+    return _with_each(rows, moved)
+
+
+def in_pinned_memory(rows: T) -> T:
+    """The same dataclass in memory that a GPU copies from by itself; DataLoader asks for it."""
+    return _with_each(rows, lambda value: value.pin_memory())
+
+
+def _with_each(rows: T, work: Callable[[Any], Any]) -> T:
     values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
-    moved = {
-        name: v.to(device, non_blocking=non_blocking)
-        for name, v in values.items()
-        if not isinstance(v, bool | tuple)
-    }
-    return cast("T", replace(cast("Any", rows), **moved))
+    done = {name: work(v) for name, v in values.items() if not isinstance(v, bool | tuple)}
+    return cast("T", replace(cast("Any", rows), **done))
 
 
 @dataclass(frozen=True)
 class PaddedRows:
     """Prompts and completions side by side.
 
-    Masks go by length, never by token: pad is often eos.
+    Masks go by length, never by token: pad is often eos. `has_padding` says whether the mask hides
+    anything, so that nobody has to read it.
     """
 
     input_ids: Int[Tensor, "rows width"]
@@ -54,10 +65,15 @@ class PaddedRows:
     position_ids: Int[Tensor, "rows width"]
     completion_ids: Int[Tensor, "rows tokens"]
     completion_mask: Bool[Tensor, "rows tokens"]
+    has_padding: bool
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedRows:
         """The same rows on another device."""
         return to_device(self, device, non_blocking)
+
+    def pin_memory(self) -> PaddedRows:
+        """The same rows in pinned memory."""
+        return in_pinned_memory(self)
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,10 @@ class PrefixLayout:
         """The same layout on another device."""
         return to_device(self, device, non_blocking)
 
+    def pin_memory(self) -> PrefixLayout:
+        """The same layout in pinned memory."""
+        return in_pinned_memory(self)
+
 
 @dataclass(frozen=True)
 class PackedRows:
@@ -91,12 +111,14 @@ class PackedRows:
 
     `read_at` are the row's positions whose states predict the completion tokens, completion by
     completion: the prompt's last token, then the completion's own but the last, which is not fed at
-    all.
+    all. `token_at` are the places of the same tokens in the flattened table of completions: a mask
+    would have to be read to know how many there are.
     """
 
     input_ids: Int[Tensor, "1 flat"]
     position_ids: Int[Tensor, "1 flat"]
     read_at: Int[Tensor, " predicted"]
+    token_at: Int[Tensor, " predicted"]
     completion_ids: Int[Tensor, "rows tokens"]
     completion_mask: Bool[Tensor, "rows tokens"]
     layout: PrefixLayout
@@ -104,6 +126,10 @@ class PackedRows:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRows:
         """The same rows on another device."""
         return to_device(self, device, non_blocking)
+
+    def pin_memory(self) -> PackedRows:
+        """The same rows in pinned memory."""
+        return in_pinned_memory(self)
 
 
 Rows: TypeAlias = PaddedRows | PackedRows
@@ -128,6 +154,7 @@ def pad_rows(
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
         completion_ids=input_ids[:, left:],
         completion_mask=attention_mask[:, left:].bool(),
+        has_padding=not bool(attention_mask.all()),
     )
 
 
@@ -164,6 +191,7 @@ def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenI
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
         read_at=torch.tensor(read_at, dtype=torch.long),
+        token_at=completion_mask.flatten().nonzero().squeeze(-1),
         completion_ids=completion_ids,
         completion_mask=completion_mask,
         layout=_prefix_layout(prompt_spans, spans, group),

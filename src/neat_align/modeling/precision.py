@@ -40,6 +40,48 @@ def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Ite
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def casting_once(module: torch.nn.Module) -> Iterator[None]:
+    """While open, autocast casts each frozen fp32 weight once instead of in every forward pass.
+
+    Only inside of `inference`. autocast keeps the cast of a weight that requires a gradient, and
+    where no gradients are recorded nothing else reads that flag; so the numbers are the same. The
+    casts take half the weights' memory until autocast is closed.
+    """
+    frozen = [p for p in module.parameters() if p.dtype is torch.float32 and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def frozen_casts(head: torch.nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """The frozen fp32 weights of the linear layer under a LoRA adapter in autocast's type, by name.
+
+    To call `head` with in chunks, and again in the backward pass: autocast itself would cast the
+    weights in each. Empty where autocast is off, and for any other head, which may do more with its
+    weights than multiply by them (as DoRA does, which takes their norm).
+    """
+    from peft.tuners.lora import Linear
+
+    kind = device.type
+    if not torch.is_autocast_enabled(kind) or not isinstance(head, Linear):
+        return {}
+    if type(head.get_base_layer()) is not torch.nn.Linear or head.lora_variant:
+        return {}
+    dtype = torch.get_autocast_dtype(kind)
+    return {
+        name: weight.detach().to(dtype)
+        for name, weight in head.named_parameters()
+        if name.startswith("base_layer.")
+        and weight.dtype is torch.float32
+        and not weight.requires_grad
+    }
+
+
 def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """A frozen copy of a policy in `dtype`, adapters merged, for sampling only.
 

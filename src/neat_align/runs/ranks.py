@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from neat_align.errors import NEATError, RunInterrupted
 from neat_align.runs.signals import StopRequest, interrupted
 
+T = TypeVar("T")
 # The status of a rank that failed; above every signal's number, so that it is what all ranks hear.
 FAILED = 255
 
@@ -63,6 +65,17 @@ class Ranks:
         signal_number = self.run_on_all_ranks(work if self.is_rank_zero else _nothing, what)
         if signal_number:
             raise interrupted(signal_number, what, show=False)
+
+    def from_rank_zero(self, value: T) -> T:
+        """Rank 0's value, on every rank.
+
+        For numbers that every rank computed and by which the run is steered: on different hardware
+        they need not agree to the last bit.
+        """
+        if self.accelerator.num_processes == 1:
+            return value
+        values: list[T] = [value]
+        return cast("T", broadcast_object_list(values)[0])
 
     # ---- being asked to stop ----
 

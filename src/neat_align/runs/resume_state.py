@@ -7,9 +7,9 @@ keeps the name that older versions gave it.)
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from neat_align.files.atomic import read_json, write_json
 from neat_align.runs.trainer_internals import RunningLoss
@@ -49,13 +49,31 @@ def write_resume_state(checkpoint: Path, rank: int, state: ResumeState) -> None:
     write_json(checkpoint / f"bookmark-{rank}.json", asdict(state))
 
 
-def read_resume_state(checkpoint: Path, rank: int) -> ResumeState | None:
-    """A rank's state; rank 0's where it has none of its own (fewer ranks saved).
+def read_resume_state(checkpoint: Path, rank: int, processes: int) -> ResumeState | None:
+    """The state of one rank of so many. None in checkpoints of versions that wrote none.
 
-    None in checkpoints of versions that wrote none.
+    Where another number of processes saved, rank 0 goes on with the sums of all of them, the others
+    with none, and every rank with the mean of their losses, which is what a log line shows.
     """
-    for name in (f"bookmark-{rank}.json", RANK_ZERO_FILE):
-        if (checkpoint / name).is_file():
-            values: dict[str, Any] = read_json(checkpoint / name)
-            return ResumeState(**values)
-    return None
+    files = [checkpoint / f"bookmark-{i}.json" for i in range(processes + 1)]
+    if files[0].is_file() and files[-2].is_file() and not files[-1].is_file():
+        return ResumeState(**read_json(files[rank]))
+    saved = [ResumeState(**read_json(file)) for file in sorted(checkpoint.glob("bookmark-*.json"))]
+    if not saved:
+        return None
+    first = ResumeState(**read_json(checkpoint / RANK_ZERO_FILE))
+    losses = [state.loss_since_log for state in saved]
+    return replace(
+        first,
+        loss_since_log=sum(losses) / len(losses),
+        sums=_added(state.sums for state in saved) if rank == 0 else {},
+    )
+
+
+def _added(all_sums: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
+    total: dict[str, list[float]] = {}
+    for sums in all_sums:
+        for name, entry in sums.items():
+            before = total.get(name, [0.0] * len(entry))
+            total[name] = [a + b for a, b in zip(before, entry, strict=True)]
+    return total

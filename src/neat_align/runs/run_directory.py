@@ -49,9 +49,11 @@ class RunStart:
     checkpoint: Path | None
     settings_changed: bool
 
-    def resume_state(self, rank: int) -> ResumeState | None:
-        """What the checkpoint says that Trainer does not restore."""
-        return None if self.checkpoint is None else read_resume_state(self.checkpoint, rank)
+    def resume_state(self, rank: int, processes: int) -> ResumeState | None:
+        """What the checkpoint says that Trainer does not restore, for one rank of so many."""
+        if self.checkpoint is None:
+            return None
+        return read_resume_state(self.checkpoint, rank, processes)
 
 
 class RunDirectory:
@@ -193,7 +195,7 @@ class RunDirectory:
         """How much of metrics.jsonl was written before the place that the run goes on from."""
         everything = size_of(self.metrics_file)
         if checkpoint is not None:
-            state = read_resume_state(checkpoint, 0)
+            state = read_resume_state(checkpoint, 0, self.args.world_size)
             is_own = checkpoint.parent.resolve() == self.path.resolve()
             if not is_own or state is None or state.metrics_bytes is None:
                 return everything

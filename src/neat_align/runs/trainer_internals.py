@@ -39,6 +39,11 @@ def running_loss(trainer: Trainer) -> RunningLoss:
     return RunningLoss(float(t._tr_loss), float(t._total_loss_scalar), t._globalstep_last_logged)
 
 
+def logged_step(trainer: Trainer) -> int:
+    """The step of the last log line of a trainer whose loop has begun; −1 before that."""
+    return int(vars(trainer).get("_globalstep_last_logged", -1))
+
+
 def restore_running_loss(trainer: Trainer, loss: RunningLoss) -> None:
     """Put the sums back, once a resumed trainer's loop has begun."""
     t: Any = trainer

@@ -9,6 +9,7 @@ the logits, which can move a boundary past the number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,8 @@ def draw(
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
     """A token a row, and its log-probability in nats under the untempered, unwarped policy.
 
-    `uniform` holds a number in [0, 1) a row. Raises CollapseError for logits that are not finite.
+    `uniform` holds a number in [0, 1) a row. Where the logits are not finite the log-probability is
+    NaN (`check_drawn` raises): nothing is read from the device here.
     """
     asked, (device, dtype) = logits.device, summed_on(logits.device)
     logits, uniform = logits.to(device).float(), uniform.to(device)
@@ -44,17 +46,13 @@ def draw(
     for warper in _warpers(params):
         warped = warper(torch.empty(0, dtype=torch.long), warped)
     running = warped.softmax(-1, dtype=dtype).cumsum_(-1)
-    if not bool(running[:, -1].isfinite().all()):
-        raise CollapseError(
-            "the policy's logits are not finite while it samples: the weights or the number type "
-            "are broken"
-        )
     # The sum may end a rounding error away from 1; scaled by it, the number is always passed. A
     # token of probability 0 never moves the sum, so it is never the one.
     thresholds = uniform[:, None] * running[:, -1:]
     tokens = torch.searchsorted(running, thresholds, right=True).squeeze(-1)
     tokens = tokens.clamp_(max=logits.shape[-1] - 1)
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    logprobs = torch.where(running[:, -1].isfinite(), logprobs, torch.nan)
     return tokens.to(asked), logprobs.to(asked)
 
 
@@ -67,6 +65,15 @@ def summed_on(device: torch.device) -> tuple[torch.device, torch.dtype]:
     if device.type in ("cpu", "mps"):
         return torch.device("cpu"), torch.float32
     return device, torch.float64
+
+
+def check_drawn(logprobs: Sequence[float]) -> None:
+    """Raise CollapseError where a token was drawn from logits that are not finite."""
+    if any(map(math.isnan, logprobs)):
+        raise CollapseError(
+            "the policy's logits are not finite while it samples: the weights or the number type "
+            "are broken"
+        )
 
 
 def _warpers(params: SamplingParams) -> list[LogitsProcessor]:

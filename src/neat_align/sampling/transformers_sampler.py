@@ -28,22 +28,30 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from neat_align.modeling.precision import inference
+from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
-from neat_align.sampling.decode_attention import fast_decoding
-from neat_align.sampling.draw import draw, uniforms
+from neat_align.sampling.decode_attention import ATTENTION, fast_decoding
+from neat_align.sampling.draw import check_drawn, draw, uniforms
 from neat_align.sampling.protocol import FinishReason, Sample, SampleRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
 # Completions leave the batch when at least this share of it has ended: the cache is copied then.
 SHRINK_AT = 0.125
+# Tokens between two looks at which completions have ended. On a GPU the CPU waits at each look for
+# all that it has asked for; on a CPU there is nothing to wait for.
+LOOK_EVERY = 8
 
 
 @dataclass
 class BatchLimit:
-    """How many completions fit into memory at once; None until memory ran out."""
+    """How many completions fit into memory at once; None until memory ran out.
+
+    `keeps_casts` says whether there is room for the casts of frozen weights, too.
+    """
 
     limit: int | None = None
+    keeps_casts: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,9 @@ class TransformersSampler:
 
     `eos_token_ids` end a completion. `autocast_dtype` computes in that type; None computes in the
     weights' own. When memory runs out the batch is halved, said once, and drawn again; samplers
-    that share a `batch_limit` remember it.
+    that share a `batch_limit` remember it. Which completions have ended is looked at once in
+    `look_every` tokens (None: 1 on a CPU, else 8), which changes how long they are carried along
+    and none of their tokens.
     """
 
     model: PreTrainedModel | torch.nn.Module
@@ -61,6 +71,7 @@ class TransformersSampler:
     batch_size: int = 64
     autocast_dtype: torch.dtype | None = None
     batch_limit: BatchLimit = field(default_factory=BatchLimit)
+    look_every: int | None = None
 
     def sample(
         self,
@@ -83,13 +94,14 @@ class TransformersSampler:
         size = -(-len(order) // batches)
         samples: dict[int, Sample] = {}
         fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
-        with inference(self.model, self.autocast_dtype), fast:
+        with inference(self.model, self.autocast_dtype), self._casts() as casts, fast:
             start = 0
             while start < len(order):
                 batch = order[start : start + min(size, self.batch_limit.limit or size)]
                 fitted = self._in_memory(draw_batch, [requests[i] for i in batch], params)
                 if fitted is None:
-                    continue  # with fewer at once
+                    casts.close()
+                    continue  # with fewer at once, or with nothing kept beside the weights
                 samples.update(zip(batch, fitted, strict=True))
                 start += len(batch)
                 if progress is not None:
@@ -102,61 +114,85 @@ class TransformersSampler:
         requests: Sequence[SampleRequest],
         params: SamplingParams,
     ) -> list[Sample] | None:
-        """The batch's samples, or None when memory ran out and the limit was halved.
+        """The batch's samples, or None when memory ran out and less of it will be asked for.
 
-        A completion alone raises as it did.
+        First the casts of frozen weights are given up, then half of the batch. A completion alone
+        raises as it did.
         """
         try:
             return draw_batch(requests, params)
         except torch.OutOfMemoryError:
-            if len(requests) == 1:
+            if self._keeps_casts:
+                self.batch_limit.keeps_casts = False
+            elif len(requests) == 1:
                 raise
-            if self.batch_limit.limit is None:
-                logger.warning(
-                    "memory ran out while %d completions were sampled at once: from now on fewer "
-                    "are. generation_batch_size sets how many",
-                    len(requests),
-                )
-            self.batch_limit.limit = len(requests) // 2
+            else:
+                self._halve(len(requests))
         # Outside of the except block: the exception would keep the failed batch's tensors alive.
+        torch.clear_autocast_cache()
         clear_device_cache(garbage_collection=True)
         return None
 
+    @property
+    def _keeps_casts(self) -> bool:
+        return self.autocast_dtype is not None and self.batch_limit.keeps_casts
+
+    def _casts(self) -> contextlib.ExitStack:
+        """Casts frozen weights once, where there is room, until it is closed."""
+        casts = contextlib.ExitStack()
+        if self._keeps_casts:
+            casts.enter_context(casting_once(self.model))
+        return casts
+
+    def _halve(self, requests: int) -> None:
+        """From now on half as many at once."""
+        if self.batch_limit.limit is None:
+            logger.warning(
+                "memory ran out while %d completions were sampled at once: from now on fewer are. "
+                "generation_batch_size sets how many",
+                requests,
+            )
+        self.batch_limit.limit = requests // 2
+
     def _decode(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         device = next(self.model.parameters()).device
+        every = self.look_every or (1 if device.type == "cpu" else LOOK_EVERY)
         numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
-        ends = torch.tensor(self.eos_token_ids, device=device)
         prompts = list(dict.fromkeys(r.prompt_ids for r in requests))
-        which = torch.tensor([prompts.index(r.prompt_ids) for r in requests], device=device)
+        at = {prompt: i for i, prompt in enumerate(prompts)}
+        which = torch.tensor([at[r.prompt_ids] for r in requests], device=device)
         input_ids, mask = _left_padded(prompts, self.pad_token_id, device)
+        width = input_ids.shape[1]
+        padding = [width - len(r.prompt_ids) for r in requests]
+        known = KnownPadding(is_there=any(padding))
         cache = DynamicCache(config=unwrapped(self.model).config)
-        logits = self._forward(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)[which]
-        mask, positions = mask[which], mask[which].sum(-1)
-        cache.batch_select_indices(which)
-        # The request that each row of the batch draws for.
-        rows = torch.arange(len(requests), device=device)
-        ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
-        logprobs = torch.empty_like(numbers)
-        for step in range(params.max_new_tokens):
-            last, logprob = draw(logits, numbers[rows, step], params)
-            tokens[rows, step], logprobs[rows, step] = last, logprob
-            ended |= torch.isin(last, ends)
-            left = int((~ended).sum())
-            if left == 0 or step + 1 == params.max_new_tokens:
-                break
-            if left <= (1 - SHRINK_AT) * len(rows):
-                stay = (~ended).nonzero().squeeze(-1)
-                rows, mask, positions, last, ended = (
-                    x[stay] for x in (rows, mask, positions, last, ended)
-                )
-                cache.batch_select_indices(stay)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            logits = self._forward(last[:, None], mask, positions[:, None], cache)
-            positions = positions + 1
-        return [
-            self._sample(t, lp) for t, lp in zip(tokens.tolist(), logprobs.tolist(), strict=True)
-        ]
+        with masks_from(known, also=(ATTENTION,)):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            logits = self._forward(input_ids, mask, positions, cache)[which]
+            cache.batch_select_indices(which)
+            drawing = _Drawing(numbers, torch.tensor(self.eos_token_ids, device=device))
+            positions = mask[which].sum(-1)
+            mask = torch.nn.functional.pad(mask[which], (0, params.max_new_tokens), value=1)
+            while True:
+                last = drawing.next_tokens(logits, params)
+                if drawing.step == params.max_new_tokens:
+                    break
+                if drawing.step % every == 0:
+                    left = drawing.left()
+                    if not left:
+                        break
+                    if len(left) <= (1 - SHRINK_AT) * len(padding):
+                        stay = torch.tensor(left, device=device)
+                        mask, positions, last = mask[stay], positions[stay], last[stay]
+                        drawing.keep(stay)
+                        cache.batch_select_indices(stay)
+                        padding = [padding[i] for i in left]
+                        known.is_there = any(padding)
+                seen = mask[:, : width + drawing.step]
+                logits = self._forward(last[:, None], seen, positions[:, None], cache)
+                positions = positions + 1
+        drawn = zip(drawing.tokens.tolist(), drawing.logprobs.tolist(), strict=True)
+        return [self._sample(tokens, logprobs) for tokens, logprobs in drawn]
 
     def _forward(
         self,
@@ -183,7 +219,8 @@ class TransformersSampler:
             params,
             input_ids.shape[1],
         )
-        with _no_own_generation_config(self.model):
+        known = KnownPadding(is_there=len({len(r.prompt_ids) for r in requests}) > 1)
+        with _no_own_generation_config(self.model), masks_from(known):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -197,8 +234,47 @@ class TransformersSampler:
     def _sample(self, tokens: list[int], logprobs: list[float]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
         length = len(tokens) if end is None else end + 1
+        check_drawn(logprobs[:length])
         finish_reason: FinishReason = "length" if end is None else "stop"
         return Sample(tuple(tokens[:length]), finish_reason, sum(logprobs[:length]))
+
+
+class _Drawing:
+    """The tokens that a batch has drawn so far; nothing is read from the device until `left`."""
+
+    def __init__(
+        self, numbers: Float[Tensor, "requests tokens"], ends: Int[Tensor, " ends"]
+    ) -> None:
+        device = numbers.device
+        self.numbers, self.ends, self.step = numbers, ends, 0
+        self.tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
+        self.logprobs = torch.empty_like(numbers)
+        # The request that each row of the batch draws for.
+        self.rows = torch.arange(len(numbers), device=device)
+        self.ended = torch.zeros(len(numbers), dtype=torch.bool, device=device)
+
+    def next_tokens(
+        self, logits: Float[Tensor, "rows vocab"], params: SamplingParams
+    ) -> Int[Tensor, " rows"]:
+        """One more token for every row, those that have ended included."""
+        rows, step = self.rows, self.step
+        last, logprob = draw(logits, self.numbers[rows, step], params)
+        self.tokens[rows, step], self.logprobs[rows, step] = last, logprob
+        self.ended = self.ended | (last[:, None] == self.ends).any(-1)
+        self.step += 1
+        return last
+
+    def left(self) -> list[int]:
+        """The rows that have not ended: none when one of those was drawn from what is no number,
+        which ends them all. Waits for the device.
+        """
+        broken = self.logprobs[self.rows, self.step - 1].isnan() & ~self.ended
+        ended, is_broken = torch.stack([self.ended, broken]).tolist()
+        return [] if any(is_broken) else [i for i, done in enumerate(ended) if not done]
+
+    def keep(self, stay: Int[Tensor, " rows"]) -> None:
+        """Go on with these rows alone."""
+        self.rows, self.ended = self.rows[stay], self.ended[stay]
 
 
 def _keeps_keys(model: torch.nn.Module) -> bool:

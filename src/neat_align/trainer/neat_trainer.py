@@ -25,15 +25,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, RunInterrupted
 from neat_align.evaluation.held_out import Evaluation
-from neat_align.learning.batches import GroupBatch
 from neat_align.learning.current_round import CurrentRoundDataset
-from neat_align.learning.objective import LossCounts
+from neat_align.learning.objective import LossCounts, MicroBatch
 from neat_align.rewards.protocol import RewardSpec
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.round_files import FinishedRound
 from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
-from neat_align.runs.trainer_internals import running_loss
+from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
@@ -184,7 +183,7 @@ class NEATTrainer(Trainer):
         return self.parts.engine.accumulate(model, inputs, num_items_in_batch)
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batch: GroupBatch, counts: LossCounts
+        self, model: torch.nn.Module, micro_batch: MicroBatch, counts: LossCounts
     ) -> Tensor:
         return super().training_step(model, {"micro_batch": micro_batch}, cast("Any", counts))
 
@@ -202,18 +201,19 @@ class NEATTrainer(Trainer):
             model,
             inputs["micro_batch"],
             num_items_in_batch,
-            step=self.state.global_step + 1,
             autocast_dtype=self.parts.policies.autocast_dtype,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics gathered since the last training log added to it."""
-        if "loss" in logs:
+        # Trainer's own lines, which every rank logs; a callback's may be one rank's alone.
+        if logs.keys() >= {"loss", "learning_rate"} and logged_step(self) == self.state.global_step:
             self.parts.complete_training_log(logs, self.state.global_step)
-        if "train_loss" in logs:
-            # Trainer divides by the steps since the run was taken up last; the sum goes back to
-            # the first.
-            logs["train_loss"] = running_loss(self).total / max(1, self.state.global_step)
+        if logs.keys() >= {"train_loss", "train_runtime"}:
+            # Trainer divides by the steps since the run was taken up last, where the sum goes back
+            # to the first; and what came after the last log line is this rank's alone.
+            total = self.parts.mean_over_ranks(running_loss(self).total)
+            logs["train_loss"] = total / max(1, self.state.global_step)
         super().log(logs, start_time)
 
     # ---- a run that survives ----
@@ -260,7 +260,7 @@ class NEATTrainer(Trainer):
                     self.is_in_train = False
                     raise
             self.parts.ranks.raise_if_stop_requested("after training had finished")
-            return output
+            return output._replace(training_loss=output.metrics["train_loss"])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's checkpoint, marked once it is complete. Raises SaveError."""
@@ -290,12 +290,15 @@ class NEATTrainer(Trainer):
             raise ConfigError(
                 "ignore_keys has no meaning: evaluate samples and collects no outputs"
             )
-        self.last_evaluation = self.parts.evaluate(
+        evaluation = self.parts.evaluate(
             eval_dataset,
             self.callback_handler.callbacks,
             is_start=self.state.global_step == 0,
             may_stop=not self.is_in_train,
         )
+        if self.is_in_train:  # what Trainer decides by it has to be one decision
+            evaluation = self.parts.ranks.from_rank_zero(evaluation)
+        self.last_evaluation = evaluation
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.last_evaluation.summary().items()}
         self.log(dict(metrics))
         metrics |= self.parts.unmeasured(metrics)

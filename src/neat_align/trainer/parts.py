@@ -19,6 +19,7 @@ from neat_align.evaluation.drift_monitor import DriftMonitor
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
 from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
+from neat_align.learning.step_metrics import sum_dtype
 from neat_align.modeling.packing import Layout
 from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
@@ -147,8 +148,11 @@ class TrainerParts:
         return usable.rows
 
     def complete_training_log(self, logs: dict[str, float], step: int) -> None:
-        """Add the training metrics since the last log line, and look at them for alarms."""
-        logs |= self.engine.metrics.take()
+        """Add all ranks' training metrics since the last log line, and look at them for alarms.
+
+        Every rank has to call this.
+        """
+        logs |= self.engine.metrics.take(self.engine.sum_over_ranks)
         if self.ranks.is_rank_zero:
             self.alarms.training(logs, (step - 1) // self.directory.steps_per_round())
 
@@ -172,6 +176,11 @@ class TrainerParts:
         """List the rows that were left out in the run directory, and say how many there are."""
         if self.ranks.is_rank_zero:
             self.data.skipped.write(self.directory.path)
+
+    def mean_over_ranks(self, value: float) -> float:
+        """The mean of all ranks' values. Every rank has to call this."""
+        here = torch.tensor(value, dtype=sum_dtype(self.engine.device), device=self.engine.device)
+        return float(self.engine.sum_over_ranks(here)) / int(self.args.world_size)
 
     def record_start(self) -> None:
         """Write run.json, unless an earlier start of the run has."""

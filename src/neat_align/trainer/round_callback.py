@@ -54,7 +54,8 @@ class RoundCallback(TrainerCallback):
 
         With changed settings, why the run had stopped is no reason any more.
         """
-        self._state = start.resume_state(self.trainer.args.process_index)
+        args = self.trainer.args
+        self._state = start.resume_state(args.process_index, args.world_size)
         self.stopped_because = None
         if self._state is not None and not start.settings_changed:
             self.stopped_because = self._state.stopped_because
@@ -168,7 +169,7 @@ class RoundCallback(TrainerCallback):
     def _end_round(self, step: int) -> None:
         parts = self.parts
         self.rounds_ended = step // self.trainer.steps_per_round
-        drift = parts.drift.measure()
+        drift = parts.ranks.from_rank_zero(parts.drift.measure())
         if drift is None:
             return
         self.trainer.log({f"drift/{k}": v for k, v in drift.facts.items()})
