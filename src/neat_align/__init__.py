@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from neat_align.reporting.run_report import write_report
     from neat_align.rounds.completions import Completion, CompletionGroup, read_groups
     from neat_align.rounds.exports import preference_rows, ranked_rows
+    from neat_align.rounds.group_file import GroupFile
     from neat_align.trainer import NEATTrainer
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _HOMES = {
     "Completion": "rounds.completions",
     "CompletionGroup": "rounds.completions",
     "read_groups": "rounds.completions",
+    "GroupFile": "rounds.group_file",
     "ranked_rows": "rounds.exports",
     "preference_rows": "rounds.exports",
     "PromptRow": "prompts.rows",
@@ -59,6 +61,7 @@ __all__ = [
     "CompletionGroup",
     "ConfigError",
     "DataError",
+    "GroupFile",
     "NEATConfig",
     "NEATError",
     "NEATTrainer",

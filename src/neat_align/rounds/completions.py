@@ -84,6 +84,15 @@ _TUPLE_FIELDS = ("token_ids", "policy_logprobs", "ref_logprobs", "reward_compone
 _ABSENT: dict[str, Any] = {"index": 0, "text": "", "token_ids": ()}
 
 
+def prompt_type(*, conversational: bool) -> pa.DataType:
+    """What a prompt is in Arrow: text, or a list of messages."""
+    import pyarrow as pa
+
+    if not conversational:
+        return pa.string()
+    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
 def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> pa.Schema:
     """Schema of a group file: one row a group, one list a completion field.
 
@@ -91,9 +100,6 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
     """
     import pyarrow as pa
 
-    prompt_type: Any = pa.string()
-    if conversational:
-        prompt_type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     ints, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
     item_types: dict[str, Any] = {
         "completions": pa.string(),
@@ -109,7 +115,11 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
         "ref_logprobs": floats,
         "reward_components": pa.list_(pa.float64()),
     }
-    fields = [("prompt_id", pa.string()), ("prompt", prompt_type), ("prompt_ids", ints)]
+    fields: list[Any] = [
+        ("prompt_id", pa.string()),
+        ("prompt", prompt_type(conversational=conversational)),
+        ("prompt_ids", ints),
+    ]
     fields += [(name, pa.list_(item_types[name])) for name, _ in _COMPLETION_COLUMNS]
     return pa.schema(fields, metadata={"neat_align.reward_names": "\n".join(reward_names)})
 

@@ -166,7 +166,12 @@ def inversion_rate(groups: Iterable[CompletionGroup]) -> float:
 def _inversions(group: CompletionGroup) -> tuple[float, int]:
     """How many of the group's (positive, negative) pairs are inverted, and how many there are."""
     good, bad = _rewards_of(group, "positive"), _rewards_of(group, "negative")
-    return sum((b > a) + 0.5 * (b == a) for a in good for b in bad), len(good) * len(bad)
+    return inversions(good, bad), len(good) * len(bad)
+
+
+def inversions(good: Sequence[float], bad: Sequence[float]) -> float:
+    """In how many (good, bad) pairs of rewards the bad one is higher; ties count half."""
+    return sum((b > a) + 0.5 * (b == a) for a in good for b in bad)
 
 
 def _reward_gap(group: CompletionGroup) -> float | None:
