@@ -152,6 +152,10 @@ def _named(path: Path) -> Iterator[None]:
     """Turn what goes wrong while groups are read into a DataError with the file's path."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is gone: the groups of a round are read from it as they are needed"
+        ) from error
     # pyarrow's errors are OSErrors and ValueErrors
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from neat_align.errors import CollapseError
 from neat_align.prompts.rows import PromptRow
@@ -44,6 +44,8 @@ from neat_align.rounds.round_files import (
 )
 from neat_align.rounds.sampling_stage import sample_groups
 from neat_align.rounds.scoring_stage import score_groups
+
+T = TypeVar("T")
 
 # Prompts that are sampled and scored before the next ones. 512 prompts of 8 answers of 64 tokens
 # are 55 MB in memory, and enough for batches of thousands of completions.
@@ -128,7 +130,7 @@ class _Round:
             unseen = _unseen_rows(self.rows, range(first, first + take), self.params, seen)
             seen.update(row.id for row in unseen)
             self.progress.expect(len(unseen))
-            for start, part in _slices(unseen):
+            for start, part in even_slices(unseen, SLICE_PROMPTS):
                 yield from self._slice(part, self.folder / "work" / f"{self.used + start:06d}")
             self.used += take
         _refuse_too_few_pairs(self.kept, self.measures.prompts, self.params, self.removed)
@@ -152,16 +154,16 @@ class _Round:
                 yield group
 
 
-def _slices(rows: Sequence[PromptRow]) -> Iterator[tuple[int, Sequence[PromptRow]]]:
-    """(place of the first, members) of as few slices as `SLICE_PROMPTS` allows.
+def even_slices(items: Sequence[T], most: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """(place of the first, members) of as few slices of at most `most` as there can be.
 
     Their sizes differ by one at most: negatives from other prompts come from the same slice, so no
     prompt may be left alone.
     """
-    count = -(-len(rows) // SLICE_PROMPTS)
-    ends = [len(rows) * i // count for i in range(1, count + 1)]
+    count = -(-len(items) // most)
+    ends = [len(items) * i // count for i in range(1, count + 1)]
     for start, end in zip([0, *ends], ends, strict=False):
-        yield start, rows[start:end]
+        yield start, items[start:end]
 
 
 def _unseen_rows(
