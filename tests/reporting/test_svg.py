@@ -25,8 +25,8 @@ from neat_align.reporting.comparison_charts import (
     gain_charts,
     gain_spec,
 )
-from neat_align.reporting.round_rewards import Box
 from neat_align.reporting.comparison_files import read_comparison
+from neat_align.reporting.round_rewards import Box
 from pages import BREAKOUT, HOSTILE
 from run_files import build_run
 

@@ -90,8 +90,9 @@ def test_text_prompts_and_conversations_of_different_row_groups_are_refused(tmp_
 
 def test_files_that_hold_the_same_groups_are_equal(path: Path, tmp_path: Path) -> None:
     file, again = GroupFile(path), GroupFile(written(tmp_path / "other.parquet", GROUPS))
-    assert file == again == GROUPS == list(again)
-    assert GROUPS == file
+    assert file == again
+    assert file == list(again)
+    assert file == GROUPS
     assert tuple(GROUPS) == file
     changed = [*GROUPS[:-1], replace(GROUPS[-1], prompt_id="another")]
     assert file != changed
@@ -238,7 +239,6 @@ def test_rows_are_written_as_they_are_made(tmp_path: Path, form: Any, *, text_pr
             count = write_rows(file, iter(groups), form, as_lines=name.endswith("l"))
         assert count == len(rows)
     assert pq.read_table(tmp_path / "a.parquet").to_pylist() == rows
-
 
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == rows

@@ -89,7 +89,9 @@ def _write(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -
         else:
             rank_by = round_params(trainer.args).rank_by
             as_lines = output.suffix == ".jsonl"
-            written = write_rows(file, made.groups, cast("RowForm", form), rank_by=rank_by, as_lines=as_lines)
+            written = write_rows(
+                file, made.groups, cast("RowForm", form), rank_by=rank_by, as_lines=as_lines
+            )
 
     write_atomic(output, write)
     return written

@@ -115,7 +115,8 @@ def write_manifest(
 def read_round(folder: Path) -> FinishedRound | None:
     """The finished round in a folder, or None when there is none.
 
-    The file of groups is read through once, for its SHA-256; the groups stay in it. Raises DataError when the groups are not those that the manifest was written for.
+    The file of groups is read through once, for its SHA-256; the groups stay in it. Raises
+    DataError when they are not those that the manifest was written for.
     """
     manifest = folder / "manifest.json"
     if not manifest.is_file():
@@ -156,7 +157,7 @@ def set_aside_round(folder: Path, why: str) -> None:
 
 
 def read_or_set_aside(folder: Path) -> FinishedRound | None:
-    """The finished round in a folder; set aside, and None, when its groups are not what was written.
+    """The finished round in a folder; None, and set aside, when its groups are not as written.
 
     Only for a round that can be made again: the policy must be the one that sampled it.
     """
