@@ -225,6 +225,21 @@ def test_damage_and_a_lost_file_are_named(path: Path, tmp_path: Path) -> None:
         GroupFile(copy)
 
 
+def test_no_damaged_byte_is_read_as_something_else(path: Path, tmp_path: Path) -> None:
+    """Compressed pages often decompress all the same: their checksums are looked at."""
+    whole, copy = path.read_bytes(), tmp_path / "groups.parquet"
+    refused = 0
+    for place in range(50, len(whole) - pq.read_metadata(path).serialized_size - 50, 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        copy.write_bytes(damaged)
+        try:
+            assert list(GroupFile(copy)) == GROUPS, place
+        except DataError:
+            refused += 1
+    assert refused > 50
+
+
 # ---- data sets of it -----------------------------------------------------------------------------
 
 
