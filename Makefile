@@ -79,6 +79,7 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
 	$(BENCH)/startup.py --json $(RESULTS)/startup.json
+	$(BENCH)/round_size.py --json $(RESULTS)/round_size.json
 
 faults: $(DEV_READY) ## Break a tiny run in every way and go on with it: docs/reliability.md (about 300 tries)
 	$(BENCH)/faults.py --jobs 2 --json $(RESULTS)/faults.json

@@ -103,11 +103,8 @@ def sampled_groups(
             drift_prompts=0,
             **settings,
         )
-        return (
-            NEATTrainer(model, reward, config, rows, processing_class=tokenizer)
-            .make_round(0)
-            .groups
-        )
+        trainer = NEATTrainer(model, reward, config, rows, processing_class=tokenizer)
+        return tuple(trainer.make_round(0).groups)  # their file goes with the folder
 
 
 def text_pairs(groups: Sequence[CompletionGroup], tokenizer: Any) -> list[PromptRow]:

@@ -15,7 +15,7 @@ from neat_align.files.atomic import append_json_line, sha256_of, write_json, wri
 from neat_align.prompts.rows import Prompt
 from neat_align.reporting.run_files import RoundGroups
 from neat_align.rounds.completions import Completion, CompletionGroup, Origin, groups_to_table
-from neat_align.rounds.metrics import round_metrics
+from neat_align.rounds.metrics import RoundMeasures
 from neat_align.rounds.text_metrics import distinct_n
 from pages import BREAKOUT, HOSTILE
 
@@ -82,10 +82,11 @@ def write_round(
     """A finished round as `expand` leaves it."""
     names = ["tone"] if names is None else names
     write_table(folder / "groups.parquet", groups_to_table(groups, names))
-    found = (
-        round_metrics(groups, groups, Counter(empty=1, duplicate=2 * index, leak=index), names)
-        | metrics
-    )
+    measures = RoundMeasures(names)
+    for group in groups:
+        measures.add(group)
+    removed = Counter(empty=1, duplicate=2 * index, leak=index)
+    found = measures.metrics(len(groups), removed) | metrics
     facts = {
         "format": 1,
         "round": index,

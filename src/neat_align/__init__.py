@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from neat_align.rewards.protocol import Unscorable
     from neat_align.rounds.completions import Completion, CompletionGroup, read_groups
     from neat_align.rounds.exports import preference_rows, ranked_rows
+    from neat_align.rounds.group_file import GroupFile
     from neat_align.trainer import NEATTrainer
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOMES = {
     "Completion": "rounds.completions",
     "CompletionGroup": "rounds.completions",
     "read_groups": "rounds.completions",
+    "GroupFile": "rounds.group_file",
     "ranked_rows": "rounds.exports",
     "preference_rows": "rounds.exports",
     "PromptRow": "prompts.rows",
@@ -61,6 +63,7 @@ __all__ = [
     "CompletionGroup",
     "ConfigError",
     "DataError",
+    "GroupFile",
     "NEATConfig",
     "NEATError",
     "NEATTrainer",

@@ -26,6 +26,8 @@ from neat_align.cli.progress import PrintGroups, terminal_callbacks
 from neat_align.comparison.runner import Caller, _build, run_comparison
 from neat_align.comparison.spec import CompareSpec, parse_spec
 from neat_align.files.atomic import read_json
+from neat_align.rounds import make_round
+from neat_align.rounds.completions import read_groups
 from neat_align.rounds.round_files import read_round
 from neat_align.trainer.round_callback import RoundCallback
 from pages import assert_sealed
@@ -293,6 +295,32 @@ def test_ways_of_sampling_that_differ_share_nothing(place: Path, tmp_path: Path)
     methods = {"neat-plain": None, "hot": {"like": "neat-plain", "reward_margin": 0.001}}
     compared(spec(place, methods=methods, seeds=[0], settings={"num_train_epochs": 1}), tmp_path)
     assert len(list((tmp_path / "shared-rounds").iterdir())) == 2
+
+
+def test_a_shared_first_round_has_the_reference_that_one_method_needs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sft-best` needs none for itself: of all but the first prompts it would have kept none."""
+    monkeypatch.setattr(make_round, "MEASURED_PROMPTS", 1)
+    settings = {"num_train_epochs": 1}
+
+    def with_reference(method: str) -> list[bool]:
+        round_folder = run_folder(tmp_path, method, 0) / "rounds" / "00000"
+        groups = read_groups(round_folder / "groups.parquet")
+        return [bool(c.ref_logprobs) for g in groups for c in g.completions]
+
+    alone = spec(place, methods={"sft-best": None}, seeds=[0], settings=settings)
+    compared(alone, tmp_path)
+    assert not all(with_reference("sft-best"))
+    # A method that is added later does not go on from that round.
+    compared(spec(place, seeds=[0], settings=settings), tmp_path)
+    assert all(with_reference("dpo"))
+    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "shared-rounds")
+    compared(spec(place, seeds=[0], settings=settings), tmp_path)
+    assert all(with_reference("sft-best"))
+    assert all(with_reference("dpo"))
+    assert len(list((tmp_path / "shared-rounds").iterdir())) == 1
 
 
 # ---- interruptions -------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import pytest
 
 from neat_align.reporting import run_report as report
 from neat_align.reporting.charts import box_figure, line_figure
+from neat_align.reporting.round_rewards import spread_of_mean
 from neat_align.reporting.run_files import RunContents, read_run
-from neat_align.reporting.run_groups import distributions, instruction_rows, spread_of_mean
+from neat_align.reporting.run_groups import distributions, instruction_rows
 from neat_align.reporting.run_report import write_report
 from pages import Page, corners_of, ends_of, marks_of, place_of
 from run_files import PAIRS_DRAWN, build_run, contrast_group, report_round

@@ -18,7 +18,7 @@ import vl_convert
 
 from comparison_files import comparison, write_comparison
 from neat_align.reporting import comparison_report, run_report, svg
-from neat_align.reporting.charts import Box, BoxChart, LineChart, Series, box_spec, line_spec
+from neat_align.reporting.charts import BoxChart, LineChart, Series, box_spec, line_spec
 from neat_align.reporting.comparison_charts import (
     frontier,
     frontier_spec,
@@ -26,6 +26,7 @@ from neat_align.reporting.comparison_charts import (
     gain_spec,
 )
 from neat_align.reporting.comparison_files import read_comparison
+from neat_align.reporting.round_rewards import Box
 from pages import BREAKOUT, HOSTILE
 from run_files import build_run
 

@@ -284,14 +284,17 @@ def test_rows_that_no_answer_can_save_are_refused_or_taken_out_at_start() -> Non
     given = data(user("a"), user("long " * 60), user("b"), user("c"))
     with pytest.raises(
         DataError,
-        match=r"d\.jsonl:1: no answer can be scored, since it has \d+ tokens [\s\S]*on_bad_row: skip",
+        match=(
+            r"d\.jsonl:1: no answer can be scored, "
+            r"since it has \d+ tokens [\s\S]*on_bad_row: skip"
+        ),
     ):
         scorable_data(given, rewards, "error")
     given = replace(given, prompt_lengths=[3, 60, 3])
     kept = scorable_data(given, rewards, "skip")
     assert [row.id for row in kept.rows] == ["0", "2"]
     assert list(kept.prompt_lengths) == [3, 3]
-    assert kept.eval_rows == [fine.eval_rows[0]]
+    assert [row.id for row in kept.eval_rows] == ["3"]
     assert [line["where"] for line in kept.skipped] == ["d.jsonl:1"]
     with pytest.raises(DataError, match="no row is left"):
         scorable_data(data(user("long " * 60), user("a")), rewards, "skip")

@@ -26,6 +26,8 @@ from neat_align.learning.objective import LossCounts, loss_terms, micro_batch_of
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy
 from neat_align.modeling.requirements import disable_dropout
+from neat_align.rounds import make_round, round_files
+from neat_align.sampling.policies import Policies
 from small_trainer import ROWS, TOKENIZER, config, count_e, logged, trainer, weights
 from tiny import FAMILIES, Family, save_tiny, tiny_model, tiny_tokenizer
 
@@ -200,6 +202,72 @@ def test_one_epoch_is_one_round_sampled_from_the_current_policy(
     # The first round's completions are the start policy's: under the plain prompt both
     # log-probabilities are one.
     assert all(c.policy_logprobs == c.ref_logprobs for g in first.groups for c in g.completions)
+
+
+def test_the_policy_is_scored_for_metrics_on_the_first_prompts_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing learns from its log-probabilities, nor from the start policy's without a KL term."""
+    monkeypatch.setattr(make_round, "MEASURED_PROMPTS", 4)
+    scored: list[str] = []
+    score = Policies._score
+
+    def counting(self: Any, model: Any, prompts: Any, completions: Any) -> Any:
+        scored.extend(str(prompt) for prompt in prompts)
+        return score(self, model, prompts, completions)
+
+    monkeypatch.setattr(Policies, "_score", counting)
+    t = trainer(
+        tmp_path,
+        num_train_epochs=2,
+        kl_weight=0.0,
+        logging_steps=1,
+        per_device_train_batch_size=1,  # steps in which every group has the reference
+    )
+    t.train()
+    assert len(scored) <= 2 * 4 * 6  # four of a round's eight prompts, of at most six answers
+    for index in (0, 1):
+        groups = t.make_round(index).groups
+        for i, c in ((i, c) for i, g in enumerate(groups) for c in g.completions):
+            assert bool(c.policy_logprobs) == (i < 4)
+            assert bool(c.ref_logprobs) == (i < 4 and index == 0)
+    rounds = [line for line in logged(tmp_path) if "round" in line]
+    assert rounds[0]["kl/negative"] == 0.0
+    assert "kl/negative" not in rounds[1]
+    assert {"logps/negative", "sampling/instruction_gap/negative"} <= set(rounds[1])
+    assert {line["loss/kl"] for line in logged(tmp_path) if "loss/kl" in line} == {0.0}
+
+
+def test_with_a_kl_term_every_completion_has_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_round, "MEASURED_PROMPTS", 1)
+    t = trainer(tmp_path, num_train_epochs=2, kl_weight=0.1, drift_prompts=0)
+    t.train()
+    for index in (0, 1):
+        groups = t.make_round(index).groups
+        completions = [(i, c) for i, g in enumerate(groups) for c in g.completions]
+        assert all(len(c.ref_logprobs) == len(c.token_ids) for _, c in completions)
+        assert all(bool(c.policy_logprobs) == (i == 0) for i, c in completions)
+
+
+def test_a_round_on_the_disk_is_read_through_once_when_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trainer(tmp_path).writing():
+        trainer(tmp_path).make_round(0)
+    digest, read = round_files.sha256_of, list[str]()
+
+    def counting(path: Path) -> str:
+        read.append(path.parent.name)
+        return digest(path)
+
+    monkeypatch.setattr(round_files, "sha256_of", counting)
+    t = trainer(tmp_path, num_train_epochs=2)
+    t.train(resume_from_checkpoint=True)
+    assert read == ["00000"]  # the second was hashed while it was written
+    assert t.make_round(1).groups == t.rounds.groups
+    assert read == ["00000", "00001"]
 
 
 def test_the_model_learns_what_the_reward_asks_for(tmp_path: Path) -> None:

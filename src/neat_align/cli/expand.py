@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -17,6 +16,7 @@ from neat_align.prompts.rows import has_more_fields
 if TYPE_CHECKING:
     from neat_align.config import NEATConfig
     from neat_align.prompts.rows import PromptRow
+    from neat_align.rounds.exports import RowForm
     from neat_align.rounds.round_files import FinishedRound
     from neat_align.script_arguments import ScriptArguments
     from neat_align.trainer import NEATTrainer
@@ -97,24 +97,25 @@ def _warn_of_what_is_left_out(rows: list[PromptRow]) -> None:
 
 
 def _write(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -> int:
-    """Write the round in this form; gives the number of rows."""
-    import pyarrow as pa
-
-    from neat_align.files.atomic import write_atomic, write_table
-    from neat_align.rounds.completions import groups_to_table
-    from neat_align.rounds.exports import preference_rows, ranked_rows
+    """Write the round in this form, a few groups at a time; gives the number of rows."""
+    from neat_align.files.atomic import write_atomic
+    from neat_align.rounds.exports import write_rows
+    from neat_align.rounds.group_file import write_groups
     from neat_align.trainer.round_maker import round_params
 
-    if form == "groups":
-        write_table(
-            output, groups_to_table(made.groups, [r.name for r in trainer.parts.scored_by.rewards])
-        )
-        return len(made.groups)
-    to_rows = {"ranked": ranked_rows, "preference": preference_rows}[form]
-    rows: list[dict[str, Any]] = to_rows(made.groups, rank_by=round_params(trainer.args).rank_by)
-    if output.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomic(output, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
-    else:
-        write_table(output, pa.Table.from_pylist(rows))
-    return len(rows)
+    written = 0
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal written
+        if form == "groups":
+            names = [reward.name for reward in trainer.parts.scored_by.rewards]
+            written = write_groups(file, made.groups, names)
+        else:
+            rank_by = round_params(trainer.args).rank_by
+            as_lines = output.suffix == ".jsonl"
+            written = write_rows(
+                file, made.groups, cast("RowForm", form), rank_by=rank_by, as_lines=as_lines
+            )
+
+    write_atomic(output, write)
+    return written

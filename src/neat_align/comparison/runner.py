@@ -68,6 +68,16 @@ class _Job:
     folder: Path
 
 
+@dataclass(frozen=True)
+class _SharedRounds:
+    """First rounds that several runs go on from, and whether one of the methods needs the start
+    policy's log-probabilities of them.
+    """
+
+    folder: Path
+    needs_reference: bool
+
+
 def run_comparison(spec: CompareSpec, out: Path, caller: Caller) -> dict[str, Any]:
     """Make every run that is not there yet; write `comparison.json` and its page to `out`."""
     configs = _checked_settings(spec, caller)
@@ -75,11 +85,13 @@ def run_comparison(spec: CompareSpec, out: Path, caller: Caller) -> dict[str, An
     starts = {
         seed: _start(spec, seed, out / "runs" / BASE / f"seed{seed}", caller) for seed in spec.seeds
     }
+    needs_reference = any(config.needs_reference for _, config in configs.values())
+    shared = _SharedRounds(out / "shared-rounds", needs_reference)
     runs: list[Run] = []
     took: list[float] = []
     for i, job in enumerate(jobs, start=1):
         begun, was_there = time.monotonic(), (job.folder / "points.json").is_file()
-        run = _run(spec, job, starts[job.seed], out / "shared-rounds", caller)
+        run = _run(spec, job, starts[job.seed], shared, caller)
         runs.append(run)
         if not was_there:
             took.append(time.monotonic() - begun)
@@ -189,7 +201,7 @@ def _start(spec: CompareSpec, seed: int, folder: Path, caller: Caller) -> Point:
     return Point(0, read_json(path))
 
 
-def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path, caller: Caller) -> Run:
+def _run(spec: CompareSpec, job: _Job, start: Point, shared: _SharedRounds, caller: Caller) -> Run:
     """A run, made or read."""
     if (job.folder / "points.json").is_file():
         _check_key(job.folder, spec.options(job.method, job.strength, job.seed), None)
@@ -214,7 +226,7 @@ def _run(spec: CompareSpec, job: _Job, start: Point, shared: Path, caller: Calle
     )
 
 
-def _make_run(spec: CompareSpec, job: _Job, shared: Path, caller: Caller) -> None:
+def _make_run(spec: CompareSpec, job: _Job, shared: _SharedRounds, caller: Caller) -> None:
     """Train, or go on with, one run; its `points.json` is written last."""
     begun = time.monotonic()
     trainer = _build(spec, job.method, job.strength, job.seed, job.folder, caller)
@@ -238,14 +250,16 @@ def _make_run(spec: CompareSpec, job: _Job, shared: Path, caller: Caller) -> Non
         shutil.rmtree(checkpoint)  # the run is over, and its policy has been evaluated
 
 
-def _train(trainer: NEATTrainer, shared: Path) -> str | None:
+def _train(trainer: NEATTrainer, shared: _SharedRounds) -> str | None:
     """Train, and say why training broke down, or None.
 
     It begins with the first round that another run has sampled, where there is one. A method that
     breaks down is a result of the comparison like any other; everything else stops the comparison.
     """
     resume = (trainer.output_dir / "rounds").exists()
-    first, cached = trainer.parts.directory.round_folder(0), shared / _first_round_key(trainer)
+    trainer.parts.round_maker.first_round_is_shared = shared.needs_reference
+    first = trainer.parts.directory.round_folder(0)
+    cached = shared.folder / _first_round_key(trainer)
     if not resume and cached.is_dir():
         write_folder(first, lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
         resume = True
@@ -299,6 +313,8 @@ def _first_round_key(trainer: NEATTrainer) -> str:
         "groups": len(trainer.rounds),
         "data": _data_key(trainer),
     }
+    if not trainer.parts.round_maker.first_round_has_reference:
+        decides["reference"] = "none"  # a method that is added later may need it
     return sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

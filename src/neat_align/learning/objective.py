@@ -214,7 +214,9 @@ def loss_terms(
         negative = losses.npo_penalty(own, ref, beta=p.npo_beta)
     else:
         negative = losses.unlikelihood_penalty(logps[penalised], mask[penalised])
-    kl = losses.kl_k3(logps, b.ref_logps, mask).sum() if b.has_ref else logps.new_zeros(())
+    # Without a term that needs it, some groups have it for the round's metrics: not the step's.
+    needs_ref = p.needs_reference
+    kl = losses.kl_k3(logps, b.ref_logps, mask).sum() if needs_ref else logps.new_zeros(())
     return losses.LossTerms(
         ranking=ranking_losses(scores, ref_scores, micro_batch.pairs, p).sum() / counts.ranking,
         lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,

@@ -7,6 +7,7 @@ No model is loaded here.
     comparison_charts.py    the comparison's charts: the frontier, and gains with intervals
     svg.py                  a specification drawn as SVG: dark mode, titles, no random names
     run_files.py            what a run directory holds
+    round_rewards.py        a round's rewards, from one pass over its groups
     run_groups.py           what the groups of a run say
     run_warnings.py         what should make the reader of a report pause
     run_report.py           report.html

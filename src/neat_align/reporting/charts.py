@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, quantiles
+from statistics import fmean
 from typing import TypeAlias
 
 from neat_align.reporting.pages import digits_for, plain
+from neat_align.reporting.round_rewards import Box
 from neat_align.reporting.svg import Figure, Rows, Spec, axis_span, draw, layer
 
 _SIZE = (340, 200)
-# Points of a line, and of a strip beside its box: more say nothing more, and weigh on the page.
-_LINE_POINTS, _STRIP_POINTS = 300, 80
+# Points of a line: more say nothing more, and weigh on the page.
+_LINE_POINTS = 300
 # A line with more points than this shows none of them as a dot.
 _DOTS = 60
 _DOT = {
@@ -180,16 +181,6 @@ def _thinned(points: Points) -> Points:
 
 
 @dataclass(frozen=True)
-class Box:
-    """A round's rewards: percentiles 5, 25, 50, 75 and 95, and a share of the values."""
-
-    name: str
-    count: int
-    percentiles: tuple[float, float, float, float, float]
-    strip: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class BoxChart:
     """Boxes side by side; `names` has the rounds without a box too, `span` is the range of y."""
 
@@ -199,13 +190,6 @@ class BoxChart:
     names: tuple[str, ...]
     boxes: tuple[Box, ...]
     span: tuple[float, float]
-
-
-def box_of(name: str, values: Sequence[float]) -> Box:
-    """The box of some values, one at least."""
-    cuts = quantiles(values, n=20, method="inclusive") if len(values) > 1 else [values[0]] * 19
-    strip = sorted(values)[:: math.ceil(len(values) / _STRIP_POINTS)]
-    return Box(name, len(values), (cuts[0], cuts[4], cuts[9], cuts[14], cuts[18]), tuple(strip))
 
 
 def box_figure(chart: BoxChart) -> Figure:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from neat_align.errors import ConfigError
 from neat_align.files.atomic import read_json
 from neat_align.files.secrets import redacted
+from neat_align.reporting.round_rewards import RoundRewards, rewards_of
 from neat_align.rounds.completions import CompletionGroup
 
 _FILES = (
@@ -35,11 +38,25 @@ def number(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class RoundGroups:
-    """A finished round: its folder's name, metrics and groups."""
+    """A finished round: its folder's name, metrics and groups.
+
+    The groups stay in their file (`GroupFile`); a page shows a few of them and says the rest in
+    numbers.
+    """
 
     name: str
     metrics: dict[str, float]
-    groups: tuple[CompletionGroup, ...]
+    groups: Sequence[CompletionGroup]
+
+    @cached_property
+    def rewards(self) -> RoundRewards:
+        """What the groups' rewards say; the groups are gone through when it is asked for first."""
+        return rewards_of(self.groups)
+
+    def with_rewards(self) -> RoundGroups:
+        """The round, its rewards read. Raises DataError where its groups cannot be read."""
+        self.rewards  # noqa: B018 (reads them)
+        return self
 
 
 @dataclass(frozen=True)
@@ -171,9 +188,8 @@ def _rounds(folder: Path, problems: list[str]) -> list[RoundGroups]:
     for path in sorted(p for p in folder.glob("*") if p.is_dir()):
         try:
             made = read_round(path)
+            if made is not None:
+                rounds.append(RoundGroups(path.name, made.metrics, made.groups).with_rewards())
         except (ValueError, KeyError, OSError):  # DataError and pyarrow's errors are ValueErrors
             problems.append(f"Round {path.name} does not match its manifest and is left out.")
-            continue
-        if made is not None:
-            rounds.append(RoundGroups(path.name, made.metrics, made.groups))
     return rounds

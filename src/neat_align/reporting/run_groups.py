@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from statistics import fmean
 
 from neat_align.evaluation.statistics import mean_interval
-from neat_align.reporting.charts import BoxChart, box_of
+from neat_align.reporting.charts import BoxChart
+from neat_align.reporting.round_rewards import InstructionPair, PairRewards
 from neat_align.reporting.run_files import RoundGroups, RunContents
-from neat_align.rounds.completions import ORIGINS, CompletionGroup, Origin
-from neat_align.rounds.metrics import inversion_rate, reward_gap
+from neat_align.rounds.completions import ORIGINS
 
 # Fewer prompts than this have no interval: resampling a handful says nothing.
 FEW_PROMPTS = 5
 # Rounds side by side; of a longer run these many, evenly spaced, with the first and the last.
 SHOWN_ROUNDS = 8
 _RESAMPLES = 4000
-
-
-def spread_of_mean(values: Sequence[float], errors: float = 1.0) -> tuple[float, float] | None:
-    """The mean minus and plus so many standard errors; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    mean, half = fmean(values), errors * stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def prompt_means(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
-    """Each prompt's mean reward of an origin.
-
-    The completions of one prompt are not independent draws, so they count as one.
-    """
-    rewards = (_rewards([g], origin) for g in groups)
-    return [fmean(values) for values in rewards if values]
-
-
-def _rewards(groups: Iterable[CompletionGroup], origin: Origin) -> list[float]:
-    return [
-        c.reward
-        for g in groups
-        for c in g.completions
-        if c.origin == origin and c.reward is not None
-    ]
 
 
 # ---- distributions -------------------------------------------------------------------------------
@@ -53,15 +26,16 @@ def distributions(run: RunContents) -> list[BoxChart]:
     """One chart an origin: the rewards of each round's completions, all on one scale."""
     rounds = _spaced(run.rounds)
     names = tuple(round_label(r) for r in rounds)
-    rewards = {o: [_rewards(r.groups, o) for r in rounds] for o in ORIGINS}
-    everything = [v for by_round in rewards.values() for values in by_round for v in values]
-    if not everything:
+    found = [r for shown in rounds for r in shown.rewards.by_origin.values()]
+    if not found:
         return []
-    span = (min(everything), max(everything))
+    span = (min(r.lowest for r in found), max(r.highest for r in found))
     charts = []
-    for o, by_round in rewards.items():
+    for o in ORIGINS:
         boxes = tuple(
-            box_of(name, values) for name, values in zip(names, by_round, strict=True) if values
+            replace(r.rewards.by_origin[o].box, name=name)
+            for name, r in zip(names, rounds, strict=True)
+            if o in r.rewards.by_origin
         )
         if boxes:
             charts.append(BoxChart(o, "reward of each completion", o, names, boxes, span))
@@ -115,48 +89,29 @@ class InstructionRow:
 
 def instruction_rows(run: RunContents) -> list[InstructionRow]:
     """Every pair of instructions with rewards on both sides, the largest gap first."""
-    groups_of: dict[tuple[str, str], list[tuple[int, CompletionGroup]]] = {}
-    for i, r in enumerate(run.rounds):
-        for group in r.groups:
-            for pair in _pairs_of(group):
-                groups_of.setdefault(pair, []).append((i, _only(group, pair)))
-    last = len(run.rounds) - 1
-    rows = [_instruction_row(pair, groups, last) for pair, groups in groups_of.items()]
+    pairs: dict[InstructionPair, PairRewards] = {}
+    for r in run.rounds:
+        for pair, rewards in r.rewards.by_pair.items():
+            pairs.setdefault(pair, PairRewards()).add(rewards)
+    last = run.rounds[-1].rewards.by_pair if run.rounds else {}
+    rows = [_instruction_row(pair, found, last.get(pair)) for pair, found in pairs.items()]
     return sorted(rows, key=lambda row: -row.gap)
 
 
-def _pairs_of(group: CompletionGroup) -> list[tuple[str, str]]:
-    scored = [c for c in group.completions if c.reward is not None and c.instruction is not None]
-    sides = [
-        dict.fromkeys(c.instruction or "" for c in scored if c.origin == origin)
-        for origin in ("positive", "negative")
-    ]
-    return [(positive, negative) for positive in sides[0] for negative in sides[1]]
-
-
-def _only(group: CompletionGroup, pair: tuple[str, str]) -> CompletionGroup:
-    sides = (("positive", pair[0]), ("negative", pair[1]))
-    kept = [c for c in group.completions if (c.origin, c.instruction) in sides]
-    return replace(group, completions=tuple(kept))
-
-
 def _instruction_row(
-    pair: tuple[str, str], groups_by_round: list[tuple[int, CompletionGroup]], last: int
+    pair: InstructionPair, found: PairRewards, last: PairRewards | None
 ) -> InstructionRow:
-    groups = [group for _, group in groups_by_round]
-    good, bad = prompt_means(groups, "positive"), prompt_means(groups, "negative")
-    gaps = [g - b for g, b in zip(good, bad, strict=True)]
+    gaps = found.gaps
     ends = mean_interval(gaps, resamples=_RESAMPLES) if len(gaps) >= FEW_PROMPTS else None
-    recent = [group for i, group in groups_by_round if i == last]
     return InstructionRow(
         positive=pair[0],
         negative=pair[1],
-        prompts=len(groups),
-        under_positive=fmean(good),
-        under_negative=fmean(bad),
-        gap=reward_gap(groups),
+        prompts=len(gaps),
+        under_positive=fmean(found.good),
+        under_negative=fmean(found.bad),
+        gap=fmean(gaps),
         low=ends[0] if ends else None,
         high=ends[1] if ends else None,
-        inversion=inversion_rate(groups),
-        last_gap=reward_gap(recent) if recent else None,
+        inversion=found.inverted / found.answers,
+        last_gap=fmean(last.gaps) if last else None,
     )

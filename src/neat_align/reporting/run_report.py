@@ -24,14 +24,9 @@ from neat_align.reporting.pages import (
     turns,
     write_page,
 )
+from neat_align.reporting.round_rewards import spread_of_mean
 from neat_align.reporting.run_files import RunContents, number, read_run
-from neat_align.reporting.run_groups import (
-    FEW_PROMPTS,
-    distributions,
-    instruction_rows,
-    prompt_means,
-    spread_of_mean,
-)
+from neat_align.reporting.run_groups import FEW_PROMPTS, distributions, instruction_rows
 from neat_align.reporting.run_warnings import warnings_of
 from neat_align.rounds.completions import ORIGINS, Origin
 from neat_align.rounds.prompt_order import percent_of_data
@@ -122,7 +117,8 @@ def _sampled(run: RunContents, origin: Origin) -> Series:
         mean = number(r.metrics.get(f"reward/{origin}"))
         if mean is None:
             continue
-        ends = spread_of_mean(prompt_means(r.groups, origin))
+        found = r.rewards.by_origin.get(origin)
+        ends = found.spread if found is not None else None
         half = (ends[1] - ends[0]) / 2 if ends else 0.0
         points.append((float(i), mean))
         spreads.append((float(i), mean - half, mean + half))

@@ -7,9 +7,12 @@ are taken out of it.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, TypeAlias, TypeVar
@@ -22,8 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from neat_align.errors import ConfigError, DataError
-from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin, read_groups
-from neat_align.rounds.metrics import inversion_rate
+from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
+from neat_align.rounds.group_file import GroupFile, without_tokens
+from neat_align.rounds.metrics import inversions
 
 _T = TypeVar("_T")
 SortOrder: TypeAlias = Literal["order", "gap", "reward"]
@@ -130,13 +134,15 @@ def _end(c: Completion) -> str:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def load_any(path: Path) -> list[tuple[str, list[CompletionGroup]]]:
+def load_any(path: Path) -> list[tuple[str, Sequence[CompletionGroup]]]:
     """(name, groups) of a run's finished rounds in order, of one round, or of one group file.
+
+    Groups are read from their file when they are asked for.
 
     Raises ConfigError when the path is none of these, DataError when what is there cannot be read.
     """
     if path.is_file():
-        return [(path.name, _read(path, lambda: read_groups(path)))]
+        return [(path.name, _read(path, lambda: GroupFile(path)))]
     if not path.is_dir():
         raise ConfigError(
             f"there is nothing at {path}: give a run's output_dir, one of its rounds/NNNNN "
@@ -162,7 +168,7 @@ def load_any(path: Path) -> list[tuple[str, list[CompletionGroup]]]:
     return [(folder.name, _round(folder)) for folder in finished]
 
 
-def _round(folder: Path) -> list[CompletionGroup]:
+def _round(folder: Path) -> Sequence[CompletionGroup]:
     from neat_align.rounds.round_files import read_round
 
     made = _read(folder, lambda: read_round(folder))
@@ -171,7 +177,7 @@ def _round(folder: Path) -> list[CompletionGroup]:
             f"{folder} is not finished: it has no manifest.json, which is written last; wait for "
             "it, or open its groups.parquet"
         )
-    return list(made.groups)
+    return made.groups
 
 
 def _read(path: Path, read: Callable[[], _T]) -> _T:
@@ -223,19 +229,45 @@ def browse(
     with _paged(console):
         console.print(_header(rounds))
         for name, groups in rounds:
-            matching = [(i, g) for i, g in enumerate(groups, 1) if _matches(g, origin, search)]
-            matching.sort(key=lambda pair: _SORT_KEYS[sort](pair[1]))
-            count = (
-                f"{len(matching)} of {len(groups)} groups match"
-                if origin or search
-                else f"{len(groups)} groups"
-            )
-            shown = f", {min(limit, len(matching))} shown" if len(matching) > limit else ""
+            found = _found(groups, limit, origin, _SORT_KEYS[sort], search)
+            count = f"{len(groups)} groups"
+            if origin or search:
+                count = f"{found.matching} of {len(groups)} groups match"
+            shown = f", {len(found.shown)} shown" if found.matching > len(found.shown) else ""
             console.print(
                 Rule(Text(f"{_shortened(printable(name), 30)} · {count}{shown}"), style="dim")
             )
-            for i, group in matching[:limit]:
-                console.print(render_group(group, i, len(groups), origin=origin))
+            for i in found.shown:
+                console.print(render_group(groups[i], i + 1, len(groups), origin=origin))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """How many groups match, and the places of those to show."""
+
+    matching: int
+    shown: list[int]
+
+
+def _found(
+    groups: Sequence[CompletionGroup],
+    limit: int,
+    origin: str | None,
+    sort_key: Callable[[CompletionGroup], float],
+    search: str | None,
+) -> _Found:
+    """The first `limit` matching groups in this order, from one pass over all of them."""
+    matching = 0
+
+    def keys() -> Iterator[tuple[float, int]]:
+        nonlocal matching
+        for i, group in enumerate(without_tokens(groups, texts=search is not None)):
+            if _matches(group, origin, search):
+                matching += 1
+                yield sort_key(group), i
+
+    first = heapq.nsmallest(limit, keys())  # equal keys: in the order of the file
+    return _Found(matching, [i for _, i in first])
 
 
 _SORT_KEYS: dict[str, Callable[[CompletionGroup], float]] = {
@@ -261,12 +293,9 @@ def _matches(group: CompletionGroup, origin: str | None, search: str | None) -> 
     return bool(texts) and any(search.casefold() in text.casefold() for text in (prompt, *texts))
 
 
-def _header(rounds: list[tuple[str, list[CompletionGroup]]]) -> Table:
-    present = [
-        o
-        for o in ORIGINS
-        if any(c.origin == o for _, groups in rounds for g in groups for c in g.completions)
-    ]
+def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Table:
+    counted = [(name, _counts(groups)) for name, groups in rounds]
+    present = [o for o in ORIGINS if any(counts.answers[o] for _, counts in counted)]
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -281,23 +310,50 @@ def _header(rounds: list[tuple[str, list[CompletionGroup]]]) -> Table:
     for origin in present:
         table.add_column(Text(origin, style=ORIGIN_STYLES[origin]), justify="right")
     table.add_column("inverted", justify="right")
-    for name, groups in rounds:
-        completions = [c for g in groups for c in g.completions]
-        means = [_mean(c.reward for c in completions if c.origin == origin) for origin in present]
-        inverted = inversion_rate(groups)
+    for name, counts in counted:
         table.add_row(
             Text(printable(name)),
-            str(len(groups)),
-            str(len(completions)),
-            *(_number(m) for m in means),
-            "–" if inverted != inverted else f"{inverted:.0%}",
+            str(counts.groups),
+            str(counts.answers.total()),
+            *(_number(counts.mean_reward(origin)) for origin in present),
+            f"{counts.inverted / counts.pairs:.0%}" if counts.pairs else "–",
         )
     return table
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    present = [v for v in values if v is not None]
-    return fmean(present) if present else None
+@dataclass
+class _Counts:
+    """A round in numbers: sums over its groups. Pairs are (positive, negative)."""
+
+    groups: int = 0
+    answers: Counter[Origin] = field(default_factory=Counter)
+    rewarded: Counter[Origin] = field(default_factory=Counter)
+    rewards: dict[Origin, float] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0.0))
+    inverted: float = 0.0
+    pairs: int = 0
+
+    def mean_reward(self, origin: Origin) -> float | None:
+        """None without rewards."""
+        n = self.rewarded[origin]
+        return self.rewards[origin] / n if n else None
+
+
+def _counts(groups: Sequence[CompletionGroup]) -> _Counts:
+    counts = _Counts()
+    for group in without_tokens(groups):
+        counts.groups += 1
+        of: dict[Origin, list[float]] = {origin: [] for origin in ORIGINS}
+        for c in group.completions:
+            counts.answers[c.origin] += 1
+            if c.reward is not None:
+                of[c.origin].append(c.reward)
+        for origin, rewards in of.items():
+            counts.rewarded[origin] += len(rewards)
+            counts.rewards[origin] += sum(rewards)
+        good, bad = of["positive"], of["negative"]
+        counts.inverted += inversions(good, bad)
+        counts.pairs += len(good) * len(bad)
+    return counts
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ In the order in which a round is made:
     make_round.py      the stages above, one after the other: one round
     rollout_store.py   finished batches of an unfinished round (work/)
     round_files.py     a finished round (groups.parquet, manifest.json)
+    group_file.py      its groups as a file that is written in a stream and read a few at a time
 
 And what the rest of the package reads:
 

@@ -79,6 +79,18 @@ _COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
     ("ref_logprobs", "ref_logprobs"),
     ("reward_components", "reward_components"),
 )
+# Fields that Arrow gives as lists, and what stands in fields without a default that were not read.
+_TUPLE_FIELDS = ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components")
+_ABSENT: dict[str, Any] = {"index": 0, "text": "", "token_ids": ()}
+
+
+def prompt_type(*, conversational: bool) -> pa.DataType:
+    """What a prompt is in Arrow: text, or a list of messages."""
+    import pyarrow as pa
+
+    if not conversational:
+        return pa.string()
+    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> pa.Schema:
@@ -88,9 +100,6 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
     """
     import pyarrow as pa
 
-    prompt_type: Any = pa.string()
-    if conversational:
-        prompt_type = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     ints, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
     item_types: dict[str, Any] = {
         "completions": pa.string(),
@@ -106,9 +115,16 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
         "ref_logprobs": floats,
         "reward_components": pa.list_(pa.float64()),
     }
-    fields = [("prompt_id", pa.string()), ("prompt", prompt_type), ("prompt_ids", ints)]
+    fields: list[Any] = [
+        ("prompt_id", pa.string()),
+        ("prompt", prompt_type(conversational=conversational)),
+        ("prompt_ids", ints),
+    ]
     fields += [(name, pa.list_(item_types[name])) for name, _ in _COMPLETION_COLUMNS]
     return pa.schema(fields, metadata={"neat_align.reward_names": "\n".join(reward_names)})
+
+
+MIXED_PROMPTS = "groups of one file mix text prompts and conversations: keep them in two files"
 
 
 def groups_to_table(
@@ -122,9 +138,7 @@ def groups_to_table(
 
     conversational = bool(groups) and not isinstance(groups[0].prompt, str)
     if any(isinstance(g.prompt, str) == conversational for g in groups):
-        raise DataError(
-            "groups of one file mix text prompts and conversations: keep them in two files"
-        )
+        raise DataError(MIXED_PROMPTS)
     rows: list[dict[str, Any]] = []
     for g in groups:
         row: dict[str, Any] = {
@@ -140,31 +154,47 @@ def groups_to_table(
     )
 
 
-def groups_from_table(table: pa.Table) -> list[CompletionGroup]:
-    """The inverse of `groups_to_table`. Raises DataError for a table with other columns."""
-    needed = {"prompt_id", "prompt", "prompt_ids", *(c for c, _ in _COMPLETION_COLUMNS)}
-    missing = sorted(needed - set(table.column_names))
-    if missing:
-        raise DataError(
-            f"this is not a group file: columns {', '.join(missing)} are missing (it has "
-            f"{table.column_names})"
-        )
-    fields = [field for _, field in _COMPLETION_COLUMNS]
+def groups_from_table(
+    table: pa.Table, columns: Sequence[str] | None = None
+) -> list[CompletionGroup]:
+    """The inverse of `groups_to_table`. Raises DataError for a table with other columns.
+
+    With `columns` the table has only these, "origins" among them, and other fields are empty.
+    """
+    if columns is None:
+        check_columns(table.column_names)
+    listed = [(c, field) for c, field in _COMPLETION_COLUMNS if columns is None or c in columns]
+    fields = [field for _, field in listed]
+    tuples = [name for name in _TUPLE_FIELDS if name in fields]
+    absent = {field: value for field, value in _ABSENT.items() if field not in fields}
     groups: list[CompletionGroup] = []
     for row in table.to_pylist():
-        columns = [row[column] for column, _ in _COMPLETION_COLUMNS]
         completions = []
-        for values in zip(*columns, strict=True):
+        for values in zip(*(row[column] for column, _ in listed), strict=True):
             values_by_field = dict(zip(fields, values, strict=True))
-            for name in ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components"):
+            for name in tuples:
                 values_by_field[name] = tuple(values_by_field[name] or ())
-            completions.append(Completion(**values_by_field))
+            completions.append(Completion(**absent, **values_by_field))
         groups.append(
             CompletionGroup(
-                row["prompt_id"], row["prompt"], tuple(row["prompt_ids"]), tuple(completions)
+                row.get("prompt_id", ""),
+                row.get("prompt", ""),
+                tuple(row.get("prompt_ids", ())),
+                tuple(completions),
             )
         )
     return groups
+
+
+def check_columns(names: Sequence[str]) -> None:
+    """Raise DataError where the columns of a group file are not all there."""
+    needed = {"prompt_id", "prompt", "prompt_ids", *(c for c, _ in _COMPLETION_COLUMNS)}
+    missing = sorted(needed - set(names))
+    if missing:
+        raise DataError(
+            f"this is not a group file: columns {', '.join(missing)} are missing (it has "
+            f"{list(names)})"
+        )
 
 
 def reward_names_of(table: pa.Table) -> list[str]:

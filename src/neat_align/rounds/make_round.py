@@ -6,31 +6,51 @@
 A round's folder holds `groups.parquet` and, written last, `manifest.json`: a folder with a manifest
 is finished and is read instead of made again. Until then finished batches of samples and of scores
 are kept in its `work` folder (`rollout_store`) and taken up.
+
+A large round goes through the stages in slices of at most `SLICE_PROMPTS` prompts, so that it needs
+the memory of one slice: the groups of a finished one are in the file (`group_file`).
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from neat_align.errors import CollapseError
 from neat_align.prompts.rows import PromptRow
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.filters import without_unusable
-from neat_align.rounds.metrics import round_metrics
-from neat_align.rounds.params import Progress, RoundParams, RoundTools
+from neat_align.rounds.metrics import RoundMeasures
+from neat_align.rounds.params import (
+    MEASURED_PROMPTS,
+    Progress,
+    RoundParams,
+    RoundProgress,
+    RoundTools,
+)
 from neat_align.rounds.prompt_order import prompt_at
 from neat_align.rounds.ranking import ordered_pairs, rank_keys
 from neat_align.rounds.rollout_store import RolloutStore
-from neat_align.rounds.round_files import FORMAT, FinishedRound, read_round, write_round
+from neat_align.rounds.round_files import (
+    FORMAT,
+    FinishedRound,
+    finished_round,
+    write_manifest,
+    write_round_groups,
+)
 from neat_align.rounds.sampling_stage import sample_groups
-from neat_align.rounds.scoring_notes import read_notes, with_notes, write_lists
+from neat_align.rounds.scoring_notes import write_lists
 from neat_align.rounds.scoring_stage import score_groups
+
+T = TypeVar("T")
+
+# Prompts that are sampled and scored before the next ones. 512 prompts of 8 answers of 64 tokens
+# are 55 MB in memory, and enough for batches of thousands of completions.
+SLICE_PROMPTS = 512
 
 
 def make_round(
@@ -54,36 +74,101 @@ def make_round(
     Raises CollapseError when fewer than `min_pair_fraction` of the prompts made a pair, or none
     did.
     """
-    finished = read_round(folder)
+    finished = finished_round(folder)
     if finished is not None:
         return finished
-    budget = min(len(rows), 2 * num_groups)
-    sampled: list[CompletionGroup] = []
-    kept: list[CompletionGroup] = []
-    removed: Counter[str] = Counter()
-    used = 0
-    while len(kept) < num_groups and used < budget:
-        take = min(num_groups - len(kept), budget - used)
-        seen = {group.prompt_id for group in sampled}
-        batch = _unseen_rows(rows, range(position + used, position + used + take), params, seen)
-        store = RolloutStore(folder / "work" / f"{used:06d}")
-        groups = _roll_out(batch, round_index, params, tools, store, removed, progress)
-        sampled += groups
-        kept += [group for group in groups if _has_pair(group, params)]
-        used += take
-    _refuse_too_few_pairs(len(kept), len(sampled), params, removed)
+    made = _Round(rows, num_groups, position, round_index, params, tools, folder, progress)
     reward_names = [reward.name for reward in tools.rewards]
-    notes = read_notes(folder / "work")
-    metrics = with_notes(round_metrics(sampled, kept, removed, reward_names), notes)
-    write_lists(folder, notes)
-    made = FinishedRound(round_index, tuple(kept), metrics, position + used)
-    write_round(folder, made, num_prompts=len(sampled), reward_names=reward_names)
-    shutil.rmtree(folder / "work", ignore_errors=True)
-    return made
+    groups = write_round_groups(folder, made.groups(), reward_names)
+    return write_manifest(
+        folder,
+        round_index,
+        groups,
+        write_lists(folder, made.measures.metrics(made.kept, made.removed)),
+        next_position=position + made.used,
+        num_prompts=made.measures.prompts,
+        reward_names=reward_names,
+    )
+
+
+class _Round:
+    """A round that is being made: its groups come one slice after the other.
+
+    `kept` groups have a pair so far, `used` places of the prompt stream were taken, `removed`
+    counts filtered completions by reason.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[PromptRow],
+        num_groups: int,
+        position: int,
+        round_index: int,
+        params: RoundParams,
+        tools: RoundTools,
+        folder: Path,
+        progress: Progress | None,
+    ) -> None:
+        self.rows = rows
+        self.num_groups = num_groups
+        self.position = position
+        self.round_index = round_index
+        self.params = params
+        self.tools = tools
+        self.folder = folder
+        self.progress = RoundProgress(progress, params)
+        self.measures = RoundMeasures([reward.name for reward in tools.rewards])
+        self.removed: Counter[str] = Counter()
+        self.kept = self.used = 0
+
+    def groups(self) -> Iterator[CompletionGroup]:
+        """The round's groups, those with a pair, in order. Raises CollapseError after the last."""
+        budget = min(len(self.rows), 2 * self.num_groups)
+        seen: set[str] = set()
+        while self.kept < self.num_groups and self.used < budget:
+            take = min(self.num_groups - self.kept, budget - self.used)
+            first = self.position + self.used
+            unseen = _unseen_rows(self.rows, range(first, first + take), self.params, seen)
+            seen.update(row.id for row in unseen)
+            self.progress.expect(len(unseen))
+            for start, part in even_slices(unseen, SLICE_PROMPTS):
+                yield from self._slice(part, self.folder / "work" / f"{self.used + start:06d}")
+            self.used += take
+        _refuse_too_few_pairs(self.kept, self.measures.prompts, self.params, self.removed)
+
+    def _slice(self, rows: Sequence[PromptRow], folder: Path) -> Iterator[CompletionGroup]:
+        measured = {row.id for row in rows[: max(0, MEASURED_PROMPTS - self.measures.prompts)]}
+        store = RolloutStore(folder)
+        for group in _roll_out(
+            rows,
+            self.round_index,
+            self.params,
+            self.tools,
+            store,
+            self.removed,
+            self.progress,
+            measured,
+        ):
+            self.measures.add(group)
+            if _has_pair(group, self.params):
+                self.kept += 1
+                yield group
+
+
+def even_slices(items: Sequence[T], most: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """(place of the first, members) of as few slices of at most `most` as there can be.
+
+    Their sizes differ by one at most: negatives from other prompts come from the same slice, so no
+    prompt may be left alone.
+    """
+    count = -(-len(items) // most)
+    ends = [len(items) * i // count for i in range(1, count + 1)]
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield start, items[start:end]
 
 
 def _unseen_rows(
-    rows: Sequence[PromptRow], positions: range, params: RoundParams, seen: set[str]
+    rows: Sequence[PromptRow], positions: range, params: RoundParams, seen: Set[str]
 ) -> list[PromptRow]:
     """The rows at these positions of the prompt stream, each prompt once and none of `seen`.
 
@@ -104,18 +189,19 @@ def _roll_out(
     tools: RoundTools,
     store: RolloutStore,
     removed: Counter[str],
-    progress: Progress | None,
+    progress: RoundProgress,
+    measured: Set[str],
 ) -> list[CompletionGroup]:
     """Sample, filter and score these prompts; what is finished is in `store`."""
-    if not rows:
-        return []
     store.open_for(_plan(rows, round_index, params, tools))
     sampled = store.read_sampled()
     if sampled is None:
-        sampled = sample_groups(rows, round_index, params, tools, store, progress)
+        sampled = sample_groups(rows, round_index, params, tools, store, progress.sampled)
         store.write_sampled(sampled)
+    else:
+        progress.sampled(params.sampled_for(len(rows)))
     usable = [without_unusable(group, removed) for group in sampled]
-    return score_groups(usable, rows, tools, store, progress)
+    return score_groups(usable, rows, tools, store, measured, progress.scored)
 
 
 def _plan(

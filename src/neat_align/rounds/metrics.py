@@ -6,9 +6,10 @@ Names follow TRL where TRL has them.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from statistics import fmean, pstdev
+from fractions import Fraction
+from statistics import fmean
 
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
 from neat_align.rounds.ranking import BAD_ORIGINS
@@ -17,46 +18,137 @@ from neat_align.rounds.text_metrics import distinct_n
 HUMAN_ORIGINS = frozenset({"chosen", "rejected"})
 # The KL estimate of a token grows as e^gap: past this gap, in nats, it is held.
 MAX_GAP = 20.0
+# distinct-2 is over the round's first texts, so many at most: it falls with the number of texts,
+# and the word pairs of all texts of a large round would not fit into memory.
+DISTINCT_TEXTS = 2048
 
 
-def round_metrics(
-    sampled: Sequence[CompletionGroup],
-    kept: Sequence[CompletionGroup],
-    removed: Counter[str],
-    reward_names: Sequence[str],
-) -> dict[str, float]:
-    """The round's metrics; numbers that do not exist are left out.
+class RoundMeasures:
+    """The metrics of a round, from one group after the other; nothing of a group is kept.
 
-    `sampled` are all groups of the round and `kept` the ones with a pair; `removed` counts filtered
-    completions by reason. Rewards and lengths are over `sampled`.
+    Sums are exact, so the numbers do not depend on how a round is divided.
     """
-    completions = [c for group in sampled for c in group.completions]
-    generated = [c for c in completions if c.origin not in HUMAN_ORIGINS]
-    rewards = [c.reward for c in completions if c.reward is not None]
-    good_texts = [c.text for c in generated if c.origin not in BAD_ORIGINS]
-    metrics: dict[str, float] = {
-        "round/groups": len(kept),
-        "round/prompts": len(sampled),
-        "round/pair_fraction": len(kept) / max(len(sampled), 1),
-        "reward": _mean(rewards),
-        "reward_std": pstdev(rewards) if len(rewards) > 1 else math.nan,
-        "completions/mean_length": _mean(len(c.token_ids) for c in generated),
-        "completions/clipped_ratio": _mean(c.finish_reason == "length" for c in generated),
-        "contrast/reward_gap": reward_gap(sampled),
-        "contrast/inversion_rate": inversion_rate(sampled),
-        "contrast/distinct2": distinct_n(good_texts),
-    }
-    if reward_names:
-        abstained = sum(c.reward is None for c in completions)
-        metrics["rewards/abstained"] = abstained / max(len(completions), 1)
-    for i, name in enumerate(reward_names):
-        values = [c.reward_components[i] for c in completions]
-        metrics[f"rewards/{name}/mean"] = _mean(v for v in values if v is not None)
-    for reason in ("empty", "duplicate", "leak"):
-        metrics[f"removed/{reason}"] = removed[reason]
-    for origin in ORIGINS:
-        metrics |= _origin_metrics(origin, [c for c in completions if c.origin == origin])
-    return {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+
+    def __init__(self, reward_names: Sequence[str]) -> None:
+        self.reward_names = tuple(reward_names)
+        self.prompts = 0
+        self._sums: defaultdict[str, _ExactSum] = defaultdict(_ExactSum)
+        self._squares = _ExactSum()
+        self._abstained = _ExactSum()
+        self._inverted, self._pairs = 0.0, 0
+        self._texts: list[str] = []
+
+    def add(self, group: CompletionGroup) -> None:
+        """Take in a sampled, filtered and scored group, with or without a pair."""
+        self.prompts += 1
+        for completion in group.completions:
+            self._add_completion(completion)
+        gap = _reward_gap(group)
+        if gap is not None:
+            self._sums["contrast/reward_gap"].add(gap)
+        inverted, pairs = _inversions(group)
+        self._inverted += inverted
+        self._pairs += pairs
+
+    def _add_completion(self, c: Completion) -> None:
+        sums, origin = self._sums, c.origin
+        self._abstained.add(c.reward is None)
+        if c.reward is not None:
+            sums["reward"].add(c.reward)
+            sums[f"reward/{origin}"].add(c.reward)
+            self._squares.add(c.reward, power=2)
+        for i in range(len(self.reward_names)):  # two rewards may have one name
+            value = c.reward_components[i]
+            if value is not None:
+                sums[f"component {i}"].add(value)
+        sums[f"completions/mean_length/{origin}"].add(len(c.token_ids))
+        if origin not in HUMAN_ORIGINS:
+            sums["completions/mean_length"].add(len(c.token_ids))
+            sums["completions/clipped_ratio"].add(c.finish_reason == "length")
+            if origin not in BAD_ORIGINS and len(self._texts) < DISTINCT_TEXTS:
+                self._texts.append(c.text)
+        if c.policy_logprobs:
+            self._add_logprobs(c)
+
+    def _add_logprobs(self, c: Completion) -> None:
+        """Log-probabilities and KL per token of the plain prompt, in nats, by origin.
+
+        `sampling/instruction_gap` is how much likelier the sampled tokens are under their own
+        instruction than on the plain prompt, in nats per token.
+        """
+        sums, origin = self._sums, c.origin
+        for value in c.policy_logprobs:
+            sums[f"logps/{origin}"].add(value)
+        if c.sampling_logprob:
+            gap = (c.sampling_logprob - sum(c.policy_logprobs)) / len(c.policy_logprobs)
+            sums[f"sampling/instruction_gap/{origin}"].add(gap)
+        for kl in map(_k3, c.policy_logprobs, c.ref_logprobs):
+            sums[f"kl/{origin}"].add(kl)
+
+    def metrics(self, kept: int, removed: Counter[str]) -> dict[str, float]:
+        """The round's metrics; numbers that do not exist are left out.
+
+        `kept` groups of those taken in have a pair; `removed` counts filtered completions by
+        reason. Rewards and lengths are over all groups.
+        """
+        metrics: dict[str, float] = {
+            "round/groups": kept,
+            "round/prompts": self.prompts,
+            "round/pair_fraction": kept / max(self.prompts, 1),
+            "reward": self._mean("reward"),
+            "reward_std": _std(self._sums["reward"], self._squares),
+            "completions/mean_length": self._mean("completions/mean_length"),
+            "completions/clipped_ratio": self._mean("completions/clipped_ratio"),
+            "contrast/reward_gap": self._mean("contrast/reward_gap"),
+            "contrast/inversion_rate": self._inverted / self._pairs if self._pairs else math.nan,
+            "contrast/distinct2": distinct_n(self._texts),
+        }
+        if self.reward_names:
+            metrics["rewards/abstained"] = self._abstained.mean() if self._abstained.count else 0.0
+        for i, name in enumerate(self.reward_names):
+            metrics[f"rewards/{name}/mean"] = self._mean(f"component {i}")
+        for reason in ("empty", "duplicate", "leak"):
+            metrics[f"removed/{reason}"] = removed[reason]
+        by_origin = (
+            *("reward", "completions/mean_length", "logps", "sampling/instruction_gap", "kl"),
+        )
+        for origin in ORIGINS:
+            for name in by_origin:
+                metrics[f"{name}/{origin}"] = self._mean(f"{name}/{origin}")
+        return {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+
+    def _mean(self, name: str) -> float:
+        return self._sums[name].mean()
+
+
+class _ExactSum:
+    """A sum without rounding, in a few integers: the mean is that of `statistics.fmean`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._numerators: defaultdict[int, int] = defaultdict(int)  # by denominator
+
+    def add(self, value: float, power: int = 1) -> None:
+        numerator, denominator = value.as_integer_ratio()
+        self.count += 1
+        self._numerators[denominator**power] += numerator**power
+
+    def total(self) -> Fraction:
+        return sum((Fraction(n, d) for d, n in self._numerators.items()), Fraction())
+
+    def mean(self) -> float:
+        return float(self.total()) / self.count if self.count else math.nan
+
+
+def _std(values: _ExactSum, squares: _ExactSum) -> float:
+    """The population's standard deviation, of two values or more.
+
+    Σx² − (Σx)²/n loses everything to rounding in floating point; these sums are exact.
+    """
+    n = values.count
+    if n < 2:
+        return math.nan
+    return math.sqrt((squares.total() - values.total() ** 2 / n) / n)
 
 
 def inversion_rate(groups: Iterable[CompletionGroup]) -> float:
@@ -66,23 +158,26 @@ def inversion_rate(groups: Iterable[CompletionGroup]) -> float:
     """
     inverted, pairs = 0.0, 0
     for group in groups:
-        good, bad = _rewards_of(group, "positive"), _rewards_of(group, "negative")
-        inverted += sum((b > a) + 0.5 * (b == a) for a in good for b in bad)
-        pairs += len(good) * len(bad)
+        more = _inversions(group)
+        inverted, pairs = inverted + more[0], pairs + more[1]
     return inverted / pairs if pairs else math.nan
 
 
-def reward_gap(groups: Iterable[CompletionGroup]) -> float:
-    """Mean over prompts of (mean reward of the positives − mean reward of the negatives).
+def _inversions(group: CompletionGroup) -> tuple[float, int]:
+    """How many of the group's (positive, negative) pairs are inverted, and how many there are."""
+    good, bad = _rewards_of(group, "positive"), _rewards_of(group, "negative")
+    return inversions(good, bad), len(good) * len(bad)
 
-    Over the prompts that have both; NaN when none has.
-    """
-    gaps = []
-    for group in groups:
-        good, bad = _rewards_of(group, "positive"), _rewards_of(group, "negative")
-        if good and bad:
-            gaps.append(fmean(good) - fmean(bad))
-    return fmean(gaps) if gaps else math.nan
+
+def inversions(good: Sequence[float], bad: Sequence[float]) -> float:
+    """In how many (good, bad) pairs of rewards the bad one is higher; ties count half."""
+    return sum((b > a) + 0.5 * (b == a) for a in good for b in bad)
+
+
+def _reward_gap(group: CompletionGroup) -> float | None:
+    """Mean reward of the positives − mean reward of the negatives; None without one of the two."""
+    good, bad = _rewards_of(group, "positive"), _rewards_of(group, "negative")
+    return fmean(good) - fmean(bad) if good and bad else None
 
 
 def _rewards_of(group: CompletionGroup, origin: Origin) -> list[float]:
@@ -90,36 +185,7 @@ def _rewards_of(group: CompletionGroup, origin: Origin) -> list[float]:
     return [reward for reward in own if reward is not None]
 
 
-def _origin_metrics(origin: Origin, completions: Sequence[Completion]) -> dict[str, float]:
-    """Log-probabilities and KL per token of the plain prompt, in nats.
-
-    `sampling/instruction_gap` is how much likelier the sampled tokens are under their own
-    instruction than on the plain prompt, in nats per token.
-    """
-    gaps = [_instruction_gap(c) for c in completions if c.policy_logprobs and c.sampling_logprob]
-    kl: list[float] = []
-    for c in completions:
-        kl += map(_k3, c.policy_logprobs, c.ref_logprobs)
-    return {
-        f"reward/{origin}": _mean(c.reward for c in completions if c.reward is not None),
-        f"completions/mean_length/{origin}": _mean(len(c.token_ids) for c in completions),
-        f"logps/{origin}": _mean(v for c in completions for v in c.policy_logprobs),
-        f"sampling/instruction_gap/{origin}": _mean(gaps),
-        f"kl/{origin}": _mean(kl),
-    }
-
-
-def _instruction_gap(c: Completion) -> float:
-    assert c.sampling_logprob is not None
-    return (c.sampling_logprob - sum(c.policy_logprobs)) / len(c.policy_logprobs)
-
-
 def _k3(policy: float, ref: float) -> float:
     """Schulman's estimate of KL(policy ‖ start) from one token: r − 1 − ln r, r = p_start / p."""
     gap = min(ref - policy, MAX_GAP)
     return math.exp(gap) - gap - 1
-
-
-def _mean(values: Iterable[float]) -> float:
-    collected = list(values)
-    return fmean(collected) if collected else math.nan

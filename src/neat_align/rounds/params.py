@@ -14,6 +14,9 @@ from neat_align.sampling.protocol import Sampler, SamplingParams
 
 # Told (stage, finished, of how many).
 Progress = Callable[[str, int, int], None]
+# Prompts of a round, its first ones, whose answers are scored for metrics alone: `logps`, `kl` and
+# `sampling/instruction_gap` are means over their tokens, and cost a forward pass over each.
+MEASURED_PROMPTS = 16
 # (prompt ids, completion ids) → per-token log-probabilities in nats, in order.
 LogprobFunction = Callable[
     [Sequence[Sequence[int]], Sequence[Sequence[int]]], list[tuple[float, ...]]
@@ -48,14 +51,23 @@ class RoundParams:
             ("negative", self.num_negative),
         )
 
+    def sampled_for(self, prompts: int) -> int:
+        """How many completions are sampled for so many prompts that are sampled together."""
+        alone = prompts == 1 and self.negative_source == "other_prompts"
+        each = sum(n for origin, n in self.counts() if not (alone and origin == "negative"))
+        return prompts * each
+
 
 @dataclass(frozen=True)
 class RoundTools:
     """Who does the work.
 
-    `negative_sampler` writes the negatives; `policy_logprobs` and `ref_logprobs` score every
-    completion under the plain prompt, for the current and for the start policy (None: not
-    computed). `on_bad_row`: a completion that a reward cannot score is an error, or has no reward.
+    `negative_sampler` writes the negatives. `policy_logprobs` and `ref_logprobs` are
+    log-probabilities under the plain prompt, of the current and of the start policy (None: not
+    computed; one function twice: computed once). The current policy's are for metrics only, so they
+    are computed for the round's first `MEASURED_PROMPTS`; the start policy's for every completion,
+    or, without `ref_for_all`, for the same ones. `on_bad_row`: a completion that a reward cannot
+    score is an error, or has no reward.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no
@@ -69,6 +81,7 @@ class RoundTools:
     negative_sampler: Sampler
     policy_logprobs: LogprobFunction | None = None
     ref_logprobs: LogprobFunction | None = None
+    ref_for_all: bool = True
     batch_size: int = 64
     between_batches: Callable[[], None] = lambda: None
     on_bad_row: OnBadRow = "error"
@@ -85,3 +98,42 @@ def progress_counter(progress: Progress | None, stage: str, total: int) -> Calla
             progress(stage, finished, total)
 
     return report
+
+
+class RoundProgress:
+    """How far the stages of a round are, over all of its slices.
+
+    `tell` hears of "sample" in completions and of "score" in prompts, of as many as the round is
+    known to need: prompts that take the place of others are added to both.
+    """
+
+    def __init__(self, tell: Progress | None, params: RoundParams) -> None:
+        self._tell = tell
+        self._params = params
+        self._prompts = self._alone = 0
+        self._finished = {"sample": 0, "score": 0}
+
+    def expect(self, prompts: int) -> None:
+        """So many more prompts are in the round; they are sampled one beside the other."""
+        if prompts == 1:
+            self._alone += 1
+        else:
+            self._prompts += prompts
+
+    def sampled(self, completions: int) -> None:
+        """So many more completions are sampled."""
+        self._add("sample", completions)
+
+    def scored(self, prompts: int) -> None:
+        """All completions of so many more prompts are scored."""
+        self._add("score", prompts)
+
+    def _add(self, stage: str, number: int) -> None:
+        self._finished[stage] += number
+        if self._tell is None:
+            return
+        total = self._prompts + self._alone
+        if stage == "sample":
+            count = self._params.sampled_for
+            total = count(self._prompts) + self._alone * count(1)
+        self._tell(stage, self._finished[stage], total)

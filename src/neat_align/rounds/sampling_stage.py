@@ -13,7 +13,7 @@ from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.human_answers import human_completions
-from neat_align.rounds.params import Progress, RoundParams, RoundTools, progress_counter
+from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_stage import refuse_non_finite
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest
@@ -39,17 +39,17 @@ def sample_groups(
     params: RoundParams,
     tools: RoundTools,
     store: RolloutStore,
-    progress: Progress | None,
+    report: Callable[[int], None],
 ) -> list[CompletionGroup]:
     """Draw every completion of these prompts, or read what an interrupted attempt has stored.
 
     One group a row, in order; the data's own answers come last in each. Nothing is filtered or
-    scored yet. Raises DataError for a prompt over `max_prompt_length`, and CollapseError, with the
-    prompts, where the policy gives numbers that are not finite.
+    scored yet. `report` is told how many completions were just finished. Raises DataError for a
+    prompt over `max_prompt_length`, and CollapseError, with the prompts, where the policy gives
+    numbers that are not finite.
     """
     plain_ids = [_checked_prompt_ids(row, params, tools) for row in rows]
     planned = _plan_completions(rows, plain_ids, round_index, params, tools)
-    report = progress_counter(progress, "sample", len(planned))
     samples: dict[int, Sample] = {}
     for sampler, share in _shares(planned, tools):
         samples |= draw_samples(sampler, share, params, tools, store, report)

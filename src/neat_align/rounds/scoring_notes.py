@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
@@ -69,51 +70,44 @@ def write_notes(work: Path, first: int, notes: ScoringNotes) -> None:
         write_json(path, asdict(notes))
 
 
-def read_notes(work: Path) -> ScoringNotes:
-    """All notes of a round's stores. Those without scores are of an attempt that was cut off."""
-    files = [
-        path
-        for path in sorted(work.glob("*/scored-*.json"))
-        if path.with_suffix(".parquet").is_file()
-    ]
-    found = [notes for path in files if (notes := _read_or_skip(path)) is not None]
-    metrics: dict[str, list[float]] = {}
-    for notes in found:
+def stored_notes(work: Path) -> Iterator[ScoringNotes]:
+    """The notes of a round's stores, batch by batch.
+
+    Those without scores are of an attempt that was cut off.
+    """
+    for path in sorted(work.glob("*/scored-*.json")):
+        if path.with_suffix(".parquet").is_file():
+            try:
+                yield ScoringNotes(**read_json(path))
+            except (OSError, ValueError, TypeError) as error:
+                logger.warning("%s is damaged: what scoring noted there is lost (%s)", path, error)
+
+
+def write_lists(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Write the lists that have entries into a round's folder, a batch at a time in memory.
+
+    Gives the metrics, with how many completions could not be scored (if any), and logged means.
+    """
+    unscorable, logged = 0, dict[str, list[float]]()
+    for notes in stored_notes(folder / "work"):
+        unscorable += count_left_out(notes.left_out)
         for name, values in notes.metrics.items():
-            metrics.setdefault(name, []).extend(values)
-    return ScoringNotes(
-        [line for notes in found for line in notes.left_out],
-        [line for notes in found for line in notes.extra],
-        metrics,
-    )
-
-
-def _read_or_skip(path: Path) -> ScoringNotes | None:
-    try:
-        return ScoringNotes(**read_json(path))
-    except (OSError, ValueError, TypeError) as error:
-        logger.warning("%s is damaged: what scoring noted there is lost (%s)", path, error)
-        return None
-
-
-def write_lists(folder: Path, notes: ScoringNotes) -> None:
-    """Write the lists that have entries into a round's folder."""
-    for name, lines in ((LEFT_OUT, notes.left_out), (EXTRA, notes.extra)):
-        if lines:
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_atomic(folder / name, partial(_write_text, text))
-
-
-def _write_text(text: str, file: IO[bytes]) -> None:
-    file.write(text.encode("ascii"))
-
-
-def with_notes(metrics: Mapping[str, float], notes: ScoringNotes) -> dict[str, float]:
-    """The metrics, with how many completions could not be scored (if any), and logged means."""
+            logged.setdefault(name, []).extend(values)
+    left_out = (line for notes in stored_notes(folder / "work") for line in notes.left_out)
+    extra = (line for notes in stored_notes(folder / "work") for line in notes.extra)
+    for name, lines in ((LEFT_OUT, left_out), (EXTRA, extra)):
+        first = next(lines, None)
+        if first is not None:
+            write_atomic(folder / name, partial(_write_lines, chain([first], lines)))
     counted = dict(metrics)
-    if notes.left_out:
-        counted["removed/unscorable"] = float(count_left_out(notes.left_out))
-    return counted | logged_means(notes.metrics, counted)
+    if unscorable:
+        counted["removed/unscorable"] = float(unscorable)
+    return counted | logged_means(logged, counted)
+
+
+def _write_lines(lines: Iterable[dict[str, Any]], file: IO[bytes]) -> None:
+    for line in lines:
+        file.write(json.dumps(line).encode("ascii") + b"\n")
 
 
 def count_left_out(left_out: Iterable[Mapping[str, Any]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
 from neat_align.errors import CollapseError, name_list
@@ -12,7 +12,7 @@ from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import score_answers
 from neat_align.rounds.completions import CompletionGroup
-from neat_align.rounds.params import Progress, RoundTools, progress_counter
+from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_notes import ScoringNotes, notes_on, write_notes
 
@@ -22,16 +22,24 @@ def score_groups(
     rows: Sequence[PromptRow],
     tools: RoundTools,
     store: RolloutStore,
-    progress: Progress | None,
+    measured: Set[str],
+    report: Callable[[int], None],
 ) -> list[CompletionGroup]:
     """The groups with rewards and log-probabilities: stored already, or made and stored.
 
-    `rows` are the groups' rows; prompt ids are unique. Made in batches of at most
-    `tools.batch_size` completions; `tools.between_batches` is called before each.
+    `rows` are the groups' rows; prompt ids are unique; `measured` has those of the prompts whose
+    current log-probabilities are wanted. Made in batches of at most `tools.batch_size` completions;
+    `tools.between_batches` is called before each, and `report` is told how many groups were just
+    finished.
     """
-    report = progress_counter(progress, "score", len(groups))
     reward_names = [reward.name for reward in tools.rewards]
-    scored = store.read_scored(groups)
+    wants_all = tools.ref_for_all and tools.ref_logprobs is not None
+    scored = {
+        prompt: group
+        for prompt, group in store.read_scored(groups).items()
+        # Stored for an objective that needed none, which has changed since.
+        if not wants_all or all(len(c.ref_logprobs) == len(c.token_ids) for c in group.completions)
+    }
     report(len(scored))
     for start, batch in group_batches(groups, tools.batch_size):
         missing = [i for i, g in enumerate(batch, start) if g.prompt_id not in scored]
@@ -44,7 +52,7 @@ def score_groups(
             tools.rewards,
             tools.on_bad_row,
         )
-        made = with_logprobs(rewarded, tools)
+        made = with_logprobs(rewarded, tools, measured)
         write_notes(store.folder, missing[0], notes)
         store.write_scored(missing[0], made, reward_names)
         scored.update((g.prompt_id, g) for g in made)
@@ -102,36 +110,62 @@ def with_rewards(
     return rewarded, notes_on(groups, scores)
 
 
-def with_logprobs(groups: Sequence[CompletionGroup], tools: RoundTools) -> list[CompletionGroup]:
-    """The groups with both policies' per-token log-probabilities under the plain prompt, in nats.
+def with_logprobs(
+    groups: Sequence[CompletionGroup], tools: RoundTools, measured: Set[str]
+) -> list[CompletionGroup]:
+    """The groups with per-token log-probabilities under the plain prompt, in nats.
 
-    Raises CollapseError, with the prompts, where one is not a finite number.
+    Of the current policy where a group's prompt id is in `measured`, of the start policy there or,
+    with `tools.ref_for_all`, everywhere. Raises CollapseError, with the prompts, where one is not a
+    finite number.
     """
-    prompts = [g.prompt_ids for g in groups for _ in g.completions]
-    completions = [c.token_ids for g in groups for c in g.completions]
-    not_computed: list[tuple[float, ...]] = [()] * len(completions)
-    if not completions:
-        return list(groups)
-    policy = not_computed
-    if tools.policy_logprobs is not None:
-        policy = tools.policy_logprobs(prompts, completions)
-    ref = policy  # before the first step the two policies are one
-    if tools.ref_logprobs is not tools.policy_logprobs:
-        ref = not_computed
-        if tools.ref_logprobs is not None:
-            ref = tools.ref_logprobs(prompts, completions)
-    owners = [g.prompt_id for g in groups for _ in g.completions]
-    refuse_non_finite("policy's log-probability", owners, [sum(row) for row in policy])
-    refuse_non_finite("start policy's log-probability", owners, [sum(row) for row in ref])
-    both = iter(zip(policy, ref, strict=True))
+    is_measured = [g.prompt_id in measured for g in groups]
+    wants_ref = [tools.ref_for_all or m for m in is_measured]
+    name = "policy's log-probability"
+    if tools.policy_logprobs is tools.ref_logprobs:  # before the first step the two are one
+        ref = _group_logprobs(groups, wants_ref, tools.ref_logprobs, name)
+        policy = [
+            rows if m else _not_computed(g)
+            for g, rows, m in zip(groups, ref, is_measured, strict=True)
+        ]
+    else:
+        policy = _group_logprobs(groups, is_measured, tools.policy_logprobs, name)
+        ref = _group_logprobs(groups, wants_ref, tools.ref_logprobs, f"start {name}")
     scored = []
-    for g in groups:
-        with_both = []
-        for c in g.completions:
-            policy_logprobs, ref_logprobs = next(both)
-            with_both.append(replace(c, policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs))
-        scored.append(replace(g, completions=tuple(with_both)))
+    for g, policy_rows, ref_rows in zip(groups, policy, ref, strict=True):
+        completions = (
+            replace(c, policy_logprobs=p, ref_logprobs=r)
+            for c, p, r in zip(g.completions, policy_rows, ref_rows, strict=True)
+        )
+        scored.append(replace(g, completions=tuple(completions)))
     return scored
+
+
+def _group_logprobs(
+    groups: Sequence[CompletionGroup],
+    wanted: Sequence[bool],
+    function: LogprobFunction | None,
+    name: str,
+) -> list[list[tuple[float, ...]]]:
+    """Log-probabilities of each completion of the wanted groups; () for those of the others."""
+    chosen = [g for g, w in zip(groups, wanted, strict=True) if w and function is not None]
+    prompts = [g.prompt_ids for g in chosen for _ in g.completions]
+    completions = [c.token_ids for g in chosen for c in g.completions]
+    logprobs: list[tuple[float, ...]] = []
+    if function is not None and completions:
+        logprobs = function(prompts, completions)
+        owners = [g.prompt_id for g in chosen for _ in g.completions]
+        refuse_non_finite(name, owners, [sum(row) for row in logprobs])
+    rows = iter(logprobs)
+    is_chosen = {id(g) for g in chosen}
+    return [
+        [next(rows) for _ in g.completions] if id(g) in is_chosen else _not_computed(g)
+        for g in groups
+    ]
+
+
+def _not_computed(group: CompletionGroup) -> list[tuple[float, ...]]:
+    return [()] * len(group.completions)
 
 
 def refuse_non_finite(name: str, prompts: Sequence[str], values: Sequence[float]) -> None:

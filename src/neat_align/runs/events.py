@@ -35,7 +35,10 @@ class RunCallback(TrainerCallback):
         """All stages of `title` are over, also when one of them raised."""
 
     def on_round_made(self, round_index: int, groups: Sequence[CompletionGroup]) -> None:
-        """A round's groups are ready to be learned from; rounds count from 0. Rank 0 only."""
+        """A round's groups are ready to be learned from; rounds count from 0. Rank 0 only.
+
+        They are read from their file as they are asked for: take what is needed, not all of them.
+        """
 
 
 def tell_plan(callbacks: Sequence[TrainerCallback], plan: RunPlan, done_steps: int) -> None:

@@ -18,9 +18,10 @@ from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.ranking import RankBy
 from neat_align.rounds.round_files import (
     FinishedRound,
+    finished_round,
     next_position,
+    read_or_set_aside,
     read_round,
-    set_aside_if_damaged,
 )
 from neat_align.runs.events import stage_reporter
 from neat_align.runs.ranks import Ranks
@@ -89,6 +90,15 @@ class RoundMaker:
         self.rewards = rewards
         self.directory = directory
         self.ranks = ranks
+        # Whether the first round keeps the start policy's log-probabilities although the objective
+        # does not need them: another method of a comparison goes on from it.
+        self.first_round_is_shared = False
+        self._intact: tuple[int, FinishedRound | None] | None = None
+
+    @property
+    def first_round_has_reference(self) -> bool:
+        """Whether the first round has the start policy's log-probabilities of all completions."""
+        return self.args.needs_reference or self.first_round_is_shared
 
     def set_aside_if_damaged(self, index: int) -> None:
         """Set a round aside when its groups are not what was written.
@@ -97,7 +107,11 @@ class RoundMaker:
         """
         folder = self.directory.round_folder(index)
         where = f"before round {index + 1}"
-        self.ranks.run_on_rank_zero(lambda: set_aside_if_damaged(folder), where)
+
+        def work() -> None:
+            self._intact = index, read_or_set_aside(folder)
+
+        self.ranks.run_on_rank_zero(work, where)
 
     def make(
         self,
@@ -121,10 +135,15 @@ class RoundMaker:
             )
         folder = self.directory.round_folder(index)
         where = f"in round {index + 1}; its finished answers and scores are kept"
+        made = self._take_intact(index)
 
         def work() -> None:
+            nonlocal made
+            made = finished_round(folder) if made is None else made
+            if made is not None:
+                return
             with stage_reporter(callbacks, f"round {index + 1}") as progress:
-                make_round(
+                made = make_round(
                     self.rows,
                     num_groups=self.num_groups,
                     position=position,
@@ -136,9 +155,15 @@ class RoundMaker:
                 )
 
         self.ranks.run_on_rank_zero(work, where)
-        made = read_round(folder)
+        # Rank 0 has made it, or read and checked it; each of the others does that for itself.
+        made = read_round(folder) if made is None else made
         assert made is not None
         return made
+
+    def _take_intact(self, index: int) -> FinishedRound | None:
+        """The round that was just checked, which need not be checked again; on rank 0 only."""
+        checked, self._intact = self._intact, None
+        return checked[1] if checked is not None and checked[0] == index else None
 
     def _tools(self, where: str, *, is_start: bool, start_is_current: bool) -> RoundTools:
         policies, keep_reference = self.policies, is_start or self.args.needs_reference
@@ -155,6 +180,7 @@ class RoundMaker:
             negative_sampler=sampler if is_current else policies.start_sampler(),
             policy_logprobs=start_logprobs if both_are_one else policies.logprobs,
             ref_logprobs=start_logprobs,
+            ref_for_all=self.first_round_has_reference,
             batch_size=self.args.generation_batch_size,
             between_batches=lambda: self.ranks.raise_if_this_rank_must_stop(where),
             on_bad_row=check_on_bad_row(self.args.on_bad_row),
