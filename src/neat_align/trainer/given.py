@@ -43,6 +43,12 @@ def checked_optimizers(optimizers: tuple[Any, Any], model: torch.nn.Module) -> t
     return optimizers
 
 
+def refuse_ignore_keys(ignore_keys: Any) -> None:
+    """Raise ConfigError where an evaluation is asked to leave a model's outputs out."""
+    if ignore_keys is not None:
+        raise ConfigError("ignore_keys has no meaning: evaluate samples and collects no outputs")
+
+
 def _not_here(name: str, why: str) -> Callable[..., NoReturn]:
     """A method of Trainer that would do something else than it says: it raises ConfigError."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError, RunInterrupted
+from neat_align.errors import RunInterrupted
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.learning.current_round import CurrentRoundDataset
 from neat_align.learning.objective import LossCounts, MicroBatch
@@ -210,10 +210,7 @@ class NEATTrainer(Trainer):
         if logs.keys() >= {"loss", "learning_rate"} and logged_step(self) == self.state.global_step:
             self.parts.complete_training_log(logs, self.state.global_step)
         if logs.keys() >= {"train_loss", "train_runtime"}:
-            # Trainer divides by the steps since the run was taken up last, where the sum goes back
-            # to the first; and what came after the last log line is this rank's alone.
-            total = self.parts.mean_over_ranks(running_loss(self).total)
-            logs["train_loss"] = total / max(1, self.state.global_step)
+            logs["train_loss"] = self.parts.mean_loss(running_loss(self).total, self.state)
         super().log(logs, start_time)
 
     # ---- a run that survives ----
@@ -286,10 +283,7 @@ class NEATTrainer(Trainer):
 
         `last_evaluation` keeps the whole of it. Raises ConfigError when there are no rows.
         """
-        if ignore_keys is not None:
-            raise ConfigError(
-                "ignore_keys has no meaning: evaluate samples and collects no outputs"
-            )
+        given.refuse_ignore_keys(ignore_keys)
         evaluation = self.parts.evaluate(
             eval_dataset,
             self.callback_handler.callbacks,
@@ -299,9 +293,9 @@ class NEATTrainer(Trainer):
         if self.is_in_train:  # what Trainer decides by it has to be one decision
             evaluation = self.parts.ranks.from_rank_zero(evaluation)
         self.last_evaluation = evaluation
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.last_evaluation.summary().items()}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in evaluation.summary().items()}
         self.log(dict(metrics))
         metrics |= self.parts.unmeasured(metrics)
-        handler = self.callback_handler
-        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        events = self.callback_handler
+        self.control = events.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
@@ -177,10 +177,15 @@ class TrainerParts:
         if self.ranks.is_rank_zero:
             self.data.skipped.write(self.directory.path)
 
-    def mean_over_ranks(self, value: float) -> float:
-        """The mean of all ranks' values. Every rank has to call this."""
-        here = torch.tensor(value, dtype=sum_dtype(self.engine.device), device=self.engine.device)
-        return float(self.engine.sum_over_ranks(here)) / int(self.args.world_size)
+    def mean_loss(self, total: float, state: TrainerState) -> float:
+        """The mean loss of a step since the run began, from this rank's sum. Every rank calls it.
+
+        Trainer divides by the steps since the run was taken up last, where the sum goes back to the
+        first; and what came after the last log line is this rank's alone.
+        """
+        here = torch.tensor(total, dtype=sum_dtype(self.engine.device), device=self.engine.device)
+        mean = float(self.engine.sum_over_ranks(here)) / int(self.args.world_size)
+        return mean / max(1, state.global_step)
 
     def record_start(self) -> None:
         """Write run.json, unless an earlier start of the run has."""
