@@ -1,0 +1,129 @@
+"""Which prompts a model samples together: as many as give each the numbers that it has alone.
+
+Prompts of unequal lengths are sampled together, and what the sampler says of each completion is
+compared with what the model says of the row alone, given its token ids and nothing else. Models
+that ignore the mask over left padding, or read it in a way of their own, are given prompts of one
+length at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+from neat_align.errors import ConfigError
+from neat_align.modeling.logprobs import score_completions
+from neat_align.modeling.self_check import MODEL_ERRORS, rounding_limit
+from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# together: prompts of any lengths, padded on the left, with a mask and positions. one_length:
+# prompts of equal lengths, without mask or positions. one_row: the same, one at a time. whole: one
+# length again, and every token from a pass over the whole row instead of a cache.
+SamplingWay: TypeAlias = Literal["together", "one_length", "one_row", "whole"]
+WAYS: tuple[SamplingWay, ...] = get_args(SamplingWay)
+_IN_WORDS = {
+    "one_length": "only prompts of equal length are sampled together",
+    "one_row": "completions are sampled one at a time",
+    "whole": "completions are sampled without a cache, each token from a pass over its whole row",
+}
+# Tokens of the prompts.
+_LENGTHS = (9, 9, 4)
+# A high temperature draws unlikely tokens, where computations that differ are far apart.
+_PARAMS = SamplingParams(max_new_tokens=4, temperature=2.0)
+# From here on, in nats per token, a difference is no rounding in any number type.
+_NO_ROUNDING = 1.0
+
+Draw: TypeAlias = Callable[[SamplingWay, Sequence[SampleRequest], SamplingParams], list[Sample]]
+
+
+@dataclass
+class KnownWay:
+    """How a model is sampled; None until it was measured."""
+
+    way: SamplingWay | None = None
+
+
+def choose_way(
+    model: torch.nn.Module,
+    draw: Draw,
+    prompts: Sequence[tuple[int, ...]],
+    autocast_dtype: torch.dtype | None,
+) -> SamplingWay:
+    """The fastest way in which `draw` says what the model says of each row alone.
+
+    A warning names the model where it is not the first. Raises ConfigError where there is none.
+    """
+    limit = rounding_limit(model)
+    nats = limit.nats if limit.exact and autocast_dtype is None else max(limit.nats, 0.05)
+    requests = _requests(prompts)
+    differences: list[float] = []
+    for way in WAYS:
+        differences.append(_difference(model, draw, way, requests, autocast_dtype))
+        if not differences[-1] > nats:
+            if way != "together":
+                _warn(model, way, differences[0])
+            return way
+    first, alone = differences[0], min(differences[1:])
+    if not (limit.exact and autocast_dtype is None) and first < min(_NO_ROUNDING, 3 * alone):
+        return "together"  # in half precision, and each alone differs as much: it is rounding
+    raise ConfigError(
+        f"{type(unwrapped(model)).__name__} cannot be sampled from: in no way of sampling do the "
+        "log-probabilities of what was drawn agree with those of a forward pass over the same row "
+        f"alone ({_nats(alone)} apart at best). Choose another model"
+    )
+
+
+def _warn(model: torch.nn.Module, way: SamplingWay, difference: float) -> None:
+    logger.warning(
+        "%s samples other numbers when prompts of unequal lengths stand in a batch than for each "
+        "alone (%s apart): %s, correct but slower",
+        type(unwrapped(model)).__name__,
+        _nats(difference),
+        _IN_WORDS[way],
+    )
+
+
+def _nats(difference: float) -> str:
+    return "it fails" if math.isinf(difference) else f"{difference:.2g} nats per token"
+
+
+def _requests(prompts: Sequence[tuple[int, ...]]) -> list[SampleRequest]:
+    """Two prompts of one length and a shorter one, from the tokens of real ones."""
+    tokens = [token for prompt in prompts for token in prompt]
+    tokens = tokens * -(-2 * max(_LENGTHS) // len(tokens))
+    starts = (0, len(tokens) - _LENGTHS[1], (len(tokens) - _LENGTHS[2]) // 2)
+    return [
+        SampleRequest(tuple(tokens[start : start + length]), seed)
+        for seed, (start, length) in enumerate(zip(starts, _LENGTHS, strict=True))
+    ]
+
+
+def _difference(
+    model: torch.nn.Module,
+    draw: Draw,
+    way: SamplingWay,
+    requests: Sequence[SampleRequest],
+    autocast_dtype: torch.dtype | None,
+) -> float:
+    """Nats per token between the sampler and a pass over each row alone; inf where it fails."""
+    try:
+        samples = draw(way, requests, _PARAMS)
+    except MODEL_ERRORS:
+        return math.inf
+    scored = score_completions(
+        model,
+        [r.prompt_ids for r in requests],
+        [s.token_ids for s in samples],
+        layout="unpadded",
+        pad_token_id=0,
+        autocast_dtype=autocast_dtype,
+    )
+    return max(abs(s.logprob - sum(row)) / len(row) for s, row in zip(samples, scored, strict=True))
