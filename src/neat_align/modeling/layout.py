@@ -16,11 +16,11 @@ import torch
 from neat_align.modeling.logprobs import packed_logprobs, padded_logprobs
 from neat_align.modeling.packing import Layout, TokenIds, pack_rows, pad_rows
 from neat_align.modeling.precision import inference
+from neat_align.modeling.rounding import rounding_limit
 from neat_align.modeling.self_check import (
     MODEL_ERRORS,
     check_alone,
     difference_in_a_batch,
-    rounding_limit,
     showing_adapter,
 )
 from neat_align.modeling.shared_prefix import shortest_window, unwrapped, why_not_packed

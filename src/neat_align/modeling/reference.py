@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from neat_align.errors import ConfigError
+from neat_align.modeling.shared_prefix import adds_virtual_tokens
 
 # Opens the start policy: a frozen copy, or the trained model with its adapter switched off.
 Reference = Callable[[], AbstractContextManager[torch.nn.Module]]
@@ -39,10 +40,23 @@ def start_policy(
         return _frozen(given, trained), trained
     if peft_config is not None:
         return _adapter_off(trained), trained
-    return _frozen(copy.deepcopy(trained), trained), trained
+    try:
+        start = copy.deepcopy(trained)
+    except RuntimeError as error:
+        # torch copies no weight that is computed from another: peft ties adapters in this way.
+        raise ConfigError(
+            "the start policy cannot be copied from the model "
+            f"({' '.join(str(error).split())[:200]}): pass the model without its adapter and "
+            "peft_config, or pass ref_model"
+        ) from error
+    return _frozen(start, trained), trained
 
 
 def _adapter_off(trained: Any) -> Reference:
+    if adds_virtual_tokens(trained):
+        # The model below knows nothing of them.
+        return lambda: contextlib.nullcontext(trained.get_base_model())
+
     @contextlib.contextmanager
     def adapter_off() -> Iterator[torch.nn.Module]:
         with trained.disable_adapter():

@@ -9,6 +9,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from neat_align.errors import ConfigError
 
+# Parts of the names of what modules drop, or shake their input by, in training.
+_RANDOM = ("dropout", "layerdrop", "drop_path", "jitter")
+
 
 def check_policy(
     model: Any, tokenizer: Any, max_prompt_length: int, max_completion_length: int
@@ -81,13 +84,17 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to zero.
+    """Set every dropout probability to zero, and the noise of a mixture of experts' router.
 
-    Of dropout modules, and those that attention and OPT's layers keep as numbers.
+    Of dropout modules, and those that attention, OPT's layers, routers and adapters keep as
+    numbers. `self_check.check_training_forward` finds what is left.
     """
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        is_dropout = "dropout" in type(module).__name__.lower()
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+            if not (any(part in name for part in _RANDOM) or (is_dropout and name == "p")):
+                continue
+            if isinstance(value, float):
                 setattr(module, name, 0.0)
+            elif isinstance(value, dict):  # an adapter's, by its name
+                value.update({k: 0.0 for k, v in value.items() if isinstance(v, float)})

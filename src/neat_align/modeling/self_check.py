@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from neat_align.errors import ConfigError
 from neat_align.modeling.logprobs import padded_logprobs
 from neat_align.modeling.packing import PaddedRows, TokenIds, pad_rows
 from neat_align.modeling.precision import inference
+from neat_align.modeling.rounding import rounding_limit
 from neat_align.modeling.shared_prefix import unwrapped
 
 # What a model's own code has been seen to raise on rows that it was not made for.
@@ -38,44 +38,6 @@ MODEL_ERRORS = (
 _LENGTHS = ((9, 3), (4, 6), (6, 1))
 # Options of a model's configuration that make its forward pass in training a random one.
 _RANDOM_OPTIONS = ("dropout", "drop_path", "layerdrop", "jitter", "noise")
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How far two computations of the same log-probabilities may be apart, in nats per token.
-
-    fp32: at the worst token. Otherwise on average: half precision and quantised weights round
-    differently in every shape, and another attention is off by far more than that.
-    """
-
-    nats: float
-    exact: bool
-
-    def measure(self, difference: Float[Tensor, " tokens"]) -> float:
-        """The difference that is held against `nats`; not a number where the weights are broken."""
-        return float(difference.abs().max() if self.exact else difference.abs().mean())
-
-    def is_passed_by(self, difference: float) -> bool:
-        """Whether this is more than rounding; broken weights, whose numbers are none, never do."""
-        return difference > self.nats
-
-
-def rounding_limit(model: torch.nn.Module) -> Limit:
-    """What rounding explains, from the number types of the model's weights."""
-    quantised = getattr(unwrapped(model).config, "quantization_config", None) is not None
-    types = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
-    exact = not quantised and all(
-        dtype == torch.float32 and _multiplies_exactly(device) for dtype, device in types
-    )
-    return Limit(1e-3, True) if exact else Limit(0.05, False)
-
-
-def _multiplies_exactly(device: torch.device) -> bool:
-    """Whether fp32 products keep fp32's bits: a GPU may be told to drop half of them (TF32)."""
-    if device.type in ("cpu", "meta"):
-        return True
-    values = torch.full((64, 64), 1 + 2**-12, device=device)
-    return bool(torch.equal(values @ torch.eye(64, device=device), values))
 
 
 def tiny_rows(prompts: Sequence[TokenIds], *, one_at_a_time: bool = False) -> PaddedRows:

@@ -18,7 +18,8 @@ import torch
 
 from neat_align.errors import ConfigError
 from neat_align.modeling.logprobs import score_completions
-from neat_align.modeling.self_check import MODEL_ERRORS, rounding_limit
+from neat_align.modeling.rounding import rounding_limit
+from neat_align.modeling.self_check import MODEL_ERRORS
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 
@@ -35,7 +36,7 @@ _IN_WORDS = {
     "whole": "completions are sampled without a cache, each token from a pass over its whole row",
 }
 # Tokens of the prompts.
-_LENGTHS = (9, 9, 4)
+_LENGTHS = (12, 12, 3)
 # A high temperature draws unlikely tokens, where computations that differ are far apart.
 _PARAMS = SamplingParams(max_new_tokens=4, temperature=2.0)
 # From here on, in nats per token, a difference is no rounding in any number type.
@@ -77,14 +78,14 @@ def choose_way(
     raise ConfigError(
         f"{type(unwrapped(model)).__name__} cannot be sampled from: in no way of sampling do the "
         "log-probabilities of what was drawn agree with those of a forward pass over the same row "
-        f"alone ({_nats(alone)} apart at best). Choose another model"
+        f"alone (at best: {_nats(alone)}). Choose another model"
     )
 
 
 def _warn(model: torch.nn.Module, way: SamplingWay, difference: float) -> None:
     logger.warning(
-        "%s samples other numbers when prompts of unequal lengths stand in a batch than for each "
-        "alone (%s apart): %s, correct but slower",
+        "%s gives what it samples other log-probabilities in a batch of prompts of unequal lengths "
+        "than for each alone (%s): %s, correct but slower",
         type(unwrapped(model)).__name__,
         _nats(difference),
         _IN_WORDS[way],
@@ -92,7 +93,9 @@ def _warn(model: torch.nn.Module, way: SamplingWay, difference: float) -> None:
 
 
 def _nats(difference: float) -> str:
-    return "it fails" if math.isinf(difference) else f"{difference:.2g} nats per token"
+    if math.isinf(difference):
+        return "its code fails"
+    return f"{difference:.2g} nats per token apart"
 
 
 def _requests(prompts: Sequence[tuple[int, ...]]) -> list[SampleRequest]:

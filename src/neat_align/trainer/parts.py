@@ -29,6 +29,7 @@ from neat_align.trainer.setup import (
     PolicySetup,
     Rewards,
     TrainingData,
+    first_prompts,
     judged_by_start,
     layout_for,
 )
@@ -164,6 +165,7 @@ def compose(
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round)
     layout = layout_for(args, setup, data, sharded=sharded)
     policies = _policies(args, setup, layout, conversational=data.conversational)
+    policies.settle_sampling(first_prompts(setup, data))
     return TrainerParts(
         args=args,
         data=data,
