@@ -88,6 +88,8 @@ def _disagreement(
     try:
         with inference(model, None):
             difference = packed_logprobs(model, packed) - padded_logprobs(model, padded)
+    except torch.OutOfMemoryError:
+        raise
     except MODEL_ERRORS as error:
         return f"{type(unwrapped(model)).__name__} fails on packed rows ({error})"
     limit = rounding_limit(model)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows, parts
 from neat_align.modeling.outputs import forward
@@ -75,7 +76,8 @@ def _logits_read(
         taken.append(True)
         return (at(states), *inputs[1:])
 
-    head = unwrapped(model).get_output_embeddings()
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
     with contextlib.ExitStack() as opened:
         if head is not None:
             opened.callback(head.register_forward_pre_hook(take).remove)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from neat_align.modeling.shared_prefix import unwrapped
 
@@ -28,9 +29,7 @@ _PLAIN: Mapping[str, bool] = {
 @contextlib.contextmanager
 def plain_outputs(model: torch.nn.Module) -> Iterator[None]:
     """While open, the model's configuration asks for logits alone, in an output with names."""
-    config = unwrapped(model).config
-    # Of a model of text and images, both: its parts read their own.
-    configs = {id(c): c for c in (config, config.get_text_config())}
+    configs = {id(c): c for c in _configs(model)}
     before = [
         (values, name, values[name])
         for values in map(vars, configs.values())
@@ -54,7 +53,15 @@ def forward(model: torch.nn.Module, **inputs: Any) -> Any:
 
 def adds_auxiliary_loss(model: torch.nn.Module) -> bool:
     """Whether the configuration asks for a loss beside the one of the tokens."""
-    config = unwrapped(model).config
-    return any(
-        bool(getattr(c, "output_router_logits", False)) for c in (config, config.get_text_config())
-    )
+    return any(bool(getattr(c, "output_router_logits", False)) for c in _configs(model))
+
+
+def _configs(model: torch.nn.Module) -> tuple[PreTrainedConfig, ...]:
+    """The configuration, and that of the text model in it: of a model of text and images, both.
+
+    Its parts read their own. A module of the caller's own has none.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        return ()
+    return (inner.config, inner.config.get_text_config())

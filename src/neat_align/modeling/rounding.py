@@ -22,13 +22,17 @@ class Limit:
     nats: float
     exact: bool
 
-    def measure(self, difference: Float[Tensor, " tokens"]) -> float:
+    def measure(self, difference: Float[Tensor, "..."]) -> float:
         """The difference that is held against `nats`; not a number where the weights are broken."""
         return float(difference.abs().max() if self.exact else difference.abs().mean())
 
     def is_passed_by(self, difference: float) -> bool:
         """Whether this is more than rounding; broken weights, whose numbers are none, never do."""
         return difference > self.nats
+
+
+EXACT = Limit(1e-3, True)
+HALF_PRECISION = Limit(0.05, False)
 
 
 def rounding_limit(model: torch.nn.Module) -> Limit:
@@ -38,7 +42,7 @@ def rounding_limit(model: torch.nn.Module) -> Limit:
     exact = not quantised and all(
         dtype == torch.float32 and _multiplies_exactly(device) for dtype, device in types
     )
-    return Limit(1e-3, True) if exact else Limit(0.05, False)
+    return EXACT if exact else HALF_PRECISION
 
 
 def _multiplies_exactly(device: torch.device) -> bool:

@@ -65,6 +65,8 @@ def difference_in_a_batch(model: torch.nn.Module, prompts: Sequence[TokenIds]) -
     try:
         with inference(model, None):
             batch = _logprobs(model, tiny_rows(prompts))
+    except torch.OutOfMemoryError:
+        raise
     except MODEL_ERRORS:
         return float("inf")
     with inference(model, None):
@@ -86,6 +88,8 @@ def check_alone(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> None:
                 _logprobs(model, tiny_rows(prompts, one_at_a_time=True)) for _ in range(2)
             )
             shorter = _first_tokens(model, prompts)
+    except torch.OutOfMemoryError:
+        raise
     except MODEL_ERRORS as error:
         raise ConfigError(
             f"{_named(model)} fails when it is given token ids and nothing else "

@@ -16,9 +16,9 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from neat_align.errors import ConfigError
+from neat_align.errors import CollapseError, ConfigError
 from neat_align.modeling.logprobs import score_completions
-from neat_align.modeling.rounding import rounding_limit
+from neat_align.modeling.rounding import HALF_PRECISION, rounding_limit
 from neat_align.modeling.self_check import MODEL_ERRORS
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
@@ -63,17 +63,29 @@ def choose_way(
     A warning names the model where it is not the first. Raises ConfigError where there is none.
     """
     limit = rounding_limit(model)
-    nats = limit.nats if limit.exact and autocast_dtype is None else max(limit.nats, 0.05)
+    exact = limit.exact and autocast_dtype is None
+    nats = limit.nats if exact else HALF_PRECISION.nats
     requests = _requests(prompts)
-    differences: list[float] = []
+    tried: list[float] = []
+    failed: list[Exception] = []
     for way in WAYS:
-        differences.append(_difference(model, draw, way, requests, autocast_dtype))
-        if not differences[-1] > nats:
+        try:
+            samples = draw(way, requests, _PARAMS)
+        except (torch.OutOfMemoryError, CollapseError):
+            raise
+        except MODEL_ERRORS as error:
+            failed.append(error)
+            tried.append(math.inf)
+            continue
+        tried.append(_difference(model, requests, samples, autocast_dtype))
+        if not tried[-1] > nats:
             if way != "together":
-                _warn(model, way, differences[0])
+                _warn(model, way, tried[0])
             return way
-    first, alone = differences[0], min(differences[1:])
-    if not (limit.exact and autocast_dtype is None) and first < min(_NO_ROUNDING, 3 * alone):
+    if len(failed) == len(tried):
+        raise failed[0]
+    first, alone = tried[0], min(tried[1:])
+    if not exact and first < min(_NO_ROUNDING, 3 * alone):
         return "together"  # in half precision, and each alone differs as much: it is rounding
     raise ConfigError(
         f"{type(unwrapped(model)).__name__} cannot be sampled from: in no way of sampling do the "
@@ -111,16 +123,11 @@ def _requests(prompts: Sequence[tuple[int, ...]]) -> list[SampleRequest]:
 
 def _difference(
     model: torch.nn.Module,
-    draw: Draw,
-    way: SamplingWay,
     requests: Sequence[SampleRequest],
+    samples: Sequence[Sample],
     autocast_dtype: torch.dtype | None,
 ) -> float:
-    """Nats per token between the sampler and a pass over each row alone; inf where it fails."""
-    try:
-        samples = draw(way, requests, _PARAMS)
-    except MODEL_ERRORS:
-        return math.inf
+    """Nats per token between the sampler's numbers and a pass over each row alone, at the worst."""
     scored = score_completions(
         model,
         [r.prompt_ids for r in requests],
