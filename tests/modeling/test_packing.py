@@ -145,8 +145,10 @@ def test_one_completion_without_them_means_that_the_batch_has_none(last: tuple[f
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
     moved = collated(two_groups()).to("meta")
-    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)] + list(
-        v for v in vars(moved.rows).values() if isinstance(v, torch.Tensor)
-    )
+    tensors = [
+        v
+        for v in (*vars(moved).values(), *vars(moved.rows).values())
+        if isinstance(v, torch.Tensor)
+    ]
     assert len(tensors) == 12
     assert {t.device.type for t in tensors} == {"meta"}
