@@ -64,7 +64,7 @@ def adapter_logprobs(
     model.eval()
     device = next(model.parameters()).device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             logits: Tensor = forward(model, input_ids=tokens[None].to(device), use_cache=False)[
                 "logits"
             ]

@@ -64,46 +64,51 @@ def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.
     from peft import PeftModel
 
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
-    copied = _copy(inner)
-    if isinstance(copied, PeftModel):
-        copied = _without_adapter(inner, copied)
-    if copied is None:
-        return None
-    # Parameters only: a rotary embedding's frequencies are a buffer, and in half precision late
-    # positions would run together.
-    for parameter in copied.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    if "base_model_torch_dtype" in vars(copied):
-        # Older peft notes it once; prefix tuning makes its keys in this type.
-        vars(copied)["base_model_torch_dtype"] = dtype
-    return copied.requires_grad_(False).eval()
-
-
-def _copy(inner: torch.nn.Module) -> torch.nn.Module | None:
-    from accelerate.utils import extract_model_from_parallel
-
     try:
-        copied: Any = extract_model_from_parallel(copy.deepcopy(inner), keep_fp32_wrapper=False)
+        copied = _copy(inner)
+        if isinstance(copied, PeftModel):
+            copied = _without_adapter(inner, copied)
+        _to_type(copied, dtype)
+        if isinstance(copied, PeftModel):  # some keep numbers in fp32 that meet those of the model
+            adapter_logprobs(copied, probed_tokens(copied))
     except RuntimeError as error:
         # torch copies no weight that is computed from another: peft ties adapters in this way.
         _say_once(
-            f"{type(unwrapped(inner)).__name__} cannot be copied for sampling "
+            f"{type(unwrapped(inner)).__name__} cannot be copied in {dtype} for sampling "
             f"({' '.join(str(error).split())[:100]}): completions are sampled from the policy "
             "itself, which is slower on a CPU"
         )
         return None
+    return copied.requires_grad_(False).eval()
+
+
+def _to_type(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: a rotary embedding's frequencies are a buffer, and in half precision late
+    positions would run together.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    if "base_model_torch_dtype" in vars(model):
+        # Older peft notes it once; prefix tuning makes its keys in this type.
+        vars(model)["base_model_torch_dtype"] = dtype
+
+
+def _copy(inner: torch.nn.Module) -> torch.nn.Module:
+    from accelerate.utils import extract_model_from_parallel
+
+    # Without accelerate's wrapper, which would put autocast around it.
+    copied: Any = extract_model_from_parallel(copy.deepcopy(inner), keep_fp32_wrapper=False)
     return cast("torch.nn.Module", copied)
 
 
-def _without_adapter(inner: torch.nn.Module, copied: torch.nn.Module) -> torch.nn.Module | None:
+def _without_adapter(inner: torch.nn.Module, copied: torch.nn.Module) -> torch.nn.Module:
     """The copy with its adapter merged, else another copy as it is."""
-    unwrapped_inner: Any = inner
     if adds_virtual_tokens(copied):
         _say_once(_unmerged(inner, "it adds virtual tokens"))
         return copied
     try:
-        return merged(copied, adapter_logprobs(unwrapped_inner, probed_tokens(unwrapped_inner)))
+        return merged(copied, adapter_logprobs(copied, probed_tokens(copied)))
     except CannotMergeError as error:
         _say_once(_unmerged(inner, str(error)))
     return _copy(inner)

@@ -82,6 +82,11 @@ def check_alone(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> None:
     """
     name = type(unwrapped(model)).__name__
     limit = rounding_limit(model)
+    if invocation_tokens(model):
+        raise ConfigError(
+            "the adapter has alora_invocation_tokens and acts only after them: one row of a batch, "
+            "and one new token, does not say where that is; use LoRA without them"
+        )
     try:
         with inference(model, None):
             first, again = (
@@ -126,12 +131,22 @@ def _first_tokens(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> Float[
     return _logprobs(model, cut)
 
 
+def invocation_tokens(model: torch.nn.Module) -> Sequence[int]:
+    """Tokens after which an adapter begins to act (aLoRA); none for every other adapter."""
+    from peft import LoraConfig, PeftModel
+
+    if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, LoraConfig):
+        return ()
+    return model.active_peft_config.alora_invocation_tokens or ()
+
+
 def _named(model: torch.nn.Module) -> str:
     from peft import PeftModel
 
     name = type(unwrapped(model)).__name__
     if isinstance(model, PeftModel):
-        return f"{name} with the adapter ({model.active_peft_config.peft_type})"
+        kind = model.active_peft_config.peft_type
+        return f"{name} with the adapter ({getattr(kind, 'value', kind)})"
     return name
 
 
