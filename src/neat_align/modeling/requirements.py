@@ -10,7 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from neat_align.errors import ConfigError
 
 # Parts of the names of what modules drop, or shake their input by, in training.
-_RANDOM = ("dropout", "layerdrop", "drop_path", "jitter")
+_RANDOM = ("dropout", "layerdrop", "drop_path")
+# Noise of routers. Not PhiMoE's `router_jitter_noise`: it decides who is routed in evaluation, too.
+_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
 def check_policy(
@@ -92,7 +94,8 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         is_dropout = "dropout" in type(module).__name__.lower()
         for name, value in list(vars(module).items()):
-            if not (any(part in name for part in _RANDOM) or (is_dropout and name == "p")):
+            named = name in _NOISE or any(part in name for part in _RANDOM)
+            if not named and not (is_dropout and name == "p"):
                 continue
             if isinstance(value, float):
                 setattr(module, name, 0.0)
