@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from neat_align.modeling.shared_prefix import unwrapped
 
@@ -37,7 +38,11 @@ HALF_PRECISION = Limit(0.05, False)
 
 def rounding_limit(model: torch.nn.Module) -> Limit:
     """What rounding explains, from the number types of the model's weights."""
-    quantised = getattr(unwrapped(model).config, "quantization_config", None) is not None
+    inner = unwrapped(model)
+    quantised = (
+        isinstance(inner, PreTrainedModel)
+        and getattr(inner.config, "quantization_config", None) is not None
+    )
     types = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
     exact = not quantised and all(
         dtype == torch.float32 and _multiplies_exactly(device) for dtype, device in types

@@ -18,7 +18,7 @@ import torch
 
 from neat_align.errors import CollapseError, ConfigError
 from neat_align.modeling.logprobs import score_completions
-from neat_align.modeling.rounding import HALF_PRECISION, rounding_limit
+from neat_align.modeling.rounding import EXACT, rounding_limit
 from neat_align.modeling.self_check import MODEL_ERRORS
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
@@ -37,10 +37,13 @@ _IN_WORDS = {
 }
 # Tokens of the prompts.
 _LENGTHS = (12, 12, 3)
-# A high temperature draws unlikely tokens, where computations that differ are far apart.
-_PARAMS = SamplingParams(max_new_tokens=4, temperature=2.0)
-# From here on, in nats per token, a difference is no rounding in any number type.
-_NO_ROUNDING = 1.0
+_NEW_TOKENS = 4
+# In exact numbers a high temperature draws unlikely tokens, where computations that differ are far
+# apart; in half precision those are the ones that rounding moves most.
+_TEMPERATURES = {True: 2.0, False: 1.0}
+# In half precision, in nats per token: what is always rounding, and from where on nothing is; in
+# between, so many times what a row alone shows.
+_HALF_PRECISION, _NO_ROUNDING, _ROUNDING = 0.01, 1.0, 5
 
 Draw: TypeAlias = Callable[[SamplingWay, Sequence[SampleRequest], SamplingParams], list[Sample]]
 
@@ -62,35 +65,40 @@ def choose_way(
 
     A warning names the model where it is not the first. Raises ConfigError where there is none.
     """
-    limit = rounding_limit(model)
-    exact = limit.exact and autocast_dtype is None
-    nats = limit.nats if exact else HALF_PRECISION.nats
+    exact = rounding_limit(model).exact and autocast_dtype is None
+    params = SamplingParams(_NEW_TOKENS, temperature=_TEMPERATURES[exact])
     requests = _requests(prompts)
-    tried: list[float] = []
     failed: list[Exception] = []
-    for way in WAYS:
+
+    def difference(way: SamplingWay) -> float:
         try:
-            samples = draw(way, requests, _PARAMS)
+            samples = draw(way, requests, params)
         except (torch.OutOfMemoryError, CollapseError):
             raise
         except MODEL_ERRORS as error:
             failed.append(error)
-            tried.append(math.inf)
-            continue
-        tried.append(_difference(model, requests, samples, autocast_dtype))
-        if not tried[-1] > nats:
-            if way != "together":
-                _warn(model, way, tried[0])
+            return math.inf
+        return _difference(model, requests, samples, autocast_dtype)
+
+    first = difference("together")
+    limit = EXACT.nats if exact else _HALF_PRECISION
+    if first > limit and not exact:
+        limit = max(limit, min(_ROUNDING * difference("one_row"), _NO_ROUNDING))
+    if not first > limit:
+        return "together"
+    best = math.inf
+    for way in WAYS[1:]:
+        found = difference(way)
+        if not found > limit:
+            _warn(model, way, first)
             return way
-    if len(failed) == len(tried):
+        best = min(best, found)
+    if math.isinf(first) and math.isinf(best):
         raise failed[0]
-    first, alone = tried[0], min(tried[1:])
-    if not exact and first < min(_NO_ROUNDING, 3 * alone):
-        return "together"  # in half precision, and each alone differs as much: it is rounding
     raise ConfigError(
         f"{type(unwrapped(model)).__name__} cannot be sampled from: in no way of sampling do the "
         "log-probabilities of what was drawn agree with those of a forward pass over the same row "
-        f"alone (at best: {_nats(alone)}). Choose another model"
+        f"alone (at best: {_nats(best)}). Choose another model"
     )
 
 

@@ -247,7 +247,7 @@ def layout_for(
     )
     if args.disable_dropout:
         with showing_adapter(setup.model):
-            check_training_forward(setup.model, prompts)
+            check_training_forward(setup.model, prompts, one_at_a_time=layout == "unpadded")
     if setup.reference_given:  # it is scored in the same layout
         with setup.reference() as start:
             its_own = choose_layout(
