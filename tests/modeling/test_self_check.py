@@ -296,7 +296,6 @@ def test_experts_drawn_at_random_in_training_are_refused() -> None:
             num_experts_per_tok=2,
             lm_head_bias=False,
             attention_bias=False,
-            router_jitter_noise=0.5,
         )
     )
     scored = alone(model.eval(), PROMPTS[0], COMPLETIONS[0])

@@ -21,7 +21,7 @@ from neat_align.errors import ConfigError
 from neat_align.modeling.logprobs import padded_logprobs
 from neat_align.modeling.packing import PaddedRows, TokenIds, pad_rows
 from neat_align.modeling.precision import inference
-from neat_align.modeling.rounding import rounding_limit
+from neat_align.modeling.rounding import Limit, rounding_limit
 from neat_align.modeling.shared_prefix import unwrapped
 
 # What a model's own code has been seen to raise on rows that it was not made for.
@@ -37,8 +37,8 @@ MODEL_ERRORS = (
 )
 # (prompt, completion) lengths of the tiny rows: unequal in both and in sum.
 _LENGTHS = ((9, 3), (4, 6), (6, 1))
-# Forward passes in training mode: what is random may not show in each.
-_PASSES = 4
+# Of a model that draws random numbers in training mode: more passes, over up to so many tokens.
+_RANDOM_PASSES, _LONG = 8, 128
 # Parts of the names of a configuration's options that make the forward pass in training a random
 # one.
 _RANDOM_OPTIONS = ("dropout", "drop_path", "layerdrop", "jitter", "noise")
@@ -137,6 +137,20 @@ def _first_tokens(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> Float[
     return _logprobs(model, cut)
 
 
+def check_autocast(model: torch.nn.Module, prompts: Sequence[TokenIds], dtype: torch.dtype) -> None:
+    """Refuse a model whose code fails under autocast. Raises ConfigError."""
+    try:
+        with inference(model, dtype):
+            _logprobs(model, tiny_rows(prompts, one_at_a_time=True))
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS as error:
+        raise ConfigError(
+            f"{_named(model)} fails when it computes in {str(dtype).removeprefix('torch.')} "
+            f"autocast ({' '.join(str(error).split())[:200]}): set bf16 (or fp16) to false"
+        ) from error
+
+
 def invocation_tokens(model: torch.nn.Module) -> Sequence[int]:
     """Tokens after which an adapter begins to act (aLoRA); none for every other adapter."""
     from peft import LoraConfig, PeftModel
@@ -169,12 +183,12 @@ def check_training_forward(
     rows = tiny_rows(prompts, one_at_a_time=one_at_a_time)
     was_training = model.training
     device = next(model.parameters()).device
-    with inference(model, None):
-        scored = _logprobs(model, rows)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            model.train()
-            differences = [limit.measure(_logprobs(model, rows) - scored) for _ in range(_PASSES)]
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            difference, draws = _difference_in_training(model, rows, limit)
+            if draws:  # what is random need not show in every token
+                for long in [_long_rows(prompts, one_at_a_time)] * _RANDOM_PASSES:
+                    difference = max(difference, _difference_in_training(model, long, limit)[0])
     except torch.OutOfMemoryError:
         raise
     except MODEL_ERRORS as error:
@@ -184,17 +198,43 @@ def check_training_forward(
         ) from error
     finally:
         model.train(was_training)
-    if not limit.is_passed_by(max(differences)):
+    if not limit.is_passed_by(difference):
         return
     random = _random_options(model)
     where = f" (its configuration has {', '.join(random)})" if random else ""
     raise ConfigError(
         f"{name} computes something else in training mode than in evaluation mode, "
-        f"{max(differences):.2g} nats per token apart{where}: the policy that learns would not be "
+        f"{difference:.2g} nats per token apart{where}: the policy that learns would not be "
         "the one that samples and is scored. Switch off what adds noise or drops parts of the "
         "model in training (in its configuration, or a hook that was put on it), or choose another "
         "model"
     )
+
+
+def _difference_in_training(
+    model: torch.nn.Module, rows: PaddedRows, limit: Limit
+) -> tuple[float, bool]:
+    """Nats per token between both modes, and whether training mode drew random numbers."""
+    device = next(model.parameters()).device
+    with inference(model, None):
+        scored = _logprobs(model, rows)
+    model.train()
+    before = _random_state(device)
+    with torch.no_grad():
+        difference = limit.measure(_logprobs(model, rows) - scored)
+    return difference, not torch.equal(before, _random_state(device))
+
+
+def _long_rows(prompts: Sequence[TokenIds], one_at_a_time: bool) -> PaddedRows:
+    """The prompts themselves, or their first tokens, all but the first of each predicted."""
+    rows = [list(p if len(p) > 1 else [*p, *p])[:_LONG] for p in prompts]
+    return pad_rows(
+        [row[:1] for row in rows], [row[1:] for row in rows], 0, one_at_a_time=one_at_a_time
+    )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _random_options(model: torch.nn.Module) -> list[str]:

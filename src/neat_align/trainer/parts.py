@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
@@ -29,6 +28,7 @@ from neat_align.trainer.setup import (
     PolicySetup,
     Rewards,
     TrainingData,
+    autocast_dtype,
     first_prompts,
     judged_by_start,
     layout_for,
@@ -200,7 +200,7 @@ def compose(
 def _policies(
     args: NEATConfig, setup: PolicySetup, layout: Layout, *, conversational: bool
 ) -> Policies:
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtype = autocast_dtype(args)
     on_cpu = args.device.type == "cpu"
     copies = args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu)
     return Policies(

@@ -22,7 +22,11 @@ from neat_align.modeling.requirements import (
     check_trainable_weights,
     disable_dropout,
 )
-from neat_align.modeling.self_check import check_training_forward, showing_adapter
+from neat_align.modeling.self_check import (
+    check_autocast,
+    check_training_forward,
+    showing_adapter,
+)
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity, load_bank
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
@@ -248,6 +252,9 @@ def layout_for(
     if args.disable_dropout:
         with showing_adapter(setup.model):
             check_training_forward(setup.model, prompts, one_at_a_time=layout == "unpadded")
+    dtype = autocast_dtype(args)
+    if dtype is not None:
+        check_autocast(setup.model, prompts, dtype)
     if setup.reference_given:  # it is scored in the same layout
         with setup.reference() as start:
             its_own = choose_layout(
@@ -259,6 +266,11 @@ def layout_for(
             )
         layout = min(layout, its_own, key=LAYOUTS_BY_CARE.index)
     return layout
+
+
+def autocast_dtype(args: NEATConfig) -> torch.dtype | None:
+    """What the model computes in; None: in its weights' own type."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def first_prompts(setup: PolicySetup, data: TrainingData) -> list[list[int]]:
