@@ -73,8 +73,10 @@ def choose_way(
     def difference(way: SamplingWay) -> float:
         try:
             samples = draw(way, requests, params)
-        except (torch.OutOfMemoryError, CollapseError):
+        except torch.OutOfMemoryError:
             raise
+        except CollapseError:
+            return math.nan  # broken weights: the draw that is asked for will say so
         except MODEL_ERRORS as error:
             failed.append(error)
             return math.inf
