@@ -124,19 +124,8 @@ class AllLogits(torch.nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        use_cache: bool,
-    ) -> CausalLMOutput:
-        logits = self.inner(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-        ).logits
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> CausalLMOutput:
+        logits = self.inner(input_ids=input_ids, use_cache=use_cache).logits
         return CausalLMOutput(logits=logits)
 
 
@@ -165,7 +154,7 @@ def test_only_the_completions_logits_are_computed_behind_wrappers_too() -> None:
             lambda _, __, output, kept=kept: kept.append(output.logits.shape[1])
         )
         completion_logits(model, rows)
-        assert kept == [7]  # six completion tokens and the position before them, of fourteen
+        assert kept == [6]  # six completion tokens, of nine positions
 
 
 # ---- prompt tokens are never in a loss -----------------------------------------------------------
@@ -187,7 +176,7 @@ def test_no_gradient_reaches_the_logits_of_prompt_tokens_or_padding() -> None:
     width = rows.input_ids.shape[1]
     for r, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         # The last prompt position, and all but the last token.
-        predicts = set(range(width - 6 - 1, width - 6 - 1 + len(c)))
+        predicts = set(range(len(p) - 1, len(p) - 1 + len(c)))
         touched = {t for t in range(width) if logits.grad[r, t].any()}
         assert touched == predicts, (p, c)
 

@@ -54,19 +54,19 @@ def collated(groups: list[CompletionGroup], *, lm_on_bad_origins: bool = False) 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def test_prompts_are_padded_left_and_completions_right() -> None:
+def test_rows_are_padded_on_the_right_only() -> None:
     rows = pad_rows([[5, 6, 7], [8]], [[2], [3, 4]], PAD)
-    assert rows.input_ids.tolist() == [[5, 6, 7, 2, 0], [0, 0, 8, 3, 4]]
-    assert rows.attention_mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
-    assert rows.position_ids[0, :4].tolist() == [0, 1, 2, 3]
-    assert rows.position_ids[1].tolist() == [0, 0, 0, 1, 2]
+    assert rows.input_ids.tolist() == [[5, 6, 7, 2], [8, 3, 4, PAD]]
+    assert rows.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    # The prompt's last token and all but the completion's; nothing follows a row's last position.
+    assert rows.read_at.tolist() == [[2, 3], [0, 1]]
     assert rows.completion_ids.tolist() == [[2, 0], [3, 4]]
     assert rows.completion_mask.tolist() == [[True, False], [True, True]]
 
 
 def test_masks_go_by_length_where_the_pad_token_is_content() -> None:
     rows = pad_rows([[PAD, 5, PAD], [8, PAD]], [[PAD, PAD], [3, PAD, PAD]], PAD)
-    assert rows.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]
+    assert rows.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert rows.completion_mask.tolist() == [[True, True, False], [True, True, True]]
 
 
@@ -91,7 +91,7 @@ def test_a_batch_of_groups_by_hand() -> None:
     assert keys[1][:2] == [2.0, -1.0]
     assert all(math.isnan(k) for k in keys[1][2:])  # absent
     assert batch.rows.completion_ids[2].tolist() == [8, 9, 9, 2]
-    assert batch.rows.input_ids[4, :4].tolist() == [PAD, PAD, 13, 3]
+    assert batch.rows.input_ids[4].tolist() == [13, 3, 2, PAD, PAD, PAD, PAD]
 
 
 def test_the_target_is_a_row_and_not_a_slot() -> None:

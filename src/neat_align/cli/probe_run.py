@@ -43,6 +43,7 @@ from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.prompt_order import prompt_at
 from neat_align.runs.run_key import fingerprint
+from neat_align.sampling.batch_check import KnownWay
 from neat_align.sampling.protocol import SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from neat_align.script_arguments import ScriptArguments
@@ -216,18 +217,22 @@ def _tools(
     layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
     # As in a run: a CPU is faster with a half-precision copy than under autocast.
     on_cpu = device.type == "cpu"
-    policy = half_precision_copy(model, COMPUTE) if on_cpu else model
-    autocast_dtype = None if on_cpu else COMPUTE
+    copied = half_precision_copy(model, COMPUTE) if on_cpu else None
+    policy, autocast_dtype = (model, COMPUTE) if copied is None else (copied, None)
+    eos = eos_token_ids(tokenizer, model, conversational=conversational, inputs=inputs)
+    known_way = KnownWay()  # measured in the weights' own type, where what differs is no rounding
+    TransformersSampler(model, eos, tokenizer.pad_token_id, known_way=known_way).settle(
+        [tuple(row) for row in ids[:2]]
+    )
     return ProbeTools(
         tokenizer=tokenizer,
         sampler=TransformersSampler(
             model=policy,
-            eos_token_ids=eos_token_ids(
-                tokenizer, model, conversational=conversational, inputs=inputs
-            ),
+            eos_token_ids=eos,
             pad_token_id=tokenizer.pad_token_id,
             batch_size=settings.generation_batch_size,
             autocast_dtype=autocast_dtype,
+            known_way=known_way,
         ),
         logprobs=functools.partial(
             score_completions,

@@ -91,6 +91,6 @@ class TrainerDefaults(TrainingArguments):
     )
     disable_dropout: bool = option(
         True,
-        "Set every dropout probability to zero, so that the policy that samples is the one that "
-        "learns.",
+        "Set every dropout probability and a router's jitter to zero, so that the policy that "
+        "samples is the one that learns.",
     )

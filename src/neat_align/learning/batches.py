@@ -115,7 +115,12 @@ def _rows(groups: Sequence[CompletionGroup], layout: Layout, pad_token_id: int) 
     if layout == "packed":
         return pack_rows(prompts, completions)
     repeated = [p for p, answers in zip(prompts, completions, strict=True) for _ in answers]
-    return pad_rows(repeated, [ids for answers in completions for ids in answers], pad_token_id)
+    return pad_rows(
+        repeated,
+        [ids for answers in completions for ids in answers],
+        pad_token_id,
+        one_at_a_time=layout == "unpadded",
+    )
 
 
 def _reference_logps(

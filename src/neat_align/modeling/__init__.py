@@ -2,12 +2,17 @@
 
 loading.py        policy and tokenizer by name or path
 text_config.py    the language model's own configuration, and its context
+adapters.py       adapter folders, put on their base model
+merging.py        an adapter merged into the weights below it, where that changes nothing
 requirements.py   what a model must be to be a policy; dropout off
 reference.py      the start policy: a frozen copy, or the adapter switched off
 precision.py      number types: autocast, inference, a half-precision copy
-packing.py        groups as tensors: packed rows (a prompt once) or padded rows
-layout.py         which of the two a model is given: decides, by measuring
+packing.py        groups as tensors: packed rows (a prompt once), padded or unpadded rows
+layout.py         which of them a model is given: decides, by measuring
+self_check.py     a model compared with itself: alone, in a batch, in training mode
+rounding.py       how far apart two computations may be by rounding alone
 known_padding.py  attention masks without asking a GPU whether rows are padded
+outputs.py        a model called for its logits, whatever its configuration asks for
 shared_prefix.py  attention in which the completions of a group share one prompt
 chunked_head.py   log-probabilities of chosen tokens without holding the logits
 logprobs.py       model and rows in, per-token log-probabilities out

@@ -1,8 +1,9 @@
-"""Who decides the layout: packed rows where the model gives the same numbers in them, else padded.
+"""Who decides the layout: the fastest in which a model says what it says of a row alone.
 
 Measured once, before the first step, on a few prompts: an architecture that takes packed rows
 without an error may still compute something else in them. `trainer/setup.py` (`layout_for`) asks,
-unless the configuration (`prefix_sharing: off`) or the way of running rules packed rows out.
+and says whether the configuration (`prefix_sharing: off`) or the way of running rules packed rows
+out.
 """
 
 from __future__ import annotations
@@ -15,26 +16,51 @@ import torch
 from neat_align.modeling.logprobs import packed_logprobs, padded_logprobs
 from neat_align.modeling.packing import Layout, TokenIds, pack_rows, pad_rows
 from neat_align.modeling.precision import inference
+from neat_align.modeling.rounding import rounding_limit
+from neat_align.modeling.self_check import (
+    MODEL_ERRORS,
+    check_alone,
+    difference_in_a_batch,
+    showing_adapter,
+)
 from neat_align.modeling.shared_prefix import shortest_window, unwrapped, why_not_packed
 
 logger = logging.getLogger(__name__)
 # Lengths, in tokens, of what stands in for completions: ordinary, the shortest, and long.
 STAND_IN_LENGTHS = (5, 1, 24)
-# What a model's own code has been seen to raise on a packed row.
-_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 
 
 def choose_layout(
-    model: torch.nn.Module, prompts: Sequence[TokenIds], *, pad_token_id: int, longest: int
+    model: torch.nn.Module,
+    prompts: Sequence[TokenIds],
+    *,
+    pad_token_id: int,
+    longest: int,
+    may_pack: bool = True,
 ) -> Layout:
-    """Packed where it gives what padded rows give on these prompts, else padded.
+    """Packed where it gives what padded rows give on these prompts, else padded, else unpadded.
 
-    A warning says why it is padded. Each prompt is followed by pieces of the others in place of
-    completions: the numbers depend on the layout alone, not on what the text says. `longest` is the
-    most tokens that a prompt and a completion will have: where the model's attention reaches back
-    less far, a prompt is repeated until it is longer than that.
+    Padded rows have to give what the rows give alone. A warning says why it is not packed. Each
+    prompt is followed by pieces of the others in place of completions: the numbers depend on the
+    layout alone, not on what the text says. `longest` is the most tokens that a prompt and a
+    completion will have: where the model's attention reaches back less far, a prompt is repeated
+    until it is longer than that. Without `may_pack` packed rows are not tried. Raises ConfigError
+    for a model that can be scored in no layout.
     """
-    reason = why_not_packed(model) or _disagreement(model, prompts, pad_token_id, longest)
+    with showing_adapter(model):
+        check_alone(model, prompts)
+        in_a_batch = difference_in_a_batch(model, prompts)
+        if in_a_batch is not None:
+            logger.warning(
+                "%s gives a row other log-probabilities in a padded batch than alone (%.2g nats "
+                "per token apart). Rows go through it one at a time, correct but slower",
+                type(unwrapped(model)).__name__,
+                in_a_batch,
+            )
+            return "unpadded"
+        if not may_pack:
+            return "padded"
+        reason = why_not_packed(model) or _disagreement(model, prompts, pad_token_id, longest)
     if reason is None:
         return "packed"
     logger.warning(
@@ -61,24 +87,16 @@ def _disagreement(
     padded = pad_rows(repeated_prompts, pieces * len(prompts), pad_token_id).to(device)
     try:
         with inference(model, None):
-            difference = (packed_logprobs(model, packed) - padded_logprobs(model, padded)).abs()
-    except _MODEL_ERRORS as error:
+            difference = packed_logprobs(model, packed) - padded_logprobs(model, padded)
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS as error:
         return f"{type(unwrapped(model)).__name__} fails on packed rows ({error})"
-    if _computes_in_fp32(model):
-        measured, limit = float(difference.max()), 1e-3
-    else:
-        # Half precision and quantised weights round differently in every shape; another attention
-        # is off by far more than that.
-        measured, limit = float(difference.mean()), 0.05
-    if measured <= limit:
+    limit = rounding_limit(model)
+    measured = limit.measure(difference)
+    if measured <= limit.nats:
         return None
     return (
         f"its log-probabilities differ by {measured:.2g} nats between packed and padded rows "
-        f"(at most {limit} is rounding)"
+        f"(at most {limit.nats} is rounding)"
     )
-
-
-def _computes_in_fp32(model: torch.nn.Module) -> bool:
-    quantised = getattr(unwrapped(model).config, "quantization_config", None) is not None
-    floats = (p for p in model.parameters() if p.is_floating_point())
-    return not quantised and all(p.dtype == torch.float32 for p in floats)

@@ -1,4 +1,7 @@
-"""Models and tokenizers by name or path: safetensors only, adapters merged, remote code pinned."""
+"""Models and tokenizers by name or path: safetensors only, remote code pinned.
+
+What an adapter folder holds is put on its base by `adapters.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,23 +20,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from neat_align.errors import ConfigError
+from neat_align.modeling.adapters import LOAD_ERRORS, put_on_base, read_adapter
 from neat_align.modeling.requirements import check_causal
 
 logger = logging.getLogger(__name__)
-# What loading a model or tokenizer that is not what it should be has been seen to raise.
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-)
 _CONVERT = (
     "load it once with AutoModelForCausalLM.from_pretrained on a machine where you trust the "
     "file, and write it again with save_pretrained, which writes safetensors"
@@ -62,20 +54,27 @@ def check_source(name: str, revision: str | None, trust_remote_code: bool) -> No
 
 def load_policy(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
+) -> torch.nn.Module:
     """A causal language model by name or path, with fp32 weights.
 
     The adapter in an adapter folder is merged into its base. Merged, it is a model like any other:
-    a run that trained an adapter can be evaluated, and trained on. Weights are read from
-    safetensors only. Raises ConfigError for what is no causal language model, is incomplete, or
-    comes with code of its own.
+    a run that trained an adapter can be evaluated, and trained on. An adapter that cannot be
+    merged, or would be another one merged, stays an adapter on its base: a PEFT model, in which the
+    adapter is what learns. Weights are read from safetensors only. Raises ConfigError for what is
+    no causal language model, is incomplete, or comes with code of its own.
     """
     check_source(name, revision, trust_remote_code)
     try:
         adapter = find_adapter_config_file(name, revision=revision)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
-    return (_load_model if adapter is None else _load_adapter)(name, revision, trust_remote_code)
+    if adapter is None:
+        return _load_model(name, revision, trust_remote_code)
+    saved = read_adapter(name, revision)
+    check_source(saved.base_name, saved.config.revision, trust_remote_code)
+    return put_on_base(
+        saved, lambda: _load_model(saved.base_name, saved.config.revision, trust_remote_code)
+    )
 
 
 def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -98,7 +97,7 @@ def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> Pre
         )
     except ConfigError:
         raise
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -107,54 +106,6 @@ def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> Pre
             "Name a trained causal language model"
         )
     return cast("PreTrainedModel", model)
-
-
-def _load_adapter(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    from peft import PeftConfig, get_peft_model
-
-    try:
-        adapter = PeftConfig.from_pretrained(name, revision=revision)
-    except _LOAD_ERRORS as error:
-        raise ConfigError(
-            f"the adapter {name} cannot be loaded: its adapter_config.json is broken ({error}): "
-            "save it again"
-        ) from error
-    base_name = adapter.base_model_name_or_path
-    if not base_name:
-        raise ConfigError(
-            f"the adapter {name} does not say which model it belongs to: set "
-            "base_model_name_or_path in adapter_config.json"
-        )
-    try:
-        cached_file(name, "adapter_model.safetensors", revision=revision)
-    except OSError as error:
-        raise ConfigError(
-            f"the adapter {name} has no adapter_model.safetensors, and weights are read from "
-            "safetensors only: load it with peft and write it again with save_pretrained"
-        ) from error
-    check_source(base_name, adapter.revision, trust_remote_code)
-    base = _load_model(base_name, adapter.revision, trust_remote_code)
-    another = f"the adapter {name} does not fit its base model {base_name}"
-    advice = (
-        "it was trained on another one: correct base_model_name_or_path in its "
-        "adapter_config.json, or choose another adapter"
-    )
-    try:
-        model: Any = get_peft_model(base, adapter)
-        loaded = model.load_adapter(name, "default", revision=revision)
-    except _LOAD_ERRORS as error:
-        raise ConfigError(
-            f"{another} ({str(error).strip().splitlines()[-1].strip()}): {advice}"
-        ) from error
-    unmatched = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
-    if unmatched:
-        raise ConfigError(
-            f"{another} ({len(unmatched)} weights are missing or left over, such as "
-            f"{unmatched[0]}): {advice}"
-        )
-    merged: Any = model.merge_and_unload().requires_grad_(True)
-    merged.config.name_or_path = name
-    return cast("PreTrainedModel", merged)
 
 
 def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:
@@ -218,7 +169,7 @@ def load_tokenizer(
             )
         except ConfigError:
             raise
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             raise ConfigError(
                 f"the tokenizer of {name or type(model).__name__} cannot be loaded "
                 f"({' '.join(str(error).split())[:300]}): save it beside "

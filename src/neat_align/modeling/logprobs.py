@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows, parts
-from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.outputs import forward
 from neat_align.modeling.packing import (
     Layout,
     PackedRows,
@@ -42,21 +43,48 @@ def completion_logits(
 ) -> Float[Tensor, "rows tokens vocab"]:
     """Logits that predict each completion token, from a full forward pass over padded rows.
 
-    The first completion token is predicted at the prompt's last position, so the logits kept begin
-    one before it. A model without `logits_to_keep` computes all, and the rest is cut off.
+    The model is given token ids and nothing else, as if each row stood alone. The head computes
+    what is read; a model whose head is not found computes all, and the rest is left out.
     """
-    n = rows.completion_ids.shape[1]
-    inputs = {
-        "input_ids": rows.input_ids,
-        "attention_mask": rows.attention_mask,
-        "position_ids": rows.position_ids,
-        "use_cache": False,
-    }
-    if "logits_to_keep" in inspect.signature(type(unwrapped(model)).forward).parameters:
-        inputs["logits_to_keep"] = n + 1
-    with masks_from(KnownPadding(rows.has_padding)):
-        logits: Tensor = model(**inputs).logits
-    return logits[:, -(n + 1) : -1]
+    if not rows.one_at_a_time or len(rows.input_ids) == 1:
+        return _logits_read(model, rows.input_ids, rows.read_at)
+    lengths = rows.attention_mask.sum(-1).tolist()
+    alone = [
+        _logits_read(model, rows.input_ids[i : i + 1, :n], rows.read_at[i : i + 1].clamp(max=n - 1))
+        for i, n in enumerate(lengths)
+    ]
+    return torch.cat(alone)
+
+
+def _logits_read(
+    model: torch.nn.Module,
+    input_ids: Int[Tensor, "rows width"],
+    read_at: Int[Tensor, "rows tokens"],
+) -> Float[Tensor, "rows tokens vocab"]:
+    """Logits at the positions `read_at` of each row."""
+    count, width = input_ids.shape
+    taken: list[bool] = []
+
+    def at(values: Float[Tensor, "rows positions size"]) -> Float[Tensor, "rows tokens size"]:
+        # An adapter may have put virtual tokens in front.
+        index = read_at.to(values.device) + (values.shape[1] - width)
+        return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+    def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        states = inputs[0]
+        # Other shapes: torch's DataParallel gives each device a part of the rows.
+        if states.ndim != 3 or len(states) != count or states.shape[1] < width:
+            return None
+        taken.append(True)
+        return (at(states), *inputs[1:])
+
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
+    with contextlib.ExitStack() as opened:
+        if head is not None:
+            opened.callback(head.register_forward_pre_hook(take).remove)
+        logits: Tensor = forward(model, input_ids=input_ids, use_cache=False).logits
+    return logits if taken else at(logits)
 
 
 def _gather_logprobs(
@@ -133,7 +161,8 @@ def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor,
     hook = head.register_forward_pre_hook(take)
     try:
         with sharing_prefixes(model):
-            model(
+            forward(
+                model,
                 input_ids=rows.input_ids,
                 position_ids=rows.position_ids,
                 shared_prefix=rows.layout,
@@ -210,8 +239,15 @@ def scoring_batches(
             answers = [[completions[i] for i in groups[g]] for g in batch]
             yield members, pack_rows(batch_prompts, answers)
         else:
-            batch_prompts = [prompts[i] for i in members]
-            yield members, pad_rows(batch_prompts, [completions[i] for i in members], pad_token_id)
+            yield (
+                members,
+                pad_rows(
+                    [prompts[i] for i in members],
+                    [completions[i] for i in members],
+                    pad_token_id,
+                    one_at_a_time=layout == "unpadded",
+                ),
+            )
 
 
 def _scoring_groups(

@@ -1,4 +1,4 @@
-"""Groups as tensors, in two layouts that give the same numbers.
+"""Groups as tensors, in layouts that give the same numbers.
 
 Packed: the groups of a micro-batch stand one after the other in a single row without padding, and a
 group is [prompt; y_1; …; y_K] with positions that go on from the prompt's end for every completion.
@@ -6,9 +6,11 @@ The prompt goes through the model once instead of K times: K(P + R) tokens becom
 K(R − 1) in fact, since nothing is read at a completion's last token. `shared_prefix` holds the
 attention that keeps completions apart.
 
-Padded: one row a completion, the prompt padded on the left and the completion on the right, so that
-all completions of a batch stand in the same last columns. It works with every architecture, and is
-the reference for the packed layout.
+Padded: one row a completion, [prompt; completion], padded on the right only. A causal model never
+looks there, so it needs neither a mask nor positions and sees in every row what it would see in the
+row alone: models that ignore a mask, or read it in a way of their own, get the same numbers, too.
+
+Unpadded: the same rows, put through the model one at a time. For models whose rows see each other.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 TokenIds: TypeAlias = Sequence[int]
-Layout: TypeAlias = Literal["packed", "padded"]
+Layout: TypeAlias = Literal["packed", "padded", "unpadded"]
 # The position of a key at padding: after every query, so that none may see it.
 PADDING_POSITION = 2**30
 
@@ -56,16 +58,17 @@ def _with_each(rows: T, work: Callable[[Any], Any]) -> T:
 class PaddedRows:
     """Prompts and completions side by side.
 
-    Masks go by length, never by token: pad is often eos. `has_padding` says whether the mask hides
-    anything, so that nobody has to read it.
+    Masks go by length, never by token: pad is often eos. `read_at` is the position in its row whose
+    state predicts a completion token (the row's last position where there is none).
+    `one_at_a_time`: every row goes through the model alone, without its padding.
     """
 
     input_ids: Int[Tensor, "rows width"]
     attention_mask: Int[Tensor, "rows width"]
-    position_ids: Int[Tensor, "rows width"]
+    read_at: Int[Tensor, "rows tokens"]
     completion_ids: Int[Tensor, "rows tokens"]
     completion_mask: Bool[Tensor, "rows tokens"]
-    has_padding: bool
+    one_at_a_time: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PaddedRows:
         """The same rows on another device."""
@@ -136,25 +139,34 @@ Rows: TypeAlias = PaddedRows | PackedRows
 
 
 def pad_rows(
-    prompts: Sequence[TokenIds], completions: Sequence[TokenIds], pad_token_id: int
+    prompts: Sequence[TokenIds],
+    completions: Sequence[TokenIds],
+    pad_token_id: int,
+    *,
+    one_at_a_time: bool = False,
 ) -> PaddedRows:
-    """Rows [prompt; completion] from token ids, one a pair, in order."""
-    left = max(len(p) for p in prompts)
-    right = max(1, *(len(c) for c in completions))
-    n = len(prompts)
-    input_ids = torch.full((n, left + right), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros(n, left + right, dtype=torch.long)
-    for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
-        input_ids[i, left - len(p) : left] = torch.tensor(p, dtype=torch.long)
-        input_ids[i, left : left + len(c)] = torch.tensor(c, dtype=torch.long)
-        attention_mask[i, left - len(p) : left + len(c)] = 1
+    """Rows [prompt; completion] from token ids, one a pair, in order.
+
+    Prompts must not be empty: a completion's first token is read there.
+    """
+    if not all(prompts):
+        raise ValueError(
+            "an empty prompt cannot be scored: its completion's first token would be predicted "
+            "from nothing"
+        )
+    input_ids, mask = _right_padded(
+        [[*p, *c] for p, c in zip(prompts, completions, strict=True)], pad_token_id
+    )
+    tokens, completion_mask = _right_padded(completions, pad_token_id, at_least=1)
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    read_at = prompt_lengths[:, None] - 1 + torch.arange(tokens.shape[1])
     return PaddedRows(
         input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
-        completion_ids=input_ids[:, left:],
-        completion_mask=attention_mask[:, left:].bool(),
-        has_padding=not bool(attention_mask.all()),
+        attention_mask=mask.long(),
+        read_at=read_at.clamp(max=input_ids.shape[1] - 1),
+        completion_ids=tokens,
+        completion_mask=completion_mask,
+        one_at_a_time=one_at_a_time,
     )
 
 
@@ -199,10 +211,10 @@ def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenI
 
 
 def _right_padded(
-    rows: Sequence[TokenIds],
+    rows: Sequence[TokenIds], fill: int = 0, *, at_least: int = 0
 ) -> tuple[Int[Tensor, "rows width"], Bool[Tensor, "rows width"]]:
-    width = max(map(len, rows))
-    filled = [[*row, *[0] * (width - len(row))] for row in rows]
+    width = max(at_least, *map(len, rows))
+    filled = [[*row, *[fill] * (width - len(row))] for row in rows]
     values = torch.tensor(filled, dtype=torch.long).view(len(rows), width)
     lengths = torch.tensor([len(row) for row in rows])
     return values, torch.arange(width) < lengths[:, None]

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import logging
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+
+from neat_align.modeling.merging import (
+    CannotMergeError,
+    adapter_logprobs,
+    merged,
+    probed_tokens,
+)
+from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
+
+logger = logging.getLogger(__name__)
 
 
 def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
@@ -82,27 +94,75 @@ def frozen_casts(head: torch.nn.Module, device: torch.device) -> dict[str, torch
     }
 
 
-def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module | None:
     """A frozen copy of a policy in `dtype`, adapters merged, for sampling only.
 
     On a CPU autocast converts activations back and forth and runs an adapter as two more layers; a
     merged half-precision copy samples faster for half the weights' memory. It is the same policy up
-    to rounding.
+    to rounding: an adapter that cannot be merged, or would be another one merged, stays an adapter
+    (said once). None where the model cannot be copied: sample from the policy itself then.
     """
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
 
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
-    copied: torch.nn.Module = copy.deepcopy(inner)
-    copied = extract_model_from_parallel(copied, keep_fp32_wrapper=False)
-    if isinstance(copied, PeftModel):
-        # Merging does not look at whether the adapter is switched on; a copy of the start policy
-        # must leave it out.
-        switched_off = copied.get_model_status().enabled is False
-        base: Any = copied.unload() if switched_off else copied.merge_and_unload()
-        copied = cast("torch.nn.Module", base)
-    # Parameters only: a rotary embedding's frequencies are a buffer, and in half precision late
-    # positions would run together.
-    for parameter in copied.parameters():
-        parameter.data = parameter.data.to(dtype)
+    try:
+        copied = _copy(inner)
+        if isinstance(copied, PeftModel):
+            copied = _without_adapter(inner, copied)
+        _to_type(copied, dtype)
+        # Some models and adapters keep buffers that they compute with in fp32, and then fail.
+        adapter_logprobs(copied, torch.zeros(4, dtype=torch.long))
+    except RuntimeError as error:
+        # torch copies no weight that is computed from another: peft ties adapters in this way.
+        _say_once(
+            f"{type(unwrapped(inner)).__name__} cannot be copied in {dtype} for sampling "
+            f"({' '.join(str(error).split())[:100]}): completions are sampled from the policy "
+            "itself, which is slower on a CPU"
+        )
+        return None
     return copied.requires_grad_(False).eval()
+
+
+def _to_type(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: a rotary embedding's frequencies are a buffer, and in half precision late
+    positions would run together.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    if "base_model_torch_dtype" in vars(model):
+        # Older peft notes it once; prefix tuning makes its keys in this type.
+        vars(model)["base_model_torch_dtype"] = dtype
+
+
+def _copy(inner: torch.nn.Module) -> torch.nn.Module:
+    from accelerate.utils import extract_model_from_parallel
+
+    # Without accelerate's wrapper, which would put autocast around it.
+    copied: Any = extract_model_from_parallel(copy.deepcopy(inner), keep_fp32_wrapper=False)
+    return cast("torch.nn.Module", copied)
+
+
+def _without_adapter(inner: torch.nn.Module, copied: torch.nn.Module) -> torch.nn.Module:
+    """The copy with its adapter merged, else another copy as it is."""
+    if adds_virtual_tokens(copied):
+        _say_once(_unmerged(inner, "it adds virtual tokens"))
+        return copied
+    try:
+        return merged(copied, adapter_logprobs(copied, probed_tokens(copied)))
+    except CannotMergeError as error:
+        _say_once(_unmerged(inner, str(error)))
+    return _copy(inner)
+
+
+def _unmerged(inner: torch.nn.Module, reason: str) -> str:
+    return (
+        f"the adapter of {type(unwrapped(inner)).__name__} is not merged into the copy that "
+        f"samples: {reason}. Sampling is correct but slower"
+    )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

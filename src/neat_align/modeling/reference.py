@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from neat_align.errors import ConfigError
+from neat_align.modeling.shared_prefix import adds_virtual_tokens
 
 # Opens the start policy: a frozen copy, or the trained model with its adapter switched off.
 Reference = Callable[[], AbstractContextManager[torch.nn.Module]]
@@ -31,7 +32,7 @@ def start_policy(
     # The model itself is no reference: it moves, and its copy does not.
     given = None if ref_model is model else ref_model
     if peft_config is None:
-        return _frozen(copy.deepcopy(model) if given is None else given, model), model
+        return _frozen(_copied(model) if given is None else given, model), model
     weights = list(model.parameters())
     before = [_some_numbers(p) for p in weights]
     trained = _with_adapter(model, peft_config)
@@ -49,7 +50,7 @@ def start_policy(
             "ref_model, another copy of the model, or leave init_lora_weights out"
         )
     if any(p.requires_grad for p in weights):
-        return _frozen(copy.deepcopy(trained).unload(), trained), trained
+        return _frozen(_copied(trained).unload(), trained), trained
     return _adapter_off(trained), trained
 
 
@@ -71,6 +72,18 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
         raise ConfigError(f"peft_config does not fit {type(model).__name__}: {error}") from error
 
 
+def _copied(model: Any) -> Any:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        # torch copies no weight that is computed from another: peft ties adapters in this way.
+        raise ConfigError(
+            "the start policy cannot be copied from the model "
+            f"({' '.join(str(error).split())[:200]}): pass the model without its adapter and "
+            "peft_config, or pass ref_model"
+        ) from error
+
+
 def _some_numbers(weight: torch.Tensor, count: int = 16) -> torch.Tensor:
     """A few evenly spaced numbers of a weight, to see whether it was changed."""
     flat = weight.detach().reshape(-1)
@@ -78,6 +91,10 @@ def _some_numbers(weight: torch.Tensor, count: int = 16) -> torch.Tensor:
 
 
 def _adapter_off(trained: Any) -> Reference:
+    if adds_virtual_tokens(trained):
+        # The model below knows nothing of them.
+        return lambda: contextlib.nullcontext(trained.get_base_model())
+
     @contextlib.contextmanager
     def adapter_off() -> Iterator[torch.nn.Module]:
         with trained.disable_adapter():

@@ -14,6 +14,11 @@ from neat_align.modeling.text_config import context_length, text_config
 
 logger = logging.getLogger(__name__)
 
+# Parts of the names of what modules drop, or shake their input by, in training.
+_RANDOM = ("dropout", "layerdrop", "drop_path")
+# Noise of routers. Not PhiMoE's `router_jitter_noise`: it decides who is routed in evaluation, too.
+_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+
 
 def check_policy(
     model: Any, tokenizer: Any, max_prompt_length: int, max_completion_length: int
@@ -161,13 +166,18 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to zero.
+    """Set every dropout probability to zero, and the noise of a mixture of experts' router.
 
-    Of dropout modules, and those that attention and OPT's layers keep as numbers.
+    Of dropout modules, and those that attention, OPT's layers, routers and adapters keep as
+    numbers. `self_check.check_training_forward` finds what is left.
     """
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        is_dropout = "dropout" in type(module).__name__.lower()
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+            named = name in _NOISE or any(part in name for part in _RANDOM)
+            if not named and not (is_dropout and name == "p"):
+                continue
+            if isinstance(value, float):
                 setattr(module, name, 0.0)
+            elif isinstance(value, dict):  # an adapter's, by its name
+                value.update({k: 0.0 for k, v in value.items() if isinstance(v, float)})

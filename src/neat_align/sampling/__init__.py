@@ -2,6 +2,7 @@
 
     protocol.py              what a sampler is asked for and what it gives back; no torch
     transformers_sampler.py  a transformers model on any device
+    batch_check.py           which prompts a model samples together: decides, by measuring
     policies.py              the current and the start policy, scored and sampled in one way
     draw.py                  one token from one random number: what a sampler owes its seed
     decode_attention.py      faster attention for one new token a sequence, on a CPU

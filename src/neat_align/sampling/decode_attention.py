@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from neat_align.modeling.outputs import forward
 from neat_align.modeling.shared_prefix import unwrapped
 
 ATTENTION = "neat_decode"
@@ -119,11 +120,15 @@ def _two_steps(model: torch.nn.Module) -> Float[Tensor, "rows vocab"]:
     ids = torch.arange(1, 13).view(2, 6)
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
-        cache = model(
-            input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True, logits_to_keep=1
+        cache = forward(
+            model,
+            input_ids=ids[:, :5],
+            attention_mask=mask[:, :5],
+            use_cache=True,
+            logits_to_keep=1,
         ).past_key_values
-        logits: Tensor = model(
-            input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True
+        logits: Tensor = forward(
+            model, input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache, use_cache=True
         ).logits
     return logits[:, -1].float().log_softmax(-1)
 

@@ -11,6 +11,9 @@ from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.precision import half_precision_copy
 from neat_align.modeling.reference import Reference
+from neat_align.modeling.self_check import showing_adapter
+from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
+from neat_align.sampling.batch_check import KnownWay
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import BatchLimit, TransformersSampler
 
@@ -23,6 +26,7 @@ class Policies:
     while it is open. With `copy_dtype` completions are sampled from a copy in that type with
     adapters merged, which is faster on CPUs; None samples from the policy itself. `batch_size`
     completions are sampled at once, or fewer once memory ran out (`batch_limit` remembers that).
+    `known_way` and `known_start_way` remember which prompts each of the two samples together.
     """
 
     model: torch.nn.Module
@@ -34,6 +38,23 @@ class Policies:
     autocast_dtype: torch.dtype | None
     copy_dtype: torch.dtype | None
     batch_limit: BatchLimit = field(default_factory=BatchLimit)
+    known_way: KnownWay = field(default_factory=KnownWay)
+    known_start_way: KnownWay = field(default_factory=KnownWay)
+
+    def settle_sampling(self, prompts: Sequence[TokenIds]) -> None:
+        """Measure how both policies sample, with tokens of these prompts, before anything is.
+
+        In the weights' own type, where what differs is no rounding. Raises ConfigError.
+        """
+        asked = [tuple(p) for p in prompts]
+        with showing_adapter(self.model):
+            self._sampler_of(self.model, None, self.known_way).settle(asked)
+        with self.reference() as model:
+            if type(unwrapped(model)) is type(unwrapped(self.model)) and not adds_virtual_tokens(
+                self.model
+            ):
+                self.known_start_way.way = self.known_way.way
+            self._sampler_of(model, None, self.known_start_way).settle(asked)
 
     def logprobs(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
@@ -77,7 +98,11 @@ class Policies:
 
     def sampler(self) -> Sampler:
         """Draws from the current policy as it is now: a copy does not follow later steps."""
-        return self._sampler(self.model)
+        if self.copy_dtype is not None:
+            copied = half_precision_copy(self.model, self.copy_dtype)
+            if copied is not None:
+                return self._sampler_of(copied, None, self.known_way)
+        return self._sampler_of(self.model, self.autocast_dtype, self.known_way)
 
     def start_sampler(self) -> Sampler:
         """Draws from the start policy.
@@ -85,18 +110,25 @@ class Policies:
         A copy of it is made once, here; where there is none, the start policy is opened only while
         it draws, since an adapter must be on for everything else.
         """
-        if self.copy_dtype is None:
-            return _WhileOpen(self)
-        with self.reference() as model:
-            return self._sampler(model)
-
-    def _sampler(self, model: torch.nn.Module) -> Sampler:
-        """The one place that makes a sampler: what it draws from is the model as it is now."""
-        dtype = self.autocast_dtype
         if self.copy_dtype is not None:
-            model, dtype = half_precision_copy(model, self.copy_dtype), None
+            with self.reference() as model:
+                copied = half_precision_copy(model, self.copy_dtype)
+            if copied is not None:
+                return self._sampler_of(copied, None, self.known_start_way)
+        return _WhileOpen(self)
+
+    def _sampler_of(
+        self, model: torch.nn.Module, dtype: torch.dtype | None, known_way: KnownWay
+    ) -> TransformersSampler:
+        """The one place that makes a sampler; `dtype` is that of autocast."""
         return TransformersSampler(
-            model, self.eos_token_ids, self.pad_token_id, self.batch_size, dtype, self.batch_limit
+            model,
+            self.eos_token_ids,
+            self.pad_token_id,
+            self.batch_size,
+            dtype,
+            self.batch_limit,
+            known_way=known_way,
         )
 
 
@@ -115,5 +147,6 @@ class _WhileOpen:
     ) -> list[Sample]:
         """One `Sample` a request, in order."""
         with self.policies.reference() as model:
-            sampler = self.policies._sampler(model)
+            policies = self.policies
+            sampler = policies._sampler_of(model, policies.autocast_dtype, policies.known_start_way)
             return sampler.sample(requests, params, progress=progress)

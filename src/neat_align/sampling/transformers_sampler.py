@@ -1,10 +1,11 @@
 """Sampling from a transformers model, each completion from its own random numbers (`draw`).
 
-Requests are sorted by length and drawn `batch_size` at a time, left-padded. A prompt that several
-completions of a batch share goes through the model once; the cache is then copied to each of them.
-Completions that have ended leave the batch. transformers' own `generate` does neither (and its
-continuous batching draws from one random stream for all), so the decode loop is written out here; a
-model that keeps more than keys and values is drawn with `generate`.
+Requests are sorted by length and drawn `batch_size` at a time, left-padded; a model whose numbers
+are others then gets prompts of one length (`batch_check`). A prompt that several completions of a
+batch share goes through the model once; the cache is then copied to each of them. Completions that
+have ended leave the batch. transformers' own `generate` does neither (and its continuous batching
+draws from one random stream for all), so the decode loop is written out here; a model that keeps
+more than keys and values is drawn with `generate`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -29,8 +31,12 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.logprobs import completion_logits
+from neat_align.modeling.outputs import forward, plain_outputs
+from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
+from neat_align.sampling.batch_check import KnownWay, SamplingWay, choose_way
 from neat_align.sampling.decode_attention import ATTENTION, fast_decoding
 from neat_align.sampling.draw import check_drawn, draw, uniforms
 from neat_align.sampling.protocol import FinishReason, Sample, SampleRequest, SamplingParams
@@ -62,7 +68,8 @@ class TransformersSampler:
     weights' own. When memory runs out the batch is halved, said once, and drawn again; samplers
     that share a `batch_limit` remember it. Which completions have ended is looked at once in
     `look_every` tokens (None: 1 on a CPU, else 8), which changes how long they are carried along
-    and none of their tokens.
+    and none of their tokens. Which prompts are drawn together is measured before the first draw
+    (`batch_check`); samplers of one model may share `known_way`.
     """
 
     model: PreTrainedModel | torch.nn.Module
@@ -72,6 +79,7 @@ class TransformersSampler:
     autocast_dtype: torch.dtype | None = None
     batch_limit: BatchLimit = field(default_factory=BatchLimit)
     look_every: int | None = None
+    known_way: KnownWay = field(default_factory=KnownWay)
 
     def sample(
         self,
@@ -80,33 +88,74 @@ class TransformersSampler:
         *,
         progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
-        """One `Sample` a request, in the order of the requests."""
+        """One `Sample` a request, in the order of the requests.
+
+        Raises ConfigError for a model that no way of sampling draws from rightly.
+        """
+        if not requests:
+            return []
+        way = self.settle([r.prompt_ids for r in requests])
+        return self._sample_in(way, requests, params, progress)
+
+    def settle(self, prompts: Sequence[tuple[int, ...]]) -> SamplingWay:
+        """Which prompts are drawn together: measured once, on tiny rows from tokens of `prompts`.
+
+        Raises ConfigError.
+        """
+        if self.known_way.way is None:
+            endless = replace(self, eos_token_ids=())
+            self.known_way.way = choose_way(
+                self.model, endless._sample_in, prompts, self.autocast_dtype
+            )
+        return self.known_way.way
+
+    def _sample_in(
+        self,
+        way: SamplingWay,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Sample]:
         # Equal prompts stand together, so that they meet in a batch.
         order = sorted(
             range(len(requests)),
             key=lambda i: (-len(requests[i].prompt_ids), requests[i].prompt_ids),
         )
-        keeps_keys = _keeps_keys(self.model)
-        draw_batch = self._decode if keeps_keys else self._generate
-        # As few batches as `batch_size` allows, of like size: a small last one would cost nearly as
-        # much as a full one.
-        batches = max(1, -(-len(order) // self.batch_size))
-        size = -(-len(order) // batches)
+        lengths = groupby(order, key=lambda i: len(requests[i].prompt_ids))
+        groups = [order] if way == "together" else [list(group) for _, group in lengths]
+        keeps_keys = _keeps_keys(self.model) and way != "whole"
+        draw_batch = self._whole if way == "whole" else self._generate
+        if keeps_keys:
+            draw_batch = self._decode if way == "together" else self._decode_one_length
         samples: dict[int, Sample] = {}
         fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
-        with inference(self.model, self.autocast_dtype), self._casts() as casts, fast:
-            start = 0
-            while start < len(order):
-                batch = order[start : start + min(size, self.batch_limit.limit or size)]
-                fitted = self._in_memory(draw_batch, [requests[i] for i in batch], params)
-                if fitted is None:
-                    casts.close()
-                    continue  # with fewer at once, or with nothing kept beside the weights
-                samples.update(zip(batch, fitted, strict=True))
-                start += len(batch)
-                if progress is not None:
-                    progress(len(batch))
+        with (
+            inference(self.model, self.autocast_dtype),
+            plain_outputs(self.model),
+            self._casts() as casts,
+            fast,
+        ):
+            for group in groups:
+                size = 1 if way == "one_row" else self._batch_size(len(group))
+                start = 0
+                while start < len(group):
+                    batch = group[start : start + min(size, self.batch_limit.limit or size)]
+                    fitted = self._in_memory(draw_batch, [requests[i] for i in batch], params)
+                    if fitted is None:
+                        casts.close()
+                        continue  # with fewer at once, or with nothing kept beside the weights
+                    samples.update(zip(batch, fitted, strict=True))
+                    start += len(batch)
+                    if progress is not None:
+                        progress(len(batch))
         return [samples[i] for i in range(len(requests))]
+
+    def _batch_size(self, count: int) -> int:
+        """As few batches as `batch_size` allows, of like size.
+
+        A small last one would cost nearly as much as a full one.
+        """
+        return -(-count // max(1, -(-count // self.batch_size)))
 
     def _in_memory(
         self,
@@ -154,7 +203,19 @@ class TransformersSampler:
             )
         self.batch_limit.limit = requests // 2
 
-    def _decode(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
+    def _decode_one_length(
+        self, requests: Sequence[SampleRequest], params: SamplingParams
+    ) -> list[Sample]:
+        return self._decode(requests, params, padded=False)
+
+    def _decode(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        padded: bool = True,
+    ) -> list[Sample]:
+        """With a cache of keys and values; not `padded`: prompts of one length, nothing masked."""
         device = next(self.model.parameters()).device
         every = self.look_every or (1 if device.type == "cpu" else LOOK_EVERY)
         numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
@@ -168,7 +229,7 @@ class TransformersSampler:
         cache = DynamicCache(config=unwrapped(self.model).config)
         with masks_from(known, also=(ATTENTION,)):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._forward(input_ids, mask, positions, cache)[which]
+            logits = self._forward(input_ids, (mask, positions) if padded else None, cache)[which]
             cache.batch_select_indices(which)
             drawing = _Drawing(numbers, torch.tensor(self.eos_token_ids, device=device))
             positions = mask[which].sum(-1)
@@ -188,8 +249,8 @@ class TransformersSampler:
                         cache.batch_select_indices(stay)
                         padding = [padding[i] for i in left]
                         known.is_there = any(padding)
-                seen = mask[:, : width + drawing.step]
-                logits = self._forward(last[:, None], seen, positions[:, None], cache)
+                seen = (mask[:, : width + drawing.step], positions[:, None])
+                logits = self._forward(last[:, None], seen if padded else None, cache)
                 positions = positions + 1
         drawn = zip(drawing.tokens.tolist(), drawing.logprobs.tolist(), strict=True)
         return [self._sample(tokens, logprobs) for tokens, logprobs in drawn]
@@ -197,11 +258,13 @@ class TransformersSampler:
     def _forward(
         self,
         input_ids: Int[Tensor, "rows new"],
-        mask: Int[Tensor, "rows width"],
-        positions: Int[Tensor, "rows new"],
+        places: tuple[Int[Tensor, "rows width"], Int[Tensor, "rows new"]] | None,
         cache: DynamicCache,
     ) -> Float[Tensor, "rows vocab"]:
-        output = self.model(
+        """Logits after the new tokens; `places` are the mask over all and their positions."""
+        mask, positions = places or (None, None)
+        output = forward(
+            self.model,
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,
@@ -230,6 +293,27 @@ class TransformersSampler:
         logprobs = torch.stack(processor.logprobs, dim=1).tolist()
         tokens = output[:, input_ids.shape[1] :].tolist()
         return [self._sample(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+
+    def _whole(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
+        """Every token from a pass over its whole row, as it will be scored; nothing is kept."""
+        device = next(self.model.parameters()).device
+        numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
+        drawn: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        going = list(range(len(requests)))
+        for step in range(params.max_new_tokens):
+            so_far = [(*requests[i].prompt_ids, *drawn[i]) for i in going]
+            rows = pad_rows(so_far, [()] * len(going), self.pad_token_id).to(device)
+            tokens, logps = draw(
+                completion_logits(self.model, rows)[:, 0], numbers[going, step], params
+            )
+            for i, token, logp in zip(going, tokens.tolist(), logps.tolist(), strict=True):
+                drawn[i].append(token)
+                logprobs[i].append(logp)
+            going = [i for i in going if drawn[i][-1] not in self.eos_token_ids]
+            if not going:
+                break
+        return [self._sample(t, lp) for t, lp in zip(drawn, logprobs, strict=True)]
 
     def _sample(self, tokens: list[int], logprobs: list[float]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
@@ -343,7 +427,7 @@ def _greedy(
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=params.max_new_tokens,
-        eos_token_id=list(eos_token_ids),
+        eos_token_id=list(eos_token_ids) or None,
         pad_token_id=pad_token_id,
         use_cache=True,
     )

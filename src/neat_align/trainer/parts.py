@@ -36,6 +36,8 @@ from neat_align.trainer.setup import (
     PolicySetup,
     Rewards,
     TrainingData,
+    autocast_dtype,
+    first_prompts,
     judged_by_start,
     layout_for,
     read_rows,
@@ -239,6 +241,7 @@ def compose(
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     layout = layout_for(args, setup, data, sharded=sharded)
     policies = _policies(args, setup, layout, conversational=data.conversational)
+    policies.settle_sampling(first_prompts(setup, data))
     return TrainerParts(
         args=args,
         data=data,
@@ -284,7 +287,7 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
 def _policies(
     args: NEATConfig, setup: PolicySetup, layout: Layout, *, conversational: bool
 ) -> Policies:
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    dtype = autocast_dtype(args)
     on_cpu = args.device.type == "cpu"
     copies = args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu)
     return Policies(

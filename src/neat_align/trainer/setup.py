@@ -15,6 +15,7 @@ from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, DataError
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
+from neat_align.modeling.outputs import adds_auxiliary_loss
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.reference import Reference, start_policy
 from neat_align.modeling.requirements import (
@@ -24,6 +25,11 @@ from neat_align.modeling.requirements import (
     check_trainable_weights,
     disable_dropout,
     settle_generation_config,
+)
+from neat_align.modeling.self_check import (
+    check_autocast,
+    check_training_forward,
+    showing_adapter,
 )
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity, load_bank
 from neat_align.prompts.placement import instructed
@@ -59,6 +65,8 @@ from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 
 logger = logging.getLogger(__name__)
 
+# From the one that works with every model to the fastest.
+LAYOUTS_BY_CARE: tuple[Layout, ...] = ("unpadded", "padded", "packed")
 # (prompt ids, completion ids) → summed log-probabilities in nats, in order.
 SumLogprobs = Callable[[Sequence[TokenIds], Sequence[TokenIds]], list[float]]
 GivenRewards = RewardSpec | Sequence[RewardSpec] | None
@@ -357,21 +365,54 @@ def judged_by_start(
 def layout_for(
     args: NEATConfig, setup: PolicySetup, data: TrainingData, *, sharded: bool
 ) -> Layout:
-    """Packed rows where the model, and a start policy that was given, get the same numbers so."""
-    if args.prefix_sharing == "off":
-        return "padded"
-    if sharded or args.n_gpu > 1 or args.ddp_static_graph:
+    """Packed rows where the model, and a start policy that was given, get the same numbers so.
+
+    The model is compared with itself here, and in training mode, whatever the layout. Raises
+    ConfigError for a model that says something else of a row in training, or each time.
+    """
+    may_pack = args.prefix_sharing != "off"
+    if may_pack and (sharded or args.n_gpu > 1 or args.ddp_static_graph):
         logger.warning(
             "prompts are not shared between completions under DeepSpeed, DataParallel and "
             "ddp_static_graph: padded rows are used, and under the first "
             "max_tokens_per_micro_batch does not cut"
         )
-        return "padded"
-    prompts = [row_prompt_ids(setup.tokenizer, row) for row in data.rows[:2]]
+        may_pack = False
+    if adds_auxiliary_loss(setup.model):
+        logger.warning(
+            "output_router_logits is true in the model's configuration, which asks for a load "
+            "balancing loss: NEAT adds none, and the router's logits are not computed"
+        )
+    prompts = first_prompts(setup, data)
     longest = args.max_prompt_length + args.max_completion_length
     pad = setup.tokenizer.pad_token_id
-    layout = choose_layout(setup.model, prompts, pad_token_id=pad, longest=longest)
-    if layout == "packed" and setup.reference_given:  # it is scored in the same layout
+    layout = choose_layout(
+        setup.model, prompts, pad_token_id=pad, longest=longest, may_pack=may_pack
+    )
+    if args.disable_dropout:
+        with showing_adapter(setup.model):
+            check_training_forward(setup.model, prompts, one_at_a_time=layout == "unpadded")
+    dtype = autocast_dtype(args)
+    if dtype is not None:
+        check_autocast(setup.model, prompts, dtype)
+    if setup.reference_given:  # it is scored in the same layout
         with setup.reference() as start:
-            layout = choose_layout(start, prompts, pad_token_id=pad, longest=longest)
+            its_own = choose_layout(
+                start,
+                prompts,
+                pad_token_id=pad,
+                longest=longest,
+                may_pack=layout == "packed",
+            )
+        layout = min(layout, its_own, key=LAYOUTS_BY_CARE.index)
     return layout
+
+
+def autocast_dtype(args: NEATConfig) -> torch.dtype | None:
+    """What the model computes in; None: in its weights' own type."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def first_prompts(setup: PolicySetup, data: TrainingData) -> list[list[int]]:
+    """Token ids that the model is compared with itself on."""
+    return [row_prompt_ids(setup.tokenizer, row) for row in data.rows[:2]]
