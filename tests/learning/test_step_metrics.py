@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +265,19 @@ def test_a_micro_batch_makes_nobody_wait(
     t = trainer(tmp_path, prefix_sharing=sharing, **{**changes, **settings})
     waits(t, GROUPS)  # what is made once in a process
     forward, backward = waits(t, GROUPS)
-    assert (forward.by_line, backward.by_line) == ({}, {})
+    # Rows that are given without a mask, transformers asks whether they are several in one.
+    own = {"outputs.py _local_scalar_dense": 1} if sharing == "off" else {}
+    assert (without_line_numbers(forward.by_line), dict(backward.by_line)) == (own, {})
+
+
+def without_line_numbers(by_line: Counter[str]) -> dict[str, int]:
+    return {re.sub(r":\d+", "", line): count for line, count in by_line.items()}
 
 
 @pytest.mark.parametrize(
     ("family", "sharing", "own"),
-    # GPT-2 itself looks for padding where it is given no mask.
-    [("qwen2", "auto", 0), ("qwen2", "off", 0), ("gpt2", "auto", 1), ("gpt2", "off", 0)],
+    # GPT-2 itself looks for padding where it is given no mask, transformers for rows of several.
+    [("qwen2", "auto", 0), ("qwen2", "off", 1), ("gpt2", "auto", 1), ("gpt2", "off", 2)],
 )
 def test_other_families_wait_for_themselves_alone(
     tmp_path: Path, family: Family, sharing: str, own: int
@@ -286,7 +294,7 @@ def test_without_padding_nobody_waits_either(tmp_path: Path, checkpointing: bool
     alike = [group("alike", ("positive", 1.0, 4), ("negative", 0.0, 4))]
     waits(t, alike)
     forward, backward = waits(t, alike)
-    assert (forward.total, backward.total) == (0, 0)
+    assert (forward.total, backward.total) == (1, 0)  # transformers' own, as above
 
 
 class CountOverSteps(TrainerCallback):

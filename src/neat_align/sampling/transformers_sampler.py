@@ -231,7 +231,8 @@ class TransformersSampler:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             logits = self._forward(input_ids, (mask, positions) if padded else None, cache)[which]
             cache.batch_select_indices(which)
-            drawing = _Drawing(numbers, torch.tensor(self.eos_token_ids, device=device))
+            ends = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
+            drawing = _Drawing(numbers, ends)
             positions = mask[which].sum(-1)
             mask = torch.nn.functional.pad(mask[which], (0, params.max_new_tokens), value=1)
             while True:
