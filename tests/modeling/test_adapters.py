@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -170,32 +171,49 @@ def settings_of(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def with_added_tokens(folder: Path, **saving: Any) -> tuple[Path, torch.Tensor]:
-    """An adapter that was trained on its base with sixteen more tokens."""
-    base = load_policy(str(base_folder(folder)))
+ADDED = {
+    "lora": peft.LoraConfig(**TASK, target_modules=["q_proj"]),
+    "saved": peft.LoraConfig(
+        **TASK, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    ),
+    "saved embeddings": MERGED["saved embeddings"],
+    "single tokens": peft.LoraConfig(
+        **TASK, target_modules=["q_proj"], trainable_token_indices=[VOCAB + 6, VOCAB + 11]
+    ),
+    "both": peft.LoraConfig(**TASK, target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "prompt tuning": UNMERGED["prompt tuning"],
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ADDED)
+def test_an_adapter_with_added_tokens_brings_their_embeddings(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
+    base: Any = load_policy(str(base_folder(tmp_path, tied=tied)))
     torch.manual_seed(0)
     base.resize_token_embeddings(VOCAB + 16)
-    model: Any = get_peft_model(base, peft.LoraConfig(**TASK, target_modules=["q_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.3)
-    model.save_pretrained(folder / "adapter", **saving)
-    settings_of(folder / "adapter", base_model_name_or_path=str(folder / "base"))
-    return folder / "adapter", logprobs(model)
-
-
-def test_an_adapter_with_added_tokens_brings_their_embeddings(tmp_path: Path) -> None:
-    adapter, expected = with_added_tokens(tmp_path, save_embedding_layers=True)
-    loaded: Any = load_policy(str(adapter))
+    model: Any = get_peft_model(base, copy.deepcopy(ADDED[kind]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.05
+    ids = torch.tensor([[5, VOCAB + 6, 7, VOCAB + 11]])
+    model.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    settings_of(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    loaded: Any = load_policy(str(tmp_path / "adapter")).eval()
     assert loaded.config.vocab_size == VOCAB + 16
-    torch.testing.assert_close(logprobs(loaded), expected, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-3)
 
 
-def test_an_adapter_on_a_head_of_another_size_is_told_both_sizes(tmp_path: Path) -> None:
-    base = load_policy(str(base_folder(tmp_path)))
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_added_tokens_whose_rows_were_not_saved_are_told_with_both_sizes(
+    tmp_path: Path, target: str
+) -> None:
+    base: Any = load_policy(str(base_folder(tmp_path)))
     base.resize_token_embeddings(VOCAB + 16)
-    model: Any = get_peft_model(base, peft.LoraConfig(**TASK, target_modules=["lm_head"]))
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model: Any = get_peft_model(base, peft.LoraConfig(**TASK, target_modules=[target]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=target == "embed_tokens")
     settings_of(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
     with pytest.raises(
         ConfigError,

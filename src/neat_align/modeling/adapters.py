@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -34,12 +35,21 @@ LOAD_ERRORS = (
     RuntimeError,
     ImportError,
     KeyError,
+    IndexError,
     TypeError,
     AttributeError,
     SafetensorError,
 )
 # Tasks of peft whose adapters come with a head of their own, which is no language model's.
 _OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
+# Under which names, behind an embedding's or a head's own, an adapter holds all of its rows.
+_WHOLE = (
+    "weight",
+    "base_layer.weight",
+    "modules_to_save.weight",
+    "token_adapter.base_layer.weight",
+)
+_TWICE = re.compile(r"\.(modules_to_save|original_module)\.")
 _ANOTHER = (
     "it was trained on another one: correct base_model_name_or_path in its adapter_config.json, or "
     "choose another adapter"
@@ -129,7 +139,13 @@ def put_on_base(saved: SavedAdapter, load_base: Callable[[], PreTrainedModel]) -
     Weights that embeddings and head share are parted first where that is what is in the way.
     `load_base` may be called again. Raises ConfigError for an adapter that does not fit.
     """
-    model = _adapted(saved, load_base())
+
+    def sized_base() -> Any:
+        base = load_base()
+        _resize(saved, base)
+        return base
+
+    model = _adapted(saved, sized_base())
     if adds_virtual_tokens(model):
         return _unmerged(saved, model, "it adds virtual tokens")
     try:
@@ -141,12 +157,12 @@ def put_on_base(saved: SavedAdapter, load_base: Callable[[], PreTrainedModel]) -
     except CannotMergeError as error:
         reason = str(error)
     del model  # before the base is loaded again
-    base = load_base()
+    base = sized_base()
     if _part_embeddings(base):
         try:
             return _whole(saved, merged(_adapted(saved, base), expected))
         except CannotMergeError:
-            base = load_base()
+            base = sized_base()
     return _unmerged(saved, _adapted(saved, base), reason)
 
 
@@ -185,7 +201,6 @@ def _adapted(saved: SavedAdapter, base: PreTrainedModel) -> Any:
     """The PEFT model of a base and what was saved. Raises ConfigError."""
     import peft
 
-    _resize(saved, base)
     # What it can learn is marked by peft; of virtual tokens it saves the result alone, which only
     # a model for inference reads.
     saved.config.inference_mode = bool(saved.config.is_prompt_learning)
@@ -206,14 +221,29 @@ def _adapted(saved: SavedAdapter, base: PreTrainedModel) -> Any:
         loaded = model.load_adapter(saved.name, "default", revision=saved.revision)
     except LOAD_ERRORS as error:
         raise ConfigError(f"{does_not_fit} ({_said(error)}): {_ANOTHER}") from error
-    # peft reads virtual tokens itself, and calls them left over.
-    unmatched = sorted({*loaded.missing_keys, *loaded.unexpected_keys} - {"prompt_embeddings"})
+    left_over = {key for key in loaded.unexpected_keys if not _is_read(key, saved)}
+    unmatched = sorted({*loaded.missing_keys, *left_over})
     if unmatched:
         raise ConfigError(
             f"{does_not_fit} ({len(unmatched)} weights are missing or left over, such as "
             f"{unmatched[0]}): {_ANOTHER}"
         )
     return model
+
+
+def _is_read(key: str, saved: SavedAdapter) -> bool:
+    """Whether a weight that peft calls left over is not: it stands under another name, too.
+
+    Virtual tokens are read apart. Where the vocabulary grew, modules that are trained whole are
+    written twice, and single tokens once more for a head that shares them.
+    """
+    others = saved.shapes.keys() - {key}
+    _, mark, part = key.rpartition(".token_adapter.")
+    return (
+        key == "prompt_embeddings"
+        or _TWICE.sub(".", key) in others
+        or (bool(mark) and any(other.endswith(mark + part) for other in others))
+    )
 
 
 def _said(error: BaseException) -> str:
@@ -227,28 +257,31 @@ def _said(error: BaseException) -> str:
 def _resize(saved: SavedAdapter, base: Any) -> None:
     """Give the base as many tokens as the adapter was trained with. Raises ConfigError.
 
-    Only where the adapter holds the embeddings of them: a row of random numbers is no token.
+    Only where the adapter holds all rows of them: a row of random numbers is no token.
     """
-    rows = base.get_input_embeddings().weight.shape[0]
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     names = {id(module): name for name, module in base.named_modules()}
-    embeddings, head = (
-        names.get(id(module))
-        for module in (base.get_input_embeddings(), base.get_output_embeddings())
-    )
-    wanted = {n for name in (embeddings, head) if name for n in _tokens_of(name, saved.shapes)}
+    parts = [embeddings]
+    if head is not None and head.weight is not embeddings.weight:
+        parts.append(head)
+    given = [_tokens_of(names[id(part)], saved.shapes) for part in parts]
+    if head is not None:
+        given[-1] |= _tokens_of(names[id(head)], saved.shapes)
+    rows, wanted = embeddings.weight.shape[0], {size for sizes in given for size in sizes}
     if wanted <= {rows}:
         return
-    holds_rows = embeddings is not None and any(
-        key.endswith((f"{embeddings}.weight", f"{embeddings}.base_layer.weight"))
-        for key in saved.shapes
+    held = all(
+        any(f".{names[id(part)]}.{key}" in f".{name}" for key in _WHOLE for name in saved.shapes)
+        for part in parts
     )
-    if len(wanted) > 1 or not holds_rows:
+    if len(wanted) > 1 or not held:
         raise ConfigError(
             f"the adapter {saved.name} was trained with a vocabulary of "
             f"{' and '.join(map(str, sorted(wanted)))} tokens, and its base model "
-            f"{saved.base_name} has {rows}: it does not hold the embeddings of the added tokens. "
-            "Save the resized base model and name it in base_model_name_or_path of "
-            "adapter_config.json, or save the adapter again with save_embedding_layers=True"
+            f"{saved.base_name} has {rows}: it does not hold the embeddings of the added tokens "
+            "and their rows of the head. Save the resized base model and name it in "
+            "base_model_name_or_path of adapter_config.json, or save the adapter again with "
+            "save_embedding_layers=True"
         )
     (size,) = wanted
     base.resize_token_embeddings(size, mean_resizing=False)
@@ -259,10 +292,8 @@ def _tokens_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
     sizes: set[int] = set()
     for key, shape in shapes.items():
         _, mark, part = f".{key}".rpartition(f".{name}.")
-        if not mark or len(shape) != 2:
-            continue
-        if part in ("weight", "base_layer.weight", "lora_B.weight"):
+        if mark and len(shape) == 2 and part in (*_WHOLE, "lora_B.weight"):
             sizes.add(shape[0])
-        elif part == "lora_embedding_A":
+        elif mark and part == "lora_embedding_A":
             sizes.add(shape[1])
     return sizes
