@@ -212,6 +212,7 @@ def test_frozen_weights_are_cast_once_a_draw(family: str, head: bool) -> None:
     casts = []
     for tokens in (2, 12):
         drawing = sampler(model, eos_token_ids=(VOCAB + 1,), autocast_dtype=torch.bfloat16)
+        drawing.settle([r.prompt_ids for r in asked(4)])
         with weight_casts(model) as seen:
             drawing.sample(asked(4), SamplingParams(max_new_tokens=tokens))
         casts.append(seen)
