@@ -427,7 +427,9 @@ def poison_reward(call: int) -> None:
 
 def two_writers(b: Bench, fast: bool) -> Iterator[Try]:
     """A second process on the run directory while the first one holds it."""
-    held = [(n, e) for n, e in spread(b, 40, salt="two") if e.stage not in (fp.LOADING, fp.OPENING)]
+    # The lock is taken just before the run is opened.
+    opening = max(n for n, e in enumerate(b.events, start=1) if e.stage == fp.OPENING)
+    held = [(n, e) for n, e in spread(b, 40, salt="two") if n > opening]
     for n, event in held[:: len(held)] if fast else held[:: len(held) // 6]:
         yield Try(
             "a second process on the run directory",

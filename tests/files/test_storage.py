@@ -179,7 +179,7 @@ def test_run_json_holds_no_secret_and_keeps_the_settings(tmp_path: Path) -> None
         use_cpu=True,
         include_num_input_tokens_seen="no",
     )
-    write_run_record(tmp_path, args, [], ["vader"])
+    write_run_record(tmp_path, args, ["vader"], {})
     text = (tmp_path / "run.json").read_text("utf-8")
     assert "hf_PLANTED" not in text
     config = json.loads(text)["config"]

@@ -31,7 +31,8 @@ from neat_align.rewards.protocol import (
     Unscorable,
 )
 from neat_align.rewards.scoring import score, unscorable_prompts
-from neat_align.trainer.setup import Rewards, TrainingData, scorable_data
+from neat_align.trainer.reward_setup import Rewards, scorable_data
+from neat_align.trainer.setup import TrainingData
 from reward_server import Asked, Handler, RewardServer, by_length
 from small_trainer import ROWS, TOKENIZER, config, trainer
 from tiny import tiny_model, tiny_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -94,20 +94,21 @@ def run_probe(
     print_probe(console, probe, bank, settings, refused)
     if output is not None:
         facts = {
-            "format": FORMAT,
             "settings": asdict(settings),
             "bank": bank.name,
             "data": {"prompts": len(probe.prompt_ids), "sha256": fingerprint(rows)},
             "refused_placements": refused,
             "skipped_rows": skipped.count,
-            **probe.to_json(),
             "wall_seconds": time.monotonic() - started,
-            "commit": commit(),
-            "versions": versions(),
         }
-        write_json(output, facts)
-        console.print(f"numbers {output}", markup=False, highlight=False, soft_wrap=True)
+        _write(output, probe, facts, console)
     return probe
+
+
+def _write(output: Path, probe: Probe, facts: Mapping[str, Any], console: Console) -> None:
+    made_with = {"commit": commit(), "versions": versions()}
+    write_json(output, {"format": FORMAT, **facts, **probe.to_json(), **made_with})
+    console.print(f"numbers {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---- what is probed with -------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from neat_align.learning.objective import (
     objective_params,
 )
 from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
-from neat_align.learning.step_metrics import StepMetrics
+from neat_align.learning.step_metrics import StepMetrics, sum_dtype
 from neat_align.modeling.logprobs import completion_logprobs
 from neat_align.modeling.packing import Layout, fill_budget, tokens_in
 from neat_align.modeling.precision import autocast
@@ -148,7 +148,7 @@ class StepEngine:
         """Counts over these micro-batches and over all ranks."""
         counts: Sequence[float] = counts_of(micro_batches)
         if self.args.world_size > 1:
-            here = torch.tensor(counts, dtype=torch.float64, device=self.device)
+            here = torch.tensor(counts, dtype=sum_dtype(self.device), device=self.device)
             counts = self.sum_over_ranks(here).tolist()
         return LossCounts(*(max(1.0, count) for count in counts))
 

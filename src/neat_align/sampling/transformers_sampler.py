@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
 )
@@ -39,6 +38,7 @@ from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
 from neat_align.sampling.batch_check import KnownWay, SamplingWay, choose_way
 from neat_align.sampling.decode_attention import ATTENTION, fast_decoding
 from neat_align.sampling.draw import check_drawn, draw, uniforms
+from neat_align.sampling.drawing import Drawing, DrawnToken
 from neat_align.sampling.protocol import FinishReason, Sample, SampleRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ class TransformersSampler:
             logits = self._forward(input_ids, (mask, positions) if padded else None, cache)[which]
             cache.batch_select_indices(which)
             ends = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
-            drawing = _Drawing(numbers, ends)
+            drawing = Drawing(numbers, ends)
             positions = mask[which].sum(-1)
             mask = torch.nn.functional.pad(mask[which], (0, params.max_new_tokens), value=1)
             while True:
@@ -278,7 +278,7 @@ class TransformersSampler:
     def _generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         device = next(self.model.parameters()).device
         input_ids, mask = _left_padded([r.prompt_ids for r in requests], self.pad_token_id, device)
-        processor = _DrawnToken(
+        processor = DrawnToken(
             uniforms([r.seed for r in requests], params.max_new_tokens, device),
             params,
             input_ids.shape[1],
@@ -324,44 +324,6 @@ class TransformersSampler:
         return Sample(tuple(tokens[:length]), finish_reason, sum(logprobs[:length]))
 
 
-class _Drawing:
-    """The tokens that a batch has drawn so far; nothing is read from the device until `left`."""
-
-    def __init__(
-        self, numbers: Float[Tensor, "requests tokens"], ends: Int[Tensor, " ends"]
-    ) -> None:
-        device = numbers.device
-        self.numbers, self.ends, self.step = numbers, ends, 0
-        self.tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
-        self.logprobs = torch.empty_like(numbers)
-        # The request that each row of the batch draws for.
-        self.rows = torch.arange(len(numbers), device=device)
-        self.ended = torch.zeros(len(numbers), dtype=torch.bool, device=device)
-
-    def next_tokens(
-        self, logits: Float[Tensor, "rows vocab"], params: SamplingParams
-    ) -> Int[Tensor, " rows"]:
-        """One more token for every row, those that have ended included."""
-        rows, step = self.rows, self.step
-        last, logprob = draw(logits, self.numbers[rows, step], params)
-        self.tokens[rows, step], self.logprobs[rows, step] = last, logprob
-        self.ended = self.ended | (last[:, None] == self.ends).any(-1)
-        self.step += 1
-        return last
-
-    def left(self) -> list[int]:
-        """The rows that have not ended: none when one of those was drawn from what is no number,
-        which ends them all. Waits for the device.
-        """
-        broken = self.logprobs[self.rows, self.step - 1].isnan() & ~self.ended
-        ended, is_broken = torch.stack([self.ended, broken]).tolist()
-        return [] if any(is_broken) else [i for i, done in enumerate(ended) if not done]
-
-    def keep(self, stay: Int[Tensor, " rows"]) -> None:
-        """Go on with these rows alone."""
-        self.rows, self.ended = self.rows[stay], self.ended[stay]
-
-
 def _keeps_keys(model: torch.nn.Module) -> bool:
     """Whether a model's cache is keys and values alone: its rows can be copied and taken out.
 
@@ -386,25 +348,6 @@ def _left_padded(
     ids = [[pad_token_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
     mask = [[0] * n + [1] * (width - n) for n in padding]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-class _DrawnToken(LogitsProcessor):
-    """Leaves `generate`, running greedily, the drawn token alone; keeps its log-probability."""
-
-    def __init__(
-        self, numbers: Float[Tensor, "rows tokens"], params: SamplingParams, prompt_width: int
-    ) -> None:
-        self.numbers, self.params, self.prompt_width = numbers, params, prompt_width
-        self.logprobs: list[Float[Tensor, " rows"]] = []
-
-    def __call__(
-        self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocab"]
-    ) -> Float[Tensor, "rows vocab"]:
-        tokens, logprobs = draw(
-            scores, self.numbers[:, input_ids.shape[1] - self.prompt_width], self.params
-        )
-        self.logprobs.append(logprobs)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 neat_trainer.py    NEATTrainer, a subclass of `transformers.Trainer` alone
 given.py           what a script gives the trainer, or asks of it, and what cannot work
 startup_checks.py  what Trainer would find out only after the first round
-setup.py           data, policy, rewards and layout, checked before anything is sampled
+setup.py           data, policy and layout, checked before anything is sampled
+reward_setup.py    rewards and judges, checked before anything is sampled
 parts.py           what the trainer is composed of, and what the parts do together
 round_maker.py     a round from the current policy, made on rank 0 and read by all
 round_callback.py  rounds among Trainer's events

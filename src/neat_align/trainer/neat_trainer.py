@@ -35,16 +35,9 @@ from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given
 from neat_align.trainer.parts import TrainerParts, compose
+from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
-from neat_align.trainer.setup import (
-    check_settings,
-    contrast_reward,
-    keep_one_progress_bar,
-    read_data,
-    scorable_data,
-    set_up_policy,
-    set_up_rewards,
-)
+from neat_align.trainer.setup import keep_one_progress_bar, read_data, set_up_policy
 from neat_align.trainer.startup_checks import refused, rehearse
 
 
@@ -93,8 +86,7 @@ class NEATTrainer(Trainer):
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
     ) -> None:
         args = given.as_config(args)
-        data = read_data(args, train_dataset, eval_dataset)
-        check_settings(args, callbacks or (), data)
+        data = read_data(args, train_dataset, eval_dataset, callbacks or ())
         setup, data = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         scored_by = set_up_rewards(

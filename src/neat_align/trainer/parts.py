@@ -31,14 +31,13 @@ from neat_align.runs.run_directory import RunDirectory
 from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
+from neat_align.trainer.reward_setup import Rewards, judged_by_start
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
 from neat_align.trainer.setup import (
     PolicySetup,
-    Rewards,
     TrainingData,
     autocast_dtype,
     first_prompts,
-    judged_by_start,
     layout_for,
     read_rows,
     template_kwargs,
@@ -240,8 +239,7 @@ def compose(
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     layout = layout_for(args, setup, data, sharded=sharded)
-    policies = _policies(args, setup, layout, conversational=data.conversational)
-    policies.settle_sampling(first_prompts(setup, data))
+    policies = _policies(args, setup, data, layout)
     return TrainerParts(
         args=args,
         data=data,
@@ -284,20 +282,18 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
     check_followed_metric(args, names)
 
 
-def _policies(
-    args: NEATConfig, setup: PolicySetup, layout: Layout, *, conversational: bool
-) -> Policies:
+def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: Layout) -> Policies:
     dtype = autocast_dtype(args)
     on_cpu = args.device.type == "cpu"
     copies = args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu)
-    return Policies(
+    policies = Policies(
         model=setup.model,
         reference=setup.reference,
         layout=layout,
         eos_token_ids=eos_token_ids(
             setup.tokenizer,
             setup.model,
-            conversational=conversational,
+            conversational=data.conversational,
             inputs=TemplateInputs(kwargs=template_kwargs(args)),
         ),
         pad_token_id=setup.tokenizer.pad_token_id,
@@ -305,3 +301,5 @@ def _policies(
         autocast_dtype=dtype,
         copy_dtype=dtype if copies else None,
     )
+    policies.settle_sampling(first_prompts(setup, data))
+    return policies

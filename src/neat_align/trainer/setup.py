@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from neat_align.errors import ConfigError, DataError
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.outputs import adds_auxiliary_loss
-from neat_align.modeling.packing import Layout, TokenIds
+from neat_align.modeling.packing import Layout
 from neat_align.modeling.reference import Reference, start_policy
 from neat_align.modeling.requirements import (
     check_context,
@@ -31,9 +31,7 @@ from neat_align.modeling.self_check import (
     check_training_forward,
     showing_adapter,
 )
-from neat_align.prompts.instruction_banks import InstructionBank, Polarity, load_bank
-from neat_align.prompts.placement import instructed
-from neat_align.prompts.rendering import prompt_ids
+from neat_align.prompts.instruction_banks import InstructionBank, load_bank
 from neat_align.prompts.row_checks import (
     UsablePrompts,
     as_rows,
@@ -43,22 +41,13 @@ from neat_align.prompts.row_checks import (
 )
 from neat_align.prompts.row_prompts import row_prompt_ids
 from neat_align.prompts.rows import (
-    NO_INPUTS,
-    Prompt,
     PromptRow,
     TemplateInputs,
     is_conversational,
 )
-from neat_align.prompts.seeds import draw_pair
-from neat_align.prompts.skipped_rows import BadRows, SkippedRows
+from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.prompts.template_check import check_rendering, check_template
-from neat_align.prompts.template_inputs import joined_inputs, read_kwargs, with_template_kwargs
-from neat_align.rewards.contrast import ContrastReward
-from neat_align.rewards.http import check_http_hosts, check_tokens
-from neat_align.rewards.protocol import NamedReward, RewardSpec
-from neat_align.rewards.resolve import resolve_rewards
-from neat_align.rewards.scoring import unscorable_prompts
-from neat_align.rounds.ranking import ORIGIN_STEP
+from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import fingerprint, weights_fingerprint
 from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
@@ -67,9 +56,6 @@ logger = logging.getLogger(__name__)
 
 # From the one that works with every model to the fastest.
 LAYOUTS_BY_CARE: tuple[Layout, ...] = ("unpadded", "padded", "packed")
-# (prompt ids, completion ids) → summed log-probabilities in nats, in order.
-SumLogprobs = Callable[[Sequence[TokenIds], Sequence[TokenIds]], list[float]]
-GivenRewards = RewardSpec | Sequence[RewardSpec] | None
 
 
 @dataclass(frozen=True)
@@ -108,15 +94,7 @@ class PolicySetup:
     start_fingerprint: str
 
 
-@dataclass(frozen=True)
-class Rewards:
-    """What is trained on, and what only evaluation sees."""
-
-    rewards: tuple[NamedReward, ...]
-    judges: tuple[NamedReward, ...]
-
-
-def check_settings(
+def _check_settings(
     args: NEATConfig, callbacks: Sequence[TrainerCallback | type], data: TrainingData
 ) -> None:
     """Refuse `log_completions` when nothing would print them, what needs evaluations when there
@@ -140,8 +118,16 @@ def keep_one_progress_bar(trainer: Trainer) -> None:
         trainer.remove_callback(own[0])
 
 
-def read_data(args: NEATConfig, train_dataset: Any, eval_dataset: Any) -> TrainingData:
-    """The rows of both data sets. Raises DataError and ConfigError."""
+def read_data(
+    args: NEATConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    callbacks: Sequence[TrainerCallback | type],
+) -> TrainingData:
+    """The rows of both data sets; options and callbacks that need others are refused.
+
+    Raises DataError and ConfigError.
+    """
     if train_dataset is None:
         raise ConfigError("NEATTrainer needs a train_dataset with prompts")
     skipped = SkippedRows()
@@ -149,7 +135,9 @@ def read_data(args: NEATConfig, train_dataset: Any, eval_dataset: Any) -> Traini
     eval_rows: list[PromptRow] = []
     if eval_dataset is not None:
         eval_rows = read_rows(args, eval_dataset, "eval_dataset", skipped)
-    return TrainingData(rows, eval_rows, is_conversational(rows), skipped)
+    data = TrainingData(rows, eval_rows, is_conversational(rows), skipped)
+    _check_settings(args, callbacks, data)
+    return data
 
 
 def read_rows(args: NEATConfig, dataset: Any, name: str, skipped: SkippedRows) -> list[PromptRow]:
@@ -243,123 +231,6 @@ def set_up_policy(
     check_trainable_weights(policy)
     start = weights_fingerprint(policy)
     return PolicySetup(policy, tokenizer, bank, reference, reference_given, start), data
-
-
-def set_up_rewards(
-    args: NEATConfig,
-    contrast: ContrastReward,
-    reward_funcs: GivenRewards,
-    judge_funcs: GivenRewards,
-    processing_classes: Any,
-    trainer_state: Callable[[], Any] | None = None,
-) -> Rewards:
-    """Rewards and judges as the user gave them, as functions with names and weights.
-
-    `trainer_state` gives the trainer's state to functions that ask for it.
-
-    Raises ConfigError and RewardError for what is no reward, does not fit the way of ranking, or
-    lacks its server's token.
-    """
-    rewards = _resolved(reward_funcs, args, contrast, args.reward_weights, processing_classes)
-    judges = _resolved(judge_funcs, args, contrast)
-    functions = [r.function for r in (*rewards, *judges)]
-    check_tokens(functions)
-    check_http_hosts(args.allow_http_hosts, functions)
-    if args.rank_by != "origin" and not rewards:
-        raise ConfigError(
-            f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set "
-            "rank_by: origin"
-        )
-    if args.rank_by == "origin_then_reward" and args.reward_margin >= ORIGIN_STEP:
-        raise ConfigError(
-            f"reward_margin is {args.reward_margin} and rank_by is origin_then_reward, which puts "
-            f"the best bad completion {ORIGIN_STEP:g} below the worst good one: that would be no "
-            f"pair; set reward_margin below {ORIGIN_STEP:g}"
-        )
-    return Rewards(
-        tuple(replace(reward, trainer_state=trainer_state) for reward in rewards),
-        tuple(replace(judge, trainer_state=trainer_state) for judge in judges),
-    )
-
-
-def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> TrainingData:
-    """The data without the prompts that are too long for a reward model already.
-
-    Raises DataError where there are such prompts and `on_bad_row` is "error".
-    """
-    everybody = (*scored_by.rewards, *scored_by.judges)
-    train = _unscorable(data.rows, scored_by.rewards)
-    held_out = _unscorable(data.eval_rows, everybody)
-    sets = (("training prompts", data.rows, train), ("held-out prompts", data.eval_rows, held_out))
-    for name, rows, unscorable in sets:
-        bad = BadRows(name, on_bad_row, data.skipped)
-        for i, reason in unscorable.items():
-            bad.add(rows[i].where, rows[i].id, f"no answer can be scored, since it {reason}")
-        bad.settle(len(rows) - len(unscorable))
-    if not train and not held_out:
-        return data
-    kept = [i for i in range(len(data.rows)) if i not in train]
-    return replace(
-        data,
-        rows=[data.rows[i] for i in kept],
-        prompt_lengths=[data.prompt_lengths[i] for i in kept] if data.prompt_lengths else (),
-        eval_rows=[row for i, row in enumerate(data.eval_rows) if i not in held_out],
-    )
-
-
-def _unscorable(rows: list[PromptRow], rewards: Sequence[NamedReward]) -> dict[int, str]:
-    """The rows no answer to which can be scored, and why."""
-    found = unscorable_prompts(rewards, [row.prompt for row in rows])
-    return {left.row: left.reason for left in found}
-
-
-def _resolved(
-    funcs: GivenRewards,
-    args: NEATConfig,
-    contrast: ContrastReward,
-    weights: Sequence[float] | None = None,
-    processing_classes: Any = None,
-) -> tuple[NamedReward, ...]:
-    if funcs is None:
-        return ()
-    given: list[Any] = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
-    specs = [contrast if f == "contrast" else f for f in given]
-    return resolve_rewards(
-        specs,
-        weights,
-        processing_classes,
-        timeout=args.reward_timeout,
-        allow_http_hosts=args.allow_http_hosts,
-    )
-
-
-def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) -> ContrastReward:
-    """The policy's own log-probability under the positive against the negative instruction."""
-
-    option = template_kwargs(args)
-
-    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
-        pair = draw_pair(setup.bank, run_seed=args.seed, round_index=0, prompt_id=str(prompt))
-        instruction = pair.positive if polarity == "positive" else pair.negative
-        placed = instructed(prompt, instruction, args.instruction_placement)
-        return prompt_ids(setup.tokenizer, *placed, joined_inputs(option, inputs))
-
-    return ContrastReward(score=score, render=render)
-
-
-def judged_by_start(
-    rewards: Sequence[NamedReward], start_score: SumLogprobs
-) -> tuple[NamedReward, ...]:
-    """The rewards with the start policy as the judge of `contrast`.
-
-    For evaluations: a judge that moves with the policy would compare two different scores.
-    """
-    return tuple(
-        replace(r, function=replace(r.function, score=start_score))
-        if isinstance(r.function, ContrastReward)
-        else r
-        for r in rewards
-    )
 
 
 def layout_for(

@@ -1,0 +1,159 @@
+"""The rewards and judges of a run, checked before anything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from neat_align.config import NEATConfig
+from neat_align.errors import ConfigError
+from neat_align.modeling.packing import TokenIds
+from neat_align.prompts.instruction_banks import Polarity
+from neat_align.prompts.placement import instructed
+from neat_align.prompts.rendering import prompt_ids
+from neat_align.prompts.rows import (
+    NO_INPUTS,
+    Prompt,
+    PromptRow,
+    TemplateInputs,
+)
+from neat_align.prompts.seeds import draw_pair
+from neat_align.prompts.skipped_rows import BadRows
+from neat_align.prompts.template_inputs import joined_inputs
+from neat_align.rewards.contrast import ContrastReward
+from neat_align.rewards.http import check_http_hosts, check_tokens
+from neat_align.rewards.protocol import NamedReward, RewardSpec
+from neat_align.rewards.resolve import resolve_rewards
+from neat_align.rewards.scoring import unscorable_prompts
+from neat_align.rounds.ranking import ORIGIN_STEP
+from neat_align.trainer.setup import PolicySetup, TrainingData, template_kwargs
+
+# (prompt ids, completion ids) → summed log-probabilities in nats, in order.
+SumLogprobs = Callable[[Sequence[TokenIds], Sequence[TokenIds]], list[float]]
+GivenRewards = RewardSpec | Sequence[RewardSpec] | None
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What is trained on, and what only evaluation sees."""
+
+    rewards: tuple[NamedReward, ...]
+    judges: tuple[NamedReward, ...]
+
+
+def set_up_rewards(
+    args: NEATConfig,
+    contrast: ContrastReward,
+    reward_funcs: GivenRewards,
+    judge_funcs: GivenRewards,
+    processing_classes: Any,
+    trainer_state: Callable[[], Any] | None = None,
+) -> Rewards:
+    """Rewards and judges as the user gave them, as functions with names and weights.
+
+    `trainer_state` gives the trainer's state to functions that ask for it.
+
+    Raises ConfigError and RewardError for what is no reward, does not fit the way of ranking, or
+    lacks its server's token.
+    """
+    rewards = _resolved(reward_funcs, args, contrast, args.reward_weights, processing_classes)
+    judges = _resolved(judge_funcs, args, contrast)
+    functions = [r.function for r in (*rewards, *judges)]
+    check_tokens(functions)
+    check_http_hosts(args.allow_http_hosts, functions)
+    if args.rank_by != "origin" and not rewards:
+        raise ConfigError(
+            f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set "
+            "rank_by: origin"
+        )
+    if args.rank_by == "origin_then_reward" and args.reward_margin >= ORIGIN_STEP:
+        raise ConfigError(
+            f"reward_margin is {args.reward_margin} and rank_by is origin_then_reward, which puts "
+            f"the best bad completion {ORIGIN_STEP:g} below the worst good one: that would be no "
+            f"pair; set reward_margin below {ORIGIN_STEP:g}"
+        )
+    return Rewards(
+        tuple(replace(reward, trainer_state=trainer_state) for reward in rewards),
+        tuple(replace(judge, trainer_state=trainer_state) for judge in judges),
+    )
+
+
+def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> TrainingData:
+    """The data without the prompts that are too long for a reward model already.
+
+    Raises DataError where there are such prompts and `on_bad_row` is "error".
+    """
+    everybody = (*scored_by.rewards, *scored_by.judges)
+    train = _unscorable(data.rows, scored_by.rewards)
+    held_out = _unscorable(data.eval_rows, everybody)
+    sets = (("training prompts", data.rows, train), ("held-out prompts", data.eval_rows, held_out))
+    for name, rows, unscorable in sets:
+        bad = BadRows(name, on_bad_row, data.skipped)
+        for i, reason in unscorable.items():
+            bad.add(rows[i].where, rows[i].id, f"no answer can be scored, since it {reason}")
+        bad.settle(len(rows) - len(unscorable))
+    if not train and not held_out:
+        return data
+    kept = [i for i in range(len(data.rows)) if i not in train]
+    return replace(
+        data,
+        rows=[data.rows[i] for i in kept],
+        prompt_lengths=[data.prompt_lengths[i] for i in kept] if data.prompt_lengths else (),
+        eval_rows=[row for i, row in enumerate(data.eval_rows) if i not in held_out],
+    )
+
+
+def _unscorable(rows: list[PromptRow], rewards: Sequence[NamedReward]) -> dict[int, str]:
+    """The rows no answer to which can be scored, and why."""
+    found = unscorable_prompts(rewards, [row.prompt for row in rows])
+    return {left.row: left.reason for left in found}
+
+
+def _resolved(
+    funcs: GivenRewards,
+    args: NEATConfig,
+    contrast: ContrastReward,
+    weights: Sequence[float] | None = None,
+    processing_classes: Any = None,
+) -> tuple[NamedReward, ...]:
+    if funcs is None:
+        return ()
+    given: list[Any] = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
+    specs = [contrast if f == "contrast" else f for f in given]
+    return resolve_rewards(
+        specs,
+        weights,
+        processing_classes,
+        timeout=args.reward_timeout,
+        allow_http_hosts=args.allow_http_hosts,
+    )
+
+
+def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) -> ContrastReward:
+    """The policy's own log-probability under the positive against the negative instruction."""
+
+    option = template_kwargs(args)
+
+    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+        pair = draw_pair(setup.bank, run_seed=args.seed, round_index=0, prompt_id=str(prompt))
+        instruction = pair.positive if polarity == "positive" else pair.negative
+        placed = instructed(prompt, instruction, args.instruction_placement)
+        return prompt_ids(setup.tokenizer, *placed, joined_inputs(option, inputs))
+
+    return ContrastReward(score=score, render=render)
+
+
+def judged_by_start(
+    rewards: Sequence[NamedReward], start_score: SumLogprobs
+) -> tuple[NamedReward, ...]:
+    """The rewards with the start policy as the judge of `contrast`.
+
+    For evaluations: a judge that moves with the policy would compare two different scores.
+    """
+    return tuple(
+        replace(r, function=replace(r.function, score=start_score))
+        if isinstance(r.function, ContrastReward)
+        else r
+        for r in rewards
+    )
