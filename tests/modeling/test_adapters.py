@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, OPTConfig
+from transformers import LlamaConfig, MambaConfig, OPTConfig
 
 from neat_align.errors import ConfigError
 from neat_align.modeling import precision
@@ -124,6 +124,21 @@ def test_the_copy_that_samples_is_the_same_policy(
     assert half is not None
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert float((logprobs(half) - logprobs(model)).abs().mean()) < 0.1
+
+
+def test_a_state_space_model_samples_what_its_adapter_says(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its head shares the embeddings, which its usual adapters train."""
+    mamba = random_model(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2))
+    targets = ["x_proj", "embeddings", "in_proj"]
+    model: Any = get_peft_model(mamba, peft.LoraConfig(**TASK, target_modules=targets))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    copied = half_precision_copy(model.eval(), torch.float32)
+    torch.testing.assert_close(logprobs(copied), logprobs(model), rtol=0, atol=1e-4)
+    assert "is not merged into the copy that samples" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["saved head", "saved embeddings", "single tokens", "loha"])
