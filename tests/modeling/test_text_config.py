@@ -114,11 +114,6 @@ def rwkv() -> PreTrainedModel:
     return random_model(config)
 
 
-def xlnet() -> PreTrainedModel:
-    config = hf.XLNetConfig(vocab_size=V, d_model=16, n_layer=1, n_head=2, d_inner=16, **IDS)
-    return random_model(config)
-
-
 def falcon() -> PreTrainedModel:
     config = hf.FalconConfig(
         vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True, **IDS
@@ -129,7 +124,6 @@ def falcon() -> PreTrainedModel:
 CONTEXTS = {
     bloom: None,
     mamba: None,
-    xlnet: None,
     mpt: 256,
     rwkv: 256,
     falcon: 2048,

@@ -262,6 +262,24 @@ def test_a_token_made_special_after_the_fact_is_seen_by_the_checks_before_a_run(
     assert "<new>" in control_tokens(tokenizer).finder.tokens
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen", "is_left_open"),
+    [
+        ("r1", "The sky scatters blue.", True),
+        ("r1", "hm</think>The sky scatters blue.", False),
+        ("qwen3", "The sky scatters blue.", False),  # opens nothing before the answer
+    ],
+)
+def test_answers_that_end_inside_of_an_open_thought_are_warned_of(
+    caplog: pytest.LogCaptureFixture, name: str, chosen: str, is_left_open: bool
+) -> None:
+    rows = as_rows([{"prompt": ASK, "chosen": chosen, "rejected": "no</think>No."}], "data")
+    with caplog.at_level("WARNING", "neat_align"):
+        check_prompts(rows, FAMILIES[name], 999, conversational=True)
+    said = "of 1 rows do not close it with </think> (the first: dataset 'data', row 0)"
+    assert (said in caplog.text) == is_left_open
+
+
 def test_no_tokenizer_is_kept_alive() -> None:
     tokenizer = tiny_tokenizer()
     prompt_ids(tokenizer, ASK)

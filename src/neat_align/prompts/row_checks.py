@@ -19,6 +19,7 @@ from neat_align.prompts.skipped_rows import ADVICE, BadRows, SkippedRows
 from neat_align.prompts.template_reading import (
     check_answers,
     check_turns_are_read,
+    warn_of_open_blocks,
     warn_of_unread_kwargs,
 )
 
@@ -89,6 +90,7 @@ def check_prompts(
     too_long.settle()
     bad.settle(len(kept))
     warn_of_unread_kwargs(kept, tokenizer)
+    warn_of_open_blocks(kept, tokenizer)
     return UsablePrompts(kept, lengths)
 
 

@@ -80,6 +80,37 @@ def check_answers(row: PromptRow, tokenizer: Any, *, conversational: bool) -> No
             raise PromptError(f"{field}: {error}") from error
 
 
+def warn_of_open_blocks(rows: Sequence[PromptRow], tokenizer: Any) -> None:
+    """Warn of the data's answers where the template has opened a block that they do not close.
+
+    A template whose generation prompt ends in `<think>` (DeepSeek-R1's, Qwen3-Thinking's) puts them
+    inside of the thought, and their end of turn with them.
+    """
+    with_answers = [row for row in rows if row.chosen is not None or row.rejected is not None]
+    own = control_tokens(tokenizer).own
+    closed_by = {t: end for t in own if (end := f"{t[:1]}/{t[1:]}") in own}  # <think>: </think>
+    if not closed_by or not with_answers or isinstance(with_answers[0].prompt, str):
+        return
+    left_open, first, block = 0, "", ""
+    for row in with_answers:
+        tail = prompt_text(tokenizer, row.prompt, inputs=row.template_inputs)[-64:].rstrip()
+        closing = next((end for token, end in closed_by.items() if tail.endswith(token)), None)
+        answers = [answer for answer in (row.chosen, row.rejected) if answer is not None]
+        if closing is not None and not all(closing in answer for answer in answers):
+            left_open, first, block = left_open + 1, first or row.where, closing
+    if left_open:
+        logger.warning(
+            "the chat template of %s opens a block before the answer, and chosen or rejected of %d "
+            "rows do not close it with %s (the first: %s): their turn ends inside of it. Write "
+            "the answers as the model would, choose the template's form without it "
+            "(chat_template_kwargs), or set use_human_completions: false",
+            tokenizer_name(tokenizer),
+            left_open,
+            block,
+            first,
+        )
+
+
 def warn_of_unread_kwargs(rows: Sequence[PromptRow], tokenizer: Any) -> None:
     """Warn of variables in the data that the chat template never reads."""
     places: dict[str, tuple[int, str]] = {}
