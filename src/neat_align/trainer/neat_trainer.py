@@ -248,6 +248,7 @@ class NEATTrainer(Trainer):
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
                     self.is_in_train = False
                     raise
+            self.round_callback.load_best()
             self.parts.ranks.raise_if_stop_requested("after training had finished")
             return output._replace(training_loss=output.metrics["train_loss"])
 
