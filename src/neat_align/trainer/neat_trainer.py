@@ -117,7 +117,7 @@ class NEATTrainer(Trainer):
             steps_per_round=lambda: self.steps_per_round,
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
-        rehearse(self, self.steps_per_round)
+        rehearse(self, self.parts.plan.optimizer_steps)
         keep_one_progress_bar(self)
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
