@@ -374,3 +374,24 @@ def test_a_round_counts_and_lists_what_could_not_be_scored(tmp_path: Path) -> No
 
 def _skipping(tools: Any) -> Any:
     return replace(tools, on_bad_row="skip")
+
+
+def test_an_evaluation_on_other_rows_leaves_out_what_no_answer_can_save(tmp_path: Path) -> None:
+    def made(word: str) -> NEATTrainer:
+        return NEATTrainer(
+            tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER),
+            small_model(100),
+            config(tmp_path / word, on_bad_row=word, evaluate_contrast=False),
+            ROWS,
+            processing_class=TOKENIZER,
+            reward_processing_classes=TOKENIZER,
+        )
+
+    rows = [ROWS[0], {"prompt": user("Tell me " * 20), "id": "long"}]
+    with pytest.raises(DataError, match=r"eval_dataset.*no answer can be scored"):
+        made("error").evaluate(rows)
+    t = made("skip")
+    t.evaluate(rows)
+    assert t.last_evaluation is not None
+    assert len(t.last_evaluation.prompt_ids) == 1
+    assert [line["id"] for line in t.parts.data.skipped] == ["long"]

@@ -17,7 +17,7 @@ from neat_align.prompts.instruction_banks import InstructionBank, InstructionPai
 from neat_align.prompts.loading import rows_from_dataset
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.prompts.seeds import completion_seed
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.completions import read_groups, reward_names_of
@@ -420,6 +420,19 @@ def test_samples_of_other_prompts_or_settings_are_not_taken_up(tmp_path: Path, w
     except DataError:  # to refuse would do as well
         return
     assert again == expected
+
+
+def test_samples_under_other_inputs_of_the_template_are_not_taken_up(tmp_path: Path) -> None:
+    def away(**_: Any) -> list[float]:
+        raise ConnectionError("away")
+
+    rows = conversations(3)
+    with pytest.raises(Exception, match="away"):
+        run(rows, tmp_path, tools(model_sampler(), away))
+    thinking = TemplateInputs(kwargs={"enable_thinking": True})
+    sampler = Counting(model_sampler())
+    run([replace(row, template_inputs=thinking) for row in rows], tmp_path, tools(sampler))
+    assert sampler.calls > 0
 
 
 # ---- what is filtered ----------------------------------------------------------------------------

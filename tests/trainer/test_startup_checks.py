@@ -62,6 +62,13 @@ LATE = [
     # ---- schedules ----
     (scheduled("cosine_with_min_lr"), "lr_scheduler_type is cosine_with_min_lr with .*min_lr"),
     (scheduled("cosine_warmup_with_min_lr"), "lr_scheduler_type is cosine_warmup_with_min_lr"),
+    (
+        # Two passes over 12 prompts are 6 rounds of 2 steps, and all of them would warm up.
+        scheduled(
+            "polynomial", warmup_steps=12, data_passes=2, prompts_per_round=4, num_train_epochs=3
+        ),
+        "polynomial with .*division by zero",
+    ),
     (scheduled("warmup_stable_decay"), "warmup_stable_decay with .*num_decay_steps"),
     (scheduled("cosine", {"num_cycle": 2}), "lr_scheduler_kwargs {'num_cycle': 2}.*num_cycle"),
     (scheduled("linear", {"min_lr": 0.0}), "lr_scheduler_kwargs {'min_lr': 0.0}"),
@@ -230,6 +237,12 @@ def test_options_that_work_train_a_round(changes: dict[str, Any], tmp_path: Path
     assert t.state.global_step == 2
 
 
+def test_the_schedule_is_that_of_all_passes_over_the_data(tmp_path: Path) -> None:
+    """Three rounds, which num_train_epochs would say, are 6 steps."""
+    passes = {"data_passes": 2, "num_train_epochs": 3, "prompts_per_round": 4}
+    trainer(tmp_path, **scheduled("polynomial", warmup_steps=6), **passes)
+
+
 def test_trying_changes_no_weight_and_no_random_state(tmp_path: Path) -> None:
     model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER)
     torch.manual_seed(3)
@@ -237,7 +250,7 @@ def test_trying_changes_no_weight_and_no_random_state(tmp_path: Path) -> None:
     before, numbers = weights(t), torch.random.get_rng_state()
     from neat_align.trainer.startup_checks import rehearse
 
-    rehearse(t, t.steps_per_round)
+    rehearse(t, t.parts.plan.optimizer_steps)
     assert torch.equal(torch.random.get_rng_state(), numbers)
     assert all(torch.equal(v, before[k]) for k, v in weights(t).items())
     assert not t.policy.is_activation_checkpointing

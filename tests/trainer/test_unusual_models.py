@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from transformers import MixtralConfig, PreTrainedModel, RwkvConfig
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, MixtralConfig, PreTrainedModel, RwkvConfig
 
 from neat_align.errors import ConfigError
 from neat_align.modeling import precision
+from neat_align.modeling.loading import load_renamed_weights
 from neat_align.modeling.precision import half_precision_copy
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
-from small_trainer import TOKENIZER, logged, trainer
+from small_trainer import ROWS, TOKENIZER, logged, trainer, weights
 from tiny import random_model, tiny_model
 
 PROMPTS = [tuple(range(20, 29)), (7, 9, 11), tuple(range(40, 54))]
@@ -156,3 +161,84 @@ def test_a_model_that_autocast_breaks_is_told_to_go_without(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"fails when it computes in bfloat16.*set bf16"):
         trainer(tmp_path / "half", model=model, bf16=True)
     trainer(tmp_path / "whole", model=model, bf16=False)
+
+
+def gemma3() -> PreTrainedModel:
+    """With pictures, as Gemma 3 4B is: its weights have other names on the disk."""
+    text = {
+        "vocab_size": len(TOKENIZER),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": None,
+    }
+    pictures = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    return random_model(
+        Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=1)
+    )
+
+
+@pytest.mark.parametrize(("made", "shard_size"), [(gemma3, None), (mixtral, "100KB")])
+def test_weights_that_are_saved_under_other_names_are_gone_on_with(
+    made: Callable[[], PreTrainedModel],
+    shard_size: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if shard_size is not None:
+        save = partialmethod(PreTrainedModel.save_pretrained, max_shard_size=shard_size)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    short = {"prompts_per_round": 4, "num_train_epochs": 2}
+    whole = trainer(tmp_path / "whole", model=made(), **short)
+    whole.train()
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(cut / "checkpoint-4")
+    resumed = trainer(cut, model=made(), **short)
+    resumed.train(resume_from_checkpoint=True)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+    assert logged(cut)[-2] == logged(tmp_path / "whole")[-2]
+
+
+def test_the_best_model_is_loaded_although_its_weights_have_other_names(tmp_path: Path) -> None:
+    t = trainer(
+        tmp_path,
+        model=gemma3(),
+        prompts_per_round=4,
+        num_train_epochs=2,
+        eval_dataset=ROWS[:2],
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_perplexity",
+        greater_is_better=True,
+        learning_rate=1e-2,
+    )
+    t.train()
+    best = Path(str(t.state.best_model_checkpoint))
+    assert best.name == "checkpoint-2"
+    saved = type(t.policy).from_pretrained(best)  # type: ignore[attr-defined]
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(weight, weights(t)[name]), name
+
+
+def test_a_checkpoint_without_some_of_the_weights_is_refused(tmp_path: Path) -> None:
+    model = mixtral()
+    model.save_pretrained(tmp_path)
+    kept = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "layers.0" in k}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="does not hold the weights of this Mixtral"):
+        load_renamed_weights(model, tmp_path)

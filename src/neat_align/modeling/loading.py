@@ -5,6 +5,7 @@ What an adapter folder holds is put on its base by `adapters.py`.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +22,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import find_adapter_config_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    find_adapter_config_file,
+)
 
 from neat_align.errors import ConfigError
 from neat_align.modeling.adapters import LOAD_ERRORS, put_on_base, read_adapter
@@ -106,6 +112,45 @@ def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> Pre
             "Name a trained causal language model"
         )
     return cast("PreTrainedModel", model)
+
+
+def load_renamed_weights(model: torch.nn.Module, folder: Path) -> bool:
+    """Load a checkpoint's weights where they have other names there than in the model.
+
+    `save_pretrained` writes some models (mixtures of experts, Gemma 3, LLaVA) under the names of
+    their first version, and Trainer, which looks for the model's own, goes on with the weights that
+    it does not find as they were. Gives whether it was so; nothing is done where it was not, or
+    where `folder` holds an adapter. Raises ConfigError when weights of the model are not there.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    saved, own = _saved_names(folder), model.state_dict()
+    there = {own[name].data_ptr() for name in saved & own.keys()}  # tied weights are saved once
+    if not saved or (saved <= own.keys() and all(w.data_ptr() in there for w in own.values())):
+        return False
+    loaded, info = cast("Any", type(model)).from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if lost or info["mismatched_keys"]:
+        raise ConfigError(
+            f"the checkpoint {folder} does not hold the weights of this {type(model).__name__}: "
+            f"{', '.join(lost[:3]) or 'their shapes differ'}. Go on from another checkpoint, or "
+            "with the version of transformers that wrote it"
+        )
+    model.load_state_dict(loaded.state_dict())
+    return True
+
+
+def _saved_names(folder: Path) -> set[str]:
+    """The names of the weights that `save_pretrained` wrote into a folder."""
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not whole.is_file():
+        return set()
+    with safe_open(whole, "pt") as file:
+        return set(file.keys())
 
 
 def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:

@@ -215,12 +215,20 @@ def _plan(
         "sampling": {
             "format": FORMAT,
             "round": round_index,
-            "rows": [[row.id, row.prompt, row.chosen, row.rejected] for row in rows],
+            "rows": [_content(row) for row in rows],
             "params": json.loads(json.dumps(asdict(params))),
             "bank": [[pair.positive, pair.negative] for pair in tools.bank.pairs],
         },
         "rewards": [[reward.name, reward.weight] for reward in tools.rewards],
     }
+
+
+def _content(row: PromptRow) -> list[Any]:
+    """What a row decides by. Rows without inputs of the template are as in earlier versions."""
+    content: list[Any] = [row.id, row.prompt, row.chosen, row.rejected]
+    if row.template_inputs:
+        content += [row.template_inputs.tools, dict(row.template_inputs.kwargs)]
+    return content
 
 
 def _has_pair(group: CompletionGroup, params: RoundParams) -> bool:

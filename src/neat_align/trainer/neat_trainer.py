@@ -117,7 +117,7 @@ class NEATTrainer(Trainer):
             steps_per_round=lambda: self.steps_per_round,
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
-        rehearse(self, self.steps_per_round)
+        rehearse(self, self.parts.plan.optimizer_steps)
         keep_one_progress_bar(self)
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
@@ -248,6 +248,7 @@ class NEATTrainer(Trainer):
                     self.callback_handler.on_train_end(self.args, self.state, self.control)
                     self.is_in_train = False
                     raise
+            self.round_callback.load_best()
             self.parts.ranks.raise_if_stop_requested("after training had finished")
             return output._replace(training_loss=output.metrics["train_loss"])
 

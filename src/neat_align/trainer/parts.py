@@ -23,7 +23,7 @@ from neat_align.learning.step_metrics import sum_dtype
 from neat_align.modeling.packing import Layout
 from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
-from neat_align.prompts.skipped_rows import SKIPPED_FILE, SkippedRows, check_on_bad_row
+from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, check_on_bad_row
 from neat_align.runs.events import stage_reporter, tell_plan
 from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.runs.ranks import Ranks
@@ -31,7 +31,7 @@ from neat_align.runs.run_directory import RunDirectory
 from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
-from neat_align.trainer.reward_setup import Rewards, judged_by_start
+from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
 from neat_align.trainer.setup import (
     PolicySetup,
@@ -145,8 +145,11 @@ class TrainerParts:
         rows = read_rows(self.args, eval_dataset, "eval_dataset", skipped)
         tokenizer, name = self.setup.tokenizer, "eval_dataset"
         usable = usable_rows(self.args, self.data, rows, tokenizer, name, skipped=skipped)
+        everybody = (*self.scored_by.rewards, *self.scored_by.judges)
+        bad = BadRows(name, self.args.on_bad_row, skipped)
+        kept = scorable_places(usable.rows, everybody, bad)
         self.data.skipped.take(skipped)
-        return usable.rows
+        return [usable.rows[i] for i in kept]
 
     def complete_training_log(self, logs: dict[str, float], step: int) -> None:
         """Add all ranks' training metrics since the last log line, and look at them for alarms.

@@ -85,29 +85,30 @@ def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> Tr
     Raises DataError where there are such prompts and `on_bad_row` is "error".
     """
     everybody = (*scored_by.rewards, *scored_by.judges)
-    train = _unscorable(data.rows, scored_by.rewards)
-    held_out = _unscorable(data.eval_rows, everybody)
-    sets = (("training prompts", data.rows, train), ("held-out prompts", data.eval_rows, held_out))
-    for name, rows, unscorable in sets:
-        bad = BadRows(name, on_bad_row, data.skipped)
-        for i, reason in unscorable.items():
-            bad.add(rows[i].where, rows[i].id, f"no answer can be scored, since it {reason}")
-        bad.settle(len(rows) - len(unscorable))
-    if not train and not held_out:
+    bad = BadRows("training prompts", on_bad_row, data.skipped)
+    kept = scorable_places(data.rows, scored_by.rewards, bad)
+    bad = BadRows("held-out prompts", on_bad_row, data.skipped)
+    held_out = scorable_places(data.eval_rows, everybody, bad)
+    if len(kept) == len(data.rows) and len(held_out) == len(data.eval_rows):
         return data
-    kept = [i for i in range(len(data.rows)) if i not in train]
     return replace(
         data,
         rows=[data.rows[i] for i in kept],
         prompt_lengths=[data.prompt_lengths[i] for i in kept] if data.prompt_lengths else (),
-        eval_rows=[row for i, row in enumerate(data.eval_rows) if i not in held_out],
+        eval_rows=[data.eval_rows[i] for i in held_out],
     )
 
 
-def _unscorable(rows: list[PromptRow], rewards: Sequence[NamedReward]) -> dict[int, str]:
-    """The rows no answer to which can be scored, and why."""
+def scorable_places(
+    rows: Sequence[PromptRow], rewards: Sequence[NamedReward], bad: BadRows
+) -> list[int]:
+    """The places of the rows to which an answer can be scored; `bad` is told of the others."""
     found = unscorable_prompts(rewards, [row.prompt for row in rows])
-    return {left.row: left.reason for left in found}
+    reasons = {left.row: left.reason for left in found}
+    for i, reason in reasons.items():
+        bad.add(rows[i].where, rows[i].id, f"no answer can be scored, since it {reason}")
+    bad.settle(len(rows) - len(reasons))
+    return [i for i in range(len(rows)) if i not in reasons]
 
 
 def _resolved(

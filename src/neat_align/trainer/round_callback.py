@@ -7,6 +7,7 @@ save a checkpoint; everything else is done by its parts.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from neat_align.errors import CollapseError, RunInterrupted
 from neat_align.files.atomic import append_json_line, size_of
 from neat_align.learning.current_round import CurrentRoundDataset
+from neat_align.modeling.loading import load_renamed_weights
 from neat_align.rounds.round_files import FinishedRound
 from neat_align.runs.events import tell_round
 from neat_align.runs.ranks import Ranks
@@ -40,6 +42,7 @@ class RoundCallback(TrainerCallback):
         self.stopped_because: str | None = None
         self._state: ResumeState | None = None
         self._owes_save = False
+        self._checkpoint: Path | None = None
 
     @property
     def parts(self) -> TrainerParts:
@@ -56,6 +59,7 @@ class RoundCallback(TrainerCallback):
         """
         args = self.trainer.args
         self._state = start.resume_state(args.process_index, args.world_size)
+        self._checkpoint = start.checkpoint
         self.stopped_because = None
         if self._state is not None and not start.settings_changed:
             self.stopped_because = self._state.stopped_because
@@ -82,12 +86,24 @@ class RoundCallback(TrainerCallback):
         self.rounds_ended = state.rounds_ended
         self.parts.alarms.baselines.update(state.alarm_baselines)
 
+    def load_best(self) -> None:
+        """After training: what Trainer does not find in the best checkpoint by its name."""
+        best = self.trainer.state.best_model_checkpoint
+        if self.trainer.args.load_best_model_at_end and best is not None:
+            self._load_renamed(Path(best))
+
+    def _load_renamed(self, checkpoint: Path) -> None:
+        if not self.parts.engine.sharded:
+            load_renamed_weights(self.trainer.policy, checkpoint)
+
     # ---- Trainer's events, in their order ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the start before the first step; a resumed run has it on the disk."""
         step = state.global_step
         parts, per_round = self.parts, self.trainer.steps_per_round
+        if self._checkpoint is not None:  # Trainer has read it
+            self._load_renamed(self._checkpoint)
         if step == 0:
             facts = parts.drift.measure_start(write=parts.ranks.is_rank_zero)
             if facts is not None:

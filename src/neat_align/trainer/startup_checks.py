@@ -92,14 +92,12 @@ def check_followed_metric(args: NEATConfig, names: Collection[str]) -> None:
     )
 
 
-def rehearse(trainer: Trainer, steps_per_round: int) -> None:
+def rehearse(trainer: Trainer, total_steps: int) -> None:
     """Build what Trainer will train with, and throw it away. Raises ConfigError.
 
-    `steps_per_round` are optimizer steps. Weights and random states are as before.
+    `total_steps` are the run's optimizer steps. Weights and random states are as before.
     """
     args: Any = trainer.args
-    rounds_steps = math.ceil(args.num_train_epochs * steps_per_round)
-    total_steps = args.max_steps if args.max_steps > 0 else rounds_steps
     devices = [args.device] if args.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         _check_loader(trainer, args)
