@@ -43,6 +43,7 @@ from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import completion_seed
+from neat_align.prompts.template_inputs import read_kwargs
 from neat_align.rewards.protocol import NamedReward
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
@@ -714,6 +715,23 @@ def test_the_next_command_is_one_that_train_understands() -> None:
         "user_suffix",
         0.7,
     )
+
+
+def test_the_next_command_renders_and_asks_as_the_probe_did() -> None:
+    settings = replace(
+        SETTINGS,
+        on_bad_row="skip",
+        chat_template_kwargs='{"enable_thinking": false}',
+        reward="http://10.0.0.1:8000/score",
+        allow_http_hosts=("10.0.0.1", "10.0.0.2"),
+    )
+    text = next_steps(a_probe(), settings)[1]
+    assert text is not None
+    words = shlex.split(text.replace("\\\n", ""))
+    _, config = parse_options([*words[2:], "--bf16", "false"], None)
+    assert config.on_bad_row == "skip"
+    assert read_kwargs(config.chat_template_kwargs, "here") == {"enable_thinking": False}
+    assert list(config.allow_http_hosts or ()) == ["10.0.0.1", "10.0.0.2"]
 
 
 def test_what_to_drop_is_judged_at_the_best_placement() -> None:

@@ -238,8 +238,7 @@ def next_steps(probe: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
     options = {
         "model_name_or_path": settings.model,
         "dataset_name": settings.dataset_name,
-        **({"as_conversations": "true"} if settings.as_conversations else {}),
-        **({"on_bad_row": settings.on_bad_row} if settings.on_bad_row != "error" else {}),
+        **_given(settings),
         "reward_funcs": settings.reward,
         "instruction_bank": "my-bank.yaml" if rest else settings.bank,
         "instruction_placement": best,
@@ -247,7 +246,19 @@ def next_steps(probe: Probe, settings: ProbeSettings) -> tuple[str, str | None]:
         "output_dir": "runs/mine",
     }
     words = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
+    if settings.allow_http_hosts:
+        words.append(f"--allow_http_hosts {shlex.join(settings.allow_http_hosts)}")
     return what, " \\\n    ".join(["  neat-align train", *_filled(words, 74)])
+
+
+def _given(settings: ProbeSettings) -> dict[str, str]:
+    """What the probe was told of the rows, where it was told anything."""
+    given = {
+        "as_conversations": "true" if settings.as_conversations else None,
+        "on_bad_row": None if settings.on_bad_row == "error" else settings.on_bad_row,
+        "chat_template_kwargs": settings.chat_template_kwargs,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _pairs(numbers: Sequence[int]) -> str:
