@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "faults.json"
 
@@ -35,6 +37,7 @@ def faults(out: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_broken_run_loses_nothing(tmp_path: Path) -> None:
     found = faults(tmp_path / "faults.json", "--fast")
     assert found["lost"] == []

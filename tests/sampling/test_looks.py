@@ -86,7 +86,7 @@ def test_how_often_is_looked_changes_no_completion(name: str) -> None:
     lengths = [len(s.token_ids) for s in expected]
     assert min(lengths) < 4  # some end at once,
     assert max(lengths) > 16  # others are carried over several looks
-    for every in (2, 8, 20, 21, 1000):
+    for every in (2, 8, 21, 1000):
         for batch_size in (64, 5):
             found = sampler(model, look_every=every, batch_size=batch_size).sample(asked(), params)
             same(found, expected)

@@ -227,6 +227,7 @@ WORKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", WORKS, ids=lambda v: str(v)[:60])
 def test_options_that_work_train_a_round(changes: dict[str, Any], tmp_path: Path) -> None:
     settings = {"eval_dataset": HELD_OUT, "evaluate_contrast": False, "prompts_per_round": 4}
