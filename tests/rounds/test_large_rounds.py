@@ -217,11 +217,16 @@ def test_a_kill_beside_any_rename_costs_one_batch_at_most(
 
 
 def test_what_a_kill_left_beside_a_finished_round_goes(tmp_path: Path) -> None:
+    half = tmp_path / ".manifest.json-half"  # killed while it was written, before it had its name
+    half.touch()
     made = run(tmp_path, tools())
+    assert not half.exists()
+    half.touch()
     (tmp_path / "work" / "000000").mkdir(parents=True)
     (tmp_path / "work" / "groups.parquet.part").write_bytes(b"half")
     assert run(tmp_path, tools(Seeded())) == made
     assert not (tmp_path / "work").exists()
+    assert not half.exists()
 
 
 def test_a_round_that_is_refused_leaves_no_groups(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def write_manifest(
         "metrics": metrics,
     }
     write_json(folder / "manifest.json", manifest)
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    _remove_unfinished(folder)
     return FinishedRound(index, GroupFile(groups.file), metrics, next_position)
 
 
@@ -137,8 +137,15 @@ def finished_round(folder: Path) -> FinishedRound | None:
     """`read_round` for the process that makes rounds: without what a kill has left beside it."""
     made = read_round(folder)
     if made is not None:
-        shutil.rmtree(folder / "work", ignore_errors=True)
+        _remove_unfinished(folder)
     return made
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove a finished round's unfinished work, and files that a kill left half written."""
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    for path in folder.glob(".*-*"):  # `write_atomic`'s temporary names
+        path.unlink(missing_ok=True)
 
 
 def next_position(folder: Path) -> int | None:
