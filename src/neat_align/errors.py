@@ -66,6 +66,11 @@ class RunInterrupted(SystemExit):
         return self.message
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says, on one line, for another one's message; its first `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 # Prompts that a message names; a batch may hold thousands.
 NAMED = 8
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from neat_align.errors import NEATError
+from neat_align.errors import NEATError, one_line
 
 # Values and characters of a document once its aliases are expanded: ten nested aliases make
 # gigabytes of one kilobyte.
@@ -97,7 +97,7 @@ def _syntax_errors(where: str, fail: type[NEATError]) -> Iterator[None]:
             "in quotes"
         ) from error
     except (yaml.YAMLError, *_PYTHON_ERRORS) as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         raise fail(
             f"{where}: not valid YAML ({said}): correct the file, or put its texts in quotes"
         ) from error

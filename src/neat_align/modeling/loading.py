@@ -28,7 +28,7 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, one_line
 from neat_align.modeling.adapters import LOAD_ERRORS, put_on_base, read_adapter
 from neat_align.modeling.requirements import check_causal
 
@@ -176,7 +176,7 @@ def _advice(name: str, error: BaseException) -> str:
             f"it holds pickled weights ({next(folder.glob('*.bin')).name}), and weights are "
             f"read from safetensors only: {_CONVERT}"
         )
-    said = " ".join(str(error).split())
+    said = one_line(error)
     if "trust_remote_code" in said:
         return (
             "it comes with Python of its own, which is not run unless trust_remote_code is "
@@ -217,7 +217,7 @@ def load_tokenizer(
         except LOAD_ERRORS as error:
             raise ConfigError(
                 f"the tokenizer of {name or type(model).__name__} cannot be loaded "
-                f"({' '.join(str(error).split())[:300]}): save it beside "
+                f"({one_line(error, 300)}): save it beside "
                 "the model, or pass it as processing_class"
             ) from error
     if tokenizer.eos_token_id is None:

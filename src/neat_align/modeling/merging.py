@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from neat_align.errors import one_line
 from neat_align.modeling.outputs import forward
 from neat_align.modeling.rounding import rounding_limit
 from neat_align.modeling.shared_prefix import unwrapped
@@ -47,7 +48,7 @@ def merged(model: Any, expected: Float[Tensor, "tokens vocab"]) -> torch.nn.Modu
     try:
         base: Any = model.unload() if switched_off else model.merge_and_unload()
     except _MERGE_ERRORS as error:
-        raise CannotMergeError(" ".join(str(error).split())[:200]) from error
+        raise CannotMergeError(one_line(error, 200)) from error
     difference = float((adapter_logprobs(base, tokens) - expected).abs().mean())
     if difference > (_EXACT if limit.exact else limit.nats):
         raise CannotMergeError(

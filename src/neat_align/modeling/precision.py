@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from neat_align.errors import one_line
 from neat_align.modeling.merging import (
     CannotMergeError,
     adapter_logprobs,
@@ -117,7 +118,7 @@ def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.
         # torch copies no weight that is computed from another: peft ties adapters in this way.
         _say_once(
             f"{type(unwrapped(inner)).__name__} cannot be copied in {dtype} for sampling "
-            f"({' '.join(str(error).split())[:100]}): completions are sampled from the policy "
+            f"({one_line(error, 100)}): completions are sampled from the policy "
             "itself, which is slower on a CPU"
         )
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, one_line
 from neat_align.modeling.shared_prefix import adds_virtual_tokens
 
 # Opens the start policy: a frozen copy, or the trained model with its adapter switched off.
@@ -79,7 +79,7 @@ def _copied(model: Any) -> Any:
         # torch copies no weight that is computed from another: peft ties adapters in this way.
         raise ConfigError(
             "the start policy cannot be copied from the model "
-            f"({' '.join(str(error).split())[:200]}): pass the model without its adapter and "
+            f"({one_line(error, 200)}): pass the model without its adapter and "
             "peft_config, or pass ref_model"
         ) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, one_line
 from neat_align.modeling.shared_prefix import unwrapped, virtual_tokens
 from neat_align.modeling.text_config import context_length, text_config
 
@@ -111,7 +111,7 @@ def _why_not_saved(settings: Any) -> str | None:
     try:
         settings.validate(strict=True)
     except ValueError as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 

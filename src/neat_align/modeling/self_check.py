@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, one_line
 from neat_align.modeling.logprobs import padded_logprobs
 from neat_align.modeling.packing import PaddedRows, TokenIds, pad_rows
 from neat_align.modeling.precision import inference
@@ -103,7 +103,7 @@ def check_alone(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> None:
     except MODEL_ERRORS as error:
         raise ConfigError(
             f"{_named(model)} fails when it is given token ids and nothing else "
-            f"({' '.join(str(error).split())[:200]}): a policy that needs more cannot be trained "
+            f"({one_line(error, 200)}): a policy that needs more cannot be trained "
             "here; choose another model or adapter"
         ) from error
     difference = limit.measure(first - again)
@@ -147,7 +147,7 @@ def check_autocast(model: torch.nn.Module, prompts: Sequence[TokenIds], dtype: t
     except MODEL_ERRORS as error:
         raise ConfigError(
             f"{_named(model)} fails when it computes in {str(dtype).removeprefix('torch.')} "
-            f"autocast ({' '.join(str(error).split())[:200]}): set bf16 (or fp16) to false"
+            f"autocast ({one_line(error, 200)}): set bf16 (or fp16) to false"
         ) from error
 
 
@@ -194,7 +194,7 @@ def check_training_forward(
     except MODEL_ERRORS as error:
         raise ConfigError(
             f"{name} fails in training mode on rows that it scores in evaluation mode "
-            f"({' '.join(str(error).split())[:300]}): choose another model"
+            f"({one_line(error, 300)}): choose another model"
         ) from error
     finally:
         model.train(was_training)

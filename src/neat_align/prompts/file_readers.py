@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from neat_align.errors import DataError
+from neat_align.errors import DataError, one_line
 from neat_align.prompts.row_forms import short_repr
 
 # Where a row is, and the row, or the DataError that came in reading it.
@@ -108,7 +108,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                     yield f"{path}, row {number}", row
                     number += 1
     except (pa.ArrowException, *_PARQUET_ERRORS) as error:
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         raise DataError(
             f"{path}: cannot be read as Parquet ({said}): write the file again"
         ) from None

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from neat_align.errors import one_line
 from neat_align.files.atomic import read_json, write_json, write_table
 from neat_align.rounds.completions import CompletionGroup, groups_to_table, read_groups
 from neat_align.sampling.protocol import Sample
@@ -116,7 +117,7 @@ def _read_or_skip(path: Path, read: Callable[[Path], list[T]]) -> list[T]:
     try:
         return read(path)
     except (OSError, ValueError) as error:  # pyarrow's errors and DataError are among these
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         logger.warning("%s is damaged and is made again (%s)", path, said)
         return []
 

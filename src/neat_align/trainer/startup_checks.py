@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, one_line
 
 # Steps of a schedule that are looked at: the first ones, and this many more until the last.
 _POINTS = 32
@@ -38,7 +38,7 @@ def refused(what: str, advice: str) -> Iterator[None]:
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # somebody else's package builds it and can raise anything
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error) or type(error).__name__
         raise ConfigError(f"{what}: {said.rstrip('.')}. {advice}") from error
 
 
