@@ -26,6 +26,7 @@ from neat_align.modeling.merging import (
     probed_tokens,
 )
 from neat_align.modeling.shared_prefix import adds_virtual_tokens
+from neat_align.modeling.text_config import text_config
 
 logger = logging.getLogger(__name__)
 # What loading a model, adapter or tokenizer that is not what it should be has been seen to raise.
@@ -179,7 +180,7 @@ def _part_embeddings(base: Any) -> bool:
         return False
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
     base.config.tie_word_embeddings = False
-    base.config.get_text_config().tie_word_embeddings = False
+    text_config(base.config).tie_word_embeddings = False
     return True
 
 

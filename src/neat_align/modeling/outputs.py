@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.modeling.text_config import text_config
 
 # Attributes of a model's configuration, and what they are while it is called.
 _PLAIN: Mapping[str, bool] = {
@@ -64,4 +65,4 @@ def _configs(model: torch.nn.Module) -> tuple[PreTrainedConfig, ...]:
     inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         return ()
-    return (inner.config, inner.config.get_text_config())
+    return (inner.config, text_config(inner.config))

@@ -23,6 +23,7 @@ from neat_align.modeling.packing import PaddedRows, TokenIds, pad_rows
 from neat_align.modeling.precision import inference
 from neat_align.modeling.rounding import Limit, rounding_limit
 from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.modeling.text_config import text_config
 
 # What a model's own code has been seen to raise on rows that it was not made for.
 MODEL_ERRORS = (
@@ -244,7 +245,7 @@ def _random_options(model: torch.nn.Module) -> list[str]:
         return []
     return [
         f"{name}: {value}"
-        for name, value in sorted(vars(inner.config.get_text_config()).items())
+        for name, value in sorted(vars(text_config(inner.config)).items())
         if any(part in name for part in _RANDOM_OPTIONS)
         and isinstance(value, int | float)
         and value
