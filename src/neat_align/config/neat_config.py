@@ -347,6 +347,10 @@ class NEATConfig(TrainerDefaults):
         """Completions sampled per prompt; the data's own answers come on top."""
         return self.num_positive + self.num_negative + self.num_plain
 
+    def groups_per_round(self, rows: int) -> int:
+        """Groups of a round over data of so many rows: each prompt is in it once at most."""
+        return min(self.prompts_per_round, rows)
+
     @property
     def needs_reference(self) -> bool:
         """Whether the objective needs the start policy's log-probabilities."""

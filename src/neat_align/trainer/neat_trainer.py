@@ -93,7 +93,7 @@ class NEATTrainer(Trainer):
             args, contrast, reward_funcs, judge_funcs, reward_processing_classes, lambda: self.state
         )
         data = scorable_data(data, scored_by, args.on_bad_row)
-        self.rounds = CurrentRoundDataset(min(args.prompts_per_round, len(data.rows)))
+        self.rounds = CurrentRoundDataset(args.groups_per_round(len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         with refused("Trainer refuses these settings", "Correct them"):
             super().__init__(

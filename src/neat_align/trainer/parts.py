@@ -262,7 +262,7 @@ def compose(
         round_maker=RoundMaker(
             args,
             data.rows,
-            min(args.prompts_per_round, len(data.rows)),
+            args.groups_per_round(len(data.rows)),
             policies=policies,
             tokenizer=setup.tokenizer,
             bank=setup.bank,

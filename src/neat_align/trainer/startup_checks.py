@@ -114,8 +114,8 @@ def _check_loader(trainer: Trainer, args: Any) -> None:
     if args.dataloader_num_workers and context != "fork":
         raise ConfigError(
             f"dataloader_num_workers is {args.dataloader_num_workers} and processes are started by "
-            f"{context} here, which cannot hand them a round's groups: set it to 0 (groups are in "
-            "memory, so workers save nothing)"
+            f"{context} here, which cannot hand them a round's groups: set it to 0 (a batch is "
+            "read and packed in a few milliseconds, so workers save little)"
         )
     with refused("the dataloader_ options cannot be used together", "Leave them out"):
         trainer.get_train_dataloader()
