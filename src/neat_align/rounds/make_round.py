@@ -138,21 +138,26 @@ class _Round:
 
     def _slice(self, rows: Sequence[PromptRow], folder: Path) -> Iterator[CompletionGroup]:
         measured = {row.id for row in rows[: max(0, MEASURED_PROMPTS - self.measures.prompts)]}
-        store = RolloutStore(folder)
-        for group in _roll_out(
-            rows,
-            self.round_index,
-            self.params,
-            self.tools,
-            store,
-            self.removed,
-            self.progress,
-            measured,
-        ):
+        for group in self._roll_out(rows, RolloutStore(folder), measured):
             self.measures.add(group)
             if _has_pair(group, self.params):
                 self.kept += 1
                 yield group
+
+    def _roll_out(
+        self, rows: Sequence[PromptRow], store: RolloutStore, measured: Set[str]
+    ) -> list[CompletionGroup]:
+        """Sample, filter and score these prompts; what is finished is in `store`."""
+        params, tools, progress = self.params, self.tools, self.progress
+        store.open_for(_plan(rows, self.round_index, params, tools))
+        sampled = store.read_sampled()
+        if sampled is None:
+            sampled = sample_groups(rows, self.round_index, params, tools, store, progress.sampled)
+            store.write_sampled(sampled)
+        else:
+            progress.sampled(params.sampled_for(len(rows)))
+        usable = [without_unusable(group, self.removed) for group in sampled]
+        return score_groups(usable, rows, tools, store, measured, progress.scored)
 
 
 def even_slices(items: Sequence[T], most: int) -> Iterator[tuple[int, Sequence[T]]]:
@@ -180,28 +185,6 @@ def _unseen_rows(
         if row.id not in seen:
             unseen.setdefault(row.id, row)
     return list(unseen.values())
-
-
-def _roll_out(
-    rows: Sequence[PromptRow],
-    round_index: int,
-    params: RoundParams,
-    tools: RoundTools,
-    store: RolloutStore,
-    removed: Counter[str],
-    progress: RoundProgress,
-    measured: Set[str],
-) -> list[CompletionGroup]:
-    """Sample, filter and score these prompts; what is finished is in `store`."""
-    store.open_for(_plan(rows, round_index, params, tools))
-    sampled = store.read_sampled()
-    if sampled is None:
-        sampled = sample_groups(rows, round_index, params, tools, store, progress.sampled)
-        store.write_sampled(sampled)
-    else:
-        progress.sampled(params.sampled_for(len(rows)))
-    usable = [without_unusable(group, removed) for group in sampled]
-    return score_groups(usable, rows, tools, store, measured, progress.scored)
 
 
 def _plan(
