@@ -17,14 +17,14 @@ from neat_align.config import NEATConfig
 from neat_align.config.unsupported import check_command_options
 from neat_align.demo.model import demo_model_path
 from neat_align.demo.rows import demo_rows
-from neat_align.errors import ConfigError, DataError, PromptError
+from neat_align.errors import ConfigError
 from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.prompts.loading import load_rows
-from neat_align.prompts.row_checks import check_prompts
+from neat_align.prompts.row_checks import is_usable
 from neat_align.prompts.row_forms import to_conversation
 from neat_align.prompts.rows import PromptRow, hashable, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
@@ -111,7 +111,8 @@ def refilled(
     The others stay held out whatever fits, so that two models or limits are compared on the same
     rows as far as that goes. What fails goes to the training rows, and is left out there.
     """
-    failing = [row for row in held_out if not fits(row)]
+    judged = [(row, fits(row)) for row in held_out]
+    failing = [row for row, is_fit in judged if not is_fit]
     taken: dict[int, PromptRow] = {}
     usable = functools.cache(lambda k: fits(rows[k]))
     for i in range(len(failing)):
@@ -122,7 +123,7 @@ def refilled(
             break
         taken[found] = rows[found]
     left = [row for k, row in enumerate(rows) if k not in taken]
-    kept = [row for row in held_out if row not in failing] + list(taken.values())
+    kept = [row for row, is_fit in judged if is_fit] + list(taken.values())
     return [*_without(left, list(taken.values())), *failing], kept
 
 
@@ -143,7 +144,13 @@ def build_trainer(
         model, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
-        rows, held_out = refilled(rows, held_out, _fitting(config, tokenizer, rows))
+        usable = functools.partial(
+            is_usable,
+            tokenizer=tokenizer,
+            max_prompt_length=config.max_prompt_length,
+            conversational=is_conversational(rows),
+        )
+        rows, held_out = refilled(rows, held_out, usable)
     peft_config = None
     if script.use_peft:
         from peft import LoraConfig
@@ -168,22 +175,6 @@ def build_trainer(
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
-
-
-def _fitting(
-    config: NEATConfig, tokenizer: Any, rows: Sequence[PromptRow]
-) -> Callable[[PromptRow], bool]:
-    """Whether a row's prompt can be sampled from with this tokenizer and these limits."""
-    limit, conversational = config.max_prompt_length, is_conversational(rows)
-
-    def fits(row: PromptRow) -> bool:
-        try:
-            check_prompts([row], tokenizer, limit, conversational=conversational)
-        except (DataError, PromptError):
-            return False
-        return True
-
-    return fits
 
 
 def run_training(

@@ -16,7 +16,7 @@ import pytest
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.prompts.loading import load_rows, rows_from_dataset
 from neat_align.prompts.rendering import prompt_ids
-from neat_align.prompts.row_checks import check_prompts
+from neat_align.prompts.row_checks import as_rows, check_prompts, is_usable
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows
 from tiny import BOS, IM_END, IM_START, tiny_tokenizer
@@ -198,6 +198,20 @@ def test_rows_of_earlier_rounds_stay_when_the_run_is_taken_up(tmp_path: Path) ->
     again.write(tmp_path)
     lines = (tmp_path / SKIPPED_FILE).read_text().splitlines()
     assert sorted(json.loads(line)["id"] for line in lines) == ["p", "q", "r"]
+
+
+def test_a_row_that_is_looked_at_alone_is_judged_as_among_others_and_warned_of_with_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A held-out row is looked at before the run's own check, which says what is odd, once."""
+    data = [asked("Hi", chat_template_kwargs={"foo": 1}), asked("long " * 60)]
+    rows = as_rows(data, "data")
+    with caplog.at_level("WARNING", "neat_align"):
+        alone = [is_usable(row, TOKENIZER, 40, conversational=True) for row in rows]
+    assert not caplog.records
+    kept = check_prompts(rows, TOKENIZER, 40, conversational=True, on_bad_row="skip").rows
+    assert [row in kept for row in rows] == alone == [True, False]
+    assert "gives foo" in caplog.text
 
 
 def test_a_long_list_does_not_grow_in_memory(tmp_path: Path) -> None:

@@ -269,8 +269,9 @@ def _sample(
 ) -> list[Sample]:
     requests = []
     for row in rows:
-        ids = row_prompt_ids(tools.tokenizer, row)
-        if polarity != "plain":
+        if polarity == "plain":
+            ids = row_prompt_ids(tools.tokenizer, row)
+        else:
             pair = draw_pair(tools.bank, run_seed=seed, round_index=EVAL_ROUND, prompt_id=row.id)
             instruction = pair.positive if polarity == "positive" else pair.negative
             ids = instructed_ids(tools.tokenizer, row, instruction, tools.placement)

@@ -21,9 +21,8 @@ from neat_align.evaluation.probe_summary import (
     summarise_placement,
 )
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair, Polarity
-from neat_align.prompts.placement import Placement, instructed
-from neat_align.prompts.rendering import prompt_ids
-from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
+from neat_align.prompts.placement import Placement
+from neat_align.prompts.row_prompts import instructed_ids, instructed_prompt_ids, row_prompt_ids
 from neat_align.prompts.rows import NO_INPUTS, Prompt, PromptRow, TemplateInputs
 from neat_align.prompts.seeds import completion_seed
 from neat_align.prompts.skipped_rows import OnBadRow
@@ -342,8 +341,8 @@ def _own_contrast(pair: InstructionPair, placement: Placement, tools: ProbeTools
         return [sum(row) for row in tools.logprobs(prompts, completions)]
 
     def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
-        placed = instructed(prompt, dict(_instructions(pair))[polarity], placement)
+        instruction = dict(_instructions(pair))[polarity]
         inputs = joined_inputs(tools.template_kwargs, inputs)
-        return prompt_ids(tools.tokenizer, *placed, inputs)
+        return instructed_prompt_ids(tools.tokenizer, prompt, instruction, placement, inputs)
 
     return NamedReward("contrast", ContrastReward(score, render), 1.0)

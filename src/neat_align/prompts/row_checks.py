@@ -94,6 +94,14 @@ def check_prompts(
     return UsablePrompts(kept, lengths)
 
 
+def is_usable(
+    row: PromptRow, tokenizer: Any, max_prompt_length: int, *, conversational: bool
+) -> bool:
+    """Whether `check_prompts` keeps this row; what is odd is said there, of all rows at once."""
+    ((_, found),) = _lengths([row], tokenizer, conversational=conversational)
+    return isinstance(found, int) and found <= max_prompt_length
+
+
 class _TooLong:
     """Prompts over the limit: all of them are counted before any is an error."""
 

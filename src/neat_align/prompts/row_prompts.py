@@ -6,7 +6,7 @@ from typing import Any
 
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.rendering import prompt_ids
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import NO_INPUTS, Prompt, PromptRow, TemplateInputs
 
 
 def row_prompt_ids(tokenizer: Any, row: PromptRow) -> list[int]:
@@ -16,5 +16,16 @@ def row_prompt_ids(tokenizer: Any, row: PromptRow) -> list[int]:
 
 def instructed_ids(tokenizer: Any, row: PromptRow, instruction: str, placement: str) -> list[int]:
     """The same with an instruction on it, placed as `instructed` says."""
-    prompt, prefix = instructed(row.prompt, instruction, placement)
-    return prompt_ids(tokenizer, prompt, prefix, inputs=row.template_inputs)
+    return instructed_prompt_ids(tokenizer, row.prompt, instruction, placement, row.template_inputs)
+
+
+def instructed_prompt_ids(
+    tokenizer: Any,
+    prompt: Prompt,
+    instruction: str,
+    placement: str,
+    inputs: TemplateInputs = NO_INPUTS,
+) -> list[int]:
+    """The same of a prompt without its row."""
+    placed, prefix = instructed(prompt, instruction, placement)
+    return prompt_ids(tokenizer, placed, prefix, inputs)

@@ -166,8 +166,7 @@ class ModelReward:
 
     def _refused(self, prompt: Prompt) -> str | None:
         try:
-            # The shortest answer there is.
-            self._encode(prompt, "a" if isinstance(prompt, str) else _messages("a", "assistant"))
+            self._encode(prompt, "a")  # the shortest answer there is
         except _UnscorableError as error:
             return str(error)
         return None

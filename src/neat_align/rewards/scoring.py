@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neat_align.errors import RewardError
-from neat_align.prompts.rows import Prompt, PromptRow
+from neat_align.prompts.rows import Prompt, PromptRow, is_conversational
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.calling import ARGUMENTS, Answer, Rows, call_all
 from neat_align.rewards.output import excerpt
@@ -181,7 +181,7 @@ def score_answers(
     on_bad_row: OnBadRow = "error",
 ) -> ScoredRows:
     """Rewards of answers to the plain prompts of `rows`, one a row, in one batch (`score`)."""
-    conversational = bool(rows) and not isinstance(rows[0].prompt, str)
+    conversational = is_conversational(rows)
     completions: list[CompletionInput] = (
         [[{"role": "assistant", "content": t}] for t in texts] if conversational else list(texts)
     )
@@ -190,7 +190,7 @@ def score_answers(
         rewards,
         prompts=[row.prompt for row in rows],
         completions=completions,
-        completion_ids=[list(i) for i in ids],
+        completion_ids=ids,
         columns={name: [row.columns.get(name) for row in rows] for name in names},
         labels=[row.where for row in rows],
         on_bad_row=on_bad_row,

@@ -10,8 +10,7 @@ from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.modeling.packing import TokenIds
 from neat_align.prompts.instruction_banks import Polarity
-from neat_align.prompts.placement import instructed
-from neat_align.prompts.rendering import prompt_ids
+from neat_align.prompts.row_prompts import instructed_prompt_ids
 from neat_align.prompts.rows import (
     NO_INPUTS,
     Prompt,
@@ -139,8 +138,9 @@ def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) ->
     def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         pair = draw_pair(setup.bank, run_seed=args.seed, round_index=0, prompt_id=str(prompt))
         instruction = pair.positive if polarity == "positive" else pair.negative
-        placed = instructed(prompt, instruction, args.instruction_placement)
-        return prompt_ids(setup.tokenizer, *placed, joined_inputs(option, inputs))
+        inputs = joined_inputs(option, inputs)
+        placement = args.instruction_placement
+        return instructed_prompt_ids(setup.tokenizer, prompt, instruction, placement, inputs)
 
     return ContrastReward(score=score, render=render)
 
