@@ -144,20 +144,20 @@ def encode_marked(tokenizer: Any, text: str) -> list[int]:
     control token even of plain text.
     """
     pieces = _MARKED.split(text)  # text, marked, text, …, text; None for a mark that is alone
-    newline = _encode(tokenizer, "\n")
-    ids = _encode(tokenizer, pieces[0]) if pieces[0] else []
+    newline = encode(tokenizer, "\n")
+    ids = encode(tokenizer, pieces[0]) if pieces[0] else []
     for i, piece in enumerate(pieces[1:], start=1):
         if not piece:
             continue
         as_text = i % 2 == 1
-        encode = _encode_as_text if as_text else _encode
+        ids_of = _encode_as_text if as_text else encode
         # Behind a newline, which is taken off again: SentencePiece puts a space in front of a
         # text's beginning, and this is none.
-        piece_ids = encode(tokenizer, "\n" + piece)
+        piece_ids = ids_of(tokenizer, "\n" + piece)
         if piece_ids[: len(newline)] == newline:
             piece_ids = piece_ids[len(newline) :]
         else:
-            piece_ids = encode(tokenizer, piece)
+            piece_ids = ids_of(tokenizer, piece)
         if as_text and tokenizer.convert_tokens_to_ids(piece) in piece_ids:
             raise PromptError(
                 f"{piece!r} is a control token and stands in a text, and this tokenizer cannot "
@@ -167,8 +167,9 @@ def encode_marked(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """A text's token ids, whatever control tokens it spells."""
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     return [int(i) for i in ids]
 
 

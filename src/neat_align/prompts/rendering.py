@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from neat_align.errors import PromptError
-from neat_align.prompts.control_tokens import control_tokens, encode_marked, marked
+from neat_align.prompts.control_tokens import control_tokens, encode, encode_marked, marked
 from neat_align.prompts.rows import NO_INPUTS, Message, Prompt, TemplateInputs, check_messages
 
 # Of an assistant's turn, what the model itself would have written.
@@ -45,7 +45,7 @@ def prompt_ids(
     """
     ordinary = text_to_encode(tokenizer, prompt, assistant_prefix, inputs)
     if ordinary is not None:
-        return _encode(tokenizer, ordinary[0], add_special_tokens=ordinary[1])
+        return encode(tokenizer, ordinary[0], add_special_tokens=ordinary[1])
     assert not isinstance(prompt, str)
     known = control_tokens(tokenizer)
     _refuse_names(tokenizer, [inputs.tools, inputs.kwargs, *prompt])
@@ -101,9 +101,11 @@ def answer_text_ids(tokenizer: Any, text: str, *, conversational: bool) -> list[
     """
     known = control_tokens(tokenizer)
     spelled = known.finder.tokens_in(text)
+    if not spelled:
+        return encode(tokenizer, text)
     own = known.own if conversational else spelled - set(_ends(tokenizer, conversational=False))
     if spelled <= own:
-        return _encode(tokenizer, text, add_special_tokens=False)
+        return encode(tokenizer, text)
     return encode_marked(tokenizer, str(marked(text, known.finder, own)))
 
 
@@ -205,11 +207,6 @@ def _names(value: object) -> list[str]:
     if isinstance(value, list | tuple):
         return [n for item in value for n in _names(item)]
     return []
-
-
-def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    return [int(i) for i in ids]
 
 
 def _refuse_without_template(tokenizer: Any) -> None:

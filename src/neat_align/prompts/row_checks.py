@@ -186,7 +186,7 @@ def checked_text(
         )
     try:
         text = text_to_encode(tokenizer, row.prompt, inputs=row.template_inputs)
-        check_turns_are_read(row, tokenizer)
+        check_turns_are_read(row, tokenizer, text[0] if text else None)
     except PromptError as error:
         raise PromptError(f"prompt: {error}") from error
     check_answers(row, tokenizer, conversational=conversational)

@@ -17,13 +17,16 @@ from neat_align.prompts.rendering import (
     unread_kwargs,
 )
 from neat_align.prompts.rows import Message, PromptRow, TemplateInputs
+from neat_align.prompts.turn_tokens import twin
 
 logger = logging.getLogger(__name__)
 
 
-def check_turns_are_read(row: PromptRow, tokenizer: Any) -> None:
+def check_turns_are_read(row: PromptRow, tokenizer: Any, text: str | None) -> None:
     """Raise PromptError for system turns, tools, calls of tools and their results that a
     conversation's template leaves out. Users' and assistants' words are in every template.
+
+    `text` is the row's `prompt_text` where somebody has it already.
     """
     if isinstance(row.prompt, str):
         return
@@ -31,7 +34,8 @@ def check_turns_are_read(row: PromptRow, tokenizer: Any) -> None:
     looked_for = [(i, said) for i, m in enumerate(row.prompt) for said in _not_in_all_templates(m)]
     if not inputs.tools and not looked_for:
         return
-    text = prompt_text(tokenizer, row.prompt, inputs=inputs)
+    if text is None:
+        text = prompt_text(tokenizer, row.prompt, inputs=inputs)
     name = tokenizer_name(tokenizer)
     if inputs.tools and text == prompt_text(
         tokenizer, row.prompt, inputs=TemplateInputs(kwargs=inputs.kwargs)
@@ -88,7 +92,7 @@ def warn_of_open_blocks(rows: Sequence[PromptRow], tokenizer: Any) -> None:
     """
     with_answers = [row for row in rows if row.chosen is not None or row.rejected is not None]
     own = control_tokens(tokenizer).own
-    closed_by = {t: end for t in own if (end := f"{t[:1]}/{t[1:]}") in own}  # <think>: </think>
+    closed_by = {t: twin(t) for t in own if t[1:2] != "/" and twin(t) in own}
     if not closed_by or not with_answers or isinstance(with_answers[0].prompt, str):
         return
     left_open, first, block = 0, "", ""
