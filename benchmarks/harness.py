@@ -110,6 +110,17 @@ def speedup(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     return spread([p / o for p, o in zip(peer, ours, strict=True)])
 
 
+def reset_peak_rss() -> None:
+    """Let the kernel's peak of this process's resident set begin anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+
+
+def peak_rss() -> int:
+    """The most bytes in this process's resident set since it began, or was reset."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
 class PeakMemory:
     """Peak bytes added while it is open.
 
@@ -121,8 +132,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         else:
-            # "5" resets the peak that VmHWM reports.
-            Path("/proc/self/clear_refs").write_text("5")
+            reset_peak_rss()
             self.start = psutil.Process().memory_info().rss
         return self
 
@@ -130,11 +140,7 @@ class PeakMemory:
         if torch.cuda.is_available():
             self.bytes = torch.cuda.max_memory_allocated() - self.start
         else:
-            status = Path("/proc/self/status").read_text()
-            peak = next(
-                int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")
-            )
-            self.bytes = peak * 1024 - self.start
+            self.bytes = peak_rss() - self.start
 
 
 def in_own_process(arguments: Sequence[str]) -> Any:

@@ -101,17 +101,15 @@ class Stages:
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a stage; gives what it gives."""
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        harness.reset_peak_rss()
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         result = work()
         seconds = time.perf_counter() - start
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
         self.found[name] = {
             "seconds": seconds,
             "mib_before": before / MIB,
             "mib_after": psutil.Process().memory_info().rss / MIB,
-            "mib_peak": peak / MIB,
+            "mib_peak": harness.peak_rss() / MIB,
         }
         return result
 

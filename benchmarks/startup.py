@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from neat_align import NEATConfig, NEATTrainer
 from neat_align.errors import ConfigError
-from neat_align.pipeline import load_data
+from neat_align.pipeline import load_data, peak_rss_bytes
 from neat_align.script_arguments import ScriptArguments
 
 SIZES = (1_000, 10_000, 100_000)
@@ -93,7 +92,7 @@ def measure(count: int) -> dict[str, float]:
             output_dir=f"{folder}/run", rank_by="origin", report_to="none", use_cpu=True
         )
         script = ScriptArguments(dataset_name=str(path), holdout=min(64, count // 4))
-        before = peak_bytes()
+        before = peak_rss_bytes()
         rows, held_out = timed("read", lambda: load_data(script))
 
         def make_trainer() -> NEATTrainer:
@@ -110,13 +109,7 @@ def measure(count: int) -> dict[str, float]:
         timed("plan", lambda: trainer.parts.plan)
     if len(trainer.parts.data.rows) + len(held_out) != count:
         raise ConfigError(f"{count} prompts were written, and not all of them were read")
-    return {**seconds, "peak_bytes": peak_bytes(), "bytes_added": peak_bytes() - before}
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {**seconds, "peak_bytes": peak_rss_bytes(), "bytes_added": peak_rss_bytes() - before}
 
 
 def growth(runs: dict[int, dict[str, float]]) -> dict[str, Any]:

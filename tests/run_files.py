@@ -13,6 +13,7 @@ from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import append_json_line, sha256_of, write_json, write_table
 from neat_align.prompts.rows import Prompt
+from neat_align.reporting.round_rewards import rewards_of
 from neat_align.reporting.run_files import RoundGroups
 from neat_align.rounds.completions import Completion, CompletionGroup, Origin, groups_to_table
 from neat_align.rounds.metrics import RoundMeasures
@@ -226,7 +227,7 @@ def contrast_group(
 
 def report_round(name: str, groups: list[CompletionGroup]) -> RoundGroups:
     """A round as the report reads it."""
-    return RoundGroups(name, {}, tuple(groups))
+    return RoundGroups(name, {}, tuple(groups), rewards_of(groups))
 
 
 def change_json(path: Path, **changes: Any) -> None:

@@ -174,3 +174,11 @@ def _config(family: Family, vocab_size: int) -> PreTrainedConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def alone(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> list[float]:
+    """Log-probabilities of one row: its token ids, and nothing else."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
+    logps = logits.float().log_softmax(-1)[-(len(completion) + 1) : -1]
+    return [float(logps[i, token]) for i, token in enumerate(completion)]

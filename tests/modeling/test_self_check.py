@@ -29,7 +29,7 @@ from neat_align.modeling.self_check import check_training_forward
 from neat_align.sampling.batch_check import SamplingWay
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from tiny import Family, random_model, tiny_model
+from tiny import Family, alone, random_model, tiny_model
 
 VOCAB = 64
 PROMPTS = [tuple(range(20, 29)), (7, 9, 11), tuple(range(40, 54)), (33, 3, 60, 15, 8)]
@@ -81,14 +81,6 @@ def loud(config: Any) -> torch.nn.Module:
             if "norm" not in name and "ln" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
-
-
-def alone(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> list[float]:
-    """Log-probabilities of one row: its token ids, and nothing else."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
-    logps = logits.float().log_softmax(-1)[-(len(completion) + 1) : -1]
-    return [float(logps[i, token]) for i, token in enumerate(completion)]
 
 
 def assert_scored_as_alone(model: torch.nn.Module, layout: Layout = "padded") -> None:

@@ -20,7 +20,7 @@ from neat_align.modeling.loading import load_renamed_weights
 from neat_align.modeling.precision import half_precision_copy
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from small_trainer import ROWS, TOKENIZER, logged, trainer, weights
-from tiny import random_model, tiny_model
+from tiny import alone, random_model, tiny_model
 
 PROMPTS = [tuple(range(20, 29)), (7, 9, 11), tuple(range(40, 54))]
 
@@ -48,13 +48,6 @@ def mixtral(**asked: Any) -> PreTrainedModel:
             **asked,
         )
     )
-
-
-def alone(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> list[float]:
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0]
-    logps = logits.float().log_softmax(-1)[-(len(completion) + 1) : -1]
-    return [float(logps[i, token]) for i, token in enumerate(completion)]
 
 
 KINDS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -48,7 +47,6 @@ from neat_align.sampling.protocol import SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from neat_align.script_arguments import ScriptArguments
 
-logger = logging.getLogger(__name__)
 FORMAT = 1
 # What a run computes in by default.
 COMPUTE = torch.bfloat16
@@ -80,9 +78,9 @@ def run_probe(
         settings.placement, tokenizer, bank, conversational=conversational, inputs=inputs
     )
     room = _room(settings, model)
-    rows = _with_room(settings, rows, bank, placements, (tokenizer, room), skipped)
+    rows = _with_room(settings, rows, bank, placements, tokenizer, room, skipped)
     say_skipped(skipped, output, console)
-    tools = _tools(settings, model, tokenizer, rows, inputs, conversational=conversational)
+    tools = _tools(settings, model, tokenizer, rows, inputs, room, conversational=conversational)
     params = ProbeParams(
         placements=placements,
         sampling=SamplingParams(settings.max_completion_length, settings.temperature),
@@ -134,13 +132,14 @@ def _with_room(
     rows: Sequence[PromptRow],
     bank: InstructionBank,
     placements: Sequence[Placement],
-    fits: tuple[Any, int | None],
+    tokenizer: Any,
+    room: int | None,
     skipped: SkippedRows,
 ) -> list[PromptRow]:
     """As many of the first rows as are asked for and leave room for an answer.
 
-    `fits` are the tokenizer and the room in tokens (`check_room`). Raises DataError or PromptError
-    for the first row that does not fit, unless such rows are skipped.
+    `room` is in tokens (`check_room`). Raises DataError or PromptError for the first row that does
+    not fit, unless such rows are skipped.
     """
     bad = BadRows(settings.dataset_name, settings.on_bad_row, skipped)
     kept: list[PromptRow] = []
@@ -148,8 +147,8 @@ def _with_room(
         if len(kept) == settings.prompts:
             break
         try:
-            checked_text(row, fits[0], conversational=not isinstance(row.prompt, str))
-            check_room(row, bank, placements, *fits)
+            checked_text(row, tokenizer, conversational=not isinstance(row.prompt, str))
+            check_room(row, bank, placements, tokenizer, room)
             kept.append(row)
         except (DataError, PromptError) as error:
             if not bad.skips:
@@ -205,6 +204,7 @@ def _tools(
     tokenizer: Any,
     rows: Sequence[PromptRow],
     inputs: TemplateInputs,
+    room: int | None,
     *,
     conversational: bool,
 ) -> ProbeTools:
@@ -244,7 +244,7 @@ def _tools(
         ),
         rewards=_rewards(settings),
         template_kwargs=inputs.kwargs,
-        max_prompt_length=_room(settings, model),
+        max_prompt_length=room,
         on_bad_row=check_on_bad_row(settings.on_bad_row),
     )
 

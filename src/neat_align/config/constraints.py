@@ -170,6 +170,14 @@ def default_of(f: Field[Any]) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
+def check_limits(f: Field[Any], value: Any, limits: Limits) -> None:
+    """Raise ConfigError for a value outside of its limits; None passes where it is the default."""
+    if (value is None and f.default is None) or limits.allows(value):
+        return
+    shown = repr(value) if limits.choices else value
+    raise ConfigError(f"{f.name} is {shown}; {limits.said()}")
+
+
 def check_options(config: Any, rules: Iterable[Rule] = ()) -> None:
     """Check a dataclass against the limits of its fields, then against rules on several of them.
 
@@ -178,11 +186,7 @@ def check_options(config: Any, rules: Iterable[Rule] = ()) -> None:
     """
     limits = [(f, limits_of(f)) for f in fields(config)]
     for f, limit in limits:
-        value = getattr(config, f.name)
-        if (value is None and f.default is None) or limit.allows(value):
-            continue
-        shown = repr(value) if limit.choices else value
-        raise ConfigError(f"{f.name} is {shown}; {limit.said()}")
+        check_limits(f, getattr(config, f.name), limit)
     for f, limit in limits:
         if getattr(config, f.name) == default_of(f):
             continue

@@ -24,7 +24,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames, trainer_log_levels
 from transformers.utils import is_liger_kernel_available
 
-from neat_align.config.constraints import Limits, Rule
+from neat_align.config.constraints import Limits, Rule, check_limits
 from neat_align.errors import ConfigError
 
 _STEPS = "it must be a number of steps, or below 1 a share of all steps"
@@ -87,10 +87,8 @@ def check_values(c: Any) -> None:
         value = getattr(c, f.name)
         if f.name in CHOICES and not (value is None and f.default is None):
             _check_choice(f.name, value.value if isinstance(value, Enum) else value)
-        elif f.name in LIMITS and not (value is None and f.default is None):
-            limits = LIMITS[f.name]
-            if not limits.allows(value):
-                raise ConfigError(f"{f.name} is {value}; {limits.said()}")
+        elif f.name in LIMITS:
+            check_limits(f, value, LIMITS[f.name])
         if isinstance(value, str) and value.startswith("{"):
             _check_json(f.name, value)
     # AdamW takes 0.0 and not 0.
@@ -185,7 +183,8 @@ def _evaluates(c: Any) -> bool:
     return bool(c.eval_strategy != "no")
 
 
-def _waits_for_a_plateau(c: Any) -> bool:
+def waits_for_a_plateau(c: Any) -> bool:
+    """Whether the learning rate falls where a metric of evaluations gets no better."""
     return c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
 
 
@@ -195,13 +194,13 @@ def follow_the_metric(c: Any) -> None:
     By itself it takes it for good when the metric falls, whatever `greater_is_better` says.
     """
     given = c.lr_scheduler_kwargs or {}
-    if _waits_for_a_plateau(c) and isinstance(given, Mapping):
+    if waits_for_a_plateau(c) and isinstance(given, Mapping):
         mode = "max" if c.greater_is_better else "min"
         c.lr_scheduler_kwargs = {"mode": mode, **given}
 
 
 def _wrong_way(c: Any) -> bool:
-    if not _waits_for_a_plateau(c) or not isinstance(c.lr_scheduler_kwargs, Mapping):
+    if not waits_for_a_plateau(c) or not isinstance(c.lr_scheduler_kwargs, Mapping):
         return False
     return bool((c.lr_scheduler_kwargs["mode"] == "max") != bool(c.greater_is_better))
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from neat_align.config.constraints import Rule, default_of
+from neat_align.config.trainer_values import waits_for_a_plateau
 from neat_align.errors import ConfigError
 
 _EVALUATION = (
@@ -92,11 +93,7 @@ def _optimizer_steps_in_backward(c: Any) -> bool:
 
 
 def _follows_a_metric(c: Any) -> bool:
-    return bool(
-        c.load_best_model_at_end
-        or c.save_strategy == "best"
-        or c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-    )
+    return bool(c.load_best_model_at_end or c.save_strategy == "best" or waits_for_a_plateau(c))
 
 
 TRAINER_RULES = (

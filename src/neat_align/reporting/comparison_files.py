@@ -12,7 +12,7 @@ from typing import Any
 from neat_align.errors import ConfigError, DataError
 from neat_align.files.atomic import read_json
 from neat_align.prompts.rows import Prompt
-from neat_align.reporting.run_files import number
+from neat_align.reporting.run_files import mapping, number
 
 FORMAT = 1
 # The start policy: what gains, intervals and wins are measured against.
@@ -230,11 +230,6 @@ def read_comparison(folder: Path) -> Comparison:
         examples=_examples(folder / "examples.json", problems),
         problems=tuple(problems),
     )
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """A mapping, empty where something else came."""
-    return value if isinstance(value, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

@@ -20,7 +20,6 @@ from neat_align.reporting.comparison_files import (
     BASE,
     Comparison,
     Estimate,
-    mapping,
     read_comparison,
 )
 from neat_align.reporting.comparison_tables import (
@@ -35,6 +34,7 @@ from neat_align.reporting.comparison_tables import (
 )
 from neat_align.reporting.comparison_warnings import warnings_of
 from neat_align.reporting.pages import change, digits_for, listed, plain, turns, write_page
+from neat_align.reporting.run_files import mapping
 
 # Prompts on the page, and the ones that stand open before the reader asks for more.
 SHOWN_PROMPTS = 200

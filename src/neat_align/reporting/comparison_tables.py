@@ -14,10 +14,9 @@ from neat_align.reporting.comparison_files import (
     Estimate,
     MethodRun,
     Wins,
-    mapping,
 )
 from neat_align.reporting.pages import bounds, change, digits_for, duration, plain, signed
-from neat_align.reporting.run_files import number
+from neat_align.reporting.run_files import mapping, number
 
 # What a method pays: (name in the file, heading, decimals, whether it is a share of one).
 _PRICES: tuple[tuple[str, str, int, bool], ...] = (

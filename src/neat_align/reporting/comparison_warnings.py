@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TypeAlias
 
-from neat_align.reporting.comparison_files import Comparison, Estimate, mapping
+from neat_align.reporting.comparison_files import Comparison, Estimate
 from neat_align.reporting.pages import change, listed, percent, plain
-from neat_align.reporting.run_files import number
+from neat_align.reporting.run_files import mapping, number
 
 # (key, sentence)
 KeyedSentence: TypeAlias = tuple[str, str]

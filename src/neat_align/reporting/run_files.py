@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,9 +35,14 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping, empty where something else came."""
+    return value if isinstance(value, dict) else {}
+
+
 @dataclass(frozen=True)
 class RoundGroups:
-    """A finished round: its folder's name, metrics and groups.
+    """A finished round: its folder's name, metrics and groups, and what their rewards say.
 
     The groups stay in their file (`GroupFile`); a page shows a few of them and says the rest in
     numbers.
@@ -47,16 +51,7 @@ class RoundGroups:
     name: str
     metrics: dict[str, float]
     groups: Sequence[CompletionGroup]
-
-    @cached_property
-    def rewards(self) -> RoundRewards:
-        """What the groups' rewards say; the groups are gone through when it is asked for first."""
-        return rewards_of(self.groups)
-
-    def with_rewards(self) -> RoundGroups:
-        """The round, its rewards read. Raises DataError where its groups cannot be read."""
-        self.rewards  # noqa: B018 (reads them)
-        return self
+    rewards: RoundRewards
 
 
 @dataclass(frozen=True)
@@ -189,7 +184,8 @@ def _rounds(folder: Path, problems: list[str]) -> list[RoundGroups]:
         try:
             made = read_round(path)
             if made is not None:
-                rounds.append(RoundGroups(path.name, made.metrics, made.groups).with_rewards())
+                rewards = rewards_of(made.groups)
+                rounds.append(RoundGroups(path.name, made.metrics, made.groups, rewards))
         except (ValueError, KeyError, OSError):  # DataError and pyarrow's errors are ValueErrors
             problems.append(f"Round {path.name} does not match its manifest and is left out.")
     return rounds

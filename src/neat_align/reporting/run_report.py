@@ -25,7 +25,7 @@ from neat_align.reporting.pages import (
     write_page,
 )
 from neat_align.reporting.round_rewards import spread_of_mean
-from neat_align.reporting.run_files import RunContents, number, read_run
+from neat_align.reporting.run_files import RunContents, mapping, number, read_run
 from neat_align.reporting.run_groups import FEW_PROMPTS, distributions, instruction_rows
 from neat_align.reporting.run_warnings import warnings_of
 from neat_align.rounds.completions import ORIGINS, Origin
@@ -302,9 +302,8 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
 
 def _share_of_data(record: dict[str, Any]) -> str | None:
     """How many prompts the run was to look at, and what share of the data that is."""
-    plan = record.get("plan")
-    numbers = [number(plan.get(k)) for k in ("prompts", "rows")] if isinstance(plan, dict) else []
-    prompts, rows = numbers if len(numbers) == 2 else (None, None)
+    plan = mapping(record.get("plan"))
+    prompts, rows = number(plan.get("prompts")), number(plan.get("rows"))
     if prompts is None or not rows:
         return None
     return f"{prompts:,.0f}, {percent_of_data(prompts / rows)} of {rows:,.0f} rows"
@@ -312,8 +311,7 @@ def _share_of_data(record: dict[str, Any]) -> str | None:
 
 def _rows_left_out(record: dict[str, Any]) -> str | None:
     """How many rows could not be used, and where they are listed."""
-    data = record.get("data")
-    count = number(data.get("skipped_rows")) if isinstance(data, dict) else None
+    count = number(mapping(record.get("data")).get("skipped_rows"))
     return f"{count:,.0f} ({SKIPPED_FILE})" if count else None
 
 

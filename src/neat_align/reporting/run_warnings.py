@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, TypeAlias
 
 from neat_align.reporting.pages import change, digits_for, percent
-from neat_align.reporting.run_files import RunContents, number
+from neat_align.reporting.run_files import RunContents, mapping, number
 from neat_align.reporting.run_groups import instruction_rows
 
 # (key, sentence)
@@ -191,8 +191,7 @@ def _progress(run: RunContents) -> list[KeyedSentence]:
     if planned is None:
         unit, planned = "rounds", number(run.config.get("num_train_epochs"))
         if run.config.get("data_passes") is not None:
-            plan = run.record.get("plan")
-            planned = number(plan.get("rounds")) if isinstance(plan, dict) else None
+            planned = number(mapping(run.record.get("plan")).get("rounds"))
     done = run.last("step" if unit == "steps" else "epoch")
     if done is None or planned is None or done >= planned - 1e-6:
         return []

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from neat_align.errors import ConfigError, DataError
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
-from neat_align.rounds.group_file import GroupFile, without_tokens
+from neat_align.rounds.group_file import GroupFile, unreadable, without_tokens
 from neat_align.rounds.metrics import inversions
 
 _T = TypeVar("_T")
@@ -187,10 +187,7 @@ def _read(path: Path, read: Callable[[], _T]) -> _T:
         raise
     # pyarrow's and json's errors are ValueErrors
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(
-            f"{path} could not be read as groups ({type(error).__name__}: {error}): it is "
-            "damaged, or not a group file"
-        ) from error
+        raise unreadable(path, error) from error
 
 
 # ---- browsing ------------------------------------------------------------------------------------

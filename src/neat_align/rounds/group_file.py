@@ -158,10 +158,15 @@ def _named(path: Path) -> Iterator[None]:
         ) from error
     # pyarrow's errors are OSErrors and ValueErrors
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} could not be read as groups ({type(error).__name__}: {error}): it is damaged, "
-            "or not a group file"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """What is said of a file that cannot be read as groups."""
+    return DataError(
+        f"{path} could not be read as groups ({type(error).__name__}: {error}): it is damaged, or "
+        "not a group file"
+    )
 
 
 def without_tokens(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from neat_align.config import NEATConfig
@@ -139,8 +138,9 @@ class RunDirectory:
             opened[0] = self._open(resume, dict(run_key()))
 
         self.ranks.run_on_rank_zero(open_on_rank_zero, "while it opened the run")
-        self._start = broadcast_object_list(opened)[0]
-        self._on_open(step_of(self._start.checkpoint))
+        start: RunStart = self.ranks.from_rank_zero(opened[0])
+        self._start = start
+        self._on_open(step_of(start.checkpoint))
 
     def take_start(
         self, resume: str | bool | None, run_key: Callable[[], Mapping[str, Any]]
