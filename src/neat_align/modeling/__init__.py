@@ -16,5 +16,6 @@ outputs.py        a model called for its logits, whatever its configuration asks
 shared_prefix.py  attention in which the completions of a group share one prompt
 chunked_head.py   log-probabilities of chosen tokens without holding the logits
 logprobs.py       model and rows in, per-token log-probabilities out
+contrast.py       the contrast of two instructions at every token, as a distribution
 kl.py             exact KL to the start policy, and entropy
 """

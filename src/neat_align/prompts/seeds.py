@@ -15,6 +15,23 @@ def draw_pair(
     return bank.pairs[stable_hash("pair", run_seed, round_index, prompt_id) % len(bank.pairs)]
 
 
+def draw_pairs(
+    bank: InstructionBank, count: int, *, run_seed: int, round_index: int, prompt_id: str
+) -> tuple[InstructionPair, ...]:
+    """`count` different pairs for a prompt in a round, the one of `draw_pair` first.
+
+    All pairs of the bank where it has no more than `count`.
+    """
+    first = draw_pair(bank, run_seed=run_seed, round_index=round_index, prompt_id=prompt_id)
+    others = [pair for pair in bank.pairs if pair != first]
+
+    def draw(pair: InstructionPair) -> int:
+        texts = (pair.positive, pair.negative)
+        return stable_hash("pairs", run_seed, round_index, prompt_id, *texts)
+
+    return (first, *sorted(others, key=draw)[: count - 1])
+
+
 def completion_seed(
     run_seed: int, round_index: int, prompt_id: str, origin: str, index: int
 ) -> int:

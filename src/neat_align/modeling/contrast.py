@@ -1,0 +1,72 @@
+"""The contrast of two instructions at every token, as a distribution to learn or to sample from.
+
+    q(v) ∝ p0(v | x) · r(v)^α,    log r(v) = mean over pairs of log p0(v | x, +) − log p0(v | x, −)
+
+p0 is the policy without training. Contrastive decoding (2210.15097) divides a large model by a
+small one; here one model under a positive instruction is divided by itself under a negative one,
+and p0 on the plain prompt stays a factor, so that α = 0 changes nothing. What is moved can be kept
+to plausible tokens, as there: the others hardly ever are what the instructions differ in, and a
+ratio of two small probabilities is mostly noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def mean_log_ratio(
+    pairs: Iterable[tuple[Float[Tensor, "n vocab"], Float[Tensor, "n vocab"]]],
+    clip: float | None = None,
+) -> Float[Tensor, "n vocab"]:
+    """The mean over pairs of log p(v | +) − log p(v | −), in nats.
+
+    `pairs` gives the log-probabilities under each pair's positive and negative instruction; one
+    pair is held at a time. With `clip` each pair's ratio is kept within ± so many nats.
+    Raises ValueError without pairs.
+    """
+    total: Tensor | None = None
+    count = 0
+    for positive, negative in pairs:
+        ratio = positive - negative
+        if clip is not None:
+            ratio = ratio.clamp(-clip, clip)
+        total = ratio if total is None else total.add_(ratio)
+        count += 1
+    if total is None:
+        raise ValueError("a contrast needs a pair of instructions")
+    return total if count == 1 else total.div_(count)
+
+
+def contrast_logprobs(
+    start: Float[Tensor, "n vocab"],
+    log_ratio: Float[Tensor, "n vocab"],
+    alpha: float | Float[Tensor, "n 1"],
+    min_probability: float = 0.0,
+) -> Float[Tensor, "n vocab"]:
+    """log q(v) in nats, from log p0(v | x) and the log-ratio.
+
+        q(v) = p0(v) · r(v)^α · P / Σ_{u ∈ S} p0(u) r(u)^α  for v ∈ S,    q(v) = p0(v) elsewhere
+
+    S are the plausible tokens, p0(v) ≥ `min_probability` · max p0, and P is their p0 together: the
+    other tokens keep exactly what they had. With `min_probability` 0 all tokens are plausible. A
+    constant that is added to a row of `log_ratio` changes nothing.
+    """
+    moved = start + alpha * log_ratio
+    if min_probability <= 0:
+        return moved.log_softmax(-1)
+    plausible = is_plausible(start, min_probability)
+    mass = start.masked_fill(~plausible, -torch.inf).logsumexp(-1, keepdim=True)
+    moved_mass = moved.masked_fill(~plausible, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.where(plausible, moved + (mass - moved_mass), start)
+
+
+def is_plausible(
+    start: Float[Tensor, "n vocab"], min_probability: float
+) -> Bool[Tensor, "n vocab"]:
+    """Where p0(v) is at least `min_probability` times the row's largest; `min_probability` > 0."""
+    return start >= start.amax(-1, keepdim=True) + math.log(min_probability)
