@@ -13,9 +13,10 @@ from transformers import Gemma2Config, PreTrainedModel, Qwen2MoeConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from neat_align.modeling import kl, logprobs
+from neat_align.modeling.head_inputs import completion_logits
 from neat_align.modeling.kl import Divergence, exact_divergence
 from neat_align.modeling.layout import choose_layout
-from neat_align.modeling.logprobs import completion_logits, completion_logprobs, score_completions
+from neat_align.modeling.logprobs import completion_logprobs, score_completions
 from neat_align.modeling.packing import Layout, pad_rows
 from tiny import FAMILIES, Family, random_model, tiny_model
 

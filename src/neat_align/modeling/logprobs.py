@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -11,10 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows, parts
-from neat_align.modeling.outputs import forward
+from neat_align.modeling.chunked_head import chosen_logprobs, chunk_rows, parts
+from neat_align.modeling.head_inputs import completion_states, head_inputs, head_of, logit_tail
 from neat_align.modeling.packing import (
     Layout,
     PackedRows,
@@ -27,7 +25,7 @@ from neat_align.modeling.packing import (
     tokens_in,
 )
 from neat_align.modeling.precision import frozen_casts, inference
-from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, unwrapped
+from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.modeling.text_config import text_config
 
 # Padded rows' log-softmax that is held in fp32 at a time; the backward pass computes it again.
@@ -36,55 +34,6 @@ HEAD_CHUNK = 512
 SCORING_TOKENS = 4096
 # Completions of one prompt that are scored in one packed group.
 SCORING_GROUP = 32
-
-
-def completion_logits(
-    model: torch.nn.Module, rows: PaddedRows
-) -> Float[Tensor, "rows tokens vocab"]:
-    """Logits that predict each completion token, from a full forward pass over padded rows.
-
-    The model is given token ids and nothing else, as if each row stood alone. The head computes
-    what is read; a model whose head is not found computes all, and the rest is left out.
-    """
-    if not rows.one_at_a_time or len(rows.input_ids) == 1:
-        return _logits_read(model, rows.input_ids, rows.read_at)
-    lengths = rows.attention_mask.sum(-1).tolist()
-    alone = [
-        _logits_read(model, rows.input_ids[i : i + 1, :n], rows.read_at[i : i + 1].clamp(max=n - 1))
-        for i, n in enumerate(lengths)
-    ]
-    return torch.cat(alone)
-
-
-def _logits_read(
-    model: torch.nn.Module,
-    input_ids: Int[Tensor, "rows width"],
-    read_at: Int[Tensor, "rows tokens"],
-) -> Float[Tensor, "rows tokens vocab"]:
-    """Logits at the positions `read_at` of each row."""
-    count, width = input_ids.shape
-    taken: list[bool] = []
-
-    def at(values: Float[Tensor, "rows positions size"]) -> Float[Tensor, "rows tokens size"]:
-        # An adapter may have put virtual tokens in front.
-        index = read_at.to(values.device) + (values.shape[1] - width)
-        return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
-
-    def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        states = inputs[0]
-        # Other shapes: torch's DataParallel gives each device a part of the rows.
-        if states.ndim != 3 or len(states) != count or states.shape[1] < width:
-            return None
-        taken.append(True)
-        return (at(states), *inputs[1:])
-
-    inner = unwrapped(model)
-    head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
-    with contextlib.ExitStack() as opened:
-        if head is not None:
-            opened.callback(head.register_forward_pre_hook(take).remove)
-        logits: Tensor = forward(model, input_ids=input_ids, use_cache=False).logits
-    return logits if taken else at(logits)
 
 
 def _gather_logprobs(
@@ -99,17 +48,35 @@ def completion_logprobs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "ro
 
     fp32 whatever the model computes in.
     """
+    return logprobs_of(model, rows, head_inputs(model, rows))
+
+
+def logprobs_of(
+    model: torch.nn.Module, rows: Rows, inputs: Float[Tensor, "places width"]
+) -> Float[Tensor, "rows tokens"]:
+    """The same from the head's inputs, as `head_inputs` gives them for these rows."""
     if isinstance(rows, PackedRows):
-        return packed_logprobs(model, rows)
-    return padded_logprobs(model, rows)
+        return _packed_logprobs(model, rows, inputs)
+    return _padded_logprobs(rows, inputs)
 
 
 def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "rows tokens"]:
+    """`completion_logprobs` of padded rows."""
+    return _padded_logprobs(rows, head_inputs(model, rows))
+
+
+def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "rows tokens"]:
+    """`completion_logprobs` of packed rows."""
+    return _packed_logprobs(model, rows, completion_states(model, rows))
+
+
+def _padded_logprobs(
+    rows: PaddedRows, logits: Float[Tensor, "places vocab"]
+) -> Float[Tensor, "rows tokens"]:
     """From the model's own logits, which are held.
 
     The log-softmax runs in chunks that the backward pass computes again.
     """
-    logits = completion_logits(model, rows).flatten(0, 1)
     ids = rows.completion_ids.flatten()
     chunks = [
         _in_chunk(_gather_logprobs, logits[part], ids[part]) for part in parts(len(ids), HEAD_CHUNK)
@@ -117,11 +84,12 @@ def padded_logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, "
     return torch.where(rows.completion_mask, torch.cat(chunks).view_as(rows.completion_ids), 0.0)
 
 
-def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "rows tokens"]:
+def _packed_logprobs(
+    model: torch.nn.Module, rows: PackedRows, states: Float[Tensor, "predicted dim"]
+) -> Float[Tensor, "rows tokens"]:
     """From the states at the positions that predict a completion token; few logits are held."""
-    states = completion_states(model, rows)
     ids = rows.completion_ids.flatten().index_select(0, rows.token_at)
-    head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+    head = head_of(model)
     tail = logit_tail(model)
     chunk = chunk_rows(text_config(unwrapped(model).config).vocab_size, states.device)
     if type(head) is torch.nn.Linear:
@@ -137,52 +105,6 @@ def packed_logprobs(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "
         flat = torch.cat([states.new_zeros(0).float(), *chunks])
     table = flat.new_zeros(rows.completion_ids.numel()).index_copy(0, rows.token_at, flat)
     return table.view_as(rows.completion_ids)
-
-
-def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "predicted dim"]:
-    """The head's input at the positions that predict a completion token, completion by completion.
-
-    The model is called as a whole, so that its wrappers (PEFT, DDP) see the call. A hook takes the
-    states in front of the head and lets the head itself compute one position only.
-    """
-    runs_again = torch.is_grad_enabled() and unwrapped(model).is_activation_checkpointing
-    if runs_again and not is_sharing(model):
-        raise RuntimeError(
-            "packed rows with gradient checkpointing need `sharing_prefixes(model)` to be open "
-            "around forward and backward: the backward pass computes the attention again"
-        )
-    taken: list[Tensor] = []
-
-    def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        taken.append(inputs[0])
-        return (inputs[0][:, :1], *inputs[1:])
-
-    head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
-    hook = head.register_forward_pre_hook(take)
-    try:
-        with sharing_prefixes(model):
-            forward(
-                model,
-                input_ids=rows.input_ids,
-                position_ids=rows.position_ids,
-                shared_prefix=rows.layout,
-                logits_to_keep=rows.read_at,
-                use_cache=False,
-            )
-    finally:
-        hook.remove()
-    return taken[0][0]
-
-
-def logit_tail(model: torch.nn.Module) -> LogitTail:
-    """What the family does to the head's output, where its configuration says so.
-
-    `choose_layout` finds out where it does not.
-    """
-    config = text_config(unwrapped(model).config)
-    divisor = getattr(config, "logits_scaling", None) or 1  # Granite's
-    scale = getattr(config, "logit_scale", None) or 1 / divisor  # Cohere's
-    return LogitTail(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def _in_chunk(function: Callable[[Tensor, Tensor], Tensor], states: Tensor, ids: Tensor) -> Tensor:

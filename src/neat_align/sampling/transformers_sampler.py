@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from neat_align.modeling.head_inputs import completion_logits
 from neat_align.modeling.known_padding import KnownPadding, masks_from
-from neat_align.modeling.logprobs import completion_logits
 from neat_align.modeling.outputs import forward, plain_outputs
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference

@@ -1,0 +1,181 @@
+"""A model cut in front of its head, so that logits are made a chunk at a time.
+
+The head's inputs are small: 1/85 of the logits for a 135M model. Packed rows hand over the states
+in front of the head. Padded rows hand over the logits themselves, which a model that is called as a
+whole has made already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from neat_align.modeling.chunked_head import LogitTail, chunk_rows
+from neat_align.modeling.outputs import forward
+from neat_align.modeling.packing import PackedRows, PaddedRows, Rows
+from neat_align.modeling.precision import autocast, casting_once
+from neat_align.modeling.reference import Reference
+from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, unwrapped
+from neat_align.modeling.text_config import text_config
+
+
+def head_inputs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "places width"]:
+    """What the logits of each completion token are made from.
+
+    Packed rows: the states that predict a completion token, completion by completion. Padded rows:
+    the logits at all places of the table of completions, padding among them.
+    """
+    if isinstance(rows, PackedRows):
+        return completion_states(model, rows)
+    return completion_logits(model, rows).flatten(0, 1)
+
+
+def head_outputs(
+    model: torch.nn.Module, inputs: Float[Tensor, "n width"], rows: Rows
+) -> Float[Tensor, "n vocab"]:
+    """The final logits of some of the head's inputs."""
+    if isinstance(rows, PackedRows):
+        return logit_tail(model)(head_of(model)(inputs))
+    return inputs
+
+
+def completion_logits(
+    model: torch.nn.Module, rows: PaddedRows
+) -> Float[Tensor, "rows tokens vocab"]:
+    """Logits that predict each completion token, from a full forward pass over padded rows.
+
+    The model is given token ids and nothing else, as if each row stood alone. The head computes
+    what is read; a model whose head is not found computes all, and the rest is left out.
+    """
+    if not rows.one_at_a_time or len(rows.input_ids) == 1:
+        return _logits_read(model, rows.input_ids, rows.read_at)
+    lengths = rows.attention_mask.sum(-1).tolist()
+    alone = [
+        _logits_read(model, rows.input_ids[i : i + 1, :n], rows.read_at[i : i + 1].clamp(max=n - 1))
+        for i, n in enumerate(lengths)
+    ]
+    return torch.cat(alone)
+
+
+def _logits_read(
+    model: torch.nn.Module,
+    input_ids: Int[Tensor, "rows width"],
+    read_at: Int[Tensor, "rows tokens"],
+) -> Float[Tensor, "rows tokens vocab"]:
+    """Logits at the positions `read_at` of each row."""
+    count, width = input_ids.shape
+    taken: list[bool] = []
+
+    def at(values: Float[Tensor, "rows positions size"]) -> Float[Tensor, "rows tokens size"]:
+        # An adapter may have put virtual tokens in front.
+        index = read_at.to(values.device) + (values.shape[1] - width)
+        return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+    def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        states = inputs[0]
+        # Other shapes: torch's DataParallel gives each device a part of the rows.
+        if states.ndim != 3 or len(states) != count or states.shape[1] < width:
+            return None
+        taken.append(True)
+        return (at(states), *inputs[1:])
+
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
+    with contextlib.ExitStack() as opened:
+        if head is not None:
+            opened.callback(head.register_forward_pre_hook(take).remove)
+        logits: Tensor = forward(model, input_ids=input_ids, use_cache=False).logits
+    return logits if taken else at(logits)
+
+
+def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor, "predicted dim"]:
+    """The head's input at the positions that predict a completion token, completion by completion.
+
+    The model is called as a whole, so that its wrappers (PEFT, DDP) see the call. A hook takes the
+    states in front of the head and lets the head itself compute one position only.
+    """
+    runs_again = torch.is_grad_enabled() and unwrapped(model).is_activation_checkpointing
+    if runs_again and not is_sharing(model):
+        raise RuntimeError(
+            "packed rows with gradient checkpointing need `sharing_prefixes(model)` to be open "
+            "around forward and backward: the backward pass computes the attention again"
+        )
+    taken: list[Tensor] = []
+
+    def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(inputs[0])
+        return (inputs[0][:, :1], *inputs[1:])
+
+    head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+    hook = head.register_forward_pre_hook(take)
+    try:
+        with sharing_prefixes(model):
+            forward(
+                model,
+                input_ids=rows.input_ids,
+                position_ids=rows.position_ids,
+                shared_prefix=rows.layout,
+                logits_to_keep=rows.read_at,
+                use_cache=False,
+            )
+    finally:
+        hook.remove()
+    return taken[0][0]
+
+
+def logit_tail(model: torch.nn.Module) -> LogitTail:
+    """What the family does to the head's output, where its configuration says so.
+
+    `choose_layout` finds out where it does not.
+    """
+    config = text_config(unwrapped(model).config)
+    divisor = getattr(config, "logits_scaling", None) or 1  # Granite's
+    scale = getattr(config, "logit_scale", None) or 1 / divisor  # Cohere's
+    return LogitTail(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def head_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model's output embeddings."""
+    return cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+
+
+def places_of(rows: Rows) -> Int[Tensor, " tokens"]:
+    """Where in the head's inputs each completion token is, completion by completion.
+
+    A mask on a GPU would have to be waited for: call it while the rows are in the CPU's memory.
+    """
+    if isinstance(rows, PackedRows):
+        return torch.arange(len(rows.token_at))
+    return rows.completion_mask.flatten().nonzero().squeeze(-1)
+
+
+def rows_at_once(model: torch.nn.Module) -> int:
+    """Tokens whose logits are held at a time."""
+    device = next(model.parameters()).device
+    return chunk_rows(text_config(unwrapped(model).config).vocab_size, device)
+
+
+@contextlib.contextmanager
+def heads_cast_once(
+    model: torch.nn.Module, reference: Reference, autocast_dtype: torch.dtype | None
+) -> Iterator[None]:
+    """While open, autocast keeps the casts of both policies' heads from chunk to chunk.
+
+    Only where no gradients are recorded. An autocast that is closed forgets its casts; the outer
+    one stays open.
+    """
+    device = next(model.parameters()).device.type
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(autocast(device, autocast_dtype))
+        if autocast_dtype is not None:
+            with reference() as start_policy:
+                policies = (model, start_policy)
+            for head in {id(h): h for h in map(head_of, policies)}.values():
+                opened.enter_context(casting_once(head))
+        yield
