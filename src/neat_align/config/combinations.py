@@ -108,6 +108,30 @@ NPO_BETA = (
         one_of=("npo",),
     ),
 )
+DISTIL = (
+    OnlyWith(
+        "num_plain",
+        "distil_weight is {c.distil_weight:g} but num_plain is 0: plain answers are what is "
+        "distilled on; sample one or more",
+        none_of=(0,),
+    ),
+)
+DISTIL_OPTION = (
+    OnlyWith(
+        "distil_weight",
+        "an option of contrast distillation (distil_…) is set but distil_weight is 0: remove it, "
+        "or set distil_weight",
+        none_of=(0,),
+    ),
+)
+DISTIL_INSTRUCTED = (
+    OnlyWith(
+        "distil_toward",
+        "distil_pairs or distil_clip is set but distil_toward is sharpened, which reads no "
+        "instruction: remove it",
+        none_of=("sharpened",),
+    ),
+)
 MAX_KL = (
     OnlyWith(
         "drift_prompts",
@@ -129,13 +153,24 @@ RULES = (
         "least one",
     ),
     Rule(
-        lambda c: c.num_generations == 1 and not c.use_human_completions,
+        lambda c: c.needs_pairs and c.num_generations == 1 and not c.use_human_completions,
         "num_positive, num_negative and num_plain add up to 1 and use_human_completions is false: "
         "one completion a prompt leaves nothing to rank; ask for two or more",
     ),
     Rule(
-        lambda c: c.ranking_loss == "none" and c.lm_weight == 0,
-        "ranking_loss is none and lm_weight is 0: nothing would be learned; set one of them",
+        lambda c: c.distil_weight == 0 and not c.needs_pairs,
+        "ranking_loss is none, lm_weight is 0 and distil_weight is 0: nothing would be learned; "
+        "set one of them",
+    ),
+    Rule(
+        lambda c: c.distil_weight > 0 and c.distil_alpha == 0,
+        "distil_alpha is 0: the policy would be taught what it was at the start; set one that is "
+        "not 0, or distil_weight: 0",
+    ),
+    Rule(
+        lambda c: c.distil_answers == "lower_half" and c.num_plain < 2,
+        "distil_answers is lower_half and num_plain is {c.num_plain}: one answer has no lower "
+        "half; sample two or more",
     ),
     Rule(
         lambda c: (c.negative_penalty == "none") != (c.negative_weight == 0),

@@ -3,8 +3,9 @@
 The import costs what `transformers.TrainingArguments` costs (seconds: it brings torch), so the
 command line imports it only when a command needs it. Field help texts are what `neat-align train
 --help` prints. What a field may be stands beside it (`constraints.option`), combinations of fields
-in `combinations`, what other defaults `TrainingArguments` has in `trainer_defaults`, and what is
-refused of its options in `unsupported`.
+in `combinations`, the options of the loss in `objective_options`, what other
+defaults `TrainingArguments` has in `trainer_defaults`, and what is refused of its options in
+`unsupported`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from neat_align.config.constraints import (
     read_numbers,
     read_object,
 )
-from neat_align.config.trainer_defaults import TrainerDefaults
+from neat_align.config.objective_options import ObjectiveOptions
 from neat_align.config.trainer_values import RULES as VALUE_RULES
 from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
@@ -32,8 +33,6 @@ from neat_align.config.unsupported import (
 from neat_align.errors import ConfigError
 from neat_align.files.secrets import scrubbed
 
-RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
-NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
 # What transformers' own checks have been seen to raise.
 _TRAINING_ARGUMENTS_RAISE = (
     ValueError,
@@ -49,7 +48,7 @@ PLACEMENTS = ("system", "user_suffix", "affix")
 
 
 @dataclass
-class NEATConfig(TrainerDefaults):
+class NEATConfig(ObjectiveOptions):
     """`TrainingArguments` plus NEAT's own fields.
 
     One epoch is one round; one training row is one group. `per_device_train_batch_size` counts
@@ -182,90 +181,6 @@ class NEATConfig(TrainerDefaults):
         ge=0,
     )
 
-    # ---- objective ----
-    ranking_loss: str = option(
-        "logistic",
-        "hinge (RRHF, SLiC), logistic (SimPO's form), listwise (PRO), dpo, or none (the LM loss "
-        "alone: RAFT).",
-        choices=RANKING_LOSSES,
-    )
-    pair_selection: str = option(
-        "all",
-        "Which pairs of a group are ranked: `all`, or `best_worst`, the best against the worst "
-        "(DPO's).",
-        choices=("all", "best_worst"),
-        only_with=combinations.PAIR_SELECTION,
-    )
-    hinge_margin: float | None = option(
-        None,
-        "Margin m of the hinge, in nats per token (nats when length_power is 0). Only with hinge; "
-        "0 when unset.",
-        only_with=combinations.HINGE_MARGIN,
-    )
-    beta: float | None = option(
-        None,
-        "Scale of log-probability differences in logistic, listwise, dpo. Unset: 2, 1, and 2 (0.1 "
-        "if length_power is 0).",
-        gt=0,
-        only_with=combinations.BETA,
-    )
-    gamma: float | None = option(
-        None,
-        "Target margin inside the sigmoid of the logistic loss (SimPO's gamma). Only with "
-        "logistic; 0 when unset.",
-        only_with=combinations.GAMMA,
-    )
-    length_power: float = option(
-        1.0,
-        "Scores divide the summed log-probability by length to this power: 1 is the mean, 0 the "
-        "sum.",
-        ge=0,
-    )
-    pair_reduction: str = option(
-        "mean",
-        "`mean` over a group's pairs, or `sum` (RRHF's form).",
-        choices=("mean", "sum"),
-    )
-    lm_weight: float = option(
-        0.05, "Weight of the language-modelling loss on the best completion.", ge=0
-    )
-    lm_on_bad_origins: bool = option(
-        False,
-        "Let a negative or rejected completion be the language-modelling target when it is the "
-        "best.",
-        only_with=combinations.LM_TARGET,
-    )
-    lm_on_cut_completions: bool = option(
-        False,
-        "Let a completion that was cut at max_completion_length be the language-modelling target, "
-        "without an end of turn. Otherwise the target must have ended by itself, which favours "
-        "short answers where most are cut.",
-        only_with=combinations.LM_TARGET,
-    )
-    negative_penalty: str = option(
-        "none",
-        "Bounded penalty on negatives rewarded below the group's median: none, unlikelihood, or "
-        "npo.",
-        choices=NEGATIVE_PENALTIES,
-        only_with=combinations.NEGATIVE_PENALTY,
-    )
-    negative_weight: float = option(
-        0.0, "Weight of the negative penalty; above 0 exactly when there is one.", ge=0
-    )
-    npo_beta: float | None = option(
-        None,
-        "Inverse temperature of the npo penalty (2404.05868). Only with npo. Unset: 0.1 on sums, 1 "
-        "on means.",
-        gt=0,
-        only_with=combinations.NPO_BETA,
-    )
-    kl_weight: float = option(
-        1.0,
-        "Weight of the KL term: k3 estimate to the start policy on the group's own tokens, nats "
-        "per token.",
-        ge=0,
-    )
-
     # ---- limits: success can be collapse ----
     drift_prompts: int = option(
         16,
@@ -350,22 +265,3 @@ class NEATConfig(TrainerDefaults):
     def groups_per_round(self, rows: int) -> int:
         """Groups of a round over data of so many rows: each prompt is in it once at most."""
         return min(self.prompts_per_round, rows)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the objective needs the start policy's log-probabilities."""
-        return self.ranking_loss == "dpo" or self.negative_penalty == "npo" or self.kl_weight > 0
-
-    @property
-    def resolved_beta(self) -> float:
-        """`beta`, or the default of the chosen ranking loss."""
-        # dpo's own 0.1 is for summed log-probabilities; on means it would hardly ever saturate.
-        dpo = 0.1 if self.length_power == 0 else 2.0
-        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": dpo, "hinge": 1.0, "none": 1.0}
-        return defaults[self.ranking_loss] if self.beta is None else self.beta
-
-    @property
-    def resolved_npo_beta(self) -> float:
-        """`npo_beta`, or 0.1 (the paper's) on summed log-probabilities and 1 on means."""
-        default = 0.1 if self.length_power == 0 else 1.0
-        return default if self.npo_beta is None else self.npo_beta

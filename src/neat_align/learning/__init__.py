@@ -1,6 +1,8 @@
 """Learning: from groups of completions to one optimizer step.
 
 losses.py         the losses, as pure functions of tensors
+distillation.py   contrast distillation: the divergence from a teacher, token by token
+teacher_rows.py   the rows that the teacher reads
 pairs.py          which completions are compared, and how well the policy orders them
 objective.py      the weighted sum of losses, divided by counts over the whole step
 batches.py        groups as tensors: rows for the model, and tables that rank them

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neat_align.config import NEATConfig
+from neat_align.learning.teacher_rows import distilled
 from neat_align.modeling.packing import (
     Layout,
     Rows,
@@ -154,6 +155,8 @@ def without_unread_completions(group: CompletionGroup, config: NEATConfig) -> Co
             allow_cut=config.lm_on_cut_completions,
         )
         read.append(best)
-    if config.pair_selection == "best_worst":
+    if config.distil_weight:
+        read += distilled(group, cast("Literal['all', 'lower_half']", config.distil_answers))
+    if config.pair_selection == "best_worst" and config.ranking_loss != "none":
         read += extremes(keys, config.reward_margin) or ()
     return kept_completions(group, read)

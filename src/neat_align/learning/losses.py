@@ -226,7 +226,7 @@ def kl_k3(
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The four terms of a batch before weighting, each already divided by its own global count;
+    """The terms of a batch before weighting, each already divided by its own global count;
     what the log shows.
     """
 
@@ -234,14 +234,21 @@ class LossTerms:
     lm: Float[Tensor, ""]
     negative: Float[Tensor, ""]
     kl: Float[Tensor, ""]
+    distil: Float[Tensor, ""]
 
 
 def total_loss(
-    terms: LossTerms, *, lm_weight: float, negative_weight: float, kl_weight: float
+    terms: LossTerms,
+    *,
+    lm_weight: float,
+    negative_weight: float,
+    kl_weight: float,
+    distil_weight: float,
 ) -> Float[Tensor, ""]:
     """What is minimised.
 
         L = ranking + `lm_weight` · LM + `negative_weight` · penalty + `kl_weight` · KL
+              + `distil_weight` · contrast distillation
 
     A term of weight 0 is left out instead of multiplied: it may be logged while it is not finite,
     and 0 · ∞ is NaN.
@@ -251,6 +258,7 @@ def total_loss(
         (lm_weight, terms.lm),
         (negative_weight, terms.negative),
         (kl_weight, terms.kl),
+        (distil_weight, terms.distil),
     ):
         if weight != 0:
             total = total + weight * term

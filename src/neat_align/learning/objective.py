@@ -9,7 +9,7 @@ the CPU (`micro_batch_of`), since a choice made on a GPU would have to be waited
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, cast
 
 import torch
@@ -21,6 +21,8 @@ from neat_align.errors import ConfigError
 from neat_align.learning import losses
 from neat_align.learning import pairs as pair_masks
 from neat_align.learning.batches import GroupBatch
+from neat_align.learning.distillation import DistilParams, distil_params
+from neat_align.learning.teacher_rows import TeacherRows, TeachParams
 from neat_align.modeling.packing import (
     Rows,
     in_pinned_memory,
@@ -51,18 +53,29 @@ class ObjectiveParams:
     negative_weight: float
     kl_weight: float
     needs_reference: bool
+    distil_weight: float
+    distil: DistilParams
+    teach: TeachParams
+
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether a term with a gradient reads the chosen tokens' log-probabilities."""
+        weights = (self.lm_weight, self.negative_weight, self.kl_weight)
+        return self.ranking_loss != "none" or any(weights)
 
 
 @dataclass(frozen=True)
 class LossCounts:
     """What each term of a step's loss is divided by: groups with a pair, groups with a
-    language-modelling target, penalised completions, completions. At least 1 each.
+    language-modelling target, penalised completions, completions, distilled answers. At least 1
+    each.
     """
 
     ranking: float
     lm: float
     negative: float
     kl: float
+    distil: float
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class MicroBatch:
 
     `pairs` says which completion ranks above which; `target_rows` and `penalised_rows` are the rows
     of the language-modelling targets and of the completions that the negative penalty is for.
+    `teacher` are the distilled answers under the teacher's prompts.
     `counts` are this batch's shares of what the terms are divided by (`LossCounts`, unclamped);
     `packing` are the share of places that hold nothing and the number of tokens.
     """
@@ -79,7 +93,8 @@ class MicroBatch:
     pairs: Bool[Tensor, "groups k k"]
     target_rows: Int[Tensor, " targets"]
     penalised_rows: Int[Tensor, " penalised"]
-    counts: tuple[float, float, float, float]
+    teacher: tuple[TeacherRows, ...]
+    counts: tuple[float, ...]
     packing: Float[Tensor, "2"]
 
     @property
@@ -96,7 +111,9 @@ class MicroBatch:
         return in_pinned_memory(self)
 
 
-def micro_batch_of(b: GroupBatch, p: ObjectiveParams) -> MicroBatch:
+def micro_batch_of(
+    b: GroupBatch, p: ObjectiveParams, teacher: tuple[TeacherRows, ...] = ()
+) -> MicroBatch:
     """These groups as one micro-batch; call it before they are copied to a device."""
     pairs, penalised = pairs_of(b, p), penalised_of(b, p)
     target_rows = b.best_row[b.best_row >= 0]
@@ -110,7 +127,9 @@ def micro_batch_of(b: GroupBatch, p: ObjectiveParams) -> MicroBatch:
             float(len(target_rows)),
             float(penalised.sum()),
             float(len(b.group)),
+            float(sum(len(rows.lengths) for rows in teacher)),
         ),
+        teacher=teacher,
         packing=torch.tensor([padding_fraction(b.rows), float(b.rows.input_ids.numel())]),
     )
 
@@ -132,6 +151,14 @@ def objective_params(config: NEATConfig) -> ObjectiveParams:
         negative_weight=config.negative_weight,
         kl_weight=config.kl_weight,
         needs_reference=config.needs_reference,
+        distil_weight=config.distil_weight,
+        distil=distil_params(config),
+        teach=TeachParams(
+            answers=cast("Literal['all', 'lower_half']", config.distil_answers),
+            first=config.distil_first,
+            pairs=config.contrast_pairs,
+            negatives=config.distil_toward == "contrast",
+        ),
     )
 
 
@@ -152,8 +179,8 @@ def penalised_of(b: GroupBatch, p: ObjectiveParams) -> Bool[Tensor, "groups k"]:
 
 
 def counts_of(batches: Sequence[MicroBatch]) -> tuple[float, ...]:
-    """The four counts of these batches, unclamped: to be summed over processes first."""
-    return tuple(sum(b.counts[i] for b in batches) for i in range(4))
+    """The counts of these batches, unclamped: to be summed over processes first."""
+    return tuple(sum(b.counts[i] for b in batches) for i in range(len(fields(LossCounts))))
 
 
 def ranking_losses(
@@ -194,8 +221,12 @@ def loss_terms(
     logps: Float[Tensor, "rows tokens"],
     counts: LossCounts,
     p: ObjectiveParams,
+    distilled: Float[Tensor, " answers"] | None = None,
 ) -> losses.LossTerms:
-    """This batch's share of each term of the step's loss."""
+    """This batch's share of each term of the step's loss.
+
+    `distilled` are the divergences of the distilled answers (`distillation`), where there are any.
+    """
     b, best, penalised = (
         micro_batch.groups,
         micro_batch.target_rows,
@@ -222,4 +253,5 @@ def loss_terms(
         lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,
         negative=negative.sum() / counts.negative,
         kl=kl / counts.kl,
+        distil=logps.new_zeros(()) if distilled is None else distilled.sum() / counts.distil,
     )

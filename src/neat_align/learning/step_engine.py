@@ -25,6 +25,7 @@ from torch import Tensor
 from neat_align.config import NEATConfig
 from neat_align.errors import name_list
 from neat_align.learning.batches import collate_groups, without_unread_completions
+from neat_align.learning.distillation import distillation
 from neat_align.learning.finite import CheckedBatch, checked_batch, non_finite
 from neat_align.learning.losses import total_loss
 from neat_align.learning.objective import (
@@ -37,9 +38,12 @@ from neat_align.learning.objective import (
 )
 from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
 from neat_align.learning.step_metrics import StepMetrics, sum_dtype
-from neat_align.modeling.logprobs import completion_logprobs
+from neat_align.learning.teacher_rows import TeacherRows, teacher_rows
+from neat_align.modeling.head_inputs import head_inputs
+from neat_align.modeling.logprobs import logprobs_of
 from neat_align.modeling.packing import Layout, fill_budget, tokens_in
 from neat_align.modeling.precision import autocast
+from neat_align.modeling.reference import Reference
 from neat_align.modeling.shared_prefix import sharing_prefixes
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.ranking import RankBy
@@ -70,6 +74,7 @@ class StepEngine:
         forward_backward: what the trainer does with a micro-batch.
         layout: packed or padded rows.
         pad_token_id: of the policy's tokenizer.
+        reference: opens the start policy, which contrast distillation learns from.
         sharded: whether ranks hold parts of the weights. They step in lockstep then: every rank
             does one forward pass a step, whatever the token budget.
     """
@@ -82,6 +87,7 @@ class StepEngine:
         *,
         layout: Layout,
         pad_token_id: int,
+        reference: Reference,
         sharded: bool,
     ) -> None:
         self.args = args
@@ -89,6 +95,7 @@ class StepEngine:
         self.forward_backward = forward_backward
         self.layout = layout
         self.pad_token_id = pad_token_id
+        self.reference = reference
         self.sharded = sharded
         self.objective = objective_params(args)
         self.micro_batch_tokens = args.max_tokens_per_micro_batch
@@ -132,7 +139,16 @@ class StepEngine:
             lm_on_cut=self.args.lm_on_cut_completions,
             layout=self.layout,
         )
-        return micro_batch_of(batch, self.objective)
+        teacher: tuple[TeacherRows, ...] = ()
+        if self.objective.distil_weight:
+            teacher = teacher_rows(
+                groups,
+                batch.rows,
+                self.objective.teach,
+                layout=self.layout,
+                pad_token_id=self.pad_token_id,
+            )
+        return micro_batch_of(batch, self.objective, teacher)
 
     # ---- a step ----
 
@@ -255,15 +271,27 @@ class StepEngine:
         """
         counts = self.count([micro_batch]) if counts is None else counts
         # Accelerate puts autocast around the model; packed rows run the head outside of it.
+        p, rows = self.objective, micro_batch.rows
         with autocast(self.device.type, autocast_dtype):
-            logps = completion_logprobs(model, micro_batch.rows)
-        p = self.objective
-        terms = loss_terms(micro_batch, logps, counts, p)
+            inputs = head_inputs(model, rows)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and p.reads_logprobs):
+                logps = logprobs_of(model, rows, inputs)
+            distilled = [
+                distillation(
+                    model, self.reference, inputs, part, p.distil, autocast_dtype=autocast_dtype
+                )
+                for part in micro_batch.teacher
+            ]
+        # Nothing to distil is a gradient of 0: without one there would be no backward pass.
+        none = inputs.sum()[None] * 0.0
+        answers = torch.cat([none, *distilled]) if p.distil_weight else None
+        terms = loss_terms(micro_batch, logps, counts, p, answers)
         loss = total_loss(
             terms,
             lm_weight=p.lm_weight,
             negative_weight=p.negative_weight,
             kl_weight=p.kl_weight,
+            distil_weight=p.distil_weight,
         )
         # Said before the optimizer step: raised here, it would leave the other ranks waiting for
         # this gradient.

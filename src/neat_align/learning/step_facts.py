@@ -17,7 +17,7 @@ from neat_align.learning.objective import (
 from neat_align.learning.step_metrics import sum_dtype
 from neat_align.rounds.completions import ORIGINS
 
-_TERMS = ("ranking", "lm", "negative", "kl")
+_TERMS = ("ranking", "lm", "negative", "kl", "distil")
 _OF_AN_ORIGIN = ("ranking/active_pair_fraction", "ranking/gradient_share", "logps")
 METRICS: tuple[str, ...] = (
     *(f"loss/{term}" for term in _TERMS),

@@ -91,7 +91,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 unit = torch.ones_like(normalizers[-1])
                 grad_product = _grad_product(logits, normalizers[-1], ids[part], unit, tail)
                 directions[part] = grad_product.to(dtype) @ head[0]
-        empty = states.new_zeros(0, dtype=_wide(dtype))
+        empty = states.new_zeros(0, dtype=wide_dtype(dtype))
         if directions is None:
             ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]))
         else:
@@ -153,7 +153,7 @@ def _grad_product(
 
 
 def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: LogitTail) -> Tensor:
-    return tail(torch.nn.functional.linear(states, *head).to(_wide(states.dtype)))
+    return tail(torch.nn.functional.linear(states, *head).to(wide_dtype(states.dtype)))
 
 
 def _add_product(
@@ -167,7 +167,8 @@ def _add_product(
         total += grad_product.T @ states
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over a vocabulary are made: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from neat_align.modeling.chunked_head import LogitTail, chunk_rows
+from neat_align.modeling.chunked_head import LogitTail, chunk_rows, wide_dtype
 from neat_align.modeling.outputs import forward
 from neat_align.modeling.packing import PackedRows, PaddedRows, Rows
 from neat_align.modeling.precision import autocast, casting_once
@@ -138,6 +139,55 @@ def logit_tail(model: torch.nn.Module) -> LogitTail:
     divisor = getattr(config, "logits_scaling", None) or 1  # Granite's
     scale = getattr(config, "logit_scale", None) or 1 / divisor  # Cohere's
     return LogitTail(scale, getattr(config, "final_logit_softcapping", None))
+
+
+@dataclass(frozen=True)
+class CastHead:
+    """A linear head that does not learn, its weights cast once, with its family's tail.
+
+    Computes what the head computes in autocast; it may be used when the model is not open.
+    """
+
+    weight: Float[Tensor, "vocab dim"]
+    bias: Float[Tensor, " vocab"] | None
+    tail: LogitTail
+
+    def __call__(self, states: Float[Tensor, "n dim"]) -> Float[Tensor, "n vocab"]:
+        """The final logits, in fp32 or wider."""
+        return self._product(states, self.bias)
+
+    def difference(
+        self, states: Float[Tensor, "n dim"], others: Float[Tensor, "n dim"]
+    ) -> Float[Tensor, "n vocab"] | None:
+        """The logits of `states` minus those of `others`, by one product; None where a cap makes
+        the head no linear function.
+        """
+        if self.tail.cap is not None:
+            return None
+        return self._product(states - others, None)
+
+    def _product(
+        self, states: Float[Tensor, "n dim"], bias: Tensor | None
+    ) -> Float[Tensor, "n vocab"]:
+        with torch.autocast(states.device.type, enabled=False):
+            logits = torch.nn.functional.linear(states.to(self.weight.dtype), self.weight, bias)
+            return self.tail(logits.to(wide_dtype(logits.dtype)))
+
+
+def cast_head(
+    model: torch.nn.Module, rows: Rows, autocast_dtype: torch.dtype | None
+) -> CastHead | None:
+    """The model's head for packed rows, cast; None where it learns, is no linear layer (an adapter
+    on it, a quantised one), or the rows hold logits already.
+    """
+    head = head_of(model)
+    if not isinstance(rows, PackedRows) or type(head) is not torch.nn.Linear:
+        return None
+    if any(weight.requires_grad for weight in head.parameters()):
+        return None
+    dtype = autocast_dtype or head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return CastHead(head.weight.to(dtype), bias, logit_tail(model))
 
 
 def head_of(model: torch.nn.Module) -> torch.nn.Module:

@@ -33,7 +33,7 @@ PADDING_POSITION = 2**30
 def to_device(rows: T, device: torch.device | str, non_blocking: bool) -> T:
     """A dataclass of tensors, or of such dataclasses, on another device.
 
-    Flags and tuples stay as they are. Nobody waits for a copy of pinned memory.
+    Flags and names stay as they are. Nobody waits for a copy of pinned memory.
     """
 
     def moved(value: Any) -> Any:
@@ -49,9 +49,13 @@ def in_pinned_memory(rows: T) -> T:
 
 
 def _with_each(rows: T, work: Callable[[Any], Any]) -> T:
-    values = {f.name: getattr(rows, f.name) for f in fields(cast("Any", rows))}
-    done = {name: work(v) for name, v in values.items() if not isinstance(v, bool | tuple)}
-    return cast("T", replace(cast("Any", rows), **done))
+    def done(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(done(v) for v in value)
+        return value if isinstance(value, bool | str | float) else work(value)
+
+    values = {f.name: done(getattr(rows, f.name)) for f in fields(cast("Any", rows))}
+    return cast("T", replace(cast("Any", rows), **values))
 
 
 @dataclass(frozen=True)

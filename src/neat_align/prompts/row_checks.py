@@ -196,7 +196,7 @@ def checked_text(
 def check_group_size(rows: Sequence[PromptRow], args: NEATConfig) -> None:
     """Refuse settings with which no prompt of this data can have two completions."""
     human = max(_human_answers(row) for row in rows) if args.use_human_completions else 0
-    if args.num_generations + human < 2:
+    if args.needs_pairs and args.num_generations + human < 2:
         raise ConfigError(
             f"num_positive, num_negative and num_plain add up to {args.num_generations} and no "
             "row has an answer of its own that is used: every prompt would have one completion, "

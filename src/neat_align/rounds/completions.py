@@ -56,12 +56,15 @@ class CompletionGroup:
     """All completions of one prompt.
 
     `prompt_ids` is the plain prompt as the policy sees it, generation prompt included.
+    `contrast_ids` are the same prompt under (positive, negative) instructions, a pair of the bank
+    each, where contrast distillation reads them.
     """
 
     prompt_id: str
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
+    contrast_ids: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
 # Column of a group file, and the field of `Completion` that it lists.
@@ -79,6 +82,8 @@ _COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
     ("ref_logprobs", "ref_logprobs"),
     ("reward_components", "reward_components"),
 )
+# Not in files that older versions wrote.
+_CONTRAST_COLUMN = "contrast_prompt_ids"
 # Fields that Arrow gives as lists, and what stands in fields without a default that were not read.
 _TUPLE_FIELDS = ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components")
 _ABSENT: dict[str, Any] = {"index": 0, "text": "", "token_ids": ()}
@@ -121,6 +126,7 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
         ("prompt_ids", ints),
     ]
     fields += [(name, pa.list_(item_types[name])) for name, _ in _COMPLETION_COLUMNS]
+    fields.append((_CONTRAST_COLUMN, pa.list_(pa.list_(ints))))
     return pa.schema(fields, metadata={"neat_align.reward_names": "\n".join(reward_names)})
 
 
@@ -145,6 +151,7 @@ def groups_to_table(
             "prompt_id": g.prompt_id,
             "prompt": g.prompt,
             "prompt_ids": list(g.prompt_ids),
+            _CONTRAST_COLUMN: [[list(ids) for ids in pair] for pair in g.contrast_ids],
         }
         for column, field in _COMPLETION_COLUMNS:
             row[column] = [getattr(c, field) for c in g.completions]
@@ -181,9 +188,16 @@ def groups_from_table(
                 row.get("prompt", ""),
                 tuple(row.get("prompt_ids", ())),
                 tuple(completions),
+                _pairs_of_ids(row.get(_CONTRAST_COLUMN) or ()),
             )
         )
     return groups
+
+
+def _pairs_of_ids(
+    pairs: Sequence[Sequence[Sequence[int]]],
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    return tuple((tuple(positive), tuple(negative)) for positive, negative in pairs)
 
 
 def check_columns(names: Sequence[str]) -> None:

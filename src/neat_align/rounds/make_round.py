@@ -215,6 +215,8 @@ def _content(row: PromptRow) -> list[Any]:
 
 
 def _has_pair(group: CompletionGroup, params: RoundParams) -> bool:
+    if not params.needs_pairs:
+        return True
     return bool(ordered_pairs(rank_keys(group, params.rank_by), params.reward_margin))
 
 

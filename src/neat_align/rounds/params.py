@@ -25,7 +25,11 @@ LogprobFunction = Callable[
 
 @dataclass(frozen=True)
 class RoundParams:
-    """What a round is made of. Counts are per prompt; `seed` is the run's."""
+    """What a round is made of. Counts are per prompt; `seed` is the run's.
+
+    `contrast_pairs`: under how many instruction pairs a group keeps its prompt (`contrast_ids`).
+    `needs_pairs`: whether a group without two completions that can be ranked is left out.
+    """
 
     seed: int
     num_positive: int
@@ -39,6 +43,8 @@ class RoundParams:
     max_prompt_length: int
     min_pair_fraction: float = 0.0
     negative_source: Literal["instruction", "other_prompts"] = "instruction"
+    contrast_pairs: int = 0
+    needs_pairs: bool = True
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:
         """How many completions of each origin are sampled.

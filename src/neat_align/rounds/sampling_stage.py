@@ -10,7 +10,7 @@ from neat_align.errors import CollapseError, DataError, name_list
 from neat_align.prompts.instruction_banks import Polarity
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.rows import PromptRow
-from neat_align.prompts.seeds import completion_seed, draw_pair
+from neat_align.prompts.seeds import completion_seed, draw_pair, draw_pairs
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.human_answers import human_completions
 from neat_align.rounds.params import RoundParams, RoundTools
@@ -63,7 +63,13 @@ def sample_groups(
                 row, tools.tokenizer, params.sampling.max_new_tokens
             )
     return [
-        CompletionGroup(row.id, row.prompt, plain_ids[r], tuple(completions[r]))
+        CompletionGroup(
+            row.id,
+            row.prompt,
+            plain_ids[r],
+            tuple(completions[r]),
+            _contrast_ids(row, round_index, params, tools),
+        )
         for r, row in enumerate(rows)
     ]
 
@@ -181,6 +187,26 @@ def _instruction(
         tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=source.row.id
     )
     return pair.positive if source.polarity == "positive" else pair.negative
+
+
+def _contrast_ids(
+    row: PromptRow, round_index: int, params: RoundParams, tools: RoundTools
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """The row's prompt under as many instruction pairs as the objective contrasts."""
+    if not params.contrast_pairs:
+        return ()
+    pairs = draw_pairs(
+        tools.bank,
+        params.contrast_pairs,
+        run_seed=params.seed,
+        round_index=round_index,
+        prompt_id=row.id,
+    )
+
+    def ids(instruction: str) -> tuple[int, ...]:
+        return tuple(instructed_ids(tools.tokenizer, row, instruction, params.placement))
+
+    return tuple((ids(pair.positive), ids(pair.negative)) for pair in pairs)
 
 
 def _shares(

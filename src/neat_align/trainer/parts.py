@@ -257,6 +257,7 @@ def compose(
             forward_backward,
             layout=layout,
             pad_token_id=policies.pad_token_id,
+            reference=setup.reference,
             sharded=sharded,
         ),
         round_maker=RoundMaker(

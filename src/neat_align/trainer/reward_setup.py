@@ -61,7 +61,12 @@ def set_up_rewards(
     functions = [r.function for r in (*rewards, *judges)]
     check_tokens(functions)
     check_http_hosts(args.allow_http_hosts, functions)
-    if args.rank_by != "origin" and not rewards:
+    if args.distil_answers == "lower_half" and not rewards:
+        raise ConfigError(
+            "distil_answers is lower_half but reward_funcs is empty: nothing says which half is "
+            "the lower one; give a reward function, or set distil_answers: all"
+        )
+    if args.needs_pairs and args.rank_by != "origin" and not rewards:
         raise ConfigError(
             f"rank_by is {args.rank_by} but reward_funcs is empty: give a reward function, or set "
             "rank_by: origin"

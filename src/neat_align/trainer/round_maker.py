@@ -50,6 +50,8 @@ def round_params(args: NEATConfig) -> RoundParams:
         reward_margin=args.reward_margin,
         max_prompt_length=args.max_prompt_length,
         min_pair_fraction=args.min_pair_fraction,
+        contrast_pairs=args.contrast_pairs,
+        needs_pairs=args.needs_pairs,
     )
 
 
