@@ -139,6 +139,13 @@ class ObjectiveOptions(TrainerDefaults):
         lt=1,
         only_with=combinations.DISTIL_OPTION,
     )
+    distil_threshold: float = option(
+        0.0,
+        "Bring the log-ratio this many nats nearer to 0 (it is centred first): tokens in which the "
+        "instructions hardly differ stay as they were.",
+        ge=0,
+        only_with=combinations.DISTIL_OPTION,
+    )
     distil_clip: float | None = option(
         None,
         "Keep each pair's log-ratio within this many nats.",

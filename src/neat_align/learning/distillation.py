@@ -28,7 +28,12 @@ from neat_align.config import NEATConfig
 from neat_align.learning.teacher_rows import TeacherRows
 from neat_align.modeling.chunked_head import parts, wide_dtype
 from neat_align.modeling.chunked_values import values_in_chunks
-from neat_align.modeling.contrast import contrast_logprobs, is_plausible, mean_log_ratio
+from neat_align.modeling.contrast import (
+    centred,
+    contrast_logprobs,
+    is_plausible,
+    mean_log_ratio,
+)
 from neat_align.modeling.head_inputs import (
     CastHead,
     cast_head,
@@ -51,6 +56,7 @@ class DistilParams:
     alpha: float
     toward: Toward
     min_probability: float
+    threshold: float
     clip: float | None
     max_kl: float | None
     divergence: DivergenceKind
@@ -63,6 +69,7 @@ def distil_params(config: NEATConfig) -> DistilParams:
         alpha=config.distil_alpha,
         toward=cast("Toward", config.distil_toward),
         min_probability=config.distil_min_probability,
+        threshold=config.distil_threshold,
         clip=config.distil_clip,
         max_kl=config.distil_max_kl,
         divergence=cast("DivergenceKind", config.distil_divergence),
@@ -201,12 +208,9 @@ def moved_variance(
     """Twice the KL(q ‖ p0) of each token at a small α, over α²: the variance under p0 of the
     log-ratio over the plausible tokens, in nats².
     """
-    p0 = start.exp()
-    if min_probability > 0:
-        p0 = torch.where(is_plausible(start, min_probability), p0, 0.0)
-    mass = p0.sum(-1, keepdim=True)
-    centred = log_ratio - (p0 * log_ratio).sum(-1, keepdim=True) / mass
-    return (p0 * centred.square()).sum(-1)
+    plausible = is_plausible(start, min_probability) if min_probability > 0 else None
+    p0 = start.exp() if plausible is None else start.exp().masked_fill(~plausible, 0.0)
+    return (p0 * centred(start, log_ratio, plausible).square()).sum(-1)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -241,7 +245,8 @@ def distillation(
 
     def value_of(chunk: Float[Tensor, "n width"], part: slice) -> Float[Tensor, " n"]:
         start, ratio = teacher.tables(part, p)
-        target = contrast_logprobs(start, ratio, alphas[part, None], p.min_probability)
+        alpha = alphas[part, None]
+        target = contrast_logprobs(start, ratio, alpha, p.min_probability, p.threshold)
         logits = head_outputs(model, chunk, rows.plain) if own_head is None else own_head(chunk)
         return token_divergence(logits.to(target.dtype), target, p.divergence)
 

@@ -128,7 +128,11 @@ def _teacher_rows(
     pad_token_id: int,
 ) -> TeacherRows:
     asked = list(dict.fromkeys(g for g, _, _ in chosen))
-    answers = {g: [_ids(groups, g, k) for of, k, _ in chosen if of == g] for g in asked}
+    # What comes after the distilled part of an answer is not read.
+    lengths = [math.ceil(p.first * len(_ids(groups, g, k))) for g, k, _ in chosen]
+    answers: dict[int, list[TokenIds]] = {g: [] for g in asked}
+    for (g, k, _), length in zip(chosen, lengths, strict=True):
+        answers[g].append(_ids(groups, g, k)[:length])
 
     def after(prompts: Sequence[TokenIds]) -> Rows:
         if layout == "packed":
@@ -143,7 +147,6 @@ def _teacher_rows(
     pairs = range(min([p.pairs, *(len(groups[g].contrast_ids) for g in asked)]))
     positive = [after([groups[g].contrast_ids[j][0] for g in asked]) for j in pairs]
     negative = [after([groups[g].contrast_ids[j][1] for g in asked]) for j in pairs]
-    lengths = [math.ceil(p.first * len(_ids(groups, g, k))) for g, k, _ in chosen]
     own = [(r, t) for r, n in enumerate(lengths) for t in range(n)]
     return TeacherRows(
         plain=plain,

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import softshrink
 
 
 def mean_log_ratio(
@@ -47,6 +48,7 @@ def contrast_logprobs(
     log_ratio: Float[Tensor, "n vocab"],
     alpha: float | Float[Tensor, "n 1"],
     min_probability: float = 0.0,
+    threshold: float = 0.0,
 ) -> Float[Tensor, "n vocab"]:
     """log q(v) in nats, from log p0(v | x) and the log-ratio.
 
@@ -55,14 +57,30 @@ def contrast_logprobs(
     S are the plausible tokens, p0(v) ≥ `min_probability` · max p0, and P is their p0 together: the
     other tokens keep exactly what they had. With `min_probability` 0 all tokens are plausible. A
     constant that is added to a row of `log_ratio` changes nothing.
+
+    With `threshold` the log-ratio is centred (its mean under p0 over S is 0) and brought that many
+    nats nearer to 0: what the instructions hardly differ in stays as it was.
     """
+    plausible = is_plausible(start, min_probability) if min_probability > 0 else None
+    if threshold > 0:
+        log_ratio = softshrink(centred(start, log_ratio, plausible), threshold)
     moved = start + alpha * log_ratio
-    if min_probability <= 0:
+    if plausible is None:
         return moved.log_softmax(-1)
-    plausible = is_plausible(start, min_probability)
     mass = start.masked_fill(~plausible, -torch.inf).logsumexp(-1, keepdim=True)
     moved_mass = moved.masked_fill(~plausible, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.where(plausible, moved + (mass - moved_mass), start)
+
+
+def centred(
+    start: Float[Tensor, "n vocab"],
+    log_ratio: Float[Tensor, "n vocab"],
+    plausible: Bool[Tensor, "n vocab"] | None = None,
+) -> Float[Tensor, "n vocab"]:
+    """The log-ratio less its mean under p0, over the plausible tokens where they are given."""
+    p0 = start.exp() if plausible is None else start.exp().masked_fill(~plausible, 0.0)
+    mean = (p0 * log_ratio).sum(-1, keepdim=True) / p0.sum(-1, keepdim=True)
+    return log_ratio - mean
 
 
 def is_plausible(
