@@ -35,11 +35,11 @@ class HarmlessPairsReward:
     sigmoid(d). 0 is the mean of the data's answers.
 
     It agrees with people on little more than half of the pairs (docs/results/harmless_head.json):
-    read a mean over many answers, never one score. It is a judge of the policy's answers by
-    features of a fixed SmolLM2-135M, whatever the policy is. A transcript ("\\n\\nHuman: …") is read
-    as its turns, another text as one user turn. An empty completion abstains; a row that is over
-    the model's context is `Unscorable`. A missing model is an error at once; loading, once a
-    process, waits for the first call.
+    read a mean over many answers, never one score. The features are those of a fixed SmolLM2-135M,
+    whatever the policy is. A Human/Assistant transcript is read as its turns, another text as one
+    user turn. An empty completion abstains; a row that is over the model's context is
+    `Unscorable`. A missing model is an error at once; loading, once a process, waits for the first
+    call.
     """
 
     name = "harmless_pairs"
