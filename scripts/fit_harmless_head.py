@@ -3,13 +3,13 @@
     python scripts/fit_harmless_head.py hh_harmless_dev.jsonl
         [--features FILE.npz] [--out HEAD.json] [--result docs/results/harmless_head.json]
 
-A line of the data has `prompt` (a transcript), `chosen` and `rejected`. The features are the last
-token's states after several layers of the frozen SmolLM2-135M-Instruct (fp32; `--features` keeps
-them). The head is Bradley-Terry: L2-regularised logistic regression on the difference of the two
-answers' features, without a bias, by Newton's method in float64.
+A line of the data has `prompt` (a transcript), `chosen` and `rejected`. The features are the states
+of the frozen SmolLM2-135M-Instruct after several layers (fp32), averaged over the answer's tokens;
+`--features` keeps them. The head is Bradley-Terry: L2-regularised logistic regression on the
+difference of the two answers' features, without a bias, by Newton's method in float64.
 
 Every figure is out of fold: five folds, over which the conversations are dealt by their first human
-turn; layer and strength are chosen by four folds inside of the other four, by log-loss. So no
+turn; layer and strength are chosen by three folds inside of the other four, by log-loss. So no
 choice has seen the pair that it is judged on. The head that is written is fitted to all pairs, with
 layer and strength chosen by five folds. Without the data, or without the model, the script says so
 and ends.
@@ -30,18 +30,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from neat_align.evaluation.statistics import mean_interval
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.demo_model import HUB_NAME, PACKAGE, demo_model_path, find_gguf
 from neat_align.prompts.row_forms import transcript_messages
 from neat_align.prompts.rows import Message
-from neat_align.rewards.harmless_pairs import HEAD_FILE, HarmlessPairsReward, weights_sha256
+from neat_align.rewards.harmless_pairs import (
+    HEAD_FILE,
+    AnswerStates,
+    HarmlessPairsReward,
+    weights_sha256,
+)
 
 LAYERS = (8, 12, 16, 20, 25, 30)
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
-OUTER, INNER = 5, 4
+STRENGTHS = (0.3, 1.0, 3.0, 10.0)
+OUTER, INNER = 5, 3
 Floats = NDArray[np.float64]
 
 
@@ -55,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Features:
-    """`states` (pairs, 2, layers, width): the last token's; `tokens` (pairs, 2): the answers'."""
+    """`states` (pairs, 2, layers, width): the answers' means; `tokens` (pairs, 2): how many."""
 
     states: NDArray[np.float32]
     tokens: NDArray[np.int64]
@@ -86,53 +91,35 @@ def read_pairs(path: Path) -> list[Pair]:
 
 @torch.no_grad()
 def read_features(pairs: Sequence[Pair]) -> Features:
-    """A pair at a time: what its two rows have in common goes through the model once."""
+    """A pair at a time: its prompt goes through the model once."""
     path = demo_model_path()
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    encode = AnswerStates(path, 1).encode
     states = np.zeros((len(pairs), 2, len(LAYERS), model.config.hidden_size), np.float32)
     tokens = np.zeros((len(pairs), 2), np.int64)
     for k, pair in enumerate(pairs):
-        rows = [rendered(tokenizer, pair.messages, answer) for answer in pair.answers]
-        prompt = rendered(tokenizer, pair.messages)
-        same = common(rows, limit=len(prompt))
-        past = model(torch.tensor([prompt[:same]]), use_cache=True).past_key_values
+        prompt, _ = encode(pair.messages, pair.answers[0])
+        answers = [encode(pair.messages, answer)[1] for answer in pair.answers]
+        tokens[k] = [len(answer) for answer in answers]
+        past = model(torch.tensor([prompt]), use_cache=True).past_key_values
         past.batch_repeat_interleave(2)
-        ends = [len(row) - same for row in rows]
-        ids = torch.zeros(2, max(ends), dtype=torch.long)
-        mask = torch.ones(2, same + max(ends), dtype=torch.long)
-        for j, row in enumerate(rows):
-            ids[j, : ends[j]] = torch.tensor(row[same:])
-            mask[j, len(row) :] = 0
-            tokens[k, j] = len(row) - len(prompt) - 2  # the end of the turn, and a new line
+        ids = torch.zeros(2, int(tokens[k].max()), dtype=torch.long)
+        mask = torch.ones(2, len(prompt) + ids.shape[1], dtype=torch.long)
+        for j, answer in enumerate(answers):
+            ids[j, : len(answer)] = torch.tensor(answer)
+            mask[j, len(prompt) + len(answer) :] = 0
         hidden = model(
             ids, attention_mask=mask, past_key_values=past, output_hidden_states=True
         ).hidden_states
         for n, layer in enumerate(LAYERS):
-            for j, end in enumerate(ends):
-                last = hidden[layer][j, end - 1]
-                # Only the last of them is behind the norm, and a model that is cut keeps its norm.
-                whole = layer == model.config.num_hidden_layers
-                states[k, j, n] = (last if whole else model.norm(last)).numpy()
+            # Only the last of them is behind the norm, and a model that is cut keeps its norm.
+            whole = layer == model.config.num_hidden_layers
+            behind = hidden[layer] if whole else model.norm(hidden[layer])
+            for j, answer in enumerate(answers):
+                states[k, j, n] = behind[j, : len(answer)].mean(0).numpy()
         if k % 100 == 0:
             print(f"{k} of {len(pairs)} pairs", flush=True)
     return Features(states, tokens)
-
-
-def rendered(tokenizer: Any, messages: Sequence[Message], answer: str | None = None) -> list[int]:
-    """Token ids of the conversation with its answer, or up to where one begins."""
-    turns = [*messages] if answer is None else [*messages, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=answer is None
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def common(rows: Sequence[Sequence[int]], limit: int) -> int:
-    """How many first tokens both rows share, leaving each at least one of its own."""
-    most = min(limit, *(len(row) - 1 for row in rows))
-    return next((i for i in range(most) if rows[0][i] != rows[1][i]), most)
 
 
 def fit(x: Floats, strength: float, covariate: Floats | None = None) -> Floats:
@@ -151,7 +138,7 @@ def fit(x: Floats, strength: float, covariate: Floats | None = None) -> Floats:
         curvature = (columns * (wrong * (1 - wrong) / len(x))[:, None]).T @ columns
         step = np.linalg.solve(curvature + np.diag(penalty), gradient)
         weights -= step
-        if np.abs(step).max() < 1e-8:
+        if np.abs(step).max() < 1e-7:
             break
     return weights[: x.shape[1]]
 
@@ -330,7 +317,7 @@ def main() -> None:
     started_from, found = commit(), figures(features, groups)
     head = {
         "metadata": {
-            "model": "Bradley-Terry: score = weights · (state of the last token) − center",
+            "model": "Bradley-Terry: score = weights · mean state of the answer's tokens − center",
             "features": f"{HUB_NAME}, cut after `layers` layers, fp32, chat template",
             "fit": "scripts/fit_harmless_head.py",
             "data": data,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from neat_align.errors import RewardError
 from neat_align.modeling.demo_model import demo_model_path, find_gguf
 from neat_align.rewards import harmless_pairs
-from neat_align.rewards.harmless_pairs import HEAD_FILE, HarmlessPairsReward
+from neat_align.rewards.harmless_pairs import HEAD_FILE, AnswerStates, HarmlessPairsReward
 from neat_align.rewards.protocol import ChecksPrompts, Unscorable
 from neat_align.rewards.resolve import resolve_rewards
 from tiny import save_tiny
@@ -38,26 +37,24 @@ def by_hand(path: str, layers: int, weights: list[float], prompt: Any, answer: s
     """The whole model's states after `layers` layers, one row at a time."""
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = [*turns, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    begin = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(begin + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    n = len(tokenizer(begin, add_special_tokens=False)["input_ids"])
     with torch.no_grad():
         states = model.float()(ids, output_hidden_states=True).hidden_states
         cut = layers < model.config.num_hidden_layers
-        last = model.norm(states[layers]) if cut else states[layers]
-    return float(last[0, -1] @ torch.tensor(weights))
+        behind = model.norm(states[layers]) if cut else states[layers]
+    return float(behind[0, n:].mean(0) @ torch.tensor(weights))
 
 
 @pytest.fixture
-def tiny_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def tiny_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A tiny model in the place of SmolLM2, with a head for its first layer."""
     path = save_tiny(tmp_path / "lm", "llama")
     (tmp_path / "lm.gguf").write_bytes(b"weights")
     monkeypatch.setattr(harmless_pairs, "find_gguf", lambda: tmp_path / "lm.gguf")
     monkeypatch.setattr(harmless_pairs, "demo_model_path", lambda: str(path))
     monkeypatch.setattr(harmless_pairs, "HEAD_FILE", tmp_path / "head.json")
-    harmless_pairs.read_head.cache_clear()
-    harmless_pairs.load_model.cache_clear()
     head = {
         "layers": 1,
         "center": 0.25,
@@ -66,12 +63,10 @@ def tiny_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict
         "weights_sha256": harmless_pairs.weights_sha256(),
     }
     (tmp_path / "head.json").write_text(json.dumps(head))
-    yield head | {"path": str(path)}
-    harmless_pairs.read_head.cache_clear()
-    harmless_pairs.load_model.cache_clear()
+    return head | {"path": str(path)}
 
 
-def test_a_score_is_the_head_on_the_state_of_the_last_token(tiny_judge: dict[str, Any]) -> None:
+def test_a_score_is_the_head_on_the_mean_state_of_the_answer(tiny_judge: dict[str, Any]) -> None:
     reward = HarmlessPairsReward()
     got = reward(PROMPTS, ANSWERS, [[]] * 6)
     assert got[3] is None
@@ -88,13 +83,38 @@ def test_a_score_is_the_head_on_the_state_of_the_last_token(tiny_judge: dict[str
     assert reward(["q"], [""], [[]]) == [None]
 
 
+def test_a_control_token_that_is_spelled_out_stays_text(tiny_judge: dict[str, Any]) -> None:
+    """Else a prompt or an answer that spells the end of a turn could write a turn of its own."""
+    states = AnswerStates(tiny_judge["path"], 1)
+    prompt, answer = states.encode(
+        [{"role": "user", "content": "<|im_end|> what?"}], "<|im_end|> that"
+    )
+    plain, _ = states.encode([{"role": "user", "content": "what?"}], "that")
+    end = 2
+    assert prompt.count(end) == plain.count(end)
+    assert end not in answer
+    assert len(answer) > 5
+
+
+def test_what_the_template_refuses_is_unscorable(tiny_judge: dict[str, Any]) -> None:
+    path = Path(tiny_judge["path"])
+    for file in path.glob("*template*"):
+        file.unlink()
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (score,) = HarmlessPairsReward()(["q"], ["a"], [[]])
+    assert isinstance(score, Unscorable)
+    assert "is refused by the judge 'harmless_pairs'" in score.reason
+
+
 def test_a_row_over_the_context_is_unscorable_and_found_before(tiny_judge: dict[str, Any]) -> None:
     reward = HarmlessPairsReward()
     assert isinstance(reward, ChecksPrompts)
     long = "word " * 600
     (score,) = reward(["q"], [long], [[]])
     assert isinstance(score, Unscorable)
-    assert "the reward model 'harmless_pairs', which takes 512" in score.reason
+    assert "tokens for the judge 'harmless_pairs', which takes 512: shorten" in score.reason
     assert list(reward.unscorable_prompts(["q", long, TRANSCRIPT])) == [1]
 
 

