@@ -12,8 +12,8 @@ Every figure is out of fold: five folds, over which the conversations are dealt 
 turn; layer and strength are chosen by three folds inside of the other four, by log-loss. So no
 choice has seen the pair that it is judged on. Raters chose the shorter answer more often, so a
 second head is fitted beside the difference of log-lengths, whose weight is then dropped. That one
-is written: fitted to all pairs, with layer and strength chosen by five folds. Without the data, or without the model, the script says so
-and ends.
+is written: fitted to all pairs, with layer and strength chosen by five folds. Without the data, or
+without the model, the script says so and ends.
 """
 
 from __future__ import annotations
