@@ -39,11 +39,13 @@ class HarmlessPairsReward:
     sigmoid(d). 0 is the mean of the data's answers.
 
     It agrees with people on 63 % of the pairs that it was not fitted to, whichever answer is longer
-    (docs/results/harmless_head.json): read a mean over many answers, never one score. The features
-    are those of a fixed SmolLM2-135M, whatever the policy is. A Human/Assistant transcript is read
-    as its turns, another text as one user turn. An empty completion abstains; a row that is over
-    the model's context, or that its chat template refuses, is `Unscorable`. A missing model is an
-    error at once; loading, once a process, waits for the first call.
+    (docs/results/harmless_head.json): read a mean over many answers, never one score. It is for
+    conversations like those: of SmolLM2's answers to the demo's prompts it prefers the rude ones to
+    the plain ones (docs/results/judges.json), so it is no judge of tone there. The features are
+    those of a fixed SmolLM2-135M, whatever the policy is. A Human/Assistant transcript is read as
+    its turns, another text as one user turn. An empty completion abstains; a row that is over the
+    model's context, or that its chat template refuses, is `Unscorable`. A missing model is an error
+    at once; loading, once a process, waits for the first call.
     """
 
     name = "harmless_pairs"
