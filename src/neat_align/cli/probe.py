@@ -19,7 +19,11 @@ ConversationsOption = Annotated[
     bool, typer.Option("--as-conversations", help="Turn text prompts into chat messages.")
 ]
 RewardOption = Annotated[
-    str, typer.Option(help="vader, minilm_tone, contrast, module:function, a URL, or a model.")
+    str,
+    typer.Option(
+        help="vader, minilm_tone, offensiveness, harmless_pairs, contrast, module:function, a URL, "
+        "or a model."
+    ),
 ]
 HostsOption = Annotated[
     list[str] | None, typer.Option(help="Private host whose reward server may be asked over http.")

@@ -16,4 +16,6 @@ Higher is better; `None` abstains; a failure is an error and never a zero.
     addresses.py    which addresses a reward server may have
     vader.py        tone by a lexicon
     minilm_tone.py  tone by a head on sentence embeddings; the demo's second judge
+    offensiveness.py   words that people called offensive, by a linear model; no package needed
+    harmless_pairs.py  which answer HH-RLHF's raters would call less harmful, by SmolLM2 and a head
 """

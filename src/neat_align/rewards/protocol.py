@@ -10,7 +10,7 @@ from neat_align.prompts.rows import Message, Prompt
 
 # Text, or the assistant's message(s) as TRL passes them.
 CompletionInput: TypeAlias = str | list[Message]
-# A shipped name ("vader", "minilm_tone"), a server's URL ("https://host/path"),
+# A shipped name (`resolve.SHIPPED`), a server's URL ("https://host/path"),
 # "package.module:function", the name or path of a sequence-classification model, such a model
 # itself (a `PreTrainedModel` is a callable), or a reward function.
 RewardSpec: TypeAlias = str | Callable[..., Any]

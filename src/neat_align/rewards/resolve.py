@@ -28,7 +28,24 @@ def _minilm_tone() -> RewardFunction:
     return MiniLMToneReward()
 
 
-SHIPPED: dict[str, Callable[[], RewardFunction]] = {"vader": _vader, "minilm_tone": _minilm_tone}
+def _offensiveness() -> RewardFunction:
+    from neat_align.rewards.offensiveness import OffensivenessReward
+
+    return OffensivenessReward()
+
+
+def _harmless_pairs() -> RewardFunction:
+    from neat_align.rewards.harmless_pairs import HarmlessPairsReward
+
+    return HarmlessPairsReward()
+
+
+SHIPPED: dict[str, Callable[[], RewardFunction]] = {
+    "vader": _vader,
+    "minilm_tone": _minilm_tone,
+    "offensiveness": _offensiveness,
+    "harmless_pairs": _harmless_pairs,
+}
 
 
 def resolve_rewards(
