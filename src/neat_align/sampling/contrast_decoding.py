@@ -24,7 +24,6 @@ from neat_align.modeling.precision import inference
 from neat_align.modeling.requirements import context_of
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair, load_bank
-from neat_align.prompts.placement import Placement
 from neat_align.prompts.rendering import prompt_ids
 from neat_align.prompts.row_prompts import instructed_prompt_ids
 from neat_align.prompts.rows import NO_INPUTS, Prompt, TemplateInputs
@@ -278,7 +277,7 @@ def instructed_pairs(
     tokenizer: Any,
     prompt: Prompt,
     pairs: Sequence[InstructionPair],
-    placement: Placement,
+    placement: str,
     inputs: TemplateInputs = NO_INPUTS,
 ) -> InstructedPairs:
     """The prompt's token ids under both instructions of each pair. Raises PromptError."""
@@ -296,7 +295,7 @@ def contrast_processor(
     bank: InstructionBank | str,
     *,
     alpha: float = 1.0,
-    placement: Placement = "user_suffix",
+    placement: str = "user_suffix",
     num_pairs: int = 3,
     min_probability: float = 0.05,
     clip: float | None = None,

@@ -95,13 +95,16 @@ class CachedRows:
 
 
 class RecomputedRows:
-    """Rows that the model reads from their beginning for every token, each alone.
+    """Rows that the model reads from their beginning for every token.
 
-    For models that keep more than keys and values, or mind padding. Inside of `inference`.
+    For models that keep more than keys and values; each row `alone` for those that mind the rows
+    beside it. Inside of `inference`.
     """
 
-    def __init__(self, model: torch.nn.Module, prompts: Sequence[tuple[int, ...]]) -> None:
-        self._model = model
+    def __init__(
+        self, model: torch.nn.Module, prompts: Sequence[tuple[int, ...]], *, alone: bool
+    ) -> None:
+        self._model, self._alone = model, alone
         self._rows = [tuple(prompt) for prompt in prompts]
         self.logits: Float[Tensor, "rows vocab"] = self._read()
 
@@ -116,11 +119,10 @@ class RecomputedRows:
 
     def _read(self) -> Float[Tensor, "rows vocab"]:
         device = next(self._model.parameters()).device
-        read = {
-            row: completion_logits(self._model, pad_rows([row], [()], 0).to(device))[0, 0]
-            for row in dict.fromkeys(self._rows)
-        }
-        return torch.stack([read[row] for row in self._rows])
+        distinct = list(dict.fromkeys(self._rows))
+        rows = pad_rows(distinct, [()] * len(distinct), 0, one_at_a_time=self._alone).to(device)
+        at = {row: i for i, row in enumerate(distinct)}
+        return completion_logits(self._model, rows)[[at[row] for row in self._rows], 0]
 
 
 def read_rows(
@@ -129,7 +131,7 @@ def read_rows(
     """Rows of any lengths beside each other, for a model that samples in this way."""
     if way == "together" and keeps_keys(model):
         return CachedRows(model, prompts, pad_token_id)
-    return RecomputedRows(model, prompts)
+    return RecomputedRows(model, prompts, alone=way != "together")
 
 
 def keeps_keys(model: torch.nn.Module) -> bool:
