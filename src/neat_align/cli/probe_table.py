@@ -12,6 +12,7 @@ from rich.text import Text
 
 from neat_align.cli.probe_options import ProbeSettings
 from neat_align.evaluation.probe_summary import (
+    DecodingProbe,
     PairProbe,
     PlacementProbe,
     Probe,
@@ -74,7 +75,9 @@ def print_probe(
         console.print(_in_full(number, pair), width=min(80, console.width))
     say()
     if probe.decodings:
-        console.print(_decoding_table(probe, many=many))
+        for placement in dict.fromkeys(d.placement for d in probe.decodings):
+            here = [d for d in probe.decodings if d.placement == placement]
+            console.print(_decoding_table(here, placement if many else None))
         say(_decoding_caption(bank, settings), "dim")
         say()
     for placement, why in refused.items():
@@ -142,21 +145,20 @@ def _answers_table(probe: Probe, *, many: bool) -> Table:
     return table
 
 
-def _decoding_table(probe: Probe, *, many: bool) -> Table:
-    title = "decoding from the contrast of the bank's pairs, nothing trained"
-    table = _table(title, many=many, first="alpha")
+def _decoding_table(decodings: Sequence[DecodingProbe], placement: str | None) -> Table:
+    """Of one placement, which is named where there are several."""
+    where = "" if placement is None else f" ({placement})"
+    title = f"decoding from the contrast of the bank's pairs{where}, nothing trained"
+    table = _table(title, many=False, first="alpha")
     for heading in ("reward", "effect"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("95 % interval", no_wrap=True)
     for heading in ("KL", "distinct-2", "leaks", "tokens", "likelihood"):
         table.add_column(heading, justify="right", no_wrap=True)
-    plain, distinct2 = probe.decodings[0].plain, probe.decodings[0].plain_distinct2
-    place = [""] if many else []
-    table.add_row("plain", *place, *_decoded_cells(plain, None, None, distinct2))
-    for d in probe.decodings:
-        place = [d.placement] if many else []
-        cells = _decoded_cells(d.answers, d.effect, d.kl, d.distinct2)
-        table.add_row(f"{d.alpha:g}", *place, *cells)
+    plain = decodings[0].plain, None, None, decodings[0].plain_distinct2
+    table.add_row("plain", *_decoded_cells(*plain))
+    for d in decodings:
+        table.add_row(f"{d.alpha:g}", *_decoded_cells(d.answers, d.effect, d.kl, d.distinct2))
     return table
 
 
