@@ -1008,6 +1008,7 @@ def test_the_command_decodes_and_prints_within_80_columns(
         ["--alpha", "0.5", "1"],
         ["--alpha", "0.5", "--alpha", "1"],
         ["--alpha=0.5", "--alpha", "1"],
+        ["--alpha=0.5", "1"],
     ],
 )
 def test_several_values_in_a_row_are_one_option(
@@ -1028,11 +1029,16 @@ def test_several_values_in_a_row_are_one_option(
 
 
 def test_a_stray_word_is_still_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--seed", "1", "2"], ["stray", "--alpha", "1"]):
+    for words in (["--seed", "1", "2"], ["stray", "--alpha", "1"], ["--alpha", "1", "--seed"]):
         with pytest.raises(SystemExit) as stopped:
             main(["probe", "--bank", "politeness", "--model", "demo", *words])
         assert stopped.value.code == 2
-        assert "unexpected extra argument" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "unexpected extra argument" in said or "requires an argument" in said
+    with pytest.raises(SystemExit) as stopped:
+        main(["probe", "--bank", "politeness", "--model", "demo", "--alpha", "-1"])
+    assert stopped.value.code == 2
+    assert "alpha is -1.0; it must be a number of 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

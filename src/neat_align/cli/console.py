@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -21,37 +21,35 @@ ConfigOption = Annotated[
 class SeveralValues(TyperCommand):
     """A command without arguments, whose list options take their values in a row.
 
-    `--alpha 0.5 1` as in recipes' options, beside `--alpha 0.5 --alpha 1`.
+    `--alpha 0.5 1`, as the options of `train` are written, beside `--alpha 0.5 --alpha 1`.
     """
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Every value with the name of its option before it."""
-        lists = {
-            name
-            for option in self.params
-            if isinstance(option, TyperOption) and option.multiple
-            for name in option.opts
-        }
-        return super().parse_args(ctx, _one_each(args, lists))
+        options = [p for p in self.params if isinstance(p, TyperOption) and p.multiple]
+        return super().parse_args(ctx, _one_each(args, {_bare(o) for p in options for o in p.opts}))
 
 
 def _one_each(args: list[str], lists: set[str]) -> list[str]:
     spread: list[str] = []
-    current: str | None = None  # the list option that has its first value
+    option: str | None = None  # the list option whose values these are
+    has_value = True
     for word in args:
-        if word.startswith("-") and not (spread and spread[-1] == current):
-            current = (
-                word
-                if word.replace("-", "_").removeprefix("__")
-                in {name.replace("-", "_").removeprefix("__") for name in lists}
-                else None
-            )
+        if not has_value:  # the first value may begin with a minus
             spread.append(word)
-        elif current is not None and spread[-1] != current:
-            spread += [current, word]
+            has_value = True
+        elif word.startswith("-"):
+            name, _, value = word.partition("=")
+            option = name if _bare(name) in lists else None
+            has_value = bool(value) or option is None
+            spread.append(word)
         else:
-            spread.append(word)
+            spread += [word] if option is None else [option, word]
     return spread
+
+
+def _bare(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
 
 
 def quiet() -> None:

@@ -75,9 +75,9 @@ def print_probe(
         console.print(_in_full(number, pair), width=min(80, console.width))
     say()
     if probe.decodings:
-        for placement in dict.fromkeys(d.placement for d in probe.decodings):
-            here = [d for d in probe.decodings if d.placement == placement]
-            console.print(_decoding_table(here, placement if many else None))
+        for place in dict.fromkeys(d.placement for d in probe.decodings):
+            here = [d for d in probe.decodings if d.placement == place]
+            console.print(_decoding_table(here, place if many else None))
         say(_decoding_caption(bank, settings), "dim")
         say()
     for placement, why in refused.items():

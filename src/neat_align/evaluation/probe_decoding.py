@@ -18,14 +18,13 @@ from neat_align.evaluation.probe_params import (
 )
 from neat_align.evaluation.probe_summary import DecodingProbe, summarise_decoding
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
-from neat_align.prompts.placement import Placement
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import draw_pairs
 from neat_align.rewards.scoring import score_answers
 from neat_align.rounds.completions import Completion
 from neat_align.rounds.params import Progress, progress_counter
-from neat_align.sampling.contrast_decoding import Contrast, InstructedPairs, instructed_pairs
-from neat_align.sampling.contrast_sampler import ContrastSample
+from neat_align.sampling.contrast_decoding import Contrast
+from neat_align.sampling.contrast_sampler import ContrastSample, contexts_of
 from neat_align.sampling.protocol import SampleRequest
 
 # Answers whose log-probabilities are computed at once.
@@ -56,7 +55,7 @@ def probe_decoding(
     flat = [q for mine in requests for q in mine]
     drawn: list[list[ContrastSample]] = []
     for placement, alpha in settings:
-        contexts = _contexts(rows, requests, pairs, placement, tools)
+        contexts = contexts_of(tools.tokenizer, rows, pairs, placement)
         sampler = tools.decoder(contexts, Contrast(alpha, decoding.min_probability))
         drawn.append(sampler.draw(flat, params.sampling, progress=count))
     answers = _scored(rows, flat, drawn, tools)
@@ -81,23 +80,6 @@ def drawn_pairs(
     return draw_pairs(
         bank, decoding.num_pairs, run_seed=seed, round_index=PROBE_ROUND, prompt_id=row.id
     )
-
-
-def _contexts(
-    rows: Sequence[PromptRow],
-    requests: Sequence[Sequence[SampleRequest]],
-    pairs: Sequence[Sequence[InstructionPair]],
-    placement: Placement,
-    tools: ProbeTools,
-) -> dict[tuple[int, ...], InstructedPairs]:
-    """Of rows that render alike, the first one's."""
-    contexts: dict[tuple[int, ...], InstructedPairs] = {}
-    for row, mine, drawn in zip(rows, requests, pairs, strict=True):
-        if mine[0].prompt_ids not in contexts:
-            contexts[mine[0].prompt_ids] = instructed_pairs(
-                tools.tokenizer, row.prompt, drawn, placement, row.template_inputs
-            )
-    return contexts
 
 
 def _scored(

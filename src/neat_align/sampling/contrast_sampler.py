@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neat_align.sampling.contrast_decoding import Contrast, InstructedPairs, contrasted
+from neat_align.prompts.instruction_banks import InstructionPair
+from neat_align.prompts.row_prompts import row_prompt_ids
+from neat_align.prompts.rows import PromptRow
+from neat_align.sampling.contrast_decoding import (
+    Contrast,
+    InstructedPairs,
+    contrasted,
+    instructed_pairs,
+)
 from neat_align.sampling.drawing import draw_tokens
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.token_rows import keeps_keys, read_rows
@@ -32,9 +41,9 @@ class ContrastSampler:
     """A `Sampler` from q ∝ p0 · [p0(+) / p0(−)]^alpha, for plain prompts whose pairs it knows.
 
     `pairs` has for each plain prompt, as token ids, the same prompt under the instructions of its
-    pairs; every prompt has equally many. `sampler` says which model, how and how many rows at once:
-    a completion takes one for its plain prompt and two a pair. With alpha 0 it draws what
-    `sampler` draws: a completion depends on its request alone.
+    pairs (`contexts_of`); every prompt has equally many. `sampler` says which model, how and how
+    many rows at once: a completion takes one for its plain prompt and two a pair. With alpha 0 it
+    draws what `sampler` draws. A completion depends on its request alone.
     """
 
     sampler: TransformersSampler
@@ -126,6 +135,25 @@ class ContrastSampler:
             )
             for sample, of_row in zip(base.samples(drawing), divergences.tolist(), strict=True)
         ]
+
+
+def contexts_of(
+    tokenizer: Any,
+    rows: Sequence[PromptRow],
+    pairs: Sequence[Sequence[InstructionPair]],
+    placement: str,
+) -> dict[tuple[int, ...], InstructedPairs]:
+    """What a `ContrastSampler` knows: each row's plain prompt under the instructions of its pairs.
+
+    Of rows that render alike, the first one's. Raises PromptError.
+    """
+    contexts: dict[tuple[int, ...], InstructedPairs] = {}
+    for row, drawn in zip(rows, pairs, strict=True):
+        ids = tuple(row_prompt_ids(tokenizer, row))
+        if ids not in contexts:
+            inputs = row.template_inputs
+            contexts[ids] = instructed_pairs(tokenizer, row.prompt, drawn, placement, inputs)
+    return contexts
 
 
 def _kl(
