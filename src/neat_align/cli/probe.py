@@ -34,6 +34,9 @@ SeedOption = Annotated[
     int, typer.Option(help="Seed of the prompts' choice, the sampling and the intervals.")
 ]
 
+KwargsOption = Annotated[
+    str | None, typer.Option(help="Variables for the chat template, as a JSON object.")
+]
 AlphaOption = Annotated[
     list[float] | None,
     typer.Option(
@@ -67,9 +70,7 @@ def probe(
     seed: SeedOption = 0,
     generation_batch_size: Annotated[int, typer.Option(help="Answers sampled at once.")] = 64,
     on_bad_row: BadRowOption = "error",
-    chat_template_kwargs: Annotated[
-        str | None, typer.Option(help="Variables for the chat template, as a JSON object.")
-    ] = None,
+    chat_template_kwargs: KwargsOption = None,
     alpha: AlphaOption = None,
     pairs: PairsOption = None,
     min_probability: CutOption = None,

@@ -229,10 +229,10 @@ def _tools(
         [tuple(row) for row in ids[:2]]
     )
     sampler = TransformersSampler(
-        model=policy,
-        eos_token_ids=eos,
-        pad_token_id=tokenizer.pad_token_id,
-        batch_size=settings.generation_batch_size,
+        policy,
+        eos,
+        tokenizer.pad_token_id,
+        settings.generation_batch_size,
         autocast_dtype=autocast_dtype,
         known_way=known_way,
     )

@@ -59,16 +59,7 @@ def probe_bank(
     """
     # A row that came twice would get equal answers, and count twice.
     rows = list({row.id: row for row in rows}.values())
-    if len(rows) < MIN_PROMPTS:
-        raise ConfigError(
-            f"a probe needs {MIN_PROMPTS} different prompts or more and got {len(rows)}: an "
-            "interval over fewer means nothing; give it more"
-        )
-    if params.decoding is not None and tools.rewards is None:
-        raise ConfigError(
-            "decoding from the contrast is not measured with the reward contrast, which is what it "
-            "raises: name another reward, or leave alpha out"
-        )
+    _check_asked(rows, params, tools)
     plan = _planned(rows, bank, params, tools)
     answers = _answered(plan, params, tools, progress)
     if progress is not None:
@@ -99,6 +90,19 @@ def probe_bank(
         placements=tuple(sorted(placements, key=_gap_first)),
         decodings=tuple(decodings),
     )
+
+
+def _check_asked(rows: Sequence[PromptRow], params: ProbeParams, tools: ProbeTools) -> None:
+    if len(rows) < MIN_PROMPTS:
+        raise ConfigError(
+            f"a probe needs {MIN_PROMPTS} different prompts or more and got {len(rows)}: an "
+            "interval over fewer means nothing; give it more"
+        )
+    if params.decoding is not None and tools.rewards is None:
+        raise ConfigError(
+            "decoding from the contrast is not measured with the reward contrast, which is what it "
+            "raises: name another reward, or leave alpha out"
+        )
 
 
 def _gap_first(probe: PairProbe | PlacementProbe) -> tuple[bool, float]:
