@@ -211,10 +211,7 @@ def _tools(
     *,
     conversational: bool,
 ) -> ProbeTools:
-    accelerator = torch.accelerator.current_accelerator()
-    device = (
-        accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
-    )
+    device = _device()
     model.to(device)
     ids = [row_prompt_ids(tokenizer, row) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
@@ -252,6 +249,11 @@ def _tools(
         max_prompt_length=room,
         on_bad_row=check_on_bad_row(settings.on_bad_row),
     )
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
 
 
 def _decoding(settings: ProbeSettings) -> DecodingParams | None:
