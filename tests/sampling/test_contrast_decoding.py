@@ -596,13 +596,13 @@ def test_the_sampler_says_the_slow_formulas_numbers(name: str) -> None:
     assert len({s.token_ids for s in drawn}) > 6
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral, a short window", "lora"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral, a short window"])
 def test_a_sample_depends_on_its_request_alone(name: str) -> None:
     model = MODELS[name]()
     expected = sampler(model, Contrast(0.7)).draw(REQUESTS, PARAMS)
     # Some leave the batch early, and are taken out of it.
     assert len({len(s.token_ids) for s in expected}) > 2
-    for batch_size in (1, 11, 25):
+    for batch_size in (1, 25):
         other = sampler(model, Contrast(0.7), batch_size=batch_size).draw(REQUESTS[::-1], PARAMS)
         assert [s.token_ids for s in other[::-1]] == [s.token_ids for s in expected]
         assert [s.kl for s in other[::-1]] == pytest.approx([s.kl for s in expected], abs=1e-4)
