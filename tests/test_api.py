@@ -133,6 +133,22 @@ def test_the_readme_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "runs" / "mine" / "model" / "model.safetensors").is_file()
 
 
+def test_the_snippet_that_decodes_without_training_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python of docs/using.md, as written, with a tiny model under the name that it uses."""
+    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code = next(b for b in blocks if "contrast_processor" in b)
+    save_tiny(tmp_path / "my-model", "llama")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, "using.md", "exec"), scope)
+    assert len(scope["answers"]) == 2
+    assert all(scope["answers"])
+    assert scope["contrast"]._seen.shape[0] == 2  # it was asked
+
+
 def test_precedence_is_defaults_then_recipe_then_command_line(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     # YAML reads 1e-5 without a dot as text; it is a number all the same.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from neat_align.rounds.completions import Completion, CompletionGroup, read_groups
     from neat_align.rounds.exports import preference_rows, ranked_rows
     from neat_align.rounds.group_file import GroupFile
+    from neat_align.sampling.contrast_decoding import ContrastLogitsProcessor, contrast_processor
     from neat_align.trainer import NEATTrainer
 
 __version__ = "0.1.0"
@@ -42,6 +43,8 @@ _HOMES = {
     "GroupFile": "rounds.group_file",
     "ranked_rows": "rounds.exports",
     "preference_rows": "rounds.exports",
+    "ContrastLogitsProcessor": "sampling.contrast_decoding",
+    "contrast_processor": "sampling.contrast_decoding",
     "PromptRow": "prompts.rows",
     "load_rows": "prompts.loading",
     "Unscorable": "rewards.protocol",
@@ -62,6 +65,7 @@ __all__ = [
     "Completion",
     "CompletionGroup",
     "ConfigError",
+    "ContrastLogitsProcessor",
     "DataError",
     "GroupFile",
     "NEATConfig",
@@ -73,6 +77,7 @@ __all__ = [
     "RewardTimeoutError",
     "RewardUnavailableError",
     "Unscorable",
+    "contrast_processor",
     "load_rows",
     "preference_rows",
     "ranked_rows",

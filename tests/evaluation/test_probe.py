@@ -4,6 +4,7 @@ page of 80 columns.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -27,8 +28,15 @@ from neat_align.cli.probe_run import run_probe, usable_placements
 from neat_align.cli.probe_table import next_steps, print_probe, remarks, shortened
 from neat_align.demo.model import find_gguf
 from neat_align.errors import ConfigError, DataError, PromptError
-from neat_align.evaluation.probe import PROBE_ROUND, ProbeParams, ProbeTools, probe_bank
+from neat_align.evaluation.probe import probe_bank
+from neat_align.evaluation.probe_params import (
+    PROBE_ROUND,
+    DecodingParams,
+    ProbeParams,
+    ProbeTools,
+)
 from neat_align.evaluation.probe_summary import (
+    DecodingProbe,
     PairProbe,
     PlacementProbe,
     Probe,
@@ -45,6 +53,9 @@ from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import completion_seed
 from neat_align.prompts.template_inputs import read_kwargs
 from neat_align.rewards.protocol import NamedReward
+from neat_align.rounds.text_metrics import distinct_n
+from neat_align.sampling.contrast_decoding import Contrast
+from neat_align.sampling.contrast_sampler import ContrastSampler
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -847,3 +858,225 @@ def test_a_real_model_obeys_a_real_pair_and_sees_nothing_in_a_pair_without_a_dif
     assert found[2].verdict != "strong"
     assert found[2].gap is not None
     assert found[2].gap.delta < found[1].gap.delta
+
+
+# ---- decoding from the contrast ------------------------------------------------------------------
+
+
+def decoding_tools(batch_size: int = 64, **changes: Any) -> ProbeTools:
+    tools = model_tools(batch_size, **changes)
+    assert isinstance(tools.sampler, TransformersSampler)
+    return replace(tools, decoder=functools.partial(ContrastSampler, tools.sampler))
+
+
+DECODING = DecodingParams(alphas=(0.0, 0.7), num_pairs=2, min_probability=0.05)
+
+
+def test_what_is_decoded_by_hand() -> None:
+    """Every number once more from the answers of a sampler that is asked row by row."""
+    found = probe_bank(rows(), TWO, params(decoding=DECODING), decoding_tools()).decodings
+    assert [(d.placement, d.alpha) for d in found] == [("user_suffix", 0.0), ("user_suffix", 0.7)]
+    tools = decoding_tools(batch_size=5)
+    effects, kls, lengths, texts, logprobs = [], [], [], [], []
+    for row in rows():
+        ids = tuple(prompt_ids(TOKENIZER, row.prompt))
+        contexts = tuple(
+            tuple(
+                tuple(prompt_ids(TOKENIZER, *instructed(row.prompt, text, "user_suffix")))
+                for text in (pair.positive, pair.negative)
+            )
+            for pair in TWO.pairs
+        )
+        asked = [
+            SampleRequest(ids, completion_seed(0, PROBE_ROUND, row.id, "probe", i))
+            for i in range(2)
+        ]
+        assert tools.decoder is not None
+        drawn = tools.decoder({ids: contexts}, Contrast(0.7, 0.05)).draw(asked, SAMPLING)
+        plain = tools.sampler.sample(asked, SAMPLING)
+        said = [
+            [TOKENIZER.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
+            for samples in (drawn, plain)
+        ]
+        effects.append(sum(map(len, said[0])) / 2 - sum(map(len, said[1])) / 2)
+        kls += [s.kl for s in drawn]
+        lengths += [len(s.token_ids) for s in drawn]
+        texts += said[0]
+        for s in drawn:
+            of_answer = tools.logprobs([ids], [s.token_ids])[0]
+            logprobs.append(sum(of_answer) / len(of_answer))
+    moved = found[1]
+    assert moved.effects == pytest.approx(effects)
+    assert moved.effect is not None
+    assert moved.effect.delta == pytest.approx(sum(effects) / 8)
+    assert moved.effect.low <= moved.effect.delta <= moved.effect.high
+    assert moved.kl == pytest.approx(sum(kls) / sum(lengths), abs=1e-4)
+    assert moved.kl > 0
+    assert moved.answers.logprob == pytest.approx(sum(logprobs) / len(logprobs), abs=1e-4)
+    assert moved.answers.mean_length == sum(lengths) / 16
+    assert moved.answers.reward == pytest.approx(sum(map(len, texts)) / 16)
+    assert moved.distinct2 == distinct_n(texts)
+
+
+def test_alpha_0_is_the_plain_answers() -> None:
+    probe = probe_bank(rows(), TWO, params(decoding=DECODING), decoding_tools())
+    still = probe.decodings[0]
+    assert still.answers == still.plain == probe.pairs[0].plain
+    assert set(still.effects) == {0.0}
+    assert (still.kl, still.distinct2) == (0.0, still.plain_distinct2)
+    assert still.effect == PairedDifference(0.0, 0.0, 0.0)
+
+
+def test_decoding_changes_nothing_else_of_a_probe() -> None:
+    asked = params(decoding=DECODING, samples=1)
+    with_it = probe_bank(rows(), BANK, asked, decoding_tools())
+    assert replace(with_it, decodings=()) == probe_bank(
+        rows(), BANK, replace(asked, decoding=None), model_tools()
+    )
+
+
+def test_every_placement_and_alpha_is_decoded_and_progress_ends_complete() -> None:
+    reports: list[tuple[str, int, int]] = []
+    asked = params(placements=("affix", "user_suffix"), decoding=DECODING, samples=1)
+    found = probe_bank(
+        rows(), TWO, asked, decoding_tools(), lambda *at: reports.append(at)
+    ).decodings
+    assert [(d.placement, d.alpha) for d in found] == [
+        ("affix", 0.0),
+        ("affix", 0.7),
+        ("user_suffix", 0.0),
+        ("user_suffix", 0.7),
+    ]
+    assert found[1].effects != found[3].effects
+    assert [r for r in reports if r[0] == "decode"][-1] == ("decode", 32, 32)
+
+
+def test_an_answer_without_a_reward_and_a_bank_with_fewer_pairs() -> None:
+    def silent(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    tools = decoding_tools(rewards=(NamedReward("silent", silent, 1.0),))
+    asked = params(decoding=replace(DECODING, num_pairs=9), samples=1)
+    (_, moved) = probe_bank(rows(), BANK, asked, tools).decodings
+    assert moved.effect is None
+    assert set(moved.effects) == {None}
+    assert "–" in page(replace(a_probe(), decodings=(moved,)))
+
+
+def test_rows_that_render_alike_are_decoded() -> None:
+    twice = rows(9)
+    twice[8] = replace(twice[8], prompt=twice[0].prompt)
+    found = probe_bank(twice, TWO, params(decoding=DECODING), decoding_tools()).decodings
+    assert len(found[1].effects) == 9
+
+
+def test_decoding_is_not_judged_by_the_contrast_itself() -> None:
+    with pytest.raises(ConfigError, match="not measured with the reward contrast"):
+        probe_bank(rows(), TWO, params(decoding=DECODING), decoding_tools(rewards=None))
+    with pytest.raises(ConfigError, match="needs its parameters, a decoder and a reward"):
+        probe_bank(rows(), TWO, params(decoding=DECODING), model_tools())
+
+
+def test_the_command_decodes_and_prints_within_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    output = tmp_path / "out" / "probe.json"
+    words = ["--alpha", "0.5", "1", "--pairs", "1", "--min-probability", "0", "--samples", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        main(command(tmp_path, *words, "--placement", "all", "--output", str(output)))
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for line in shown.splitlines():
+        assert cell_len(line) <= 80 or str(tmp_path) in line, line
+    flat = " ".join(shown.split())
+    assert "decoding from the contrast of the bank's pairs" in flat
+    assert "mean over 1 pair a prompt; all tokens are moved" in flat
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert [(d["placement"], d["alpha"]) for d in found["decodings"]] == [
+        (p, a) for p in ("system", "user_suffix", "affix") for a in (0.5, 1.0)
+    ]
+    assert found["settings"]["alpha"] == [0.5, 1.0]
+    for d in found["decodings"]:
+        assert d["effect"]["delta"] == pytest.approx(sum(d["effects"]) / 8)
+        assert d["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--alpha", "0.5", "1"],
+        ["--alpha", "0.5", "--alpha", "1"],
+        ["--alpha=0.5", "--alpha", "1"],
+        ["--alpha=0.5", "1"],
+    ],
+)
+def test_several_values_in_a_row_are_one_option(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "neat_align.cli.probe_run.run_probe", lambda settings, *_: seen.append(settings)
+    )
+    hosts = ["--allow-http-hosts", "a.local", "b.local", "--seed", "3"]
+    for around in ([*words, *hosts], [*hosts, *words]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["probe", "--bank", "politeness", "--model", "demo", *around])
+        assert stopped.value.code == 0
+        assert seen[-1].alpha == (0.5, 1.0)
+        assert seen[-1].allow_http_hosts == ("a.local", "b.local")
+        assert seen[-1].seed == 3
+
+
+def test_a_stray_word_is_still_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--seed", "1", "2"], ["stray", "--alpha", "1"], ["--alpha", "1", "--seed"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["probe", "--bank", "politeness", "--model", "demo", *words])
+        assert stopped.value.code == 2
+        said = capsys.readouterr().err
+        assert "unexpected extra argument" in said or "requires an argument" in said
+    with pytest.raises(SystemExit) as stopped:
+        main(["probe", "--bank", "politeness", "--model", "demo", "--alpha", "-1"])
+    assert stopped.value.code == 2
+    assert "alpha is -1.0; it must be a number of 0 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs": 3}, "pairs shapes what is decoded from the contrast, and no alpha is given"),
+        ({"min_probability": 0.0}, "min_probability shapes what is decoded"),
+        ({"alpha": (-1.0,)}, "alpha is -1.0; it must be a number of 0 or more"),
+        ({"alpha": (0.5, 0.5)}, "alpha is 0.5 0.5: give each number once"),
+        ({"alpha": (1.0,), "pairs": 0}, "pairs is 0; it must be 1 or more"),
+        ({"alpha": (1.0,), "min_probability": 1.0}, "min_probability is 1.0; it must be 0"),
+        ({"alpha": (1.0,), "reward": "contrast"}, "name another reward, or leave alpha out"),
+    ],
+)
+def test_wrong_decoding_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ProbeSettings(**({"bank": "politeness", "model": "demo"} | changes))
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_decoding_table_fits_whatever_its_numbers(many: bool) -> None:
+    wide = DecodingProbe(
+        placement="user_suffix",
+        alpha=0.125,
+        answers=side(None, reward=-99.9, leaks=1.0, mean_length=4800.0, logprob=-11.11),
+        plain=side(None, reward=-99.9, mean_length=4800.0, logprob=-11.11),
+        effects=(-88.8,) * 8,
+        effect=PairedDifference(-88.8, -99.9, -11.1),
+        kl=12.3456,
+        distinct2=0.8414,
+        plain_distinct2=0.842,
+    )
+    places = (a_placement("user_suffix"), a_placement("system"))[: 1 + many]
+    shown = page(replace(a_probe(placements=places), decodings=(wide,)))
+    for line in shown.splitlines():
+        assert cell_len(line) <= 80, line
+    for text in ("-99.9 … -11.1", "-88.8", "12.346", "0.841", "0.842", "100%", "4800", "-11.11"):
+        assert text in shown, text
+    flat = " ".join(shown.split())
+    politeness = "The log-ratio is the mean over 1 pair a prompt; tokens of at least 0.05 times"
+    assert politeness in flat

@@ -138,7 +138,7 @@ def test_a_token_makes_nobody_wait(name: str, alike: bool) -> None:
 
 def test_the_draw_by_generate_adds_no_wait_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' loop looks once a token; the draw in it does not."""
-    monkeypatch.setattr(transformers_sampler, "_keeps_keys", lambda _: False)
+    monkeypatch.setattr(transformers_sampler, "keeps_keys", lambda _: False)
     model = tiny_model("llama", VOCAB)
     short, long = (waits(model, n, 8) for n in (8, 40))
     more = long.by_line - short.by_line
@@ -152,7 +152,7 @@ def test_broken_weights_are_an_error_whenever_it_is_looked(
     monkeypatch: pytest.MonkeyPatch, every: int, decodes: bool
 ) -> None:
     if not decodes:
-        monkeypatch.setattr(transformers_sampler, "_keeps_keys", lambda _: False)
+        monkeypatch.setattr(transformers_sampler, "keeps_keys", lambda _: False)
     model = tiny_model("llama", VOCAB)
     model.get_output_embeddings().weight.data[5, 0] = float("inf")
     with pytest.raises(CollapseError, match="logits are not finite while it samples"):

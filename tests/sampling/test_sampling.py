@@ -22,8 +22,9 @@ from neat_align import CollapseError
 from neat_align.modeling.precision import half_precision_copy, inference
 from neat_align.sampling import decode_attention
 from neat_align.sampling.decode_attention import fast_decoding
+from neat_align.sampling.drawing import SHRINK_AT
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
-from neat_align.sampling.transformers_sampler import SHRINK_AT, TransformersSampler
+from neat_align.sampling.transformers_sampler import TransformersSampler
 from tiny import FAMILIES, Family, random_model, tiny_model
 
 VOCAB = 48

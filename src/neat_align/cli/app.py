@@ -14,7 +14,7 @@ import typer
 from neat_align import __version__
 from neat_align.cli.capability import capability
 from neat_align.cli.compare import compare
-from neat_align.cli.console import ANY_OPTION, EITHER_DASH
+from neat_align.cli.console import ANY_OPTION, EITHER_DASH, SeveralValues
 from neat_align.cli.demo import demo
 from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
@@ -55,7 +55,7 @@ app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(compare)
 app.command()(inspect)
 app.command()(report)
 app.command()(capability)
-app.command(context_settings=EITHER_DASH)(probe)
+app.command(cls=SeveralValues, context_settings=EITHER_DASH)(probe)
 
 
 def main(arguments: list[str] | None = None) -> Any:

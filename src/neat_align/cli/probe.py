@@ -38,6 +38,26 @@ SeedOption = Annotated[
     int, typer.Option(help="Seed of the prompts' choice, the sampling and the intervals.")
 ]
 
+KwargsOption = Annotated[
+    str | None, typer.Option(help="Variables for the chat template, as a JSON object.")
+]
+AlphaOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Also answer from the contrast of the bank's pairs, this strong (0.5 1: twice)."
+    ),
+]
+PairsOption = Annotated[
+    int | None, typer.Option(help="Pairs averaged for a prompt in the contrast; 3 by default.")
+]
+CutOption = Annotated[
+    float | None,
+    typer.Option(
+        help="The contrast moves tokens of at least this share of the likeliest one's probability; "
+        "0.05 by default, 0 moves all."
+    ),
+]
+
 
 def probe(
     bank: BankOption,
@@ -54,9 +74,10 @@ def probe(
     seed: SeedOption = 0,
     generation_batch_size: Annotated[int, typer.Option(help="Answers sampled at once.")] = 64,
     on_bad_row: BadRowOption = "error",
-    chat_template_kwargs: Annotated[
-        str | None, typer.Option(help="Variables for the chat template, as a JSON object.")
-    ] = None,
+    chat_template_kwargs: KwargsOption = None,
+    alpha: AlphaOption = None,
+    pairs: PairsOption = None,
+    min_probability: CutOption = None,
     output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
@@ -82,5 +103,8 @@ def probe(
         generation_batch_size=generation_batch_size,
         on_bad_row=on_bad_row,
         chat_template_kwargs=chat_template_kwargs,
+        alpha=tuple(alpha or ()),
+        pairs=pairs,
+        min_probability=min_probability,
     )
     run_probe(settings, output, Console())

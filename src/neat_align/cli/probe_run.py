@@ -18,7 +18,8 @@ from neat_align.cli.progress import stage_bars
 from neat_align.config import PLACEMENTS
 from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError, DataError, PromptError
-from neat_align.evaluation.probe import ProbeParams, ProbeTools, check_room, probe_bank
+from neat_align.evaluation.probe import check_room, probe_bank
+from neat_align.evaluation.probe_params import DecodingParams, ProbeParams, ProbeTools
 from neat_align.evaluation.probe_summary import MIN_PROMPTS, Probe
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
@@ -43,6 +44,7 @@ from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.prompt_order import prompt_at
 from neat_align.runs.run_key import fingerprint
 from neat_align.sampling.batch_check import KnownWay
+from neat_align.sampling.contrast_sampler import ContrastSampler
 from neat_align.sampling.protocol import SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from neat_align.script_arguments import ScriptArguments
@@ -86,6 +88,7 @@ def run_probe(
         sampling=SamplingParams(settings.max_completion_length, settings.temperature),
         samples=settings.samples,
         seed=settings.seed,
+        decoding=_decoding(settings),
     )
     with stage_bars("probe", disable_progress) as progress:
         probe = probe_bank(rows, bank, params, tools, progress)
@@ -208,10 +211,7 @@ def _tools(
     *,
     conversational: bool,
 ) -> ProbeTools:
-    accelerator = torch.accelerator.current_accelerator()
-    device = (
-        accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
-    )
+    device = _device()
     model.to(device)
     ids = [row_prompt_ids(tokenizer, row) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
@@ -225,16 +225,18 @@ def _tools(
     TransformersSampler(model, eos, tokenizer.pad_token_id, known_way=known_way).settle(
         [tuple(row) for row in ids[:2]]
     )
+    sampler = TransformersSampler(
+        policy,
+        eos,
+        tokenizer.pad_token_id,
+        settings.generation_batch_size,
+        autocast_dtype=autocast_dtype,
+        known_way=known_way,
+    )
     return ProbeTools(
         tokenizer=tokenizer,
-        sampler=TransformersSampler(
-            model=policy,
-            eos_token_ids=eos,
-            pad_token_id=tokenizer.pad_token_id,
-            batch_size=settings.generation_batch_size,
-            autocast_dtype=autocast_dtype,
-            known_way=known_way,
-        ),
+        sampler=sampler,
+        decoder=functools.partial(ContrastSampler, sampler),
         logprobs=functools.partial(
             score_completions,
             policy,
@@ -247,6 +249,18 @@ def _tools(
         max_prompt_length=room,
         on_bad_row=check_on_bad_row(settings.on_bad_row),
     )
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
+
+
+def _decoding(settings: ProbeSettings) -> DecodingParams | None:
+    """None where no alpha is given."""
+    if not settings.alpha:
+        return None
+    return DecodingParams(settings.alpha, settings.num_pairs, settings.cut)
 
 
 def _rewards(settings: ProbeSettings) -> tuple[NamedReward, ...] | None:

@@ -11,8 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from neat_align.cli.probe_options import ProbeSettings
-from neat_align.evaluation.probe_summary import PairProbe, PlacementProbe, Probe, Verdict
-from neat_align.evaluation.statistics import paired_bootstrap
+from neat_align.evaluation.probe_summary import (
+    DecodingProbe,
+    PairProbe,
+    PlacementProbe,
+    Probe,
+    Side,
+    Verdict,
+)
+from neat_align.evaluation.statistics import PairedDifference, paired_bootstrap
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
 from neat_align.reporting.terminal import printable
 
@@ -67,6 +74,12 @@ def print_probe(
     for number, pair in enumerate(bank.pairs, start=1):
         console.print(_in_full(number, pair), width=min(80, console.width))
     say()
+    if probe.decodings:
+        for place in dict.fromkeys(d.placement for d in probe.decodings):
+            here = [d for d in probe.decodings if d.placement == place]
+            console.print(_decoding_table(here, place if many else None))
+        say(_decoding_caption(bank, settings), "dim")
+        say()
     for placement, why in refused.items():
         say(f"{placement} was left out: {why}", "yellow")
     for line in remarks(probe, settings):
@@ -77,11 +90,11 @@ def print_probe(
         console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
-def _table(title: str, *, many: bool) -> Table:
+def _table(title: str, *, many: bool, first: str = "#") -> Table:
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0
     )
-    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column(first, justify="right", no_wrap=True)
     if many:
         table.add_column("placement", no_wrap=True)
     return table
@@ -130,6 +143,50 @@ def _answers_table(probe: Probe, *, many: bool) -> Table:
             f"{good.logprob:.2f}/{bad.logprob:.2f}",
         )
     return table
+
+
+def _decoding_table(decodings: Sequence[DecodingProbe], placement: str | None) -> Table:
+    """Of one placement, which is named where there are several."""
+    where = "" if placement is None else f" ({placement})"
+    title = f"decoding from the contrast of the bank's pairs{where}, nothing trained"
+    table = _table(title, many=False, first="alpha")
+    for heading in ("reward", "effect"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("95 % interval", no_wrap=True)
+    for heading in ("KL", "distinct-2", "leaks", "tokens", "likelihood"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    plain = decodings[0].plain, None, None, decodings[0].plain_distinct2
+    table.add_row("plain", *_decoded_cells(*plain))
+    for d in decodings:
+        table.add_row(f"{d.alpha:g}", *_decoded_cells(d.answers, d.effect, d.kl, d.distinct2))
+    return table
+
+
+def _decoded_cells(
+    side: Side, effect: PairedDifference | None, kl: float | None, distinct2: float | None
+) -> list[str]:
+    low_to_high = "" if effect is None else f"{_number(effect.low)} … {_number(effect.high)}"
+    return [
+        _number(side.reward),
+        "–" if effect is None else _number(effect.delta),
+        low_to_high,
+        "–" if kl is None else f"{kl:.3f}",
+        "–" if distinct2 is None else f"{distinct2:.3f}",
+        f"{side.leaks:.0%}",
+        f"{side.mean_length:.0f}",
+        f"{side.logprob:.2f}",
+    ]
+
+
+def _decoding_caption(bank: InstructionBank, settings: ProbeSettings) -> str:
+    pairs = min(settings.num_pairs, len(bank.pairs))
+    moved = f"tokens of at least {settings.cut:g} times the likeliest one's probability are moved"
+    return (
+        f"effect: on the reward, against plain answers. KL: to the model as it is, nats per token. "
+        f"The log-ratio is the mean over {pairs} pair{'s' * (pairs > 1)} a prompt; "
+        f"{moved if settings.cut else 'all tokens are moved'}. Distillation of the contrast learns "
+        "these answers, so this is about what it can reach."
+    )
 
 
 def _in_full(number: int, pair: InstructionPair) -> Table:

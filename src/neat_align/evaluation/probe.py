@@ -7,13 +7,16 @@ blanks, which training drops, are counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neat_align.errors import ConfigError, DataError
+from neat_align.evaluation.probe_decoding import probe_decoding
+from neat_align.evaluation.probe_params import PROBE_ROUND, ProbeParams, ProbeTools
 from neat_align.evaluation.probe_summary import (
     MIN_PROMPTS,
+    DecodingProbe,
     PairProbe,
     PlacementProbe,
     Probe,
@@ -31,44 +34,12 @@ from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import score_answers
 from neat_align.rounds.completions import Completion, CompletionGroup
-from neat_align.rounds.params import LogprobFunction, Progress, progress_counter
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.rounds.params import Progress, progress_counter
+from neat_align.sampling.protocol import Sample, SampleRequest
 
-# Rounds count from 0 and evaluation is -1: a probe's seeds are apart from both.
-PROBE_ROUND = -2
 # Prompts whose log-probabilities are computed at once; between two such shares the progress is
 # reported.
 LIKELIHOOD_PROMPTS = 4
-
-
-@dataclass(frozen=True)
-class ProbeParams:
-    """What is sampled: `samples` answers a prompt under each instruction at each placement."""
-
-    placements: tuple[Placement, ...]
-    sampling: SamplingParams
-    samples: int = 2
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class ProbeTools:
-    """Who does the work.
-
-    `rewards` None scores with the contrast of the very pair that is probed (`ContrastReward`).
-    `max_prompt_length` is the longest prompt in tokens, instruction included, that leaves room for
-    an answer; None: no limit. `template_kwargs` are the option that the rows have been given
-    already: that contrast is told the rows' own columns only. `on_bad_row`: an answer that a reward
-    cannot score is an error, or has no reward.
-    """
-
-    tokenizer: Any
-    sampler: Sampler
-    logprobs: LogprobFunction
-    rewards: tuple[NamedReward, ...] | None
-    max_prompt_length: int | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    on_bad_row: OnBadRow = "error"
 
 
 def probe_bank(
@@ -80,17 +51,15 @@ def probe_bank(
 ) -> Probe:
     """Answer the prompts under every instruction at every placement, and compare the rewards.
 
-    `progress` is called with (stage, finished, of how many); the stages are sample, likelihood and
-    score. Raises ConfigError for fewer than 8 different prompts, DataError for a prompt that leaves
-    no room for an answer; what the sampler, the instructions and the rewards raise comes through.
+    With `params.decoding` the prompts are also answered from the contrast of the bank's pairs.
+    `progress` is called with (stage, finished, of how many); the stages are sample, likelihood,
+    score, and decode. Raises ConfigError for fewer than 8 different prompts, and for decoding with
+    the reward contrast; DataError for a prompt that leaves no room for an answer; what the sampler,
+    the instructions and the rewards raise comes through.
     """
     # A row that came twice would get equal answers, and count twice.
     rows = list({row.id: row for row in rows}.values())
-    if len(rows) < MIN_PROMPTS:
-        raise ConfigError(
-            f"a probe needs {MIN_PROMPTS} different prompts or more and got {len(rows)}: an "
-            "interval over fewer means nothing; give it more"
-        )
+    _check_asked(rows, params, tools)
     plan = _planned(rows, bank, params, tools)
     answers = _answered(plan, params, tools, progress)
     if progress is not None:
@@ -111,11 +80,29 @@ def probe_bank(
     for placement in params.placements:
         here = [pair for pair in pairs if pair.placement == placement]
         placements.append(summarise_placement(here, placement, seed=params.seed))
+    decodings: list[DecodingProbe] = []
+    if params.decoding is not None:
+        plain = [_completions(answers, mine, "plain", None) for mine in plan.plain]
+        decodings = probe_decoding(rows, bank, plan.plain, plain, params, tools, progress)
     return Probe(
         prompt_ids=tuple(row.id for row in rows),
         pairs=tuple(sorted(pairs, key=_gap_first)),
         placements=tuple(sorted(placements, key=_gap_first)),
+        decodings=tuple(decodings),
     )
+
+
+def _check_asked(rows: Sequence[PromptRow], params: ProbeParams, tools: ProbeTools) -> None:
+    if len(rows) < MIN_PROMPTS:
+        raise ConfigError(
+            f"a probe needs {MIN_PROMPTS} different prompts or more and got {len(rows)}: an "
+            "interval over fewer means nothing; give it more"
+        )
+    if params.decoding is not None and tools.rewards is None:
+        raise ConfigError(
+            "decoding from the contrast is not measured with the reward contrast, which is what it "
+            "raises: name another reward, or leave alpha out"
+        )
 
 
 def _gap_first(probe: PairProbe | PlacementProbe) -> tuple[bool, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +19,7 @@ from neat_align.prompts.placement import Placement
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.filters import leaks_instruction
 from neat_align.rounds.metrics import inversion_rate
+from neat_align.rounds.text_metrics import distinct_n
 
 Verdict: TypeAlias = Literal["strong", "works", "no contrast", "reversed", "too few"]
 # With fewer prompts a bootstrap interval is too narrow to mean anything: of three differences, one
@@ -104,12 +106,39 @@ class PlacementProbe:
 
 
 @dataclass(frozen=True)
+class DecodingProbe:
+    """The prompts answered from q ∝ p0 · [p0(+) / p0(−)]^alpha, with the pairs at one placement.
+
+    `effects` is, for each prompt, the mean reward of these answers minus that of its plain ones
+    (None where one has no reward); `effect` is their mean and its 95 % bootstrap interval over
+    prompts. `kl` is KL(q ‖ p0) in nats per token, exact at every token that was drawn and averaged
+    over them, of the untempered distributions. `distinct2` is the share of distinct word pairs over
+    all of the answers, None where they have none; `plain_distinct2` that of the plain ones. Leaks
+    are of the positive instructions that a prompt was given.
+    """
+
+    placement: Placement
+    alpha: float
+    answers: Side
+    plain: Side
+    effects: tuple[float | None, ...]
+    effect: PairedDifference | None
+    kl: float
+    distinct2: float | None
+    plain_distinct2: float | None
+
+
+@dataclass(frozen=True)
 class Probe:
-    """A bank's pairs and placements, each with the largest gap first."""
+    """A bank's pairs and placements, each with the largest gap first.
+
+    `decodings` are in the order of the placements and alphas that were asked for.
+    """
 
     prompt_ids: tuple[str, ...]
     pairs: tuple[PairProbe, ...]
     placements: tuple[PlacementProbe, ...]
+    decodings: tuple[DecodingProbe, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for a file."""
@@ -117,6 +146,7 @@ class Probe:
             "prompt_ids": list(self.prompt_ids),
             "placements": [asdict(placement) for placement in self.placements],
             "pairs": [pair.to_json() for pair in self.pairs],
+            "decodings": [asdict(decoding) for decoding in self.decodings],
         }
 
 
@@ -157,7 +187,7 @@ def summarise_pair(
     One group a prompt, with positive, negative and plain completions.
     """
     good, plain, bad = _of(groups, "positive"), _of(groups, "plain"), _of(groups, "negative")
-    positive, negative = _means(good), _means(bad)
+    positive, negative = means_of(good), means_of(bad)
     gaps = [
         None if a is None or b is None else a - b for a, b in zip(positive, negative, strict=True)
     ]
@@ -167,9 +197,9 @@ def summarise_pair(
         number=number,
         placement=placement,
         verdict=verdict_of(difference, sum(gap is not None for gap in gaps), d),
-        positive=_side(good, pair.positive),
-        plain=_side(plain, None),
-        negative=_side(bad, pair.negative),
+        positive=side_of(good, pair.positive),
+        plain=side_of(plain, None),
+        negative=side_of(bad, pair.negative),
         gaps=tuple(gaps),
         gap=difference,
         cohens_d=d,
@@ -181,7 +211,8 @@ def _of(groups: Sequence[CompletionGroup], origin: Polarity) -> list[list[Comple
     return [[c for c in g.completions if c.origin == origin] for g in groups]
 
 
-def _means(by_prompt: Sequence[Sequence[Completion]]) -> list[float | None]:
+def means_of(by_prompt: Sequence[Sequence[Completion]]) -> list[float | None]:
+    """Each prompt's mean reward over its answers that have one."""
     return [mean_of([c.reward for c in mine]) for mine in by_prompt]
 
 
@@ -189,7 +220,8 @@ def _rewards(by_prompt: Sequence[Sequence[Completion]]) -> list[float]:
     return [c.reward for mine in by_prompt for c in mine if c.reward is not None]
 
 
-def _side(by_prompt: Sequence[Sequence[Completion]], instruction: str | None) -> Side:
+def side_of(by_prompt: Sequence[Sequence[Completion]], instruction: str | None) -> Side:
+    """The answers to all prompts in numbers."""
     completions = [c for mine in by_prompt for c in mine]
     return Side(
         instruction=instruction,
@@ -208,3 +240,44 @@ def summarise_placement(
     """The numbers of a bank at one placement from those of its pairs there."""
     gaps = tuple(mean_of(of_prompt) for of_prompt in zip(*(p.gaps for p in pairs), strict=True))
     return PlacementProbe(placement, gaps, paired_bootstrap([0.0] * len(gaps), gaps, seed=seed))
+
+
+def summarise_decoding(
+    plain: Sequence[Sequence[Completion]],
+    answers: Sequence[Sequence[Completion]],
+    divergences: Sequence[float],
+    instructions: Sequence[Sequence[str]],
+    placement: Placement,
+    alpha: float,
+    *,
+    seed: int,
+) -> DecodingProbe:
+    """The numbers of answers decoded from the contrast, beside the plain ones.
+
+    `plain` and `answers` have a list a prompt, `instructions` the positive ones that it was given;
+    `divergences` has each answer's KL summed over its tokens, in order.
+    """
+    before, after = means_of(plain), means_of(answers)
+    leaks = [
+        any(leaks_instruction(c.text, instruction) for instruction in given)
+        for mine, given in zip(answers, instructions, strict=True)
+        for c in mine
+    ]
+    return DecodingProbe(
+        placement=placement,
+        alpha=alpha,
+        answers=replace(side_of(answers, None), leaks=fmean(leaks)),
+        plain=side_of(plain, None),
+        effects=tuple(
+            None if b is None or a is None else a - b for b, a in zip(before, after, strict=True)
+        ),
+        effect=paired_bootstrap(before, after, seed=seed),
+        kl=sum(divergences) / sum(len(c.token_ids) for mine in answers for c in mine),
+        distinct2=_distinct2(answers),
+        plain_distinct2=_distinct2(plain),
+    )
+
+
+def _distinct2(by_prompt: Sequence[Sequence[Completion]]) -> float | None:
+    share = distinct_n(c.text for mine in by_prompt for c in mine)
+    return None if math.isnan(share) else share

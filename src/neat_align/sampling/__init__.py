@@ -6,6 +6,9 @@
     policies.py              the current and the start policy, scored and sampled in one way
     draw.py                  one token from one random number: what a sampler owes its seed
     drawing.py               a batch's tokens while they are drawn, on their device
+    token_rows.py            rows that a model reads on, a token at a time
+    contrast_decoding.py     decoding from the contrast of instructions, inside of `generate`
+    contrast_sampler.py      the same as a sampler, with its KL to the plain policy
     decode_attention.py      faster attention for one new token a sequence, on a CPU
 
 A sampler of another engine is a new file beside `transformers_sampler.py` that keeps `protocol.py`:

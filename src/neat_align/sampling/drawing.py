@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,6 +11,10 @@ from transformers import LogitsProcessor
 
 from neat_align.sampling.draw import draw
 from neat_align.sampling.protocol import SamplingParams
+from neat_align.sampling.token_rows import TokenRows
+
+# Completions leave the batch when at least this share of it has ended: the cache is copied then.
+SHRINK_AT = 0.125
 
 
 class Drawing:
@@ -47,6 +53,39 @@ class Drawing:
     def keep(self, stay: Int[Tensor, " rows"]) -> None:
         """Go on with these rows alone."""
         self.rows, self.ended = self.rows[stay], self.ended[stay]
+
+
+def draw_tokens(
+    drawing: Drawing,
+    rows: TokenRows,
+    params: SamplingParams,
+    *,
+    look_every: int,
+    rows_each: int = 1,
+    combined: Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "requests vocab"]]
+    | None = None,
+) -> None:
+    """Draw every request's tokens, until all have ended or have the longest length.
+
+    A request reads `rows_each` rows, which stand together and all get its token; `combined` makes
+    one row of logits a request of theirs. Which requests have ended is looked at once in
+    `look_every` tokens.
+    """
+    while True:
+        logits = rows.logits if combined is None else combined(rows.logits)
+        last = drawing.next_tokens(logits, params)
+        if drawing.step == params.max_new_tokens:
+            break
+        if drawing.step % look_every == 0:
+            left = drawing.left()
+            if not left:
+                break
+            if len(left) <= (1 - SHRINK_AT) * len(drawing.rows):
+                stay = torch.tensor(left, device=last.device)
+                last = last[stay]
+                drawing.keep(stay)
+                rows.keep([i * rows_each + j for i in left for j in range(rows_each)])
+        rows.advance(last if rows_each == 1 else last.repeat_interleave(rows_each))
 
 
 class DrawnToken(LogitsProcessor):

@@ -15,35 +15,27 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from neat_align.modeling.head_inputs import completion_logits
 from neat_align.modeling.known_padding import KnownPadding, masks_from
-from neat_align.modeling.outputs import forward, plain_outputs
+from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference
-from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
+from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.sampling.batch_check import KnownWay, SamplingWay, choose_way
-from neat_align.sampling.decode_attention import ATTENTION, fast_decoding
+from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.draw import check_drawn, draw, uniforms
-from neat_align.sampling.drawing import Drawing, DrawnToken
+from neat_align.sampling.drawing import Drawing, DrawnToken, draw_tokens
 from neat_align.sampling.protocol import FinishReason, Sample, SampleRequest, SamplingParams
+from neat_align.sampling.token_rows import CachedRows, keeps_keys, left_padded
 
 logger = logging.getLogger(__name__)
-# Completions leave the batch when at least this share of it has ended: the cache is copied then.
-SHRINK_AT = 0.125
+Drawn = TypeVar("Drawn", bound=Sample)
 # Tokens between two looks at which completions have ended. On a GPU the CPU waits at each look for
 # all that it has asked for; on a CPU there is nothing to wait for.
 LOOK_EVERY = 8
@@ -123,20 +115,38 @@ class TransformersSampler:
         )
         lengths = groupby(order, key=lambda i: len(requests[i].prompt_ids))
         groups = [order] if way == "together" else [list(group) for _, group in lengths]
-        keeps_keys = _keeps_keys(self.model) and way != "whole"
+        cached = keeps_keys(self.model) and way != "whole"
         draw_batch = self._whole if way == "whole" else self._generate
-        if keeps_keys:
+        if cached:
             draw_batch = self._decode if way == "together" else self._decode_one_length
-        samples: dict[int, Sample] = {}
-        fast = fast_decoding(self.model) if keeps_keys else contextlib.nullcontext()
+        size = 1 if way == "one_row" else self.batch_size
+        sampler = replace(self, batch_size=size)
+        return sampler.in_batches(groups, draw_batch, requests, params, progress, fast=cached)
+
+    def in_batches(
+        self,
+        groups: Sequence[Sequence[int]],
+        draw_batch: Callable[[Sequence[SampleRequest], SamplingParams], list[Drawn]],
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        progress: Callable[[int], None] | None,
+        *,
+        fast: bool,
+    ) -> list[Drawn]:
+        """What `draw_batch` draws of each request, in the order of the requests.
+
+        `groups` are indices of requests that may be drawn together, `batch_size` at a time or as
+        many as memory has room for. `fast` decodes with `decode_attention`, for cached rows.
+        """
+        samples: dict[int, Drawn] = {}
         with (
             inference(self.model, self.autocast_dtype),
             plain_outputs(self.model),
             self._casts() as casts,
-            fast,
+            fast_decoding(self.model) if fast else contextlib.nullcontext(),
         ):
             for group in groups:
-                size = 1 if way == "one_row" else self._batch_size(len(group))
+                size = self._batch_size(len(group))
                 start = 0
                 while start < len(group):
                     batch = group[start : start + min(size, self.batch_limit.limit or size)]
@@ -159,10 +169,10 @@ class TransformersSampler:
 
     def _in_memory(
         self,
-        draw_batch: Callable[[Sequence[SampleRequest], SamplingParams], list[Sample]],
+        draw_batch: Callable[[Sequence[SampleRequest], SamplingParams], list[Drawn]],
         requests: Sequence[SampleRequest],
         params: SamplingParams,
-    ) -> list[Sample] | None:
+    ) -> list[Drawn] | None:
         """The batch's samples, or None when memory ran out and less of it will be asked for.
 
         First the casts of frozen weights are given up, then half of the batch. A completion alone
@@ -203,6 +213,11 @@ class TransformersSampler:
             )
         self.batch_limit.limit = requests // 2
 
+    def looks(self) -> int:
+        """After how many tokens it is looked at which completions have ended."""
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return self.look_every or (1 if on_cpu else LOOK_EVERY)
+
     def _decode_one_length(
         self, requests: Sequence[SampleRequest], params: SamplingParams
     ) -> list[Sample]:
@@ -216,68 +231,26 @@ class TransformersSampler:
         padded: bool = True,
     ) -> list[Sample]:
         """With a cache of keys and values; not `padded`: prompts of one length, nothing masked."""
+        prompts = [r.prompt_ids for r in requests]
+        rows = CachedRows(self.model, prompts, self.pad_token_id, padded=padded)
+        drawing = self.drawing(requests, params)
+        draw_tokens(drawing, rows, params, look_every=self.looks())
+        return self.samples(drawing)
+
+    def drawing(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Drawing:
+        """The tokens of these requests, none of them drawn."""
         device = next(self.model.parameters()).device
-        every = self.look_every or (1 if device.type == "cpu" else LOOK_EVERY)
         numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
-        prompts = list(dict.fromkeys(r.prompt_ids for r in requests))
-        at = {prompt: i for i, prompt in enumerate(prompts)}
-        which = torch.tensor([at[r.prompt_ids] for r in requests], device=device)
-        input_ids, mask = _left_padded(prompts, self.pad_token_id, device)
-        width = input_ids.shape[1]
-        padding = [width - len(r.prompt_ids) for r in requests]
-        known = KnownPadding(is_there=any(padding))
-        cache = DynamicCache(config=unwrapped(self.model).config)
-        with masks_from(known, also=(ATTENTION,)):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._forward(input_ids, (mask, positions) if padded else None, cache)[which]
-            cache.batch_select_indices(which)
-            ends = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
-            drawing = Drawing(numbers, ends)
-            positions = mask[which].sum(-1)
-            mask = torch.nn.functional.pad(mask[which], (0, params.max_new_tokens), value=1)
-            while True:
-                last = drawing.next_tokens(logits, params)
-                if drawing.step == params.max_new_tokens:
-                    break
-                if drawing.step % every == 0:
-                    left = drawing.left()
-                    if not left:
-                        break
-                    if len(left) <= (1 - SHRINK_AT) * len(padding):
-                        stay = torch.tensor(left, device=device)
-                        mask, positions, last = mask[stay], positions[stay], last[stay]
-                        drawing.keep(stay)
-                        cache.batch_select_indices(stay)
-                        padding = [padding[i] for i in left]
-                        known.is_there = any(padding)
-                seen = (mask[:, : width + drawing.step], positions[:, None])
-                logits = self._forward(last[:, None], seen if padded else None, cache)
-                positions = positions + 1
+        return Drawing(numbers, torch.tensor(self.eos_token_ids, dtype=torch.long, device=device))
+
+    def samples(self, drawing: Drawing) -> list[Sample]:
+        """What was drawn, up to each end token. Raises CollapseError."""
         drawn = zip(drawing.tokens.tolist(), drawing.logprobs.tolist(), strict=True)
         return [self._sample(tokens, logprobs) for tokens, logprobs in drawn]
 
-    def _forward(
-        self,
-        input_ids: Int[Tensor, "rows new"],
-        places: tuple[Int[Tensor, "rows width"], Int[Tensor, "rows new"]] | None,
-        cache: DynamicCache,
-    ) -> Float[Tensor, "rows vocab"]:
-        """Logits after the new tokens; `places` are the mask over all and their positions."""
-        mask, positions = places or (None, None)
-        output = forward(
-            self.model,
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return cast("Tensor", output.logits[:, -1])
-
     def _generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         device = next(self.model.parameters()).device
-        input_ids, mask = _left_padded([r.prompt_ids for r in requests], self.pad_token_id, device)
+        input_ids, mask = left_padded([r.prompt_ids for r in requests], self.pad_token_id, device)
         processor = DrawnToken(
             uniforms([r.seed for r in requests], params.max_new_tokens, device),
             params,
@@ -322,32 +295,6 @@ class TransformersSampler:
         check_drawn(logprobs[:length])
         finish_reason: FinishReason = "length" if end is None else "stop"
         return Sample(tuple(tokens[:length]), finish_reason, sum(logprobs[:length]))
-
-
-def _keeps_keys(model: torch.nn.Module) -> bool:
-    """Whether a model's cache is keys and values alone: its rows can be copied and taken out.
-
-    Not with PEFT's virtual tokens: they are put in front at every call, which only `generate`
-    expects.
-    """
-    if not unwrapped(model)._supports_attention_backend or adds_virtual_tokens(model):
-        return False
-    layers = DynamicCache(config=unwrapped(model).config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def _left_padded(
-    prompts: Sequence[tuple[int, ...]], pad_token_id: int, device: torch.device
-) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
-    """Token ids and their mask.
-
-    The mask goes by length: the pad token may also be a real token of a prompt.
-    """
-    width = max(map(len, prompts))
-    padding = [width - len(p) for p in prompts]
-    ids = [[pad_token_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
-    mask = [[0] * n + [1] * (width - n) for n in padding]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,160 @@
+"""Rows of tokens that a model reads, and then reads on one token a row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from neat_align.modeling.head_inputs import completion_logits
+from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.outputs import forward
+from neat_align.modeling.packing import pad_rows
+from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
+from neat_align.sampling.batch_check import SamplingWay
+from neat_align.sampling.decode_attention import ATTENTION
+
+
+@runtime_checkable
+class TokenRows(Protocol):
+    """Rows of tokens; `logits` predict what follows each."""
+
+    logits: Float[Tensor, "rows vocab"]
+
+    def advance(self, tokens: Int[Tensor, " rows"]) -> None:
+        """One more token for every row."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; `logits` are theirs after the next `advance`."""
+        ...
+
+
+class CachedRows:
+    """Rows whose keys and values are kept, padded on the left.
+
+    Equal rows are read once. Not `padded`: rows of one length, for models that are given neither
+    mask nor positions. Only for models of which `keeps_keys` is true, inside of `inference`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        prompts: Sequence[tuple[int, ...]],
+        pad_token_id: int,
+        *,
+        padded: bool = True,
+    ) -> None:
+        device = next(model.parameters()).device
+        self._model, self._padded = model, padded
+        distinct = list(dict.fromkeys(prompts))
+        at = {prompt: i for i, prompt in enumerate(distinct)}
+        which = torch.tensor([at[prompt] for prompt in prompts], device=device)
+        input_ids, mask = left_padded(distinct, pad_token_id, device)
+        self._padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+        self._cache = DynamicCache(config=unwrapped(model).config)
+        self._mask = mask
+        logits = self._forward(input_ids, (mask.cumsum(-1) - 1).clamp(min=0))
+        self.logits: Float[Tensor, "rows vocab"] = logits[which]
+        self._cache.batch_select_indices(which)
+        self._mask = mask[which]
+        self._positions = self._mask.sum(-1)
+
+    def advance(self, tokens: Int[Tensor, " rows"]) -> None:
+        """One more token for every row."""
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        self.logits = self._forward(tokens[:, None], self._positions[:, None])
+        self._positions = self._positions + 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; `logits` are theirs after the next `advance`."""
+        stay = torch.tensor(rows, device=self._mask.device)
+        self._mask, self._positions = self._mask[stay], self._positions[stay]
+        self._cache.batch_select_indices(stay)
+        self._padding = [self._padding[i] for i in rows]
+
+    def _forward(
+        self, input_ids: Int[Tensor, "rows new"], positions: Int[Tensor, "rows new"]
+    ) -> Float[Tensor, "rows vocab"]:
+        with masks_from(KnownPadding(is_there=any(self._padding)), also=(ATTENTION,)):
+            output = forward(
+                self._model,
+                input_ids=input_ids,
+                attention_mask=self._mask if self._padded else None,
+                position_ids=positions if self._padded else None,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return cast("Tensor", output.logits[:, -1])
+
+
+class RecomputedRows:
+    """Rows that the model reads from their beginning for every token.
+
+    For models that keep more than keys and values; each row `alone` for those that mind the rows
+    beside it. Inside of `inference`.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, prompts: Sequence[tuple[int, ...]], *, alone: bool
+    ) -> None:
+        self._model, self._alone = model, alone
+        self._rows = [tuple(prompt) for prompt in prompts]
+        self.logits: Float[Tensor, "rows vocab"] = self._read()
+
+    def advance(self, tokens: Int[Tensor, " rows"]) -> None:
+        """One more token for every row."""
+        self._rows = [(*row, token) for row, token in zip(self._rows, tokens.tolist(), strict=True)]
+        self.logits = self._read()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order; `logits` are theirs after the next `advance`."""
+        self._rows = [self._rows[i] for i in rows]
+
+    def _read(self) -> Float[Tensor, "rows vocab"]:
+        device = next(self._model.parameters()).device
+        distinct = list(dict.fromkeys(self._rows))
+        rows = pad_rows(distinct, [()] * len(distinct), 0, one_at_a_time=self._alone).to(device)
+        at = {row: i for i, row in enumerate(distinct)}
+        return completion_logits(self._model, rows)[[at[row] for row in self._rows], 0]
+
+
+def read_rows(
+    model: torch.nn.Module, prompts: Sequence[tuple[int, ...]], pad_token_id: int, way: SamplingWay
+) -> TokenRows:
+    """Rows of any lengths beside each other, for a model that samples in this way."""
+    if way == "together" and keeps_keys(model):
+        return CachedRows(model, prompts, pad_token_id)
+    return RecomputedRows(model, prompts, alone=way != "together")
+
+
+def keeps_keys(model: torch.nn.Module) -> bool:
+    """Whether a model's cache is keys and values alone: its rows can be copied and taken out.
+
+    Not with PEFT's virtual tokens: they are put in front at every call, which only `generate`
+    expects.
+    """
+    if not unwrapped(model)._supports_attention_backend or adds_virtual_tokens(model):
+        return False
+    layers = DynamicCache(config=unwrapped(model).config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def left_padded(
+    prompts: Sequence[tuple[int, ...]], pad_token_id: int, device: torch.device
+) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+    """Token ids and their mask.
+
+    The mask goes by length: the pad token may also be a real token of a prompt.
+    """
+    width = max(map(len, prompts))
+    padding = [width - len(p) for p in prompts]
+    ids = [[pad_token_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
