@@ -103,7 +103,7 @@ def of_the_cut(name: str) -> bool:
 # ---- however a step is cut -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo", "none"])
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo", "kto", "none"])
 def test_the_cut_into_micro_batches_and_ranks_changes_no_metric(tmp_path: Path, loss: str) -> None:
     t = trainer(tmp_path, ranking_loss=loss, **ALL_TERMS)
     whole = logged(t, [GROUPS])
@@ -240,6 +240,7 @@ LOSSES: list[dict[str, Any]] = [
     {"ranking_loss": "logistic", "negative_penalty": "unlikelihood", "negative_weight": 0.1},
     {"ranking_loss": "listwise", "negative_penalty": "npo", "negative_weight": 0.1},
     {"ranking_loss": "dpo", "kl_weight": 0.1, "pair_reduction": "sum"},
+    {"ranking_loss": "kto"},
     {"ranking_loss": "none"},
     {"ranking_loss": "logistic", "pair_selection": "best_worst"},
     {"rank_by": "origin"},

@@ -58,7 +58,7 @@ class NEATTrainer(Trainer):
         reward_processing_classes: a tokenizer per reward function, for models given as objects.
         callbacks, optimizers: as in `Trainer`; `terminal_callbacks(args)` gives the command line's.
         peft_config: a PEFT configuration; the adapter switched off is then the start policy.
-        ref_model: the start policy for KL, dpo and npo, or its name; None is the adapter switched
+        ref_model: the start policy for KL, dpo, kto and npo, or its name; None is the adapter switched
             off, else a frozen copy of `model`.
         judge_funcs: rewards that evaluation reports and training never sees.
     """
