@@ -205,8 +205,8 @@ def loss_terms(
     )
     if p.needs_reference and not b.has_ref:
         raise ConfigError(
-            "the round's groups have no ref_logprobs, which dpo, kto, npo and the KL term need: make "
-            "the round again"
+            "the round's groups have no ref_logprobs, which dpo, kto, npo and the KL term need: "
+            "make the round again"
         )
     mask = b.rows.completion_mask
     scores, ref_scores = score_tables(b, logps, p)

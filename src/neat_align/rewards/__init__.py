@@ -16,4 +16,5 @@ Higher is better; `None` abstains; a failure is an error and never a zero.
     addresses.py    which addresses a reward server may have
     vader.py        tone by a lexicon
     minilm_tone.py  tone by a head on sentence embeddings; the demo's second judge
+    similarity.py   how near an answer is to the data's own, by sentence embeddings
 """

@@ -28,7 +28,17 @@ def _minilm_tone() -> RewardFunction:
     return MiniLMToneReward()
 
 
-SHIPPED: dict[str, Callable[[], RewardFunction]] = {"vader": _vader, "minilm_tone": _minilm_tone}
+def _similarity() -> RewardFunction:
+    from neat_align.rewards.similarity import SimilarityReward
+
+    return SimilarityReward()
+
+
+SHIPPED: dict[str, Callable[[], RewardFunction]] = {
+    "vader": _vader,
+    "minilm_tone": _minilm_tone,
+    "similarity": _similarity,
+}
 
 
 def resolve_rewards(
