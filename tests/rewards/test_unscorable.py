@@ -30,7 +30,7 @@ from neat_align.rewards.protocol import (
     ScoredRows,
     Unscorable,
 )
-from neat_align.rewards.scoring import score, unscorable_prompts
+from neat_align.rewards.scoring import score, unscorable_rows
 from neat_align.trainer.reward_setup import Rewards, scorable_data
 from neat_align.trainer.setup import TrainingData
 from reward_server import Asked, Handler, RewardServer, by_length
@@ -259,7 +259,8 @@ def test_a_prompt_that_is_too_long_already_is_found_without_an_answer() -> None:
         user(emoji),
         user("x" * 34),
     ]
-    bad = unscorable_prompts((NamedReward("judge", reward, 1.0), gives(1.0)), prompts)
+    rows = data(*prompts, "held out").rows
+    bad = unscorable_rows((NamedReward("judge", reward, 1.0), gives(1.0)), rows)
     assert [left.row for left in bad] == [1, 3, 4]
     assert all(left.reward == "judge" and "which takes 64" in left.reason for left in bad)
 

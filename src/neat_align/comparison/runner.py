@@ -40,7 +40,6 @@ from neat_align.modeling.packing import tokens_in
 from neat_align.pipeline import build_trainer
 from neat_align.reporting.comparison_report import write_comparison_report
 from neat_align.rounds.round_files import read_round
-from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 from neat_align.trainer.round_maker import round_params
 

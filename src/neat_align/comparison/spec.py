@@ -72,7 +72,7 @@ class Method:
 
     @property
     def is_trained_here(self) -> bool:
-        """Whether the comparison makes its runs: it neither is the start policy nor comes trained."""
+        """Whether the comparison makes its runs."""
         return self.name != BASE and self.policy is None
 
     @property
@@ -265,8 +265,8 @@ def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) ->
     begun = known[like]
     if begun.policy is not None:
         raise ConfigError(
-            f"{where}: method {name!r} begins as {like!r}, which was trained elsewhere (policy) and "
-            "has no options: name its own policy, or begin as another"
+            f"{where}: method {name!r} begins as {like!r}, which was trained elsewhere (policy) "
+            "and has no options: name its own policy, or begin as another"
         )
     if not description:
         is_begun = not changes or like == name
