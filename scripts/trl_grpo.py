@@ -100,6 +100,8 @@ def train(spec: CompareSpec, seed: int, answers: int, folder: Path) -> None:
 
 def in_order(rows: Sequence[PromptRow], config: NEATConfig) -> list[dict[str, Any]]:
     """The prompts of all rounds, in the order in which a method of the comparison takes them."""
+    if config.data_passes is not None or config.max_steps > 0:
+        raise SystemExit("the comparison sets data_passes or max_steps: set num_train_epochs")
     each_round = config.groups_per_round(len(rows))
     places = range(int(config.num_train_epochs) * each_round)
     taken = [rows[prompt_at(len(rows), config.seed, place)] for place in places]

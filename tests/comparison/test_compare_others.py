@@ -5,6 +5,7 @@ trained elsewhere.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_compare import CALLS, compared, files_of, place, raw_spec, run_folder, spec
+from test_compare import CALLS, compared, files_of, place, run_folder, spec
 
 from neat_align import ConfigError, RewardError
 from neat_align.cli.options import options_from
 from neat_align.comparison.before_runs import common_reward
-from neat_align.comparison.spec import parse_spec
 from neat_align.errors import DataError
 from neat_align.files.atomic import read_json
 from neat_align.pipeline import build_trainer
@@ -129,7 +129,7 @@ def test_dlma_is_trained_on_the_policys_own_opinion(place: Path, tmp_path: Path)
     texts = [answers[0] for answers in evaluation["completions"]]
     assert evaluation["rewards"] == pytest.approx([of_letters(t) for t in texts])
     record = read_json(run_folder(tmp_path, "dlma", 0) / "run.json")
-    assert record["rewards"] == ["contrast"]
+    assert (record["rewards"], record["evaluated_by"]) == (["contrast"], ["letters"])
     groups = read_groups(run_folder(tmp_path, "dlma", 0) / "rounds" / "00000" / "groups.parquet")
     rewards = [c.reward for g in groups for c in g.completions]
     assert any(r is not None and r < 0 for r in rewards) or len(set(rewards)) > 1
@@ -293,15 +293,22 @@ def test_strengths_do_not_multiply_it_and_another_model_in_its_folder_is_refused
 ) -> None:
     for seed in (0, 1):
         shutil.copytree(place / "model", tmp_path / f"m{seed}")
-    theirs = {"policy": str(tmp_path / "m{seed}")}
+    methods = {"theirs": {"policy": str(tmp_path / "m{seed}")}}
+    methods["one"] = {"policy": str(place / "model")}
     given = spec(
         place,
-        methods={"theirs": theirs},
+        methods=methods,
         strengths=[{"learning_rate": 0.01}, {"learning_rate": 0.03}],
         settings={"num_train_epochs": 1},
     )
     result, _ = compared(given, tmp_path / "out")
-    assert [(r["strength"], r["seed"]) for r in result["runs"]] == [("as set", 0), ("as set", 1)]
+    assert [(r["method"], r["strength"], r["seed"]) for r in result["runs"]] == [
+        (name, "as set", seed) for seed in (0, 1) for name in methods
+    ]
+    described = {m["name"]: m["description"] for m in result["methods"]}
+    said = "one model for all seeds, so its intervals know nothing of other trainings"
+    assert described["one"].endswith(said)
+    assert said not in described["theirs"]
     # The start policy itself: no step away.
     for run in result["runs"]:
         assert run["points"][0]["kl"] == pytest.approx(0, abs=1e-6)
@@ -318,38 +325,17 @@ def test_strengths_do_not_multiply_it_and_another_model_in_its_folder_is_refused
         compared(given, tmp_path / "out")
 
 
-def test_one_model_for_all_seeds_says_so(place: Path, tmp_path: Path) -> None:
-    theirs = {"policy": str(place / "model")}
-    result, _ = compared(spec(place, methods={"theirs": theirs}, settings=ONE), tmp_path)
-    described = {m["name"]: m["description"] for m in result["methods"]}
-    assert described["theirs"].endswith(
-        "one model for all seeds, so its intervals know nothing of other trainings"
-    )
-    assert len(result["runs"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("methods", "message"),
-    [
-        (
-            {"theirs": {"policy": "./no/such/seed{seed}"}},
-            r"method 'theirs' with seed 0 is \./no/such/seed0, and there is no such folder",
-        ),
-        ({"theirs": {"policy": "x", "beta": 1.0}}, r"'theirs' has a policy.* and also beta"),
-        ({"theirs": {"policy": "x", "like": "dpo"}}, r"'theirs' has a policy.* and also like"),
-        ({"theirs": {"policy": ["x"]}}, r"the policy of method 'theirs' is \['x'\]; it must be"),
-        ({"theirs": {"policy": None}}, r"the policy of method 'theirs' is None; it must be"),
-        (
-            {"theirs": {"policy": "x"}, "mine": {"like": "theirs"}},
-            r"method 'mine' begins as 'theirs', which was trained elsewhere",
-        ),
-        ({"base": {"policy": "x"}, "dpo": None}, r"base is the start policy.*\(policy\)"),
-    ],
-    ids=str,
-)
-def test_a_policy_that_cannot_be_meant_is_refused_before_anything_runs(
-    place: Path, tmp_path: Path, methods: dict[str, Any], message: str
+@pytest.mark.parametrize("name", ["./no/such/seed{seed}", "no/such{seed}", "{empty}"])
+def test_a_policy_that_is_not_there_is_refused_before_anything_runs(
+    place: Path, tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        compared(parse_spec(raw_spec(place, methods=methods), "tiny.yaml"), tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    policy = name.replace("{empty}", str(tmp_path / "empty"))
+    given = spec(place, methods={"dpo": None, "theirs": {"policy": policy}}, seeds=[1])
+    is_at = re.escape(policy.replace("{seed}", "1"))
+    with pytest.raises(
+        ConfigError,
+        match=rf"method 'theirs' with seed 1 is {is_at}, and there is no model \(.+: train",
+    ):
+        compared(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()

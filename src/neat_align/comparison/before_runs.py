@@ -9,9 +9,13 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from transformers import AutoConfig
+from transformers.utils import find_adapter_config_file
+
 from neat_align.comparison.spec import CompareSpec, Method, strength_name
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, one_line
+from neat_align.modeling.adapters import LOAD_ERRORS
 from neat_align.pipeline import load_data
 from neat_align.prompts.skipped_rows import BadRows, SkippedRows
 from neat_align.rewards.protocol import RewardSum
@@ -102,15 +106,19 @@ def _check_own_reward(method: Method, settings: ScriptArguments, config: NEATCon
 
 
 def _check_policies(spec: CompareSpec, method: Method) -> None:
+    """Raise ConfigError where a policy that was trained elsewhere is not there."""
     for seed in spec.seeds:
         policy = method.policy_of(seed)
-        # A hub name has one slash and no folder; everything else that is not there is a mistake.
-        looks_local = policy is not None and (policy.count("/") != 1 or policy.startswith("."))
-        if policy is not None and looks_local and not Path(policy).is_dir():
+        if policy is None:
+            return
+        try:
+            if find_adapter_config_file(policy) is None:
+                AutoConfig.from_pretrained(policy)
+        except LOAD_ERRORS as error:
             raise ConfigError(
                 f"the policy of method {method.name!r} with seed {seed} is {policy}, and there is "
-                "no such folder: train it first, or take the method out"
-            )
+                f"no model ({one_line(error, 200)}): train it first, or take the method out"
+            ) from error
 
 
 def _digest(folder: Path) -> dict[str, str]:

@@ -197,7 +197,10 @@ class TrainerParts:
         data: dict[str, Any] = {"rows": len(self.data.rows), "sha256": self.data.fingerprints[0]}
         if self.data.skipped.count:
             data |= {"skipped_rows": self.data.skipped.count, "skipped_file": SKIPPED_FILE}
-        self.directory.record_start(names, {"data": data, "plan": self.plan.to_json()})
+        facts: dict[str, Any] = {"data": data, "plan": self.plan.to_json()}
+        if self.scored_by.in_place is not None:
+            facts["evaluated_by"] = [reward.name for reward in self.scored_by.in_place]
+        self.directory.record_start(names, facts)
 
     def run_key(self) -> dict[str, object]:
         """What this run may not change when it goes on: options that decide results, data, model,
