@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
@@ -33,12 +32,11 @@ from neat_align.demo.model import demo_model_path
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
 from neat_align.modeling.loading import load_policy, load_tokenizer
-from neat_align.pipeline import load_data
+from neat_align.pipeline import load_data, lora_config
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.template_inputs import read_kwargs
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.prompt_order import prompt_at
-from neat_align.script_arguments import ScriptArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +78,7 @@ def train(spec: CompareSpec, seed: int, answers: int, folder: Path) -> None:
             args=grpo_config(config, answers, len(prompts), scratch),
             train_dataset=Dataset.from_list(prompts),
             processing_class=tokenizer,
-            peft_config=adapter(settings),
+            peft_config=lora_config(settings),
         )
         trainer.train()
         trainer.save_model(str(folder))
@@ -140,19 +138,6 @@ def grpo_config(config: NEATConfig, answers: int, prompts: int, scratch: str) ->
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-    )
-
-
-def adapter(settings: ScriptArguments) -> LoraConfig | None:
-    """The comparison's adapter; None where it trains all weights."""
-    if not settings.use_peft:
-        return None
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=settings.lora_target_modules or "all-linear",
     )
 
 

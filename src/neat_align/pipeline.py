@@ -162,17 +162,6 @@ def build_trainer(
             conversational=is_conversational(rows),
         )
         rows, held_out = refilled(rows, held_out, usable)
-    peft_config = None
-    if script.use_peft and policy is None:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=script.lora_r,
-            lora_alpha=script.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=script.lora_target_modules or "all-linear",
-        )
     trainer = NEATTrainer(
         start if policy is None else load_policy(policy),
         script.reward_funcs or None,
@@ -181,13 +170,28 @@ def build_trainer(
         eval_dataset=held_out or None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
-        peft_config=peft_config,
+        peft_config=lora_config(script) if policy is None else None,
         ref_model=None if policy is None else cast("Any", start),
         judge_funcs=script.judge_funcs or None,
         eval_rewards=eval_rewards,
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
+
+
+def lora_config(script: ScriptArguments) -> Any:
+    """The adapter that a run trains; None where it trains all weights."""
+    if not script.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=script.lora_target_modules or "all-linear",
+    )
 
 
 def run_training(
