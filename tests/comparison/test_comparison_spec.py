@@ -303,6 +303,10 @@ def test_the_published_methods_learn_from_plain_answers_and_need_what_they_say()
         if m.has_own_reward
     }
     assert own == {"dlma": ["contrast"], "self-contrast": ["similarity"]}
+    # Whatever the others rank by, and in whichever unit their margin is.
+    for name in own:
+        settings = shipped_methods()[name].settings
+        assert (settings["rank_by"], settings["reward_margin"]) == ("reward", 0), name
 
 
 def test_a_methods_own_reward_functions_have_no_weights_of_others() -> None:
