@@ -69,14 +69,16 @@ def kto_point(scores, ref, order):
     return max(0.0, reduced([scores[i] - ref[i] for i in ranked], "mean"))
 
 
+def balance(order, k):
+    """How many more completions the k-th ranks above than below."""
+    return sum(i == k for i, _ in order) - sum(j == k for _, j in order)
+
+
 def kto(scores, ref, order, beta, reduction, point=None):
     """KTO (2402.01306), equation 8, with the weights of each side adding up to half of n."""
     point = kto_point(scores, ref, order) if point is None else point
-    balance = [
-        sum(i == k for i, _ in order) - sum(j == k for _, j in order) for k in range(len(scores))
-    ]
-    good = [k for k, b in enumerate(balance) if b > 0]
-    bad = [k for k, b in enumerate(balance) if b < 0]
+    good = [k for k in range(len(scores)) if balance(order, k) > 0]
+    bad = [k for k in range(len(scores)) if balance(order, k) < 0]
     n = len(good) + len(bad)
     losses = []
     for k in good:

@@ -302,6 +302,20 @@ def test_rows_that_no_answer_can_save_are_refused_or_taken_out_at_start() -> Non
         scorable_data(data(user("long " * 60), user("a")), rewards, "skip")
 
 
+def test_held_out_rows_are_those_that_the_evaluations_reward_can_score() -> None:
+    """Whatever is trained on: runs with rewards of their own are compared on the same prompts."""
+    strict, lenient = NamedReward("judge", model_reward(), 1.0), gives(1.0)
+    long = user("long " * 60)
+    given = replace(data(user("a"), long, user("b")), eval_rows=data(long, user("c")).rows)
+    trains_on_it = scorable_data(given, Rewards((strict,), (), (lenient,)), "skip")
+    assert [row.id for row in trains_on_it.rows] == ["0"]
+    assert [row.prompt for row in trains_on_it.eval_rows] == [long]
+    judged_by_it = scorable_data(given, Rewards((lenient,), (), (strict,)), "skip")
+    both = scorable_data(given, Rewards((strict,), ()), "skip")
+    assert judged_by_it.rows == both.rows == given.rows[:1]
+    assert judged_by_it.eval_rows == both.eval_rows == []
+
+
 def test_a_trainer_refuses_such_a_prompt_before_it_samples(tmp_path: Path) -> None:
     long = {"prompt": user("Tell me " * 20)}
     with pytest.raises(DataError, match=r"no answer can be scored.*which takes 64"):
