@@ -306,7 +306,9 @@ def test_held_out_rows_are_those_that_the_evaluations_reward_can_score() -> None
     """Whatever is trained on: runs with rewards of their own are compared on the same prompts."""
     strict, lenient = NamedReward("judge", model_reward(), 1.0), gives(1.0)
     long = user("long " * 60)
-    given = replace(data(user("a"), long, user("b")), eval_rows=data(long, user("c"), user("d")).rows)
+    given = replace(
+        data(user("a"), long, user("b")), eval_rows=data(long, user("c"), user("d")).rows
+    )
     trains_on_it = scorable_data(given, Rewards((strict,), (), (lenient,)), "skip")
     assert [row.id for row in trains_on_it.rows] == ["0"]
     assert trains_on_it.eval_rows == given.eval_rows
