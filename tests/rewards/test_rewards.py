@@ -388,8 +388,8 @@ def test_dotted_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_name_says_what_was_tried() -> None:
     with pytest.raises(
         RewardError,
-        match=r"'vadder' is not a shipped one \(vader, minilm_tone, similarity, contrast\).*could not "
-        r"be loaded",
+        match=r"'vadder' is not a shipped one \(vader, minilm_tone, similarity, contrast\).*could "
+        r"not be loaded",
     ):
         resolve_rewards("vadder", None)
 
