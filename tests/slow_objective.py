@@ -63,6 +63,31 @@ def dpo(scores, ref, order, beta, reduction):
     return reduced(losses, reduction)
 
 
+def kto_point(scores, ref, order):
+    """KTO's reference point: the mean log-ratio of what is in a pair, at least 0."""
+    ranked = sorted({i for pair in order for i in pair})
+    return max(0.0, reduced([scores[i] - ref[i] for i in ranked], "mean"))
+
+
+def balance(order, k):
+    """How many more completions the k-th ranks above than below."""
+    return sum(i == k for i, _ in order) - sum(j == k for _, j in order)
+
+
+def kto(scores, ref, order, beta, reduction, point=None):
+    """KTO (2402.01306), equation 8, with the weights of each side adding up to half of n."""
+    point = kto_point(scores, ref, order) if point is None else point
+    good = [k for k in range(len(scores)) if balance(order, k) > 0]
+    bad = [k for k in range(len(scores)) if balance(order, k) < 0]
+    n = len(good) + len(bad)
+    losses = []
+    for k in good:
+        losses.append(n / 2 / len(good) * (1 - sigmoid(beta * (scores[k] - ref[k] - point))))
+    for k in bad:
+        losses.append(n / 2 / len(bad) * (1 - sigmoid(beta * (point - scores[k] + ref[k]))))
+    return reduced(losses, reduction)
+
+
 def rrhf(scores, rewards):
     """RRHF (2304.05302), equation 2: L_rank = Σ_{r_i < r_j} max(0, p_i − p_j)."""
     total = 0.0

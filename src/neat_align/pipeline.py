@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from transformers import TrainerCallback
@@ -29,6 +29,7 @@ from neat_align.prompts.row_forms import to_conversation
 from neat_align.prompts.rows import PromptRow, hashable, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
+from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
@@ -128,20 +129,30 @@ def refilled(
 
 
 def build_trainer(
-    script: ScriptArguments, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()
+    script: ScriptArguments,
+    config: NEATConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    eval_rewards: RewardSum | None = None,
+    policy: str | None = None,
 ) -> NEATTrainer:
-    """The trainer of a run, with everything checked that can be checked before sampling."""
+    """The trainer of a run, with everything checked that can be checked before sampling.
+
+    `eval_rewards` are what evaluation reports as the reward; None: what is trained on. `policy` is
+    a model that was trained elsewhere from the script's model, by name or path: it is the policy
+    then, the script's model the start policy, and prompts are as the script's tokenizer has them.
+    """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
     skipped = SkippedRows()
     rows, held_out = load_data(script, config.on_bad_row, skipped)
     name = demo_model_path() if script.model_name_or_path == "demo" else script.model_name_or_path
-    model = load_policy(
+    start = load_policy(
         name, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     tokenizer = load_tokenizer(
-        model, revision=script.model_revision, trust_remote_code=script.trust_remote_code
+        start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
         usable = functools.partial(
@@ -151,30 +162,36 @@ def build_trainer(
             conversational=is_conversational(rows),
         )
         rows, held_out = refilled(rows, held_out, usable)
-    peft_config = None
-    if script.use_peft:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=script.lora_r,
-            lora_alpha=script.lora_alpha,
-            lora_dropout=0.0,
-            target_modules=script.lora_target_modules or "all-linear",
-        )
     trainer = NEATTrainer(
-        model,
+        start if policy is None else load_policy(policy),
         script.reward_funcs or None,
         config,
         train_dataset=rows,
         eval_dataset=held_out or None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
-        peft_config=peft_config,
+        peft_config=lora_config(script) if policy is None else None,
+        ref_model=None if policy is None else cast("Any", start),
         judge_funcs=script.judge_funcs or None,
+        eval_rewards=eval_rewards,
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
+
+
+def lora_config(script: ScriptArguments) -> Any:
+    """The adapter that a run trains; None where it trains all weights."""
+    if not script.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=script.lora_target_modules or "all-linear",
+    )
 
 
 def run_training(

@@ -62,8 +62,8 @@ class ScriptArguments:
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Rewards: vader, minilm_tone, offensiveness, harmless_pairs, contrast, "
-            "package.module:function, a server's URL, or a classification model."
+            "help": "Rewards: vader, minilm_tone, offensiveness, harmless_pairs, similarity, "
+            "contrast, package.module:function, a server's URL, or a classification model."
         },
     )
     judge_funcs: list[str] = field(

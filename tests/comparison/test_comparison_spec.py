@@ -175,12 +175,37 @@ def test_strengths_in_words() -> None:
             "method 'neat' sets seed, holdout, which must be equal for all",
         ),
         (
-            {"methods": {"neat": {"reward_funcs": ["x"]}}},
-            "method 'neat' sets reward_funcs, which must be equal for all: put it under settings",
+            {"methods": {"neat": {"judge_funcs": ["x"]}}},
+            "method 'neat' sets judge_funcs, which must be equal for all: put it under settings",
+        ),
+        # A method may learn from another reward; a strength is the same for all methods.
+        (
+            {"strengths": [{"reward_funcs": ["x"]}]},
+            "a strength sets reward_funcs, which must be equal for all: put it under settings",
         ),
         (
-            {"methods": {"neat": {"reward_weights": [2.0]}}},
-            "method 'neat' sets reward_weights, which must be equal for all",
+            {"strengths": [{"reward_weights": [2.0]}]},
+            "a strength sets reward_weights, which must be equal for all",
+        ),
+        (
+            {"methods": {"theirs": {"policy": "x", "beta": 1.0}}},
+            "method 'theirs' has a policy, which was trained elsewhere, and also beta: nothing",
+        ),
+        (
+            {"methods": {"theirs": {"policy": ["x"]}}},
+            "the policy of method 'theirs' is ['x']; it must be the folder or hub name",
+        ),
+        (
+            {"methods": {"theirs": {"policy": None}}},
+            "the policy of method 'theirs' is None; it must be the folder or hub name",
+        ),
+        (
+            {"methods": {"theirs": {"policy": "x"}, "mine": {"like": "theirs"}}},
+            "method 'mine' begins as 'theirs', which was trained elsewhere (policy) and has no",
+        ),
+        (
+            {"methods": {"base": {"policy": "x"}, "neat": None}},
+            "base is the start policy and is not trained; it takes no options (policy)",
         ),
         (
             {"methods": {"neat": {"as_conversations": True}}},
@@ -253,16 +278,58 @@ def test_the_published_methods_learn_from_plain_answers_and_need_what_they_say()
     configs = {
         name: options_from({**m.settings, **own})[1] for name, m in shipped_methods().items()
     }
-    plain = ("sft-best", "rrhf", "slic", "pro", "dpo", "simpo", "neat-plain")
+    plain = ("sft-best", "rrhf", "slic", "pro", "dpo", "simpo", "kto", "self-contrast")
+    plain += ("neat-plain",)
     assert {name for name, c in configs.items() if c.num_plain == 4} == set(plain)
-    assert {name for name, c in configs.items() if c.needs_reference} == {"dpo", "rlcd-dpo"}
+    assert {name for name, c in configs.items() if c.needs_reference} == {
+        "dpo",
+        "rlcd-dpo",
+        "kto",
+        "dlma",
+        "self-contrast",
+    }
     assert {name for name, c in configs.items() if c.pair_selection == "best_worst"} == {
         "slic",
         "dpo",
         "simpo",
         "rlcd-dpo",
+        "dlma",
+        "self-contrast",
     }
     assert {name for name, c in configs.items() if c.ranking_loss == "none"} == {"sft-best"}
+    own = {
+        name: m.settings["reward_funcs"]
+        for name, m in shipped_methods().items()
+        if m.has_own_reward
+    }
+    assert own == {"dlma": ["contrast"], "self-contrast": ["similarity"]}
+    # Whatever the others rank by, and in whichever unit their margin is.
+    for name in own:
+        settings = shipped_methods()[name].settings
+        assert (settings["rank_by"], settings["reward_margin"]) == ("reward", 0), name
+
+
+def test_a_methods_own_reward_functions_have_no_weights_of_others() -> None:
+    settings = {"reward_funcs": ["a", "b"], "reward_weights": [1.0, 2.0]}
+    methods = {
+        "own": {"like": "neat", "reward_funcs": ["c"]},
+        "weighed": {"like": "neat", "reward_weights": [0.0, 1.0]},
+        "both": {"like": "neat", "reward_funcs": ["c"], "reward_weights": [3.0]},
+        "neat": None,
+    }
+    read = spec(settings=settings, methods=methods)
+    found = {m.name: read.options(m, {}, 0) for m in read.methods}
+    given = {
+        name: (options["reward_funcs"], options.get("reward_weights"))
+        for name, options in found.items()
+    }
+    assert given == {
+        "base": (["a", "b"], [1.0, 2.0]),
+        "own": (["c"], None),
+        "weighed": (["a", "b"], [0.0, 1.0]),
+        "both": (["c"], [3.0]),
+        "neat": (["a", "b"], [1.0, 2.0]),
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

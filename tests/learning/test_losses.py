@@ -17,7 +17,9 @@ from neat_align.learning import pairs as pair_masks
 from neat_align.rounds import ranking as group_ranking
 
 NAN, INF, LN2 = math.nan, math.inf, math.log(2)
-RANKING = ("hinge", "logistic", "listwise", "dpo")
+# Of differences of scores; `kto` looks at each completion by itself.
+PAIRWISE = ("hinge", "logistic", "listwise", "dpo")
+RANKING = (*PAIRWISE, "kto")
 REDUCTIONS = ("mean", "sum")
 BETA, GAMMA, MARGIN = 1.7, 0.4, 0.3
 quick = settings(max_examples=40, deadline=None)
@@ -28,7 +30,7 @@ def tensor(values):
 
 
 def ranking(name, scores, pairs, reduction="mean", ref=None):
-    """Any of the four losses with this file's hyper-parameters."""
+    """Any of the losses with this file's hyper-parameters."""
     if name == "hinge":
         return losses.hinge_loss(scores, pairs, margin=MARGIN, reduction=reduction)
     if name == "logistic":
@@ -36,6 +38,8 @@ def ranking(name, scores, pairs, reduction="mean", ref=None):
     if name == "listwise":
         return losses.listwise_loss(scores, pairs, beta=BETA, reduction=reduction)
     ref = torch.full_like(scores, -1.0) if ref is None else ref
+    if name == "kto":
+        return losses.kto_loss(scores, ref, pairs, beta=BETA, reduction=reduction)
     return losses.dpo_loss(scores, ref, pairs, beta=BETA, reduction=reduction)
 
 
@@ -46,6 +50,8 @@ def slow_ranking(name, scores, ref, order, reduction):
         return slow.logistic(scores, order, BETA, GAMMA, reduction)
     if name == "listwise":
         return slow.plackett_luce(scores, order, BETA, reduction)
+    if name == "kto":
+        return slow.kto(scores, ref, order, BETA, reduction)
     return slow.dpo(scores, ref, order, BETA, reduction)
 
 
@@ -404,7 +410,7 @@ def test_dpo_at_the_reference_is_log_two(drawn):
 @quick
 def test_a_shift_common_to_the_group_changes_no_ranking_loss(drawn, shift):
     rewards, scores, ref, _ = unpack(drawn)
-    for name in RANKING:
+    for name in PAIRWISE:
         moved = ranking(name, scores + shift, ordered(*rewards), ref=ref)
         torch.testing.assert_close(moved, ranking(name, scores, ordered(*rewards), ref=ref))
 
@@ -420,12 +426,13 @@ def test_a_worse_completion_is_pushed_down_and_a_better_one_up(name, reduction):
     )
     assert grad[0, 1] > 0
     assert grad[0, 0] < 0
-    assert grad.sum().item() == pytest.approx(0, abs=1e-12)
+    if name in PAIRWISE:
+        assert grad.sum().item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gap", [1e4, -1e4])
-@pytest.mark.parametrize("name", RANKING)
+@pytest.mark.parametrize("name", PAIRWISE)
 def test_huge_gaps_stay_finite(name, gap, dtype):
     """When the order is wrong by 1e4, the loss is β·1e4 (or 1e4 + m) and the gradient of the pair
     is β (or 1), not less.
@@ -440,7 +447,7 @@ def test_huge_gaps_stay_finite(name, gap, dtype):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", RANKING)
+@pytest.mark.parametrize("name", PAIRWISE)
 def test_ranking_gradients_are_those_of_finite_differences(name, reduction):
     scores = tensor([[-1.0, -2.3, -0.4, -1.7], [-0.2, -0.9, -3.0, -1.1]]).requires_grad_()
     ref = tensor([[-1.5, -2.0, -0.7, -1.0], [-0.6, -0.8, -2.0, -1.4]]).requires_grad_()
@@ -448,6 +455,131 @@ def test_ranking_gradients_are_those_of_finite_differences(name, reduction):
     assert torch.autograd.gradcheck(
         lambda s, r: ranking(name, s, pairs, reduction, r), (scores, ref)
     )
+
+
+# ---- KTO -----------------------------------------------------------------------------------------
+
+
+def test_kto_by_hand():
+    """β = 1, ref 0, ratios 3, 1, 0 with rewards 2 > 1 > 0: the middle one has no label, and
+    z₀ = 4/3. 1 − σ(3 − 4/3) = σ(−5/3), 1 − σ(4/3 − 0) = σ(−4/3); half of each, `sum` twice that.
+
+    Gradient of the first: −½ σ(5/3) σ(−5/3); of the last +½ σ(4/3) σ(−4/3); z₀ has none.
+    """
+    scores, ref, pairs = tensor([[3.0, 1.0, 0.0]]), tensor([[0.0] * 3]), ordered(2.0, 1.0, 0.0)
+    good, bad = slow.sigmoid(-5 / 3), slow.sigmoid(-4 / 3)
+
+    def loss(s, reduction="mean"):
+        return losses.kto_loss(s, ref, pairs, beta=1.0, reduction=reduction)
+
+    value, grad = gradient(loss, scores)
+    assert value.item() == pytest.approx((good + bad) / 2)
+    assert loss(scores, "sum").item() == pytest.approx(good + bad)
+    slopes = [-good * (1 - good) / 2, 0.0, bad * (1 - bad) / 2]
+    assert grad[0].tolist() == pytest.approx(slopes)
+
+
+def test_kto_weighs_both_sides_alike_by_hand():
+    """One desirable against three undesirable ones, all at the reference: every loss is ½, and the
+    single one has half of the gradient. β = 2: ½ · 2 · ¼ = ¼ for it, a twelfth for each other.
+    """
+    scores, pairs = tensor([[-1.0, -2.0, -3.0, -4.0]]), ordered(1.0, 0.0, 0.0, 0.0)
+    value, grad = gradient(
+        lambda s: losses.kto_loss(s, scores, pairs, beta=2.0, reduction="mean"), scores
+    )
+    assert value.item() == pytest.approx(0.5)
+    assert grad[0].tolist() == pytest.approx([-1 / 4, 1 / 12, 1 / 12, 1 / 12])
+
+
+def test_the_sides_of_a_group_by_hand():
+    """Above 3, 1, 1, 0 and below 0, 1, 1, 3 of the others; two tied in the middle are neither."""
+    good, bad = pair_masks.sides(ordered(3.0, 1.0, 1.0, 0.0))
+    assert good.tolist() == [[True, False, False, False]]
+    assert bad.tolist() == [[False, False, False, True]]
+    good, bad = pair_masks.sides(ordered(1.0, None, 0.0, 0.0))
+    assert (good.tolist(), bad.tolist()) == (
+        [[True, False, False, False]],
+        [[False, False, True, True]],
+    )
+
+
+@given(drawn=group, margin=st.sampled_from([0.0, 1.0, 2.5]))
+@quick
+def test_a_group_with_a_pair_has_both_sides(drawn, margin):
+    rewards, _, _, _ = unpack(drawn)
+    pairs = ordered(*rewards, margin=margin)
+    good, bad = pair_masks.sides(pairs)
+    assert bool(good.any()) == bool(bad.any()) == bool(pairs.any())
+    assert not (good & bad).any()
+
+
+def test_ktos_reference_point_by_hand():
+    """The mean of those that are in a pair, 0 where that is negative, and for no pair."""
+    ratios = tensor([[3.0, 99.0, 1.0], [-3.0, 99.0, 1.0], [3.0, 2.0, 1.0]]).requires_grad_()
+    pairs = torch.cat([ordered(1.0, None, 0.0), ordered(1.0, None, 0.0), ordered(1.0, 1.0, 1.0)])
+    point = pair_masks.reference_point(ratios, pairs)
+    assert point.tolist() == [2.0, 0.0, 0.0]
+    assert not point.requires_grad
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_kto_gradients_are_those_of_finite_differences(reduction):
+    """Below the reference on average, where z₀ is 0 on both sides of each difference."""
+    scores = tensor([[-1.0, -2.3, -0.4, -1.7], [-0.2, -0.9, -3.0, -1.1]]).requires_grad_()
+    ref = tensor([[-0.5, -2.0, -0.7, -1.0], [-0.6, -0.8, -2.0, -0.4]]).requires_grad_()
+    pairs = torch.cat([ordered(1.0, 2.0, 0.0, 1.0), ordered(0.0, None, 3.0, 1.0)])
+    assert torch.autograd.gradcheck(
+        lambda s, r: losses.kto_loss(s, r, pairs, beta=BETA, reduction=reduction), (scores, ref)
+    )
+
+
+@given(drawn=group, reduction=st.sampled_from(REDUCTIONS))
+@quick
+def test_kto_holds_its_reference_point_fixed(drawn, reduction):
+    """Its gradient is that of the slow loss with z₀ as a number, by central differences."""
+    rewards, scores, ref, _ = unpack(drawn)
+    order = slow.pairs(rewards, 0.0)
+    _, grad = gradient(lambda s: ranking("kto", s, ordered(*rewards), reduction, ref), scores)
+    mine, refs, step = scores[0].tolist(), ref[0].tolist(), 1e-5
+    point = slow.kto_point(mine, refs, order)
+    for i in range(len(mine)):
+        up, down = (
+            slow.kto(
+                [v + d * (i == k) for k, v in enumerate(mine)], refs, order, BETA, reduction, point
+            )
+            for d in (step, -step)
+        )
+        assert grad[0, i].item() == pytest.approx((up - down) / (2 * step), abs=1e-6)
+
+
+@given(drawn=group, shift=st.floats(0, 5))
+@quick
+def test_a_shift_above_the_reference_moves_ktos_reference_point_along(drawn, shift):
+    """So that only the differences count there; below it, it stays where it is."""
+    rewards, scores, ref, _ = unpack(drawn)
+    above, pairs = scores.clamp(min=ref), ordered(*rewards)
+    moved = ranking("kto", above + shift, pairs, ref=ref)
+    torch.testing.assert_close(moved, ranking("kto", above, pairs, ref=ref))
+
+
+@given(drawn=group)
+@quick
+def test_kto_at_the_reference_is_a_half_and_never_beyond_one(drawn):
+    rewards, scores, ref, _ = unpack(drawn)
+    pairs = ordered(*rewards)
+    assert ranking("kto", scores, pairs, ref=scores).item() == pytest.approx(0.5 * pairs.any())
+    assert 0 <= ranking("kto", scores, pairs, ref=ref).item() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+def test_kto_lets_go_of_what_is_far_on_either_side(gap, dtype):
+    value, grad = gradient(
+        lambda s: ranking("kto", s, ordered(1.0, 0.0)), torch.tensor([[gap, 0.0]], dtype=dtype)
+    )
+    # Wrong by 1e4, z₀ is 0: the first one is lost, the second is 1 above its reference.
+    assert value.item() == pytest.approx(0.0 if gap > 0 else (1 + slow.sigmoid(BETA)) / 2)
+    assert grad.abs()[0, 0].item() == 0
 
 
 # ---- language modelling and penalties ------------------------------------------------------------
@@ -501,6 +633,7 @@ SCORE_LOSSES = {
     "logistic": lambda x: losses.logistic_loss(x, PAIRS, beta=2.0, gamma=0.5, reduction="mean"),
     "listwise": lambda x: losses.listwise_loss(x, PAIRS, beta=1.0, reduction="mean"),
     "dpo": lambda x: losses.dpo_loss(x, x.detach() - 0.1, PAIRS, beta=2.0, reduction="mean"),
+    "kto": lambda x: losses.kto_loss(x, x.detach() - 0.1, PAIRS, beta=2.0, reduction="mean"),
     "npo": lambda x: losses.npo_penalty(x[0], x[0].detach() - 0.1, beta=1.0),
 }
 TOKEN_LOSSES = {
@@ -719,6 +852,8 @@ def test_active_pairs_by_hand():
     assert active("logistic") == [(0, 1), (1, 2)]
     assert active("logistic", gamma=1.0) == [(0, 1), (0, 2), (1, 2)]
     assert active("listwise", gamma=1.0) == active("dpo", gamma=1.0) == [(0, 1), (1, 2)]
+    # z₀ = 0: 4σ(1 − σ) is 0.79 at −1 and 0.07 at −4, and the middle one has no label.
+    assert active("kto") == [(0, 1), (0, 2)]
     assert active("none") == []
     with pytest.raises(ValueError, match="ranking_loss is 'pairwise'"):
         active("pairwise")

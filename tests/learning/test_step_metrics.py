@@ -103,7 +103,7 @@ def of_the_cut(name: str) -> bool:
 # ---- however a step is cut -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo", "none"])
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo", "kto", "none"])
 def test_the_cut_into_micro_batches_and_ranks_changes_no_metric(tmp_path: Path, loss: str) -> None:
     t = trainer(tmp_path, ranking_loss=loss, **ALL_TERMS)
     whole = logged(t, [GROUPS])
@@ -138,7 +138,7 @@ def test_a_term_that_no_group_has_is_logged_as_zero(tmp_path: Path) -> None:
 # ---- by plain formulas ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["hinge", "logistic", "dpo"])
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "dpo", "kto"])
 def test_facts_are_those_of_plain_lists(tmp_path: Path, loss: str) -> None:
     t = trainer(tmp_path, ranking_loss=loss, **ALL_TERMS)
     engine = t.parts.engine
@@ -161,12 +161,18 @@ def test_facts_are_those_of_plain_lists(tmp_path: Path, loss: str) -> None:
         for values, c in zip(own, g.completions, strict=True):
             entry = expected[f"logps/{c.origin}"]
             entry[0], entry[1] = entry[0] + sum(values), entry[1] + len(values)
-        for i, j in slow.pairs([c.reward for c in g.completions], p.reward_margin):
+        order = slow.pairs([c.reward for c in g.completions], p.reward_margin)
+        point = slow.kto_point(scores, refs, order)
+        for i, j in order:
             gap = scores[i] - scores[j]
             correct += 1.0 if gap > 0 else 0.5 if gap == 0 else 0.0
             total += 1
             if loss == "hinge":
                 is_active = p.hinge_margin - gap > 0
+            elif loss == "kto":
+                labelled = {k for k in (i, j) if slow.balance(order, k)}
+                share = [slow.sigmoid(p.beta * (scores[k] - refs[k] - point)) for k in labelled]
+                is_active = any(4 * s * (1 - s) > 0.1 for s in share)
             else:
                 if loss == "dpo":
                     gap -= refs[i] - refs[j]
@@ -240,6 +246,7 @@ LOSSES: list[dict[str, Any]] = [
     {"ranking_loss": "logistic", "negative_penalty": "unlikelihood", "negative_weight": 0.1},
     {"ranking_loss": "listwise", "negative_penalty": "npo", "negative_weight": 0.1},
     {"ranking_loss": "dpo", "kl_weight": 0.1, "pair_reduction": "sum"},
+    {"ranking_loss": "kto"},
     {"ranking_loss": "none"},
     {"ranking_loss": "logistic", "pair_selection": "best_worst"},
     {"rank_by": "origin"},

@@ -136,6 +136,7 @@ BEST_WORST = [
         "lm_on_bad_origins": True,
         "lm_on_cut_completions": True,
     },
+    {"ranking_loss": "kto", "beta": 0.3, "lm_weight": 0.0},
     {"ranking_loss": "logistic", "kl_weight": 0.5},  # reads every completion
 ]
 ONLY_LM: list[dict[str, Any]] = [

@@ -389,7 +389,7 @@ def test_an_unknown_name_says_what_was_tried() -> None:
     with pytest.raises(
         RewardError,
         match=r"'vadder' is not a shipped one \(vader, minilm_tone, offensiveness, "
-        r"harmless_pairs, contrast\).*could not be loaded",
+        r"harmless_pairs, similarity, contrast\).*could not be loaded",
     ):
         resolve_rewards("vadder", None)
 

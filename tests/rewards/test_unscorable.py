@@ -30,7 +30,7 @@ from neat_align.rewards.protocol import (
     ScoredRows,
     Unscorable,
 )
-from neat_align.rewards.scoring import score, unscorable_prompts
+from neat_align.rewards.scoring import score, unscorable_rows
 from neat_align.trainer.reward_setup import Rewards, scorable_data
 from neat_align.trainer.setup import TrainingData
 from reward_server import Asked, Handler, RewardServer, by_length
@@ -259,7 +259,8 @@ def test_a_prompt_that_is_too_long_already_is_found_without_an_answer() -> None:
         user(emoji),
         user("x" * 34),
     ]
-    bad = unscorable_prompts((NamedReward("judge", reward, 1.0), gives(1.0)), prompts)
+    rows = data(*prompts, "held out").rows
+    bad = unscorable_rows((NamedReward("judge", reward, 1.0), gives(1.0)), rows)
     assert [left.row for left in bad] == [1, 3, 4]
     assert all(left.reward == "judge" and "which takes 64" in left.reason for left in bad)
 
@@ -299,6 +300,22 @@ def test_rows_that_no_answer_can_save_are_refused_or_taken_out_at_start() -> Non
     assert [line["where"] for line in kept.skipped] == ["d.jsonl:1"]
     with pytest.raises(DataError, match="no row is left"):
         scorable_data(data(user("long " * 60), user("a")), rewards, "skip")
+
+
+def test_held_out_rows_are_those_that_the_evaluations_reward_can_score() -> None:
+    """Whatever is trained on: runs with rewards of their own are compared on the same prompts."""
+    strict, lenient = NamedReward("judge", model_reward(), 1.0), gives(1.0)
+    long = user("long " * 60)
+    given = replace(
+        data(user("a"), long, user("b")), eval_rows=data(long, user("c"), user("d")).rows
+    )
+    trains_on_it = scorable_data(given, Rewards((strict,), (), (lenient,)), "skip")
+    assert [row.id for row in trains_on_it.rows] == ["0"]
+    assert trains_on_it.eval_rows == given.eval_rows
+    judged_by_it = scorable_data(given, Rewards((lenient,), (), (strict,)), "skip")
+    both = scorable_data(given, Rewards((strict,), ()), "skip")
+    assert judged_by_it.rows == both.rows == given.rows[:1]
+    assert judged_by_it.eval_rows == both.eval_rows == given.eval_rows[1:]
 
 
 def test_a_trainer_refuses_such_a_prompt_before_it_samples(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from tiny import FAMILIES, Family, save_tiny, tiny_model, tiny_tokenizer
 # ---- the gradient ----
 
 
-@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo"])
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo", "kto"])
 def test_accumulating_one_group_at_a_time_is_one_big_batch(tmp_path: Path, loss: str) -> None:
     """1×8 = 8×1 with groups of unequal size (leaks, duplicates and cut targets make them so): same
     weights after a step.
@@ -123,7 +123,7 @@ def test_any_layout_and_token_budget_make_the_same_step(
     assert 0 < found["packed"][1]["packing/padding_fraction"] < 1
 
 
-@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo"])
+@pytest.mark.parametrize("loss", ["hinge", "logistic", "listwise", "dpo", "kto"])
 def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(
     tmp_path: Path, loss: str
 ) -> None:
@@ -702,7 +702,7 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
     [
         (
             {"ranking_loss": "margin"},
-            "ranking_loss is 'margin'; it must be one of hinge, logistic, listwise, dpo, none",
+            "ranking_loss is 'margin'; it must be one of hinge, logistic, listwise, dpo, kto, none",
         ),
         (
             {"pair_selection": "random"},
@@ -773,6 +773,11 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
             "writes those",
         ),
         ({"ranking_loss": "dpo", "gamma": 1.0}, "gamma is set but ranking_loss is dpo"),
+        ({"ranking_loss": "kto", "gamma": 1.0}, "gamma is set but ranking_loss is kto"),
+        (
+            {"ranking_loss": "kto", "hinge_margin": 1.0},
+            "hinge_margin is set but ranking_loss is kto",
+        ),
         ({"negative_penalty": "npo"}, "set both, or neither"),
         ({"negative_weight": 1.0}, "set both, or neither"),
         ({"npo_beta": 1.0}, "npo_beta is set but negative_penalty is none"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from neat_align.comparison.outcomes import Point, Run
-from neat_align.comparison.spec import BASE, CompareSpec
+from neat_align.comparison.spec import BASE, CompareSpec, Method
 from neat_align.comparison.summary import summarise
 from neat_align.config import NEATConfig
 from neat_align.files.provenance import commit, cpu_name, versions
@@ -35,10 +35,11 @@ def comparison_result(
     `starts` are the start policy's evaluations by seed, `configs` the settings by method.
     """
     settings, config = next(iter(configs.values()))
-    trained = next(c for name, (_, c) in configs.items() if name != BASE)
+    not_here = {m.name for m in spec.methods if not m.is_trained_here}
+    here = [c for name, (_, c) in configs.items() if name not in not_here]
     shared = {k: v for k, v in spec.settings.items() if k not in _NOT_AMONG_SETTINGS}
     methods = [
-        {"name": m.name, "description": m.description, "settings": dict(m.settings)}
+        {"name": m.name, "description": _described(m, spec), "settings": dict(m.settings)}
         for m in spec.methods
     ]
     return {
@@ -50,7 +51,7 @@ def comparison_result(
         "rewards": settings.reward_funcs,
         "judges": settings.judge_funcs,
         "budget": {
-            **_budget(trained, runs),
+            **(_budget(here[0], runs) if here else {}),
             "held_out_prompts": len(next(iter(starts.values())).evaluation["prompts"]),
             "samples_per_prompt": config.num_eval_generations,
         },
@@ -62,6 +63,22 @@ def comparison_result(
         "versions": versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
     }
+
+
+def _described(method: Method, spec: CompareSpec) -> str:
+    """What a method is, and where its row is to be read otherwise than the others'."""
+    notes = [method.description]
+    if method.has_own_reward:
+        trained = method.settings.get("reward_funcs", spec.settings.get("reward_funcs"))
+        names = trained if isinstance(trained, str) else " + ".join(map(str, trained or []))
+        notes.append(f"trained on {names}; its reward here is the comparison's all the same")
+    if method.policy is not None:
+        notes.append("trained elsewhere, at a budget that is not checked here")
+        if len(spec.seeds) > 1 and "{seed}" not in method.policy:
+            notes.append(
+                "one model for all seeds, so its intervals know nothing of other trainings"
+            )
+    return "; ".join(notes)
 
 
 def _budget(config: NEATConfig, runs: Sequence[Run]) -> dict[str, int]:

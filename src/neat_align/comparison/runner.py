@@ -22,6 +22,12 @@ from typing import Any
 from accelerate.utils.memory import clear_device_cache
 from transformers import PrinterCallback, TrainerCallback
 
+from neat_align.comparison.before_runs import (
+    Settings,
+    checked_settings,
+    common_reward,
+    own_options,
+)
 from neat_align.comparison.outcomes import Point, Run
 from neat_align.comparison.result_file import comparison_result, example_answers
 from neat_align.comparison.spec import BASE, CompareSpec, Method, strength_name
@@ -34,7 +40,6 @@ from neat_align.modeling.packing import tokens_in
 from neat_align.pipeline import build_trainer
 from neat_align.reporting.comparison_report import write_comparison_report
 from neat_align.rounds.round_files import read_round
-from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 from neat_align.trainer.round_maker import round_params
 
@@ -55,7 +60,7 @@ class Caller:
     its number, of how many, the run, and the seconds of each run that was made so far.
     """
 
-    read_options: Callable[[Mapping[str, Any]], tuple[ScriptArguments, NEATConfig]]
+    read_options: Callable[[Mapping[str, Any]], Settings]
     callbacks: Callable[[NEATConfig], list[TrainerCallback]]
     on_run: Callable[[int, int, Run, Sequence[float]], None]
 
@@ -80,7 +85,7 @@ class _SharedRounds:
 
 def run_comparison(spec: CompareSpec, out: Path, caller: Caller) -> dict[str, Any]:
     """Make every run that is not there yet; write `comparison.json` and its page to `out`."""
-    configs = _checked_settings(spec, caller)
+    configs = checked_settings(spec, caller.read_options)
     jobs = list(_jobs(spec, out / "runs"))
     starts = {
         seed: _start(spec, seed, out / "runs" / BASE / f"seed{seed}", caller) for seed in spec.seeds
@@ -104,41 +109,21 @@ def run_comparison(spec: CompareSpec, out: Path, caller: Caller) -> dict[str, An
 
 
 def number_of_runs(spec: CompareSpec) -> int:
-    """Runs that a comparison makes; the start policy is not one."""
-    return (len(spec.methods) - 1) * len(spec.strengths) * len(spec.seeds)
+    """Runs that a comparison makes or reads; the start policy is not one."""
+    return sum(1 for _ in _jobs(spec, Path()))
 
 
 def _jobs(spec: CompareSpec, folder: Path) -> Iterator[_Job]:
     trained = [m for m in spec.methods if m.name != BASE]
     for seed, method, strength in product(spec.seeds, trained, spec.strengths):
+        if method.policy is not None:  # it has been trained, at whatever strength
+            if strength == spec.strengths[0]:
+                yield _Job(
+                    method, {}, seed, folder / method.name / strength_name({}) / f"seed{seed}"
+                )
+            continue
         name = strength_name(strength).replace("/", "_")
         yield _Job(method, strength, seed, folder / method.name / name / f"seed{seed}")
-
-
-def _checked_settings(
-    spec: CompareSpec, caller: Caller
-) -> dict[str, tuple[ScriptArguments, NEATConfig]]:
-    """Every run's options as settings, at the first seed.
-
-    All are looked at before the first run, which may be hours before the last.
-    """
-    configs = {}
-    for method in spec.methods:
-        is_base = method.name == BASE
-        for strength in spec.strengths[:1] if is_base else spec.strengths:
-            name = method.name
-            if strength and not is_base:
-                name += f" ({strength_name(strength)})"
-            configs[name] = caller.read_options(spec.options(method, strength, spec.seeds[0]))
-    counts = {name: config.num_generations for name, (_, config) in configs.items() if name != BASE}
-    if len(set(counts.values())) > 1:
-        said = ", ".join(f"{name} {n}" for name, n in counts.items())
-        raise ConfigError(
-            f"the methods do not sample the same number of completions a prompt ({said}), so "
-            "their budgets are not equal: change num_positive, num_negative and num_plain under "
-            "methods until the sums agree"
-        )
-    return configs
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -175,7 +160,13 @@ def _build(
     given = {**spec.options(method, strength, seed), "output_dir": str(folder)}
     settings, config = caller.read_options(given)
     callback = _EvaluateRounds(folder)
-    trainer = build_trainer(settings, config, [callback, *caller.callbacks(config)])
+    trainer = build_trainer(
+        settings,
+        config,
+        [callback, *caller.callbacks(config)],
+        eval_rewards=common_reward(spec, method, caller.read_options),
+        policy=method.policy_of(seed),
+    )
     if not trainer.parts.data.eval_rows:
         raise ConfigError(
             "a comparison needs held-out prompts: set holdout or eval_dataset_name under settings"
@@ -204,7 +195,9 @@ def _start(spec: CompareSpec, seed: int, folder: Path, caller: Caller) -> Point:
 def _run(spec: CompareSpec, job: _Job, start: Point, shared: _SharedRounds, caller: Caller) -> Run:
     """A run, made or read."""
     if (job.folder / "points.json").is_file():
-        _check_key(job.folder, spec.options(job.method, job.strength, job.seed), None)
+        _check_key(job.folder, own_options(spec, job.method, job.strength, job.seed), None)
+    elif job.method.policy is not None:
+        _evaluate_policy(spec, job, caller)
     else:
         _make_run(spec, job, shared, caller)
     facts = read_json(job.folder / "points.json")
@@ -230,7 +223,7 @@ def _make_run(spec: CompareSpec, job: _Job, shared: _SharedRounds, caller: Calle
     """Train, or go on with, one run; its `points.json` is written last."""
     begun = time.monotonic()
     trainer = _build(spec, job.method, job.strength, job.seed, job.folder, caller)
-    _check_key(job.folder, spec.options(job.method, job.strength, job.seed), trainer)
+    _check_key(job.folder, own_options(spec, job.method, job.strength, job.seed), trainer)
     broke = _train(trainer, shared)
     evaluations = job.folder.glob("evaluation-*.json")
     rounds = sorted(int(path.stem.rpartition("-")[2]) for path in evaluations)
@@ -248,6 +241,25 @@ def _make_run(spec: CompareSpec, job: _Job, shared: _SharedRounds, caller: Calle
     write_json(job.folder / "points.json", facts)
     for checkpoint in job.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # the run is over, and its policy has been evaluated
+
+
+def _evaluate_policy(spec: CompareSpec, job: _Job, caller: Caller) -> None:
+    """Evaluate a policy that was trained elsewhere, as one that was trained here: the same prompts,
+    draws, rewards and judges, and its KL to the start policy.
+    """
+    begun = time.monotonic()
+    trainer = _build(spec, job.method, {}, job.seed, job.folder, caller)
+    _check_key(job.folder, own_options(spec, job.method, {}, job.seed), trainer)
+    events = trainer.callback_handler.callbacks
+    evaluation = trainer.parts.evaluate(None, events, is_start=False, may_stop=True)
+    write_json(job.folder / "evaluation-1.json", evaluation.to_json())
+    facts = {
+        "rounds": [1],
+        "seconds": time.monotonic() - begun,
+        "trained_tokens": 0,
+        "training": [{}],
+    }
+    write_json(job.folder / "points.json", facts)
 
 
 def _train(trainer: NEATTrainer, shared: _SharedRounds) -> str | None:

@@ -12,7 +12,8 @@ Read from YAML, checked before it runs:
     methods:                              # in the order of the table
       base:                               # a shipped method as it is …
       neat: {learning_rate: 2.0e-4}       # … or with changes …
-      mine: {like: neat, beta: 4.0}       # … or a new one that begins as another
+      mine: {like: neat, beta: 4.0}       # … or a new one that begins as another …
+      theirs: {policy: "runs/theirs/seed{seed}"}  # … or models that were trained elsewhere
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ _FILE_KEYS = (_KEYS[0], "like", *_KEYS[1:])
 _COMMON = (
     *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_limit"),
     *("as_conversations", "holdout", "eval_dataset_name", "eval_dataset_split"),
-    *("reward_funcs", "reward_weights", "judge_funcs", "output_dir", "num_train_epochs"),
+    *("judge_funcs", "output_dir", "num_train_epochs"),
     *("data_passes", "max_steps", "on_bad_row", "max_prompt_length", "prompts_per_round"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
     *("max_completion_length", "temperature", "top_p", "top_k", "num_eval_generations"),
     *("num_eval_prompts", "seed"),
 )
+# What a method may train on instead: it is evaluated by the comparison's reward all the same.
+_OWN_REWARD = ("reward_funcs", "reward_weights")
 # Options of train that a comparison decides itself, and what says it here.
 _NOT_SETTINGS = {
     "seed": "seeds lists them",
@@ -57,12 +60,29 @@ _NOT_SETTINGS = {
 class Method:
     """A named way to train: its changes to the common settings.
 
-    `base` is the start policy and has none.
+    `base` is the start policy and has none. `policy` names the models of a method that was trained
+    elsewhere (a folder or hub name, `{seed}` in it standing for the seed): they are evaluated, and
+    there is nothing to set.
     """
 
     name: str
     description: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    policy: str | None = None
+
+    @property
+    def is_trained_here(self) -> bool:
+        """Whether the comparison makes its runs."""
+        return self.name != BASE and self.policy is None
+
+    @property
+    def has_own_reward(self) -> bool:
+        """Whether it is trained on another reward than the comparison's, which still judges it."""
+        return any(name in self.settings for name in _OWN_REWARD)
+
+    def policy_of(self, seed: int) -> str | None:
+        """The model of a seed, of a method that was trained elsewhere."""
+        return None if self.policy is None else self.policy.replace("{seed}", str(seed))
 
 
 @dataclass(frozen=True)
@@ -82,9 +102,13 @@ class CompareSpec:
     def options(self, method: Method, strength: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """All options of one run.
 
-        A strength's options win over a method's, a method's over the common ones.
+        A strength's options win over a method's, a method's over the common ones. A method's own
+        reward functions have their own weights, too: the common ones are others'.
         """
-        return {**self.settings, **method.settings, **strength, "seed": seed}
+        common = dict(self.settings)
+        if "reward_funcs" in method.settings:
+            common.pop("reward_weights", None)
+        return {**common, **method.settings, **strength, "seed": seed}
 
 
 def strength_name(strength: Mapping[str, Any]) -> str:
@@ -222,12 +246,15 @@ def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) ->
             f"{where}: base is the start policy and is not trained; it takes no options ({told})"
         )
     changes = dict(changes)
-    like, description = str(changes.pop("like", name)), changes.pop("description", None)
+    description = changes.pop("description", None)
     if description is not None and not isinstance(description, str):
         raise ConfigError(
             f"{where}: the description of method {name!r} is {description!r}; it must be text: "
             "put it in quotes"
         )
+    if "policy" in changes:
+        return _trained_elsewhere(name, changes, description, where)
+    like = str(changes.pop("like", name))
     if like not in known:
         near = difflib.get_close_matches(like, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -236,10 +263,32 @@ def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) ->
             "your own says which one it begins as: {like: neat, …}"
         )
     begun = known[like]
+    if begun.policy is not None:
+        raise ConfigError(
+            f"{where}: method {name!r} begins as {like!r}, which was trained elsewhere (policy) "
+            "and has no options: name its own policy, or begin as another"
+        )
     if not description:
         is_begun = not changes or like == name
         description = begun.description if is_begun else f"{like} with {strength_name(changes)}"
     return Method(name, description, {**begun.settings, **changes})
+
+
+def _trained_elsewhere(
+    name: str, changes: Mapping[str, Any], description: str | None, where: str
+) -> Method:
+    policy, others = changes["policy"], sorted(changes.keys() - {"policy"})
+    if not isinstance(policy, str) or not policy:
+        raise ConfigError(
+            f"{where}: the policy of method {name!r} is {policy!r}; it must be the folder or hub "
+            'name of the trained model, such as "runs/theirs/seed{seed}"'
+        )
+    if others:
+        raise ConfigError(
+            f"{where}: method {name!r} has a policy, which was trained elsewhere, and also "
+            f"{', '.join(others)}: nothing here would read that; take it out"
+        )
+    return Method(name, description or f"the models in {policy}", policy=policy)
 
 
 def _check_common(spec: CompareSpec, where: str) -> None:
@@ -257,7 +306,7 @@ def _check_common(spec: CompareSpec, where: str) -> None:
                 "for all: put it under settings"
             )
     for strength in spec.strengths:
-        changed = [k for k in strength if k in _COMMON]
+        changed = [k for k in strength if k in (*_COMMON, *_OWN_REWARD)]
         if changed:
             raise ConfigError(
                 f"{where}: a strength sets {', '.join(changed)}, which must be equal for all: put "

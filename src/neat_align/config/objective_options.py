@@ -8,7 +8,9 @@ from neat_align.config import combinations
 from neat_align.config.constraints import option
 from neat_align.config.trainer_defaults import TrainerDefaults
 
-RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "none")
+RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "kto", "none")
+# Those that look at log-ratios to the start policy.
+LOG_RATIO_LOSSES = ("dpo", "kto")
 NEGATIVE_PENALTIES = ("none", "unlikelihood", "npo")
 DIVERGENCES = ("reverse", "forward", "js")
 CONTRASTS = ("contrast", "positive", "sharpened")
@@ -21,8 +23,8 @@ class ObjectiveOptions(TrainerDefaults):
     # ---- objective ----
     ranking_loss: str = option(
         "logistic",
-        "hinge (RRHF, SLiC), logistic (SimPO's form), listwise (PRO), dpo, or none (the LM loss "
-        "alone: RAFT).",
+        "hinge (RRHF, SLiC), logistic (SimPO's form), listwise (PRO), dpo, kto, or none (the LM "
+        "loss alone, RAFT, or contrast distillation alone).",
         choices=RANKING_LOSSES,
     )
     pair_selection: str = option(
@@ -40,8 +42,8 @@ class ObjectiveOptions(TrainerDefaults):
     )
     beta: float | None = option(
         None,
-        "Scale of log-probability differences in logistic, listwise, dpo. Unset: 2, 1, and 2 (0.1 "
-        "if length_power is 0).",
+        "Scale of log-probability differences in logistic, listwise, dpo and kto. Unset: 2, 1, and "
+        "2 for the last two (0.1 if length_power is 0).",
         gt=0,
         only_with=combinations.BETA,
     )
@@ -203,14 +205,16 @@ class ObjectiveOptions(TrainerDefaults):
     @property
     def needs_reference(self) -> bool:
         """Whether the objective needs the start policy's log-probabilities."""
-        return self.ranking_loss == "dpo" or self.negative_penalty == "npo" or self.kl_weight > 0
+        log_ratios = self.ranking_loss in LOG_RATIO_LOSSES
+        return log_ratios or self.negative_penalty == "npo" or self.kl_weight > 0
 
     @property
     def resolved_beta(self) -> float:
         """`beta`, or the default of the chosen ranking loss."""
-        # dpo's own 0.1 is for summed log-probabilities; on means it would hardly ever saturate.
-        dpo = 0.1 if self.length_power == 0 else 2.0
-        defaults = {"logistic": 2.0, "listwise": 1.0, "dpo": dpo, "hinge": 1.0, "none": 1.0}
+        # dpo's and kto's own 0.1 is for sums; on means it would hardly ever saturate.
+        ratio = 0.1 if self.length_power == 0 else 2.0
+        defaults = {"logistic": 2.0, "listwise": 1.0, "hinge": 1.0, "none": 1.0}
+        defaults |= dict.fromkeys(LOG_RATIO_LOSSES, ratio)
         return defaults[self.ranking_loss] if self.beta is None else self.beta
 
     @property

@@ -1,7 +1,7 @@
 """The losses of NEAT, as pure functions of tensors: no model, no configuration, no device, no
 synchronisation.
 
-Read top to bottom: what a completion scores, the four ranking losses on ordered pairs (`pairs`),
+Read top to bottom: what a completion scores, the ranking losses on ordered pairs (`pairs`),
 the language-modelling loss, the penalties, and their sum. The equations, their sources and the
 tests that hold them are tabled in `docs/method.md`.
 
@@ -30,7 +30,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from neat_align.learning.pairs import score_gaps
+from neat_align.learning.pairs import reference_point, score_gaps, sides
 
 Reduction: TypeAlias = Literal["mean", "sum"]
 UNLIKELIHOOD_EPSILON = 1e-5
@@ -145,6 +145,44 @@ def dpo_loss(
     length-normalised DPO has it.
     """
     return logistic_loss(scores - ref_scores, pairs, beta=beta, gamma=0.0, reduction=reduction)
+
+
+def kto_loss(
+    scores: Float[Tensor, "groups k"],
+    ref_scores: Float[Tensor, "groups k"],
+    pairs: Bool[Tensor, "groups k k"],
+    *,
+    beta: float,
+    reduction: Reduction,
+) -> Float[Tensor, "groups"]:
+    """Kahneman–Tversky optimisation: good and bad completions, each against a reference point.
+
+        L = ½ mean_{i desirable} [1 − σ(β(r_i − z₀))] + ½ mean_{j undesirable} [1 − σ(β(z₀ − r_j))]
+        r_i = ℓ_i − ℓ_i^ref,    z₀ = max(0, mean_{ranked i} r_i), without a gradient
+
+    KTO (2402.01306, its equation 8 and TRL's `loss_type="kto"`); between 0 and 1, ½ at the
+    reference; β is per unit of score. Unlike a logistic loss it lets go of a completion that is far
+    on the wrong side, too. Which completions are desirable is `pairs.sides`: those that rank above
+    more than they rank below; one in the middle is neither. `mean` is over the group's labelled
+    completions, `sum` is their number times that.
+
+    Departures: the labels come from the group's own ranking. The weights λ are balanced in each
+    group (λ_D n_D = λ_U n_U; the paper asks for a ratio of 1 to 4/3 over the whole data, TRL takes
+    1 and 1). z₀ is a mean over the group's own ranked completions: they are samples of a recent
+    policy, so it estimates KL(π_θ ‖ π_ref) as it stands, in the unit of the scores; KTO and TRL
+    take answers to *other* prompts of the micro-batch (mismatched pairs), which would make the loss
+    depend on how a step is cut. And KTO's r is a sum over tokens (`length_power` 0).
+    """
+    ratios = scores - ref_scores
+    good, bad = sides(pairs)
+    # Chosen before σ: an absent completion may hold anything.
+    gain = beta * torch.where(good | bad, ratios - reference_point(ratios, pairs)[:, None], 0.0)
+    lost = torch.sigmoid(torch.where(bad, gain, -gain))
+    n_good, n_bad = (
+        side.sum(dim=-1, keepdim=True).clamp(min=1).to(scores.dtype) for side in (good, bad)
+    )
+    weights = (n_good + n_bad) / 2 / torch.where(good, n_good, n_bad)
+    return _reduce(weights * lost, good | bad, reduction)
 
 
 # ---- language modelling --------------------------------------------------------------------------

@@ -204,6 +204,8 @@ def ranking_losses(
         return losses.listwise_loss(scores, pairs, beta=p.beta, reduction=p.reduction)
     if p.ranking_loss == "dpo":
         return losses.dpo_loss(scores, ref_scores, pairs, beta=p.beta, reduction=p.reduction)
+    if p.ranking_loss == "kto":
+        return losses.kto_loss(scores, ref_scores, pairs, beta=p.beta, reduction=p.reduction)
     raise ValueError(f"there is no ranking loss {p.ranking_loss!r}")
 
 
@@ -234,8 +236,8 @@ def loss_terms(
     )
     if p.needs_reference and not b.has_ref:
         raise ConfigError(
-            "the round's groups have no ref_logprobs, which dpo, npo and the KL term need: make "
-            "the round again"
+            "the round's groups have no ref_logprobs, which dpo, kto, npo and the KL term need: "
+            "make the round again"
         )
     mask = b.rows.completion_mask
     scores, ref_scores = score_tables(b, logps, p)

@@ -46,6 +46,33 @@ def best_against_worst(
     return chosen & preferred_pairs(keys, present, margin)
 
 
+def sides(
+    pairs: Bool[Tensor, "groups k k"],
+) -> tuple[Bool[Tensor, "groups k"], Bool[Tensor, "groups k"]]:
+    """Which completions are desirable and which undesirable, for a loss that wants labels.
+
+        desirable  ⇔  |{j : i ≻ j}| > |{j : j ≻ i}|,    undesirable  ⇔  <
+
+    A completion that ranks above as many as below (in the middle, tied with all, absent) is
+    neither. A group with a pair has both: its best one ranks above something and below nothing.
+    """
+    balance = pairs.sum(dim=-1) - pairs.sum(dim=-2)
+    return balance > 0, balance < 0
+
+
+def reference_point(
+    ratios: Float[Tensor, "groups k"], pairs: Bool[Tensor, "groups k k"]
+) -> Float[Tensor, " groups"]:
+    """KTO's z₀ of each group: the mean log-ratio to the reference of the completions that are in a
+    pair, at least 0. No gradient passes.
+
+    In the unit of the scores. What is in no pair has no say, so that it may be left out of a batch.
+    """
+    ranked = pairs.any(dim=-1) | pairs.any(dim=-2)
+    total = torch.where(ranked, ratios.detach(), 0.0).sum(dim=-1)
+    return (total / ranked.sum(dim=-1).clamp(min=1)).clamp(min=0)
+
+
 def penalised(
     keys: Float[Tensor, "groups k"],
     present: Bool[Tensor, "groups k"],
@@ -81,11 +108,14 @@ def active_pairs(
         hinge                   m + ℓ_j − ℓ_i > 0
         logistic                σ(−(β(ℓ_i − ℓ_j) − γ)) > `ACTIVE_WEIGHT`
         listwise, dpo           the same with γ = 0
+        kto                     4σ(x)(1 − σ(x)) > `ACTIVE_WEIGHT`, x = β(r − z₀), for one of the two
         none                    never
 
     The sigmoid is the pair's gradient as a share of β; in `listwise`, where the losers of one
-    winner share a gradient, it is what the pair would have alone, an upper bound. For `dpo` hand in
-    log-ratios, `scores - ref_scores`. What a loss does not have (`margin`, `beta` or `gamma`) is
+    winner share a gradient, it is what the pair would have alone, an upper bound. `kto` has a
+    gradient a completion and not a pair: what counts is that one of the two has a label (`sides`)
+    and its gradient is above that share of the largest. For `dpo` and `kto` hand in log-ratios,
+    `scores - ref_scores`. What a loss does not have (`margin`, `beta` or `gamma`) is
     not read. No gradient passes.
     """
     gaps = score_gaps(scores.detach(), pairs)
@@ -95,10 +125,15 @@ def active_pairs(
         return (torch.sigmoid(gamma - beta * gaps) > ACTIVE_WEIGHT) & pairs
     if ranking_loss in ("listwise", "dpo"):
         return (torch.sigmoid(-beta * gaps) > ACTIVE_WEIGHT) & pairs
+    if ranking_loss == "kto":
+        ratios, (good, bad) = scores.detach(), sides(pairs)
+        share = torch.sigmoid(beta * (ratios - reference_point(ratios, pairs)[:, None]))
+        learns = (4 * share * (1 - share) > ACTIVE_WEIGHT) & (good | bad)
+        return (learns[:, :, None] | learns[:, None, :]) & pairs
     if ranking_loss == "none":
         return torch.zeros_like(pairs)
     raise ValueError(
-        f"ranking_loss is {ranking_loss!r}; it must be hinge, logistic, listwise, dpo or none"
+        f"ranking_loss is {ranking_loss!r}; it must be hinge, logistic, listwise, dpo, kto or none"
     )
 
 

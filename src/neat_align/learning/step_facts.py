@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from neat_align.config.objective_options import LOG_RATIO_LOSSES
 from neat_align.learning import pairs as pair_masks
 from neat_align.learning.losses import LossTerms
 from neat_align.learning.objective import (
@@ -50,7 +51,7 @@ def step_facts(
     logps, mask, wide = logps.detach(), b.rows.completion_mask, sum_dtype(logps.device)
     scores, ref_scores = score_tables(b, logps, p)
     active = pair_masks.active_pairs(
-        scores - ref_scores if p.ranking_loss == "dpo" else scores,
+        scores - ref_scores if p.ranking_loss in LOG_RATIO_LOSSES else scores,
         pairs,
         ranking_loss=p.ranking_loss,
         margin=p.hinge_margin,

@@ -290,6 +290,7 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
         ("Planned prompts", _share_of_data(run.record)),
         ("Rows left out", _rows_left_out(run.record)),
         ("Rewards", ", ".join(map(str, rewards)) if isinstance(rewards, list) else rewards),
+        ("Evaluated by", ", ".join(map(str, run.record.get("evaluated_by") or [])) or None),
         ("Instructions", c.get("instruction_bank")),
         ("Ranking loss", c.get("ranking_loss")),
         ("Learning rate", c.get("learning_rate")),

@@ -18,4 +18,5 @@ Higher is better; `None` abstains; a failure is an error and never a zero.
     minilm_tone.py  tone by a head on sentence embeddings; the demo's second judge
     offensiveness.py   words that people called offensive, by a linear model; no package needed
     harmless_pairs.py  which answer HH-RLHF's raters would call less harmful, by SmolLM2 and a head
+    similarity.py      how near an answer is to the data's own, by sentence embeddings
 """

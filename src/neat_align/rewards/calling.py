@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from neat_align.rewards.event_loop import (
     give_up,
     reward_loop,
 )
-from neat_align.rewards.logged import OPTIONAL_ARGUMENTS, CallLog
+from neat_align.rewards.logged import OPTIONAL_ARGUMENTS, CallLog, named_by
 from neat_align.rewards.output import checked_scores, consumed, excerpt
 from neat_align.rewards.protocol import CompletionInput, NamedReward, Score
 
@@ -40,13 +40,17 @@ _TOO_LARGE = 413  # the HTTP status of a request that is too large
 
 @dataclass(frozen=True)
 class Rows:
-    """What reward functions are given, and how each row is called in messages."""
+    """What reward functions are given, and how each row is called in messages.
+
+    `answers` are the data's own, `chosen` and `rejected`, for functions whose signature names them.
+    """
 
     prompts: Sequence[Prompt]
     completions: Sequence[CompletionInput]
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
     labels: Sequence[str]
+    answers: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -57,16 +61,22 @@ class Rows:
         copies = {name: [deep_copy(value) for value in values] for name, values in texts.items()}
         return {**copies, "completion_ids": [list(ids) for ids in self.completion_ids]}
 
+    def answers_for(self, reward: NamedReward) -> dict[str, Any]:
+        """Those of the data's own answers that the function's signature names."""
+        return {name: list(self.answers[name]) for name in named_by(reward.function, self.answers)}
+
     def part(self, first: int, end: int) -> Rows:
         """The rows from `first` to `end`, which is left out."""
         cut = slice(first, end)
         columns = {name: column[cut] for name, column in self.columns.items()}
+        answers = {name: texts[cut] for name, texts in self.answers.items()}
         return Rows(
             self.prompts[cut],
             self.completions[cut],
             self.completion_ids[cut],
             columns,
             self.labels[cut],
+            answers,
         )
 
     def middle(self) -> int | None:
@@ -180,7 +190,8 @@ class _Call:
 
     def _in_time(self) -> Any:
         """The function's output. RewardTimeoutError after the reward's timeout."""
-        arguments = self.rows.arguments() | self.log.arguments_for(self.reward)
+        arguments = self.rows.arguments() | self.rows.answers_for(self.reward)
+        arguments |= self.log.arguments_for(self.reward)
 
         def called() -> Any:
             return consumed(self.reward.function(**arguments), len(self.rows))

@@ -38,7 +38,7 @@ class CallLog:
             "log_metric": lambda: self.log_metric,
             "log_extra": lambda: self.log_extra,
         }
-        return {name: available[name]() for name in _named_by(reward.function)}
+        return {name: available[name]() for name in named_by(reward.function, OPTIONAL_ARGUMENTS)}
 
     def log_metric(self, name: str, value: Any) -> None:
         """A number of this call, to be averaged with those of the other calls and logged.
@@ -88,7 +88,8 @@ def _copy_of_state(reward: NamedReward) -> Any:
     return state
 
 
-def _named_by(function: Any) -> list[str]:
+def named_by(function: Any, names: Iterable[str]) -> list[str]:
+    """Which of these arguments the function's signature names, and has not been given already."""
     bound: set[str] = set()
     plain = function
     while isinstance(plain, functools.partial):
@@ -100,7 +101,7 @@ def _named_by(function: Any) -> list[str]:
         return []
     return [
         name
-        for name in OPTIONAL_ARGUMENTS
+        for name in names
         if name in parameters
         and name not in bound
         and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD

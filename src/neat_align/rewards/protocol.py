@@ -29,6 +29,14 @@ class Unscorable:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RewardSum:
+    """Reward functions as a user names them, and what each counts in their sum (None: 1 each)."""
+
+    funcs: RewardSpec | Sequence[RewardSpec]
+    weights: Sequence[float] | None = None
+
+
 Score: TypeAlias = float | Unscorable | None
 
 
@@ -40,7 +48,8 @@ class RewardFunction(Protocol):
     function may change and keep; only objects that Python cannot copy (locks, open files) are the
     data's own.
 
-    Three of TRL's arguments are given where the signature names them: `trainer_state`, a copy of
+    The data's own answers are given where the signature names them: `chosen` and `rejected`, a text
+    or None a row. So are three of TRL's arguments: `trainer_state`, a copy of
     transformers' TrainerState (None outside of a trainer); `log_metric(name, value)`, a number that
     is averaged over the round, or the evaluation, and logged; `log_extra(column, values)`, one
     value a row, kept beside the completions (`rounds/*/reward-extra.jsonl`).
@@ -71,6 +80,17 @@ class ChecksPrompts(Protocol):
 
     def unscorable_prompts(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
         """The reason by the prompt's position, for prompts no answer to which can be scored."""
+        ...
+
+
+@runtime_checkable
+class ChecksAnswers(Protocol):
+    """A reward function that compares with the data's own answer, and can tell before anything is
+    sampled where there is none.
+    """
+
+    def unscorable_answers(self, chosen: Sequence[str | None]) -> Mapping[int, str]:
+        """The reason by the row's position, for rows no answer to which can be scored."""
         ...
 
 

@@ -40,11 +40,18 @@ def _harmless_pairs() -> RewardFunction:
     return HarmlessPairsReward()
 
 
+def _similarity() -> RewardFunction:
+    from neat_align.rewards.similarity import SimilarityReward
+
+    return SimilarityReward()
+
+
 SHIPPED: dict[str, Callable[[], RewardFunction]] = {
     "vader": _vader,
     "minilm_tone": _minilm_tone,
     "offensiveness": _offensiveness,
     "harmless_pairs": _harmless_pairs,
+    "similarity": _similarity,
 }
 
 

@@ -13,6 +13,7 @@ from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.calling import ARGUMENTS, Answer, Rows, call_all
 from neat_align.rewards.output import excerpt
 from neat_align.rewards.protocol import (
+    ChecksAnswers,
     ChecksPrompts,
     CompletionInput,
     LeftOut,
@@ -34,9 +35,11 @@ def score(
     columns: Mapping[str, Sequence[Any]],
     labels: Sequence[str] | None = None,
     on_bad_row: OnBadRow = "error",
+    answers: Mapping[str, Sequence[str | None]] | None = None,
 ) -> ScoredRows:
     """Score every row with every function. `labels` are the rows' names in messages
-    ("data.jsonl:3"), else "row 0", ….
+    ("data.jsonl:3"), else "row 0", …; `answers` the data's own (`chosen`, `rejected`), for
+    functions whose signature names them.
 
     A row's reward is the weighted sum over the functions that did not abstain on it (TRL's nansum),
     not rescaled: a function that abstains on only some completions of one prompt contributes 0 to
@@ -53,12 +56,12 @@ def score(
     called on halves of the rows.
     """
     names = labels or [f"row {i}" for i in range(len(completions))]
-    rows = Rows(prompts, completions, completion_ids, columns, names)
+    rows = Rows(prompts, completions, completion_ids, columns, names, answers or {})
     _check_rows(rows)
     if not completions:
         return ScoredRows((), ())
-    answers = call_all(rewards, rows)
-    given = [[s for answer in parts for s in answer.scores] for parts in answers]
+    called = call_all(rewards, rows)
+    given = [[s for answer in parts for s in answer.scores] for parts in called]
     left_out = [
         LeftOut(i, reward.name, value.reason)
         for reward, scores in zip(rewards, given, strict=True)
@@ -69,7 +72,7 @@ def score(
     numbers = [[_number(value) for value in scores] for scores in given]
     components = tuple(zip(*numbers, strict=True)) if numbers else ((),) * len(completions)
     sums = _sums(rewards, components, left_out, rows.labels)
-    flat = [answer for parts in answers for answer in parts]
+    flat = [answer for parts in called for answer in parts]
     return ScoredRows(sums, components, tuple(left_out), _metrics(flat), _extra(flat, len(rows)))
 
 
@@ -126,14 +129,17 @@ def _extra(answers: Sequence[Answer], rows: int) -> dict[str, tuple[Any, ...]]:
     return {column: tuple(values) for column, values in extra.items()}
 
 
-def unscorable_prompts(rewards: Sequence[NamedReward], prompts: Sequence[Prompt]) -> list[LeftOut]:
-    """The prompts no answer to which can be scored, as far as the rewards can tell beforehand."""
-    return [
-        LeftOut(i, reward.name, reason)
-        for reward in rewards
-        if isinstance(reward.function, ChecksPrompts)
-        for i, reason in sorted(reward.function.unscorable_prompts(prompts).items())
-    ]
+def unscorable_rows(rewards: Sequence[NamedReward], rows: Sequence[PromptRow]) -> list[LeftOut]:
+    """The rows no answer to which can be scored, as far as the rewards can tell beforehand."""
+    found: list[LeftOut] = []
+    for reward in rewards:
+        reasons: dict[int, str] = {}
+        if isinstance(reward.function, ChecksPrompts):
+            reasons |= reward.function.unscorable_prompts([row.prompt for row in rows])
+        if isinstance(reward.function, ChecksAnswers):
+            reasons |= reward.function.unscorable_answers([row.chosen for row in rows])
+        found += [LeftOut(i, reward.name, reason) for i, reason in sorted(reasons.items())]
+    return found
 
 
 def _check_rows(rows: Rows) -> None:
@@ -148,6 +154,7 @@ def _check_rows(rows: Rows) -> None:
         "prompts": rows.prompts,
         "completion_ids": rows.completion_ids,
         "labels": rows.labels,
+        **rows.answers,
         **rows.columns,
     }
     for name, column in lists.items():
@@ -194,4 +201,8 @@ def score_answers(
         columns={name: [row.columns.get(name) for row in rows] for name in names},
         labels=[row.where for row in rows],
         on_bad_row=on_bad_row,
+        answers={
+            "chosen": [row.chosen for row in rows],
+            "rejected": [row.rejected for row in rows],
+        },
     )

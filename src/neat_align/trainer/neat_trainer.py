@@ -27,7 +27,7 @@ from neat_align.errors import RunInterrupted
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.learning.current_round import CurrentRoundDataset
 from neat_align.learning.objective import LossCounts, MicroBatch
-from neat_align.rewards.protocol import RewardSpec
+from neat_align.rewards.protocol import RewardSpec, RewardSum
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.round_files import FinishedRound
 from neat_align.runs.run_directory import required_files
@@ -58,9 +58,10 @@ class NEATTrainer(Trainer):
         reward_processing_classes: a tokenizer per reward function, for models given as objects.
         callbacks, optimizers: as in `Trainer`; `terminal_callbacks(args)` gives the command line's.
         peft_config: a PEFT configuration; the adapter switched off is then the start policy.
-        ref_model: the start policy for KL, dpo and npo, or its name; None is the adapter switched
-            off, else a frozen copy of `model`.
+        ref_model: the start policy for KL, dpo, kto and npo, or its name; None is the adapter
+            switched off, else a frozen copy of `model`.
         judge_funcs: rewards that evaluation reports and training never sees.
+        eval_rewards: what evaluation reports as the reward; None: what is trained on.
     """
 
     # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
@@ -84,14 +85,14 @@ class NEATTrainer(Trainer):
         peft_config: Any = None,
         ref_model: str | PreTrainedModel | torch.nn.Module | None = None,
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
+        eval_rewards: RewardSum | None = None,
     ) -> None:
         args = given.as_config(args)
         data = read_data(args, train_dataset, eval_dataset, callbacks or ())
         setup, data = set_up_policy(args, model, data, processing_class, peft_config, ref_model)
         contrast = contrast_reward(args, setup, self._sum_logprobs)
-        scored_by = set_up_rewards(
-            args, contrast, reward_funcs, judge_funcs, reward_processing_classes, lambda: self.state
-        )
+        told = (reward_funcs, judge_funcs, reward_processing_classes)
+        scored_by = set_up_rewards(args, contrast, *told, lambda: self.state, eval_rewards)
         data = scorable_data(data, scored_by, args.on_bad_row)
         self.rounds = CurrentRoundDataset(args.groups_per_round(len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)

@@ -79,7 +79,7 @@ class TrainerParts:
             model=policies.model,
             tokenizer=self.setup.tokenizer,
             sampler=policies.sampler(),
-            rewards=judged_by_start(self.scored_by.rewards, policies.start_sum_logprobs),
+            rewards=judged_by_start(self.scored_by.evaluated, policies.start_sum_logprobs),
             judges=judged_by_start(self.scored_by.judges, policies.start_sum_logprobs),
             bank=self.setup.bank,
             placement=self.args.instruction_placement,
@@ -145,7 +145,7 @@ class TrainerParts:
         rows = read_rows(self.args, eval_dataset, "eval_dataset", skipped)
         tokenizer, name = self.setup.tokenizer, "eval_dataset"
         usable = usable_rows(self.args, self.data, rows, tokenizer, name, skipped=skipped)
-        everybody = (*self.scored_by.rewards, *self.scored_by.judges)
+        everybody = (*self.scored_by.evaluated, *self.scored_by.judges)
         bad = BadRows(name, self.args.on_bad_row, skipped)
         kept = scorable_places(usable.rows, everybody, bad)
         self.data.skipped.take(skipped)
@@ -197,7 +197,10 @@ class TrainerParts:
         data: dict[str, Any] = {"rows": len(self.data.rows), "sha256": self.data.fingerprints[0]}
         if self.data.skipped.count:
             data |= {"skipped_rows": self.data.skipped.count, "skipped_file": SKIPPED_FILE}
-        self.directory.record_start(names, {"data": data, "plan": self.plan.to_json()})
+        facts: dict[str, Any] = {"data": data, "plan": self.plan.to_json()}
+        if self.scored_by.in_place is not None:
+            facts["evaluated_by"] = [reward.name for reward in self.scored_by.in_place]
+        self.directory.record_start(names, facts)
 
     def run_key(self) -> dict[str, object]:
         """What this run may not change when it goes on: options that decide results, data, model,
@@ -217,9 +220,15 @@ class TrainerParts:
                 "held-out data": self.data.fingerprints[1],
                 "rewards": [[r.name, r.weight] for r in self.scored_by.rewards],
                 "judges": [j.name for j in self.scored_by.judges],
+                **self._evaluated_by(),
                 "processes": self.args.world_size,
             },
         )
+
+    def _evaluated_by(self) -> dict[str, object]:
+        """What an evaluation calls the reward, where it is not what is trained on."""
+        told = self.scored_by.in_place
+        return {} if told is None else {"evaluated rewards": [[r.name, r.weight] for r in told]}
 
 
 def compose(
@@ -280,7 +289,7 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
     names = metric_names(
         data.eval_rows,
         judges,
-        has_rewards=bool(scored_by.rewards),
+        has_rewards=bool(scored_by.evaluated),
         contrast=args.evaluate_contrast,
     )
     check_followed_metric(args, names)

@@ -22,9 +22,9 @@ from neat_align.prompts.skipped_rows import BadRows
 from neat_align.prompts.template_inputs import joined_inputs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
-from neat_align.rewards.protocol import NamedReward, RewardSpec
+from neat_align.rewards.protocol import NamedReward, RewardSpec, RewardSum
 from neat_align.rewards.resolve import resolve_rewards
-from neat_align.rewards.scoring import unscorable_prompts
+from neat_align.rewards.scoring import unscorable_rows
 from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.trainer.setup import PolicySetup, TrainingData, template_kwargs
 
@@ -35,10 +35,19 @@ GivenRewards = RewardSpec | Sequence[RewardSpec] | None
 
 @dataclass(frozen=True)
 class Rewards:
-    """What is trained on, and what only evaluation sees."""
+    """What is trained on (`rewards`), and what only evaluation sees.
+
+    An evaluation calls `in_place` the reward, where it is there, instead of what is trained on.
+    """
 
     rewards: tuple[NamedReward, ...]
     judges: tuple[NamedReward, ...]
+    in_place: tuple[NamedReward, ...] | None = None
+
+    @property
+    def evaluated(self) -> tuple[NamedReward, ...]:
+        """What an evaluation calls the reward."""
+        return self.rewards if self.in_place is None else self.in_place
 
 
 def set_up_rewards(
@@ -48,17 +57,22 @@ def set_up_rewards(
     judge_funcs: GivenRewards,
     processing_classes: Any,
     trainer_state: Callable[[], Any] | None = None,
+    evaluated: RewardSum | None = None,
 ) -> Rewards:
     """Rewards and judges as the user gave them, as functions with names and weights.
 
-    `trainer_state` gives the trainer's state to functions that ask for it.
+    `trainer_state` gives the trainer's state to functions that ask for it. `evaluated` is what an
+    evaluation calls the reward; None: what is trained on.
 
     Raises ConfigError and RewardError for what is no reward, does not fit the way of ranking, or
     lacks its server's token.
     """
     rewards = _resolved(reward_funcs, args, contrast, args.reward_weights, processing_classes)
     judges = _resolved(judge_funcs, args, contrast)
-    functions = [r.function for r in (*rewards, *judges)]
+    told = None
+    if evaluated is not None:
+        told = _resolved(evaluated.funcs, args, contrast, evaluated.weights)
+    functions = [r.function for r in (*rewards, *judges, *(told or ()))]
     check_tokens(functions)
     check_http_hosts(args.allow_http_hosts, functions)
     if args.distil_answers == "lower_half" and not rewards:
@@ -77,10 +91,12 @@ def set_up_rewards(
             f"the best bad completion {ORIGIN_STEP:g} below the worst good one: that would be no "
             f"pair; set reward_margin below {ORIGIN_STEP:g}"
         )
-    return Rewards(
-        tuple(replace(reward, trainer_state=trainer_state) for reward in rewards),
-        tuple(replace(judge, trainer_state=trainer_state) for judge in judges),
-    )
+
+    def with_state(given: Sequence[NamedReward]) -> tuple[NamedReward, ...]:
+        return tuple(replace(reward, trainer_state=trainer_state) for reward in given)
+
+    in_place = None if told is None else with_state(told)
+    return Rewards(with_state(rewards), with_state(judges), in_place)
 
 
 def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> TrainingData:
@@ -88,9 +104,11 @@ def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> Tr
 
     Raises DataError where there are such prompts and `on_bad_row` is "error".
     """
-    everybody = (*scored_by.rewards, *scored_by.judges)
+    everybody = (*scored_by.evaluated, *scored_by.judges)
+    # Runs that are evaluated by one reward learn from the same prompts, whatever they train on.
+    trained = (*scored_by.rewards, *(scored_by.in_place or ()))
     bad = BadRows("training prompts", on_bad_row, data.skipped)
-    kept = scorable_places(data.rows, scored_by.rewards, bad)
+    kept = scorable_places(data.rows, trained, bad)
     bad = BadRows("held-out prompts", on_bad_row, data.skipped)
     held_out = scorable_places(data.eval_rows, everybody, bad)
     if len(kept) == len(data.rows) and len(held_out) == len(data.eval_rows):
@@ -107,7 +125,7 @@ def scorable_places(
     rows: Sequence[PromptRow], rewards: Sequence[NamedReward], bad: BadRows
 ) -> list[int]:
     """The places of the rows to which an answer can be scored; `bad` is told of the others."""
-    found = unscorable_prompts(rewards, [row.prompt for row in rows])
+    found = unscorable_rows(rewards, rows)
     reasons = {left.row: left.reason for left in found}
     for i, reason in reasons.items():
         bad.add(rows[i].where, rows[i].id, f"no answer can be scored, since it {reason}")
