@@ -49,6 +49,20 @@ INITIAL_POLICY = (
         none_of=(0,),
     ),
 )
+CONTRAST_FROM = (
+    OnlyWith(
+        "num_plain",
+        "contrast_from is branch but num_plain is 0: there is no plain answer to branch from; ask "
+        "for one or more, or set contrast_from: prompt",
+        none_of=(0,),
+    ),
+    OnlyWith(
+        "negative_source",
+        "contrast_from is branch and negative_source is other_prompts: an answer to another prompt "
+        "shares no beginning with this one's; remove one",
+        none_of=("other_prompts",),
+    ),
+)
 PAIR_SELECTION = (
     OnlyWith(
         "ranking_loss",
@@ -132,6 +146,11 @@ RULES = (
         lambda c: c.num_generations == 1 and not c.use_human_completions,
         "num_positive, num_negative and num_plain add up to 1 and use_human_completions is false: "
         "one completion a prompt leaves nothing to rank; ask for two or more",
+    ),
+    Rule(
+        lambda c: c.contrast_from == "branch" and c.num_positive + c.num_negative == 0,
+        "contrast_from is branch but num_positive and num_negative are 0: nothing would branch; "
+        "ask for one of them, or set contrast_from: prompt",
     ),
     Rule(
         lambda c: c.ranking_loss == "none" and c.lm_weight == 0,

@@ -199,11 +199,19 @@ def _plan(
             "format": FORMAT,
             "round": round_index,
             "rows": [_content(row) for row in rows],
-            "params": json.loads(json.dumps(asdict(params))),
+            "params": _decides(params),
             "bank": [[pair.positive, pair.negative] for pair in tools.bank.pairs],
         },
         "rewards": [[reward.name, reward.weight] for reward in tools.rewards],
     }
+
+
+def _decides(params: RoundParams) -> dict[str, Any]:
+    """What a round is made of, as JSON. Rounds without branches are as in earlier versions."""
+    decides: dict[str, Any] = json.loads(json.dumps(asdict(params)))
+    if params.contrast_from == "prompt":
+        del decides["contrast_from"]
+    return decides
 
 
 def _content(row: PromptRow) -> list[Any]:

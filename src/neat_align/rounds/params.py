@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
 from neat_align.prompts.skipped_rows import OnBadRow
@@ -12,6 +12,8 @@ from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.ranking import RankBy
 from neat_align.sampling.protocol import Sampler, SamplingParams
 
+# Where positive and negative answers begin.
+ContrastFrom: TypeAlias = Literal["prompt", "branch"]
 # Told (stage, finished, of how many).
 Progress = Callable[[str, int, int], None]
 # Prompts of a round, its first ones, whose answers are scored for metrics alone: `logps`, `kl` and
@@ -39,6 +41,7 @@ class RoundParams:
     max_prompt_length: int
     min_pair_fraction: float = 0.0
     negative_source: Literal["instruction", "other_prompts"] = "instruction"
+    contrast_from: ContrastFrom = "prompt"
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:
         """How many completions of each origin are sampled.
@@ -66,8 +69,9 @@ class RoundTools:
     log-probabilities under the plain prompt, of the current and of the start policy (None: not
     computed; one function twice: computed once). The current policy's are for metrics only, so they
     are computed for the round's first `MEASURED_PROMPTS`; the start policy's for every completion,
-    or, without `ref_for_all`, for the same ones. `on_bad_row`: a completion that a reward cannot
-    score is an error, or has no reward.
+    or, without `ref_for_all`, for the same ones. Where answers branch, `policy_logprobs` is needed:
+    it also scores plain answers under the instructions. `on_bad_row`: a completion that a reward
+    cannot score is an error, or has no reward.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no

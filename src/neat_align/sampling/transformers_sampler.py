@@ -232,7 +232,8 @@ class TransformersSampler:
             logits = self._forward(input_ids, (mask, positions) if padded else None, cache)[which]
             cache.batch_select_indices(which)
             ends = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
-            drawing = Drawing(numbers, ends)
+            limits = torch.tensor([r.limit(params) for r in requests], device=device)
+            drawing = Drawing(numbers, ends, limits)
             positions = mask[which].sum(-1)
             mask = torch.nn.functional.pad(mask[which], (0, params.max_new_tokens), value=1)
             while True:
@@ -253,8 +254,7 @@ class TransformersSampler:
                 seen = (mask[:, : width + drawing.step], positions[:, None])
                 logits = self._forward(last[:, None], seen if padded else None, cache)
                 positions = positions + 1
-        drawn = zip(drawing.tokens.tolist(), drawing.logprobs.tolist(), strict=True)
-        return [self._sample(tokens, logprobs) for tokens, logprobs in drawn]
+        return self._samples(requests, params, drawing.tokens.tolist(), drawing.logprobs.tolist())
 
     def _forward(
         self,
@@ -284,16 +284,17 @@ class TransformersSampler:
             input_ids.shape[1],
         )
         known = KnownPadding(is_there=len({len(r.prompt_ids) for r in requests}) > 1)
+        longest = replace(params, max_new_tokens=max(r.limit(params) for r in requests))
         with _no_own_generation_config(self.model), masks_from(known):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                generation_config=_greedy(params, self.eos_token_ids, self.pad_token_id),
+                generation_config=_greedy(longest, self.eos_token_ids, self.pad_token_id),
                 logits_processor=LogitsProcessorList([processor]),
             )
         logprobs = torch.stack(processor.logprobs, dim=1).tolist()
         tokens = output[:, input_ids.shape[1] :].tolist()
-        return [self._sample(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        return self._samples(requests, params, tokens, logprobs)
 
     def _whole(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         """Every token from a pass over its whole row, as it will be scored; nothing is kept."""
@@ -311,10 +312,26 @@ class TransformersSampler:
             for i, token, logp in zip(going, tokens.tolist(), logps.tolist(), strict=True):
                 drawn[i].append(token)
                 logprobs[i].append(logp)
-            going = [i for i in going if drawn[i][-1] not in self.eos_token_ids]
+            going = [
+                i
+                for i in going
+                if drawn[i][-1] not in self.eos_token_ids and step + 1 < requests[i].limit(params)
+            ]
             if not going:
                 break
-        return [self._sample(t, lp) for t, lp in zip(drawn, logprobs, strict=True)]
+        return self._samples(requests, params, drawn, logprobs)
+
+    def _samples(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        tokens: Sequence[list[int]],
+        logprobs: Sequence[list[float]],
+    ) -> list[Sample]:
+        """A sample a request, of what was drawn within its limit."""
+        limits = [r.limit(params) for r in requests]
+        drawn = zip(tokens, logprobs, limits, strict=True)
+        return [self._sample(t[:limit], lp[:limit]) for t, lp, limit in drawn]
 
     def _sample(self, tokens: list[int], logprobs: list[float]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)
