@@ -52,7 +52,9 @@ class Crash(BaseException):
 
 def letters(seed: int, length: int) -> tuple[int, ...]:
     """Tokens of printable text, a function of the seed."""
-    return tuple(TOKENIZER.convert_tokens_to_ids(chr(97 + (seed >> 5 * k) % 26)) for k in range(length))
+    return tuple(
+        TOKENIZER.convert_tokens_to_ids(chr(97 + (seed >> 5 * k) % 26)) for k in range(length)
+    )
 
 
 class Seeded:
@@ -159,9 +161,7 @@ def of(group: CompletionGroup, origin: str) -> list[Completion]:
         ([], [], 0),
     ],
 )
-def test_the_branch_point_by_hand(
-    positive: list[float], negative: list[float], kept: int
-) -> None:
+def test_the_branch_point_by_hand(positive: list[float], negative: list[float], kept: int) -> None:
     answer = list(range(10, 10 + len(positive)))
     found = branch(answer, positive, negative)
     assert (found.kept, found.prefix) == (kept, tuple(answer[:kept]))
@@ -201,9 +201,7 @@ def test_branches_are_a_plain_answer_up_to_its_point_and_then_their_own(
     tmp_path: Path, num_plain: int, num_positive: int, num_negative: int
 ) -> None:
     sampler = Seeded()
-    p = replace(
-        PARAMS, num_plain=num_plain, num_positive=num_positive, num_negative=num_negative
-    )
+    p = replace(PARAMS, num_plain=num_plain, num_positive=num_positive, num_negative=num_negative)
     groups = sampled(tmp_path, tools(sampler), p)
     asked = {r.seed: r for r in sampler.requests}
     assert len(asked) == len(sampler.requests) == 9 * p.sampled_for(1)
@@ -277,11 +275,11 @@ def test_how_far_answers_are_kept_is_among_the_metrics(tmp_path: Path) -> None:
     assert made.metrics["round/groups"] == made.metrics["round/prompts"]  # nothing else counts
     kept = sum(c.branch_at or 0 for c in branched)
     assert 0 < kept
-    assert made.metrics["branch/position"] == pytest.approx(kept / len(branched))
+    assert made.metrics["sampling/branch_position"] == pytest.approx(kept / len(branched))
     tokens = sum(len(c.token_ids) for c in branched)
-    assert made.metrics["branch/shared"] == pytest.approx(kept / tokens)
+    assert made.metrics["sampling/branch_shared"] == pytest.approx(kept / tokens)
     whole = run(tmp_path / "whole", tools(), p=replace(PARAMS, contrast_from="prompt"))
-    assert not [name for name in whole.metrics if name.startswith("branch")]
+    assert not [name for name in whole.metrics if "branch" in name]
 
 
 # ---- interruptions -------------------------------------------------------------------------------
@@ -299,9 +297,9 @@ def test_a_kill_beside_any_rename_costs_one_batch_at_most(
         return logprobs(prompts, completions)
 
     rename = Path.replace
-    run(tmp_path / "whole", tools(policy_logprobs=counted))
+    run(tmp_path / "whole", tools(policy_logprobs=counted), count=5)
     expected, batches, point = files_of(tmp_path / "whole"), list(scored), 0
-    assert batches == [5, 4]
+    assert batches == [5]
     while True:
         point += 1
         folder, sampler, seen = tmp_path / str(point), Seeded(), 0
@@ -320,17 +318,17 @@ def test_a_kill_beside_any_rename_costs_one_batch_at_most(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", crashing)
             try:
-                run(folder, tools(sampler, policy_logprobs=counted))
+                run(folder, tools(sampler, policy_logprobs=counted), count=5)
             except Crash:
                 pass
             else:
                 break
-        run(folder, tools(sampler, policy_logprobs=counted))
+        run(folder, tools(sampler, policy_logprobs=counted), count=5)
         assert files_of(folder) == expected
         assert sum(scored) - sum(batches) in (0, *batches)
-        assert 0 <= len(sampler.requests) - 36 <= 6
-        assert (len(sampler.requests) - 36) * (sum(scored) - sum(batches)) == 0
-    assert point > 12  # six batches of samples, two of branches, those of scores
+        assert 0 <= len(sampler.requests) - 20 <= 6
+        assert (len(sampler.requests) - 20) * (sum(scored) - sum(batches)) == 0
+    assert point > 8  # four batches of samples, one of branches, those of scores
 
 
 def test_samples_and_branches_of_other_plain_answers_are_not_used(tmp_path: Path) -> None:
@@ -341,17 +339,12 @@ def test_samples_and_branches_of_other_plain_answers_are_not_used(tmp_path: Path
             flipped = SampleRequest(request.prompt_ids, request.seed ^ 0b11111, most)
             return super().answer(flipped, most)
 
-    p = PARAMS
     sampled(tmp_path, tools())
-    plain_files = set()
-    for path in tmp_path.glob("samples-*.parquet"):
-        numbers = [row for row in RolloutStore(tmp_path).read_samples(set(range(36)))]
-        assert numbers
-        plain_files.add(path)
-    for path in sorted(plain_files)[:3]:
+    files = sorted(tmp_path.glob("samples-*.parquet"))
+    assert len(files) == 6
+    for path in files[::2]:
         path.write_bytes(b"damaged")
-    groups = sampled(tmp_path, tools(Other()), p)
-    for g in groups:
+    for g in sampled(tmp_path, tools(Other())):
         plain = of(g, "plain")[0]
         kept = slow_branch_point(plain.token_ids)
         for c in (*of(g, "positive"), *of(g, "negative")):

@@ -68,8 +68,8 @@ class RoundMeasures:
             if origin not in BAD_ORIGINS and len(self._texts) < DISTINCT_TEXTS:
                 self._texts.append(c.text)
         if c.branch_at is not None:
-            sums["branch/position"].add(c.branch_at)
-            sums["branch/tokens"].add(len(c.token_ids))
+            sums["sampling/branch_position"].add(c.branch_at)
+            sums["branch tokens"].add(len(c.token_ids))
         if c.policy_logprobs:
             self._add_logprobs(c)
 
@@ -106,8 +106,10 @@ class RoundMeasures:
             "contrast/inversion_rate": self._inverted / self._pairs if self._pairs else math.nan,
             "contrast/distinct2": distinct_n(self._texts),
         }
-        metrics["branch/position"] = self._mean("branch/position")
-        metrics["branch/shared"] = metrics["branch/position"] / self._mean("branch/tokens")
+        metrics["sampling/branch_position"] = self._mean("sampling/branch_position")
+        metrics["sampling/branch_shared"] = metrics["sampling/branch_position"] / self._mean(
+            "branch tokens"
+        )
         if self.reward_names:
             metrics["rewards/abstained"] = self._abstained.mean() if self._abstained.count else 0.0
         for i, name in enumerate(self.reward_names):
