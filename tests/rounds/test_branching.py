@@ -22,8 +22,8 @@ from neat_align.rounds.branching import answer_to_branch, branch
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.make_round import make_round
 from neat_align.rounds.params import RoundParams, RoundTools
-from neat_align.rounds.round_files import FinishedRound
 from neat_align.rounds.rollout_store import RolloutStore
+from neat_align.rounds.round_files import FinishedRound
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from tiny import tiny_tokenizer
 
@@ -274,7 +274,7 @@ def test_how_far_answers_are_kept_is_among_the_metrics(tmp_path: Path) -> None:
     branched = [c for g in made.groups for c in g.completions if c.branch_at is not None]
     assert made.metrics["round/groups"] == made.metrics["round/prompts"]  # nothing else counts
     kept = sum(c.branch_at or 0 for c in branched)
-    assert 0 < kept
+    assert kept > 0
     assert made.metrics["sampling/branch_position"] == pytest.approx(kept / len(branched))
     tokens = sum(len(c.token_ids) for c in branched)
     assert made.metrics["sampling/branch_shared"] == pytest.approx(kept / tokens)

@@ -13,10 +13,8 @@ the memory of one slice: the groups of a finished one are in the file (`group_fi
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,19 +197,11 @@ def _plan(
             "format": FORMAT,
             "round": round_index,
             "rows": [_content(row) for row in rows],
-            "params": _decides(params),
+            "params": params.deciding(),
             "bank": [[pair.positive, pair.negative] for pair in tools.bank.pairs],
         },
         "rewards": [[reward.name, reward.weight] for reward in tools.rewards],
     }
-
-
-def _decides(params: RoundParams) -> dict[str, Any]:
-    """What a round is made of, as JSON. Rounds without branches are as in earlier versions."""
-    decides: dict[str, Any] = json.loads(json.dumps(asdict(params)))
-    if params.contrast_from == "prompt":
-        del decides["contrast_from"]
-    return decides
 
 
 def _content(row: PromptRow) -> list[Any]:

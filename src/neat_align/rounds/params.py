@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
@@ -42,6 +43,13 @@ class RoundParams:
     min_pair_fraction: float = 0.0
     negative_source: Literal["instruction", "other_prompts"] = "instruction"
     contrast_from: ContrastFrom = "prompt"
+
+    def deciding(self) -> dict[str, Any]:
+        """All of it as JSON: what decides a round's samples. Without branches as it always was."""
+        decides: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.contrast_from == "prompt":
+            del decides["contrast_from"]
+        return decides
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:
         """How many completions of each origin are sampled.
