@@ -363,6 +363,14 @@ def test_a_round_in_work_is_not_mixed_with_one_that_branches(tmp_path: Path) -> 
     assert run(tmp_path / "cut", tools()) == whole
 
 
+def test_rounds_without_branches_are_decided_by_what_always_decided_them() -> None:
+    """Else a round of an earlier version that was interrupted would be sampled again."""
+    whole = replace(PARAMS, contrast_from="prompt").deciding()
+    assert "contrast_from" not in whole
+    assert PARAMS.deciding() == {**whole, "contrast_from": "branch"}
+    assert whole["sampling"]["max_new_tokens"] == 8
+
+
 # ---- what cannot work ----------------------------------------------------------------------------
 
 
