@@ -172,7 +172,7 @@ def test_a_file_of_an_earlier_version_has_no_branch_points(tmp_path: Path) -> No
     expected = [group(completion("positive", 1.0), completion())]
     assert read_groups(path) == expected
     assert list(GroupFile(path)) == expected
-    assert list(GroupFile(path).without_tokens())[0].completions[0].branch_at is None
+    assert next(iter(GroupFile(path).without_tokens())).completions[0].branch_at is None
 
 
 # ---- ranking -------------------------------------------------------------------------------------
