@@ -40,14 +40,16 @@ def model_of(name: str) -> PreTrainedModel:
     return tiny_model(family, VOCAB)
 
 
-@pytest.mark.parametrize("look_every", [1, 8])
-@pytest.mark.parametrize("batch_size", [3, 64])
+WAYS: tuple[SamplingWay, ...] = get_args(SamplingWay)
+
+
 @pytest.mark.parametrize(
-    ("name", "way"),
+    ("name", "way", "batch_size", "look_every"),
     [
-        *(("llama", way) for way in get_args(SamplingWay)),
-        ("gpt2", "together"),
-        ("mamba", "together"),
+        *(("llama", "together", size, every) for size in (3, 64) for every in (1, 8)),
+        *(("llama", way, 3, 8) for way in WAYS if way != "together"),
+        ("gpt2", "together", 64, 8),
+        ("mamba", "together", 64, 8),
     ],
 )
 def test_a_limit_cuts_a_completion_and_changes_nothing_else(
@@ -72,15 +74,14 @@ def test_a_limit_cuts_a_completion_and_changes_nothing_else(
 
 
 def test_nobody_is_carried_past_a_limit_that_all_have() -> None:
-    """Not one pass more than the longest of a batch needs."""
+    """Not one pass more than where the longest of them is the longest that is allowed."""
     model, passes = tiny_model("llama", VOCAB), list[int]()
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     sampler = TransformersSampler(model, (VOCAB + 1,), 0, 64, known_way=KnownWay("together"))
-    params = replace(PARAMS, max_new_tokens=100)
-    sampler.sample(asked((1,)), params)  # what is looked at before the first draw
-    before = len(passes)
-    sampler.sample(asked((1,)), params)
-    once = len(passes) - before
-    drawn = sampler.sample(asked((3, 4, 2)), params)
-    assert [len(s.token_ids) for s in drawn] == [3, 4, 2]
-    assert len(passes) - before - once == once + 3
+    counts = []
+    for limits, most in (((None,) * 3, 4), ((3, 4, 2), 100)):
+        passes.clear()
+        drawn = sampler.sample(asked(limits), replace(PARAMS, max_new_tokens=most))
+        assert [len(s.token_ids) for s in drawn] == [limit or 4 for limit in limits]
+        counts.append(len(passes))
+    assert counts[0] == counts[1] > 0
