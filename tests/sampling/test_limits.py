@@ -73,15 +73,19 @@ def test_a_limit_cuts_a_completion_and_changes_nothing_else(
         assert cut.logprob == pytest.approx(expected, abs=1e-3)
 
 
-def test_nobody_is_carried_past_a_limit_that_all_have() -> None:
-    """Not one pass more than where the longest of them is the longest that is allowed."""
+@pytest.mark.parametrize(("way", "saved"), [("together", 0), ("whole", 3)])
+def test_nobody_is_carried_past_a_limit_that_all_have(way: SamplingWay, saved: int) -> None:
+    """Not one pass more than where the longest of them is the longest that is allowed.
+
+    Without a cache each completion goes through the model alone, so that the shorter save theirs.
+    """
     model, passes = tiny_model("llama", VOCAB), list[int]()
     model.register_forward_pre_hook(lambda *_: passes.append(1))
-    sampler = TransformersSampler(model, (VOCAB + 1,), 0, 64, known_way=KnownWay("together"))
+    sampler = TransformersSampler(model, (VOCAB + 1,), 0, 64, known_way=KnownWay(way))
     counts = []
     for limits, most in (((None,) * 3, 4), ((3, 4, 2), 100)):
         passes.clear()
         drawn = sampler.sample(asked(limits), replace(PARAMS, max_new_tokens=most))
         assert [len(s.token_ids) for s in drawn] == [limit or 4 for limit in limits]
         counts.append(len(passes))
-    assert counts[0] == counts[1] > 0
+    assert counts[0] - counts[1] == saved
