@@ -49,10 +49,11 @@ def sample_groups(
 ) -> list[CompletionGroup]:
     """Draw every completion of these prompts, or read what an interrupted attempt has stored.
 
-    One group a row, in order; the data's own answers come last in each. Nothing is filtered or
-    scored yet. `report` is told how many completions were just finished. Raises DataError for a
-    prompt over `max_prompt_length`, and CollapseError, with the prompts, where the policy gives
-    numbers that are not finite.
+    One group a row, in order; the data's own answers come last in each. Answers that branch are
+    drawn after the plain ones that they continue (`branching`). Nothing is filtered or scored yet.
+    `report` is told how many completions were just finished. Raises DataError for a prompt over
+    `max_prompt_length`, and CollapseError, with the prompts, where the policy gives numbers that
+    are not finite.
     """
     plain_ids = [_checked_prompt_ids(row, params, tools) for row in rows]
     planned = _plan_completions(rows, plain_ids, round_index, params, tools)
