@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from neat_align.rounds.completions import (
     reward_names_of,
 )
 from neat_align.rounds.exports import preference_rows, ranked_rows
+from neat_align.rounds.group_file import GroupFile
 from neat_align.rounds.ranking import (
     BAD_ORIGINS,
     ORIGIN_STEP,
@@ -59,6 +61,7 @@ COMPLETIONS = st.builds(
     ref_logprobs=LOGPROBS,
     reward=st.none() | NUMBERS,
     reward_components=st.lists(st.none() | NUMBERS, max_size=3).map(tuple),
+    branch_at=st.none() | st.integers(0, 2**31 - 1),
 )
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": TEXTS}),
@@ -160,6 +163,16 @@ def test_one_missing_column_is_named() -> None:
     table = groups_to_table([group(completion())]).drop_columns(["seeds"])
     with pytest.raises(DataError, match="columns seeds are missing"):
         groups_from_table(table)
+
+
+def test_a_file_of_an_earlier_version_has_no_branch_points(tmp_path: Path) -> None:
+    groups = [group(replace(completion("positive", 1.0), branch_at=3), completion())]
+    path = tmp_path / "groups.parquet"
+    write_table(path, groups_to_table(groups).drop_columns(["branch_points"]))
+    expected = [group(completion("positive", 1.0), completion())]
+    assert read_groups(path) == expected
+    assert list(GroupFile(path)) == expected
+    assert next(iter(GroupFile(path).without_tokens())).completions[0].branch_at is None
 
 
 # ---- ranking -------------------------------------------------------------------------------------

@@ -319,7 +319,7 @@ def _first_round_key(trainer: NEATTrainer) -> str:
     Two runs of one comparison with the same one sample the same first round.
     """
     decides = {
-        "params": asdict(round_params(trainer.args)),
+        "params": round_params(trainer.args).deciding(),
         "bank": asdict(trainer.parts.setup.bank),
         "rewards": [[r.name, r.weight] for r in trainer.parts.scored_by.rewards],
         "groups": len(trainer.rounds),

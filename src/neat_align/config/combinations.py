@@ -49,6 +49,20 @@ INITIAL_POLICY = (
         none_of=(0,),
     ),
 )
+CONTRAST_FROM = (
+    OnlyWith(
+        "num_plain",
+        "contrast_from is branch but num_plain is 0: there is no plain answer to branch from; ask "
+        "for one or more, or set contrast_from: prompt",
+        none_of=(0,),
+    ),
+    OnlyWith(
+        "negative_source",
+        "contrast_from is branch and negative_source is other_prompts: an answer to another prompt "
+        "shares no beginning with this one's; remove one",
+        none_of=("other_prompts",),
+    ),
+)
 PAIR_SELECTION = (
     OnlyWith(
         "ranking_loss",
@@ -171,6 +185,11 @@ RULES = (
         lambda c: c.distil_answers == "lower_half" and c.num_plain < 2,
         "distil_answers is lower_half and num_plain is {c.num_plain}: one answer has no lower "
         "half; sample two or more",
+    ),
+    Rule(
+        lambda c: c.contrast_from == "branch" and c.num_positive + c.num_negative == 0,
+        "contrast_from is branch but num_positive and num_negative are 0: nothing would branch; "
+        "ask for one of them, or set contrast_from: prompt",
     ),
     Rule(
         lambda c: (c.negative_penalty == "none") != (c.negative_weight == 0),

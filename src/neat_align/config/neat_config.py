@@ -93,6 +93,14 @@ class NEATConfig(ObjectiveOptions):
         choices=("current", "initial"),
         only_with=combinations.INITIAL_POLICY,
     )
+    contrast_from: str = option(
+        "prompt",
+        "Where positive and negative answers begin: `prompt`, at their first token, or `branch`: a "
+        "plain answer is kept up to the token that the two instructions differ most about, and "
+        "continued under each (needs num_plain).",
+        choices=("prompt", "branch"),
+        only_with=combinations.CONTRAST_FROM,
+    )
     instruction_bank: str = option(
         "harmlessness",
         "Name of a shipped bank (harmlessness, helpfulness, honesty, politeness) or path of a YAML "

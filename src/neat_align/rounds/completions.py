@@ -31,6 +31,9 @@ class Completion:
     "length" (cut). `instruction` is the text that made the answer positive or negative; None for
     plain and human answers. `sampling_logprob` is the **sum** over tokens, in nats, under the
     prompt the completion was sampled with, of the untempered policy; None for human answers.
+    `branch_at` is how many of its first tokens a completion shares with the plain answer that it
+    branched from (`branching`), None for one that did not branch; its `sampling_logprob` is of all
+    tokens under its instruction, those that it shares too.
     `policy_logprobs` and `ref_logprobs` are per-token log-probabilities in nats under the **plain**
     prompt, of the policy that began the round and of the start policy; empty when not computed.
     `reward` is the weighted sum of `reward_components` (one a reward function, None where it
@@ -49,6 +52,7 @@ class Completion:
     ref_logprobs: tuple[float, ...] = ()
     reward: float | None = None
     reward_components: tuple[float | None, ...] = ()
+    branch_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +85,10 @@ _COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
     ("policy_logprobs", "policy_logprobs"),
     ("ref_logprobs", "ref_logprobs"),
     ("reward_components", "reward_components"),
+    ("branch_points", "branch_at"),
 )
-# Not in files that older versions wrote.
+# Columns that files of earlier versions do not have.
+_ADDED_COLUMNS = frozenset({"branch_points"})
 _CONTRAST_COLUMN = "contrast_prompt_ids"
 # Fields that Arrow gives as lists, and what stands in fields without a default that were not read.
 _TUPLE_FIELDS = ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components")
@@ -119,6 +125,7 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
         "policy_logprobs": floats,
         "ref_logprobs": floats,
         "reward_components": pa.list_(pa.float64()),
+        "branch_points": pa.int32(),
     }
     fields: list[Any] = [
         ("prompt_id", pa.string()),
@@ -170,7 +177,8 @@ def groups_from_table(
     """
     if columns is None:
         check_columns(table.column_names)
-    listed = [(c, field) for c, field in _COMPLETION_COLUMNS if columns is None or c in columns]
+        columns = table.column_names
+    listed = [(c, field) for c, field in _COMPLETION_COLUMNS if c in columns]
     fields = [field for _, field in listed]
     tuples = [name for name in _TUPLE_FIELDS if name in fields]
     absent = {field: value for field, value in _ABSENT.items() if field not in fields}
@@ -203,7 +211,7 @@ def _pairs_of_ids(
 def check_columns(names: Sequence[str]) -> None:
     """Raise DataError where the columns of a group file are not all there."""
     needed = {"prompt_id", "prompt", "prompt_ids", *(c for c, _ in _COMPLETION_COLUMNS)}
-    missing = sorted(needed - set(names))
+    missing = sorted(needed - _ADDED_COLUMNS - set(names))
     if missing:
         raise DataError(
             f"this is not a group file: columns {', '.join(missing)} are missing (it has "

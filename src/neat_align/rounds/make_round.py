@@ -13,10 +13,8 @@ the memory of one slice: the groups of a finished one are in the file (`group_fi
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,7 +197,7 @@ def _plan(
             "format": FORMAT,
             "round": round_index,
             "rows": [_content(row) for row in rows],
-            "params": json.loads(json.dumps(asdict(params))),
+            "params": params.deciding(),
             "bank": [[pair.positive, pair.negative] for pair in tools.bank.pairs],
         },
         "rewards": [[reward.name, reward.weight] for reward in tools.rewards],

@@ -67,6 +67,9 @@ class RoundMeasures:
             sums["completions/clipped_ratio"].add(c.finish_reason == "length")
             if origin not in BAD_ORIGINS and len(self._texts) < DISTINCT_TEXTS:
                 self._texts.append(c.text)
+        if c.branch_at is not None:
+            sums["sampling/branch_position"].add(c.branch_at)
+            sums["branch tokens"].add(len(c.token_ids))
         if c.policy_logprobs:
             self._add_logprobs(c)
 
@@ -103,6 +106,10 @@ class RoundMeasures:
             "contrast/inversion_rate": self._inverted / self._pairs if self._pairs else math.nan,
             "contrast/distinct2": distinct_n(self._texts),
         }
+        metrics["sampling/branch_position"] = self._mean("sampling/branch_position")
+        metrics["sampling/branch_shared"] = metrics["sampling/branch_position"] / self._mean(
+            "branch tokens"
+        )
         if self.reward_names:
             metrics["rewards/abstained"] = self._abstained.mean() if self._abstained.count else 0.0
         for i, name in enumerate(self.reward_names):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
 
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
 from neat_align.prompts.skipped_rows import OnBadRow
@@ -12,6 +13,8 @@ from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.ranking import RankBy
 from neat_align.sampling.protocol import Sampler, SamplingParams
 
+# Where positive and negative answers begin.
+ContrastFrom: TypeAlias = Literal["prompt", "branch"]
 # Told (stage, finished, of how many).
 Progress = Callable[[str, int, int], None]
 # Prompts of a round, its first ones, whose answers are scored for metrics alone: `logps`, `kl` and
@@ -45,6 +48,16 @@ class RoundParams:
     negative_source: Literal["instruction", "other_prompts"] = "instruction"
     contrast_pairs: int = 0
     needs_pairs: bool = True
+    contrast_from: ContrastFrom = "prompt"
+
+    def deciding(self) -> dict[str, Any]:
+        """All of it as JSON: what decides a round's samples.
+
+        Fields that earlier versions did not have are in it only where they are used.
+        """
+        decides: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        unused = {"contrast_pairs": 0, "needs_pairs": True, "contrast_from": "prompt"}
+        return {k: v for k, v in decides.items() if k not in unused or v != unused[k]}
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:
         """How many completions of each origin are sampled.
@@ -72,8 +85,9 @@ class RoundTools:
     log-probabilities under the plain prompt, of the current and of the start policy (None: not
     computed; one function twice: computed once). The current policy's are for metrics only, so they
     are computed for the round's first `MEASURED_PROMPTS`; the start policy's for every completion,
-    or, without `ref_for_all`, for the same ones. `on_bad_row`: a completion that a reward cannot
-    score is an error, or has no reward.
+    or, without `ref_for_all`, for the same ones. Where answers branch, `policy_logprobs` is needed:
+    it also scores plain answers under the instructions. `on_bad_row`: a completion that a reward
+    cannot score is an error, or has no reward.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no

@@ -2,6 +2,7 @@
 
     work/000000/plan.json          what the samples and the scores are made from
                 samples-*.parquet  finished batches of samples
+                branches-*.parquet where finished batches of plain answers branch
                 sampled.parquet    all groups, sampled and not yet filtered
                 scored-*.parquet   finished batches of scored groups
                 scored-*.json      what scoring them noted (`scoring_notes`)
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 from neat_align.errors import one_line
 from neat_align.files.atomic import read_json, write_json, write_table
+from neat_align.rounds.branching import Branch
 from neat_align.rounds.completions import CompletionGroup, groups_to_table, read_groups
 from neat_align.sampling.protocol import Sample
 
@@ -74,6 +76,34 @@ class RolloutStore:
             "logprob": pa.array([s.logprob for s in samples], pa.float64()),
         }
         write_table(self.folder / f"samples-{numbers[0]:06d}.parquet", pa.table(columns))
+
+    def read_branches(self, answers: Mapping[int, tuple[int, ...]]) -> dict[int, Branch]:
+        """Where these plain answers branch, of those for which it is known, by request number.
+
+        `answers` are their tokens: where another answer to a request branches says nothing.
+        """
+        branches: dict[int, Branch] = {}
+        for path in sorted(self.folder.glob("branches-*.parquet")):
+            for row in _read_or_skip(path, _table_rows):
+                answer = tuple(row["token_ids"])
+                if answers.get(row["request"]) == answer:
+                    branches[row["request"]] = Branch(
+                        answer, row["kept"], row["positive"], row["negative"]
+                    )
+        return branches
+
+    def write_branches(self, numbers: Sequence[int], branches: Sequence[Branch]) -> None:
+        """Store where a finished batch branches: a branch a request number, in order."""
+        import pyarrow as pa
+
+        columns: dict[str, Any] = {
+            "request": pa.array(numbers, pa.int64()),
+            "token_ids": pa.array([list(b.answer) for b in branches], pa.list_(pa.int32())),
+            "kept": pa.array([b.kept for b in branches], pa.int32()),
+            "positive": pa.array([b.positive for b in branches], pa.float64()),
+            "negative": pa.array([b.negative for b in branches], pa.float64()),
+        }
+        write_table(self.folder / f"branches-{numbers[0]:06d}.parquet", pa.table(columns))
 
     def read_sampled(self) -> list[CompletionGroup] | None:
         """All sampled groups, or None while sampling is not finished."""

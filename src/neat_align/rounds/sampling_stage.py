@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from neat_align.errors import CollapseError, DataError, name_list
 from neat_align.prompts.instruction_banks import Polarity
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair, draw_pairs
+from neat_align.rounds.branching import Branch, answer_to_branch, branch
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.human_answers import human_completions
 from neat_align.rounds.params import RoundParams, RoundTools
@@ -19,11 +20,15 @@ from neat_align.rounds.scoring_stage import refuse_non_finite
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest
 
 T = TypeVar("T")
+CONTRASTED: tuple[Literal["positive", "negative"], ...] = ("positive", "negative")
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedCompletion:
-    """A completion that is to be drawn: for which row, as what, and with which request."""
+    """A completion that is to be drawn: for which row, as what, and with which request.
+
+    With a `branch` the request asks for what follows the tokens that are kept.
+    """
 
     row: int
     prompt_id: str
@@ -31,6 +36,7 @@ class PlannedCompletion:
     index: int
     instruction: str | None
     request: SampleRequest
+    branch: Branch | None = None
 
 
 def sample_groups(
@@ -43,15 +49,23 @@ def sample_groups(
 ) -> list[CompletionGroup]:
     """Draw every completion of these prompts, or read what an interrupted attempt has stored.
 
-    One group a row, in order; the data's own answers come last in each. Nothing is filtered or
-    scored yet. `report` is told how many completions were just finished. Raises DataError for a
-    prompt over `max_prompt_length`, and CollapseError, with the prompts, where the policy gives
-    numbers that are not finite.
+    One group a row, in order; the data's own answers come last in each. Answers that branch are
+    drawn after the plain ones that they continue (`branching`). Nothing is filtered or scored yet.
+    `report` is told how many completions were just finished. Raises DataError for a prompt over
+    `max_prompt_length`, and CollapseError, with the prompts, where the policy gives numbers that
+    are not finite.
     """
     plain_ids = [_checked_prompt_ids(row, params, tools) for row in rows]
     planned = _plan_completions(rows, plain_ids, round_index, params, tools)
     samples: dict[int, Sample] = {}
-    for sampler, share in _shares(planned, tools):
+    if params.contrast_from == "branch":
+        plain = {n: plan for n, plan in enumerate(planned) if plan.origin == "plain"}
+        samples = draw_samples(tools.sampler, plain, params, tools, store, report)
+        answers = {n: samples[n].token_ids for n in plain}
+        branches = _find_branches(rows, plain, answers, round_index, params, tools, store)
+        planned = _from_branches(planned, branches, params)
+    undrawn = {n: plan for n, plan in enumerate(planned) if n not in samples}
+    for sampler, share in _shares(undrawn, tools):
         samples |= draw_samples(sampler, share, params, tools, store, report)
 
     completions: list[list[Completion]] = [[] for _ in rows]
@@ -84,9 +98,11 @@ def draw_samples(
 ) -> dict[int, Sample]:
     """A sample for each planned completion, by its number: stored already, or drawn and stored.
 
+    The sample of a completion that branches is the whole of it, with the tokens that are kept.
     Drawn in batches of at most `tools.batch_size`; `tools.between_batches` is called before each.
     """
     samples = store.read_samples(set(planned))
+    samples = {n: s for n, s in samples.items() if _continues(s, planned[n].branch)}
     report(len(samples))
     # Prompts of one length stand together, and equal ones meet in a batch; within a batch the
     # sampler orders them itself.
@@ -102,8 +118,7 @@ def draw_samples(
             batch_samples = sampler.sample(requests, params.sampling, progress=report)
         except CollapseError as error:
             raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
-        # A sampler may keep its lists, and use them again.
-        batch_samples = [replace(s, token_ids=tuple(s.token_ids)) for s in batch_samples]
+        batch_samples = [_whole(planned[n], s) for n, s in zip(missing, batch_samples, strict=True)]
         refuse_non_finite("log-probability", prompts, [s.logprob for s in batch_samples])
         store.write_samples(missing, batch_samples)
         samples.update(zip(missing, batch_samples, strict=True))
@@ -135,11 +150,10 @@ def _plan_completions(
             source = _source(r, rows, origin, params)
             if source is None or not count:
                 continue
-            instruction = _instruction(source, round_index, params, tools)
-            ids = plain_ids[r]
-            if instruction is not None:
-                ids = tuple(
-                    instructed_ids(tools.tokenizer, source.row, instruction, params.placement)
+            instruction, ids = None, plain_ids[r]
+            if source.polarity != "plain":
+                instruction, ids = _instructed(
+                    source.row, source.polarity, round_index, params, tools
                 )
             for index in range(count):
                 seed = completion_seed(
@@ -178,15 +192,104 @@ def _source(
     return _Source(rows[(r + 1) % len(rows)], "positive", params.num_positive)
 
 
-def _instruction(
-    source: _Source, round_index: int, params: RoundParams, tools: RoundTools
-) -> str | None:
-    if source.polarity == "plain":
-        return None
-    pair = draw_pair(
-        tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=source.row.id
+def _instructed(
+    row: PromptRow,
+    polarity: Literal["positive", "negative"],
+    round_index: int,
+    params: RoundParams,
+    tools: RoundTools,
+) -> tuple[str, tuple[int, ...]]:
+    """The instruction of this polarity that a row is sampled under, and its prompt with that."""
+    pair = draw_pair(tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=row.id)
+    instruction = pair.positive if polarity == "positive" else pair.negative
+    ids = instructed_ids(tools.tokenizer, row, instruction, params.placement)
+    return instruction, tuple(ids)
+
+
+def _find_branches(
+    rows: Sequence[PromptRow],
+    plain: Mapping[int, PlannedCompletion],
+    answers: Mapping[int, tuple[int, ...]],
+    round_index: int,
+    params: RoundParams,
+    tools: RoundTools,
+    store: RolloutStore,
+) -> dict[tuple[int, int], Branch]:
+    """Where plain answers branch, by row and index: stored already, or found and stored.
+
+    `answers` are the tokens of the completions `plain`, by number. Those from which nothing
+    branches are left out. In batches as samples are drawn. Raises CollapseError, with the prompts,
+    where a log-probability is not finite.
+    """
+    if tools.policy_logprobs is None:
+        raise ValueError("answers that branch need policy_logprobs: pass a function that scores")
+    used = [n for n in plain if plain[n].index < max(params.num_positive, params.num_negative)]
+    branches = store.read_branches({n: answers[n] for n in used})
+    for _, batch in even_batches(used, tools.batch_size):
+        missing = [n for n in batch if n not in branches]
+        if not missing:
+            continue
+        tools.between_batches()
+        logprobs = {}
+        for polarity in CONTRASTED:
+            own_rows = (rows[plain[n].row] for n in missing)
+            prompts = [_instructed(r, polarity, round_index, params, tools)[1] for r in own_rows]
+            scored = tools.policy_logprobs(prompts, [answers[n] for n in missing])
+            name = f"log-probability under the {polarity} instruction"
+            owners = [plain[n].prompt_id for n in missing]
+            refuse_non_finite(name, owners, [sum(row) for row in scored])
+            logprobs[polarity] = scored
+        both = zip(missing, logprobs["positive"], logprobs["negative"], strict=True)
+        found = [branch(answers[n], positive, negative) for n, positive, negative in both]
+        store.write_branches(missing, found)
+        branches.update(zip(missing, found, strict=True))
+    return {(plain[n].row, plain[n].index): branches[n] for n in used}
+
+
+def _from_branches(
+    planned: Sequence[PlannedCompletion],
+    branches: Mapping[tuple[int, int], Branch],
+    params: RoundParams,
+) -> list[PlannedCompletion]:
+    """The plan in which positive and negative completions continue plain ones."""
+    continued = list(planned)
+    for n, plan in enumerate(planned):
+        if plan.origin == "plain":
+            continue
+        begun = branches[plan.row, answer_to_branch(plan.index, params.num_plain)]
+        request = replace(
+            plan.request,
+            prompt_ids=plan.request.prompt_ids + begun.prefix,
+            max_new_tokens=params.sampling.max_new_tokens - begun.kept,
+        )
+        continued[n] = replace(plan, request=request, branch=begun)
+    return continued
+
+
+def _continues(sample: Sample, begun: Branch | None) -> bool:
+    """Whether a stored sample has the tokens that are kept, and more."""
+    return begun is None or (
+        len(sample.token_ids) > begun.kept and sample.token_ids[: begun.kept] == begun.prefix
     )
-    return pair.positive if source.polarity == "positive" else pair.negative
+
+
+def _whole(plan: PlannedCompletion, sample: Sample) -> Sample:
+    """What was drawn, after the tokens that are kept."""
+    # A sampler may keep its lists, and use them again.
+    drawn = tuple(sample.token_ids)
+    if plan.branch is None or plan.origin == "plain":
+        return replace(sample, token_ids=drawn)
+    most = plan.request.max_new_tokens
+    if most is not None and len(drawn) > most:
+        raise ValueError(
+            f"a sampler drew {len(drawn)} tokens for a request whose max_new_tokens is {most}: it "
+            "has to keep to each request's own limit"
+        )
+    return replace(
+        sample,
+        token_ids=plan.branch.prefix + drawn,
+        logprob=plan.branch.logprob(plan.origin) + sample.logprob,
+    )
 
 
 def _contrast_ids(
@@ -210,13 +313,12 @@ def _contrast_ids(
 
 
 def _shares(
-    planned: Sequence[PlannedCompletion], tools: RoundTools
-) -> list[tuple[Sampler, dict[int, PlannedCompletion]]]:
+    numbered: Mapping[int, PlannedCompletion], tools: RoundTools
+) -> list[tuple[Sampler, Mapping[int, PlannedCompletion]]]:
     """Who draws which completions: good and bad ones may come from two policies.
 
     One policy draws all of them together, so that its batches are full.
     """
-    numbered = dict(enumerate(planned))
     if tools.sampler is tools.negative_sampler:
         return [(tools.sampler, numbered)]
     negatives = {n: p for n, p in numbered.items() if p.origin == "negative"}
@@ -238,6 +340,7 @@ def _completion(plan: PlannedCompletion, sample: Sample, tokenizer: Any) -> Comp
         instruction=plan.instruction,
         seed=plan.request.seed,
         sampling_logprob=sample.logprob,
+        branch_at=None if plan.branch is None else plan.branch.kept,
     )
 
 

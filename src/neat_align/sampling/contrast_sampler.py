@@ -126,6 +126,7 @@ class ContrastSampler:
 
         looks = base.looks()
         draw_tokens(drawing, rows, params, look_every=looks, rows_each=rows_each, combined=combined)
+        samples = base.samples(requests, params, drawing)
         return [
             ContrastSample(
                 token_ids=sample.token_ids,
@@ -133,7 +134,7 @@ class ContrastSampler:
                 logprob=sample.logprob,
                 kl=sum(of_row[: len(sample.token_ids)]),
             )
-            for sample, of_row in zip(base.samples(drawing), divergences.tolist(), strict=True)
+            for sample, of_row in zip(samples, divergences.tolist(), strict=True)
         ]
 
 

@@ -21,10 +21,15 @@ class Drawing:
     """The tokens that a batch has drawn so far; nothing is read from the device until `left`."""
 
     def __init__(
-        self, numbers: Float[Tensor, "requests tokens"], ends: Int[Tensor, " ends"]
+        self,
+        numbers: Float[Tensor, "requests tokens"],
+        ends: Int[Tensor, " ends"],
+        limits: Int[Tensor, " requests"],
     ) -> None:
         device = numbers.device
         self.numbers, self.ends, self.step = numbers, ends, 0
+        # Tokens that each request may have.
+        self.limits = limits
         self.tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
         self.logprobs = torch.empty_like(numbers)
         # The request that each row of the batch draws for.
@@ -40,6 +45,7 @@ class Drawing:
         self.tokens[rows, step], self.logprobs[rows, step] = last, logprob
         self.ended = self.ended | (last[:, None] == self.ends).any(-1)
         self.step += 1
+        self.ended = self.ended | (self.limits[rows] <= self.step)
         return last
 
     def left(self) -> list[int]:

@@ -13,11 +13,19 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 class SampleRequest:
     """One completion to draw.
 
-    `prompt_ids` is the rendered prompt, instruction included; `seed` is the completion's own.
+    `prompt_ids` is the rendered prompt, instruction included, and the tokens of an answer that is
+    to be continued; `seed` is the completion's own. With `max_new_tokens` this one has at most so
+    many tokens, if that is fewer than the `SamplingParams` allow.
     """
 
     prompt_ids: tuple[int, ...]
     seed: int
+    max_new_tokens: int | None = None
+
+    def limit(self, params: SamplingParams) -> int:
+        """The most tokens that this completion may have."""
+        own = self.max_new_tokens
+        return params.max_new_tokens if own is None else min(own, params.max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)

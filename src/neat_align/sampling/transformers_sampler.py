@@ -235,18 +235,22 @@ class TransformersSampler:
         rows = CachedRows(self.model, prompts, self.pad_token_id, padded=padded)
         drawing = self.drawing(requests, params)
         draw_tokens(drawing, rows, params, look_every=self.looks())
-        return self.samples(drawing)
+        return self.samples(requests, params, drawing)
 
     def drawing(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Drawing:
         """The tokens of these requests, none of them drawn."""
         device = next(self.model.parameters()).device
         numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
-        return Drawing(numbers, torch.tensor(self.eos_token_ids, dtype=torch.long, device=device))
+        ends = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
+        limits = torch.tensor([r.limit(params) for r in requests], device=device)
+        return Drawing(numbers, ends, limits)
 
-    def samples(self, drawing: Drawing) -> list[Sample]:
+    def samples(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, drawing: Drawing
+    ) -> list[Sample]:
         """What was drawn, up to each end token. Raises CollapseError."""
-        drawn = zip(drawing.tokens.tolist(), drawing.logprobs.tolist(), strict=True)
-        return [self._sample(tokens, logprobs) for tokens, logprobs in drawn]
+        tokens, logprobs = drawing.tokens.tolist(), drawing.logprobs.tolist()
+        return self._samples(requests, params, tokens, logprobs)
 
     def _generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         device = next(self.model.parameters()).device
@@ -257,16 +261,17 @@ class TransformersSampler:
             input_ids.shape[1],
         )
         known = KnownPadding(is_there=len({len(r.prompt_ids) for r in requests}) > 1)
+        longest = replace(params, max_new_tokens=max(r.limit(params) for r in requests))
         with _no_own_generation_config(self.model), masks_from(known):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                generation_config=_greedy(params, self.eos_token_ids, self.pad_token_id),
+                generation_config=_greedy(longest, self.eos_token_ids, self.pad_token_id),
                 logits_processor=LogitsProcessorList([processor]),
             )
         logprobs = torch.stack(processor.logprobs, dim=1).tolist()
         tokens = output[:, input_ids.shape[1] :].tolist()
-        return [self._sample(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        return self._samples(requests, params, tokens, logprobs)
 
     def _whole(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         """Every token from a pass over its whole row, as it will be scored; nothing is kept."""
@@ -284,10 +289,26 @@ class TransformersSampler:
             for i, token, logp in zip(going, tokens.tolist(), logps.tolist(), strict=True):
                 drawn[i].append(token)
                 logprobs[i].append(logp)
-            going = [i for i in going if drawn[i][-1] not in self.eos_token_ids]
+            going = [
+                i
+                for i in going
+                if drawn[i][-1] not in self.eos_token_ids and step + 1 < requests[i].limit(params)
+            ]
             if not going:
                 break
-        return [self._sample(t, lp) for t, lp in zip(drawn, logprobs, strict=True)]
+        return self._samples(requests, params, drawn, logprobs)
+
+    def _samples(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        tokens: Sequence[list[int]],
+        logprobs: Sequence[list[float]],
+    ) -> list[Sample]:
+        """A sample a request, of what was drawn within its limit."""
+        limits = [r.limit(params) for r in requests]
+        drawn = zip(tokens, logprobs, limits, strict=True)
+        return [self._sample(t[:limit], lp[:limit]) for t, lp, limit in drawn]
 
     def _sample(self, tokens: list[int], logprobs: list[float]) -> Sample:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_token_ids), None)

@@ -14,7 +14,7 @@ from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import check_on_bad_row
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.make_round import make_round
-from neat_align.rounds.params import RoundParams, RoundTools
+from neat_align.rounds.params import ContrastFrom, RoundParams, RoundTools
 from neat_align.rounds.ranking import RankBy
 from neat_align.rounds.round_files import (
     FinishedRound,
@@ -47,6 +47,7 @@ def round_params(args: NEATConfig) -> RoundParams:
         sampling=sampling_params(args),
         rank_by=cast("RankBy", args.rank_by),
         negative_source=cast("Literal['instruction', 'other_prompts']", args.negative_source),
+        contrast_from=cast("ContrastFrom", args.contrast_from),
         reward_margin=args.reward_margin,
         max_prompt_length=args.max_prompt_length,
         min_pair_fraction=args.min_pair_fraction,
