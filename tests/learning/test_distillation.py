@@ -133,6 +133,7 @@ PARAMS = DistilParams(
     toward="contrast",
     min_probability=0.0,
     threshold=0.0,
+    raise_only=False,
     clip=None,
     max_kl=None,
     divergence="reverse",

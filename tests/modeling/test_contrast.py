@@ -49,6 +49,14 @@ def test_a_threshold_leaves_what_hardly_differs() -> None:
     torch.testing.assert_close(moved, expected)
 
 
+def test_tokens_are_raised_and_none_is_pushed_down() -> None:
+    mean = 0.1 * math.log(2)
+    moved = contrast_logprobs(START, RATIO, 1.0, raise_only=True).exp()
+    torch.testing.assert_close(moved, shares(0.5 * 2 / math.exp(mean), 0.3, 0.2))
+    both = contrast_logprobs(START, RATIO, 1.0, threshold=0.3, raise_only=True).exp()
+    torch.testing.assert_close(both, shares(0.5 * 2 / math.exp(mean + 0.3), 0.3, 0.2))
+
+
 def test_pairs_are_averaged_and_each_is_clipped() -> None:
     other = torch.tensor([[0.2, 0.3, 0.5]]).double().log()
     both = mean_log_ratio([(POSITIVE, NEGATIVE), (other, NEGATIVE)])

@@ -148,6 +148,12 @@ class ObjectiveOptions(TrainerDefaults):
         ge=0,
         only_with=combinations.DISTIL_OPTION,
     )
+    distil_raise_only: bool = option(
+        False,
+        "Raise the tokens that the contrast favours and push none down: a log-ratio below its mean "
+        "counts as the mean.",
+        only_with=combinations.DISTIL_OPTION,
+    )
     distil_clip: float | None = option(
         None,
         "Keep each pair's log-ratio within this many nats.",

@@ -57,6 +57,7 @@ class DistilParams:
     toward: Toward
     min_probability: float
     threshold: float
+    raise_only: bool
     clip: float | None
     max_kl: float | None
     divergence: DivergenceKind
@@ -70,6 +71,7 @@ def distil_params(config: NEATConfig) -> DistilParams:
         toward=cast("Toward", config.distil_toward),
         min_probability=config.distil_min_probability,
         threshold=config.distil_threshold,
+        raise_only=config.distil_raise_only,
         clip=config.distil_clip,
         max_kl=config.distil_max_kl,
         divergence=cast("DivergenceKind", config.distil_divergence),
@@ -245,8 +247,14 @@ def distillation(
 
     def value_of(chunk: Float[Tensor, "n width"], part: slice) -> Float[Tensor, " n"]:
         start, ratio = teacher.tables(part, p)
-        alpha = alphas[part, None]
-        target = contrast_logprobs(start, ratio, alpha, p.min_probability, p.threshold)
+        target = contrast_logprobs(
+            start,
+            ratio,
+            alphas[part, None],
+            p.min_probability,
+            p.threshold,
+            raise_only=p.raise_only,
+        )
         logits = head_outputs(model, chunk, rows.plain) if own_head is None else own_head(chunk)
         return token_divergence(logits.to(target.dtype), target, p.divergence)
 

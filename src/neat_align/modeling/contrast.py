@@ -49,6 +49,8 @@ def contrast_logprobs(
     alpha: float | Float[Tensor, "n 1"],
     min_probability: float = 0.0,
     threshold: float = 0.0,
+    *,
+    raise_only: bool = False,
 ) -> Float[Tensor, "n vocab"]:
     """log q(v) in nats, from log p0(v | x) and the log-ratio.
 
@@ -59,11 +61,16 @@ def contrast_logprobs(
     constant that is added to a row of `log_ratio` changes nothing.
 
     With `threshold` the log-ratio is centred (its mean under p0 over S is 0) and brought that many
-    nats nearer to 0: what the instructions hardly differ in stays as it was.
+    nats nearer to 0: what the instructions hardly differ in stays as it was. With `raise_only` it
+    is centred and 0 where it is negative: no token is pushed down but by those that are raised.
     """
     plausible = is_plausible(start, min_probability) if min_probability > 0 else None
+    if threshold > 0 or raise_only:
+        log_ratio = centred(start, log_ratio, plausible)
     if threshold > 0:
-        log_ratio = softshrink(centred(start, log_ratio, plausible), threshold)
+        log_ratio = softshrink(log_ratio, threshold)
+    if raise_only:
+        log_ratio = log_ratio.clamp(min=0)
     moved = start + alpha * log_ratio
     if plausible is None:
         return moved.log_softmax(-1)
