@@ -4,7 +4,8 @@ python two_processes.py FOLDER PER_DEVICE ACCUMULATION [WHAT]
 WHAT may be nan or signal (after the second step, on the second process), and resume. uneven: the
 second process has fewer groups in a round's last step, and none of some origins; a log line stands
 for four steps, and the last two steps have none. uneven-cut and uneven-resume: the same, stopped
-between two log lines, and gone on with.
+between two log lines, and gone on with. distil: contrast distillation from the current policy,
+beside the ranking loss.
 """
 
 from __future__ import annotations
@@ -60,9 +61,17 @@ if __name__ == "__main__":
         "drift_prompts": 2,
     }
     even: dict[str, Any] = {"prompts_per_round": 8, "num_train_epochs": 2}
+    distilling: dict[str, Any] = {
+        **even,
+        "num_positive": 1,
+        "num_plain": 2,
+        "distil_weight": 1.0,
+        "distil_teacher": "current",
+    }
+    settings = uneven if what.startswith("uneven") else even
     t = trainer(
         folder,
-        **(uneven if what.startswith("uneven") else even),
+        **(distilling if what == "distil" else settings),
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         # groups are of unequal size: the processes cut into unequal numbers of micro-batches

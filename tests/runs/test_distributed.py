@@ -70,9 +70,10 @@ def assert_same_numbers(one: list[dict[str, Any]], two: list[dict[str, Any]]) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    run(tmp_path / "one", "2", "2", processes=1)
-    run(tmp_path / "two", "2", "1", processes=2)
+@pytest.mark.parametrize("what", ["", "distil"])
+def test_two_processes_train_as_one(tmp_path: Path, what: str) -> None:
+    run(tmp_path / "one", "2", "2", what, processes=1)
+    run(tmp_path / "two", "2", "1", what, processes=2)
     alone = torch.load(tmp_path / "one" / "weights-0.pt", weights_only=True)
     first, second = (
         torch.load(tmp_path / "two" / f"weights-{rank}.pt", weights_only=True) for rank in (0, 1)

@@ -234,9 +234,13 @@ def distillation(
     called inside of the same autocast as the policy's forward pass.
     """
 
+    from accelerate.utils import extract_model_from_parallel
+
+    current = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+
     @contextlib.contextmanager
     def opened() -> Iterator[torch.nn.Module]:
-        policy = reference() if p.teacher == "start" else contextlib.nullcontext(model)
+        policy = reference() if p.teacher == "start" else contextlib.nullcontext(current)
         with policy as teacher, inference(teacher, autocast_dtype):
             yield teacher
 
