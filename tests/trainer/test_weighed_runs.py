@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from peft import LoraConfig
 
 from neat_align import NEATTrainer
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, PromptError
 from neat_align.rounds.rollout_store import RolloutStore
-from small_trainer import TOKENIZER, logged, trainer, weights
+from small_trainer import ROWS, TOKENIZER, config, count_e, logged, trainer, weights
 from tiny import Family, alone, tiny_model
 
 WEIGHED: dict[str, Any] = {"token_weight_scale": 1.0, "token_weight_pairs": 2}
@@ -114,3 +115,28 @@ def test_a_run_distils_and_weighs_at_once(tmp_path: Path) -> None:
     assert {len(g.contrast_ids) for g in t.make_round(0).groups} == {3}
     (lines,) = [line for line in logged(tmp_path) if "loss/distil" in line][-1:]
     assert lines["loss/distil"] > 0
+
+
+@pytest.mark.parametrize("reads", [{"token_weight_scale": 1.0}, {"distil_weight": 1.0}])
+def test_a_template_that_drops_the_instruction_is_refused_for_plain_answers_too(
+    tmp_path: Path, reads: dict[str, Any]
+) -> None:
+    """Nothing is sampled under an instruction, but the contrast would be 0 at every token."""
+    deaf = copy.deepcopy(TOKENIZER)
+    deaf.chat_template = (
+        "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    plain: dict[str, Any] = {"num_positive": 0, "num_negative": 0, "num_plain": 4}
+    for placement, refused in (("system", True), ("user_suffix", False)):
+        given = config(tmp_path / placement, **plain, **reads, instruction_placement=placement)
+        model = tiny_model("llama", len(deaf), tokenizer=deaf)
+
+        def build(given: Any = given, model: Any = model) -> NEATTrainer:
+            return NEATTrainer(model, count_e, given, ROWS, processing_class=deaf)
+
+        if refused:
+            with pytest.raises(PromptError, match="drops or changes the system instruction"):
+                build()
+        else:
+            build()
