@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slow_objective as slow
-from neat_align import ConfigError
+from neat_align import ConfigError, NEATTrainer
 from neat_align.learning import losses
 from neat_align.learning import pairs as pair_masks
 from neat_align.learning.objective import objective_params, ranked_scores, score_tables
+from neat_align.modeling.shared_prefix import sharing_prefixes
 from neat_align.rounds.completions import Completion, CompletionGroup, Origin
 from small_trainer import TOKENIZER, config, trainer
 
@@ -302,6 +304,55 @@ def test_the_step_is_the_slow_one(tmp_path: Path, loss: str, power: float) -> No
             lambda: slow.logistic_of_gaps(gaps, p.beta, p.gamma, "mean"),  # noqa: B023
         )()
     assert found == pytest.approx(total / len(GROUPS), rel=1e-4)
+
+
+def step(t: NEATTrainer, *cut: list[CompletionGroup]) -> tuple[dict[str, float], Any]:
+    """The metrics and the gradient of one optimizer step, cut into these micro-batches."""
+    engine = t.parts.engine
+    micro_batches = [engine.micro_batch(groups) for groups in cut]
+    counts = engine.count(micro_batches)
+    engine.metrics.begin_step()
+    t.policy.zero_grad(set_to_none=True)
+    for micro in micro_batches:
+        with sharing_prefixes(t.policy) if engine.layout == "packed" else nullcontext():
+            engine.loss(t.policy, micro, counts, autocast_dtype=None).backward()
+    grads = {n: p.grad.clone() for n, p in t.policy.named_parameters() if p.grad is not None}
+    return engine.metrics.take(lambda last: last), grads
+
+
+@pytest.mark.parametrize("loss", ["logistic", "dpo"])
+def test_neither_the_layout_nor_the_cut_changes_a_step(tmp_path: Path, loss: str) -> None:
+    changes = {**WEIGHED, "ranking_loss": loss}
+    packed = trainer(tmp_path / "packed", **changes)
+    padded_rows = trainer(tmp_path / "padded", **changes, prefix_sharing="off")
+    assert packed.parts.engine.layout == "packed" != padded_rows.parts.engine.layout
+    metrics, grads = step(packed, GROUPS)
+    assert sum(float(g.abs().sum()) for g in grads.values()) > 1e-3
+    for t, cut in ((packed, [[g] for g in GROUPS]), (padded_rows, [GROUPS])):
+        others, other_grads = step(t, *cut)
+        for name, value in metrics.items():
+            if not name.startswith("packing/"):
+                assert others[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+        for name, grad in grads.items():
+            torch.testing.assert_close(other_grads[name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_pair_pulls_at_both_of_its_completions_alike(tmp_path: Path) -> None:
+    t = trainer(tmp_path, **WEIGHED)
+    metrics, _ = step(t, [group("pair", ("positive", 1.0, 4), ("negative", 0.0, 6))])
+    assert metrics["ranking/gradient_share/positive"] == pytest.approx(0.5)
+    assert metrics["ranking/gradient_share/negative"] == pytest.approx(0.5)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """On a device whose tensors hold nothing that could be read."""
+    logps = torch.zeros(2, 3, device="meta")
+    mask = torch.ones(2, 3, dtype=torch.bool, device="meta")
+    weights = losses.token_weights(logps, scale=1.0, clip=1.0)
+    scores = losses.completion_scores(logps, mask, 0.5, weights)[None]
+    pairs = torch.ones(1, 2, 2, dtype=torch.bool, device="meta")
+    for name in PAIRWISE:
+        assert ranking(name, scores, scores, pairs, scores, scores).shape == (1,)
 
 
 def test_without_a_scale_nothing_is_weighed_to_the_bit(tmp_path: Path) -> None:
