@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -62,9 +63,9 @@ def contrast(prompt: Sequence[int], token: int) -> float:
     text = TOKENIZER.decode(prompt)
     for k in range(len(PAIRS)):
         if f"kind {k}" in text:
-            return -(token % 7) * (k + 1) / 8
+            return -(token % 7) * (k + 1) / 3
         if f"rude {k}" in text:
-            return -(token % 5) * (k + 1) / 8
+            return -(token % 5) * (k + 1) / 3
     return -0.25
 
 
@@ -127,6 +128,16 @@ def test_every_completion_keeps_the_mean_contrast_of_the_first_pairs(
     assert origins == {"positive", "negative", "plain", "chosen", "rejected"}
 
 
+def test_a_round_says_how_much_contrast_its_answers_have(tmp_path: Path) -> None:
+    made = run(tmp_path, tools())
+    for origin in ("positive", "negative", "plain", "chosen", "rejected"):
+        own = [fmean(c.contrasts) for g in made.groups for c in g.completions if c.origin == origin]
+        found = made.metrics[f"sampling/token_contrast/{origin}"]
+        assert found == pytest.approx(fmean(own))
+    silent = run(tmp_path / "off", tools(), replace(PARAMS, weighing_pairs=0))
+    assert not any("token_contrast" in name for name in silent.metrics)
+
+
 def test_a_small_bank_gives_the_pairs_that_it_has(tmp_path: Path) -> None:
     t = replace(tools(), bank=InstructionBank("one", "", PAIRS[:1]))
     for g in run(tmp_path, t).groups:
@@ -184,7 +195,9 @@ def test_a_half_scored_round_goes_on_where_it_stopped(tmp_path: Path, after: int
     with pytest.raises(Exception, match="away"):
         run(tmp_path / "cut", tools(flaky(after)))
     t = tools()
-    assert list(run(tmp_path / "cut", t).groups) == list(whole.groups)
+    again = run(tmp_path / "cut", t)
+    assert list(again.groups) == list(whole.groups)
+    assert again.metrics == whole.metrics
     name = "groups.parquet"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     asked = len(t.start_logprobs.prompts)  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ under the instructions.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from statistics import fmean
@@ -15,7 +16,7 @@ from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import score_answers
-from neat_align.rounds.completions import CompletionGroup
+from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_notes import ScoringNotes, notes_on, write_notes
@@ -182,20 +183,17 @@ def with_contrasts(
         [c.token_ids for _, c, _ in asked],
         [g.prompt_id for g, _, _ in asked],
     )
-    found: dict[int, list[list[float]]] = {}
+    by_pair: dict[int, list[list[float]]] = {}
     for (_, c, _), good, bad in zip(asked, both["positive"], both["negative"], strict=True):
         own = [p - n for p, n in zip(good, bad, strict=True)]
-        found.setdefault(id(c), []).append(own)
-    return [
-        replace(
-            g,
-            completions=tuple(
-                replace(c, contrasts=tuple(map(fmean, zip(*found[id(c)], strict=True))))
-                for c in g.completions
-            ),
-        )
-        for g in groups
-    ]
+        by_pair.setdefault(id(c), []).append(own)
+
+    def contrasted(c: Completion) -> Completion:
+        # As it is stored: a round that goes on has the same numbers to the bit.
+        means = array("f", map(fmean, zip(*by_pair[id(c)], strict=True)))
+        return replace(c, contrasts=tuple(means))
+
+    return [replace(g, completions=tuple(map(contrasted, g.completions))) for g in groups]
 
 
 def instructed_logprobs(
