@@ -29,8 +29,7 @@ def lora() -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize(("family", "use_lora"), [("llama", False), ("gpt2", True)])
 def test_contrasts_are_the_start_policys_own_also_after_steps(
     tmp_path: Path, family: Family, *, use_lora: bool
 ) -> None:
@@ -75,6 +74,7 @@ def test_it_trains_otherwise_than_without_weights(tmp_path: Path, loss: str) -> 
     assert any(not torch.equal(v, ends[0][k]) for k, v in ends[1].items())
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_batches_of_scores_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
