@@ -128,3 +128,29 @@ def accuracy(scores, order):
     return sum(
         1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0 for i, j in order
     ), len(order)
+
+
+def weighed_score(logps, contrasts, scale, clip, alpha):
+    """A weighted mean of the token log-probabilities, times the length to the power of 1 − α."""
+    if not logps:
+        return 0.0
+    weights = [math.exp(scale * max(-clip, min(clip, e))) for e in contrasts]
+    total = sum(w * lp for w, lp in zip(weights, logps, strict=True))
+    return total / sum(weights) * len(logps) ** (1 - alpha)
+
+
+def hinge_of_gaps(gaps, m, reduction):
+    """`gaps` has ℓ⁺ of the winner minus ℓ⁻ of the loser, by (winner, loser)."""
+    return reduced([max(0.0, m - gap) for gap in gaps.values()], reduction)
+
+
+def logistic_of_gaps(gaps, beta, gamma, reduction):
+    return reduced([-math.log(sigmoid(beta * gap - gamma)) for gap in gaps.values()], reduction)
+
+
+def listwise_of_gaps(gaps, beta, reduction):
+    losses = []
+    for winner in sorted({i for i, _ in gaps}):
+        below = [math.exp(-beta * gap) for (i, _), gap in gaps.items() if i == winner]
+        losses.append(math.log(1 + sum(below)))
+    return reduced(losses, reduction)

@@ -62,6 +62,7 @@ COMPLETIONS = st.builds(
     reward=st.none() | NUMBERS,
     reward_components=st.lists(st.none() | NUMBERS, max_size=3).map(tuple),
     branch_at=st.none() | st.integers(0, 2**31 - 1),
+    contrasts=LOGPROBS,
 )
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": TEXTS}),

@@ -86,6 +86,29 @@ BETA = (
         none_of=("hinge", "none"),
     ),
 )
+TOKEN_WEIGHTS = (
+    OnlyWith(
+        "ranking_loss",
+        "token_weight_scale is set but ranking_loss is none: no pair is ranked, so there is "
+        "nothing to weigh; remove it",
+        none_of=("none",),
+    ),
+    OnlyWith(
+        "ranking_loss",
+        "token_weight_scale is set but ranking_loss is kto: it has no winner and loser of a pair, "
+        "which weigh their tokens oppositely, and its reference point is a KL, which has no "
+        "weights; use ranking_loss: logistic or dpo, or remove it",
+        none_of=("kto",),
+    ),
+)
+TOKEN_WEIGHT_OPTION = (
+    OnlyWith(
+        "token_weight_scale",
+        "token_weight_clip or token_weight_pairs is set but token_weight_scale is 0: remove it, or "
+        "set token_weight_scale",
+        none_of=(0,),
+    ),
+)
 GAMMA = (
     OnlyWith(
         "ranking_loss",

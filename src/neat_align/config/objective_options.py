@@ -59,6 +59,29 @@ class ObjectiveOptions(TrainerDefaults):
         "sum.",
         ge=0,
     )
+    token_weight_scale: float = option(
+        0.0,
+        "Weigh the tokens of a ranked pair by the contrast e of the instructions, log p(+)/p(-) of "
+        "the start policy: a winner's by exp(scale e), a loser's by exp(-scale e) (TIS-DPO). 0 is "
+        "off, a negative one weighs the other way.",
+        ge=-5,
+        le=5,
+        only_with=combinations.TOKEN_WEIGHTS,
+    )
+    token_weight_clip: float = option(
+        1.5,
+        "Keep the contrast that weighs a token within this many nats.",
+        gt=0,
+        le=10,
+        only_with=combinations.TOKEN_WEIGHT_OPTION,
+    )
+    token_weight_pairs: int = option(
+        1,
+        "Instruction pairs of the bank whose contrasts are averaged; all of them where the bank "
+        "has fewer. Each is two passes of the start policy over a round's answers.",
+        ge=1,
+        only_with=combinations.TOKEN_WEIGHT_OPTION,
+    )
     pair_reduction: str = option(
         "mean",
         "`mean` over a group's pairs, or `sum` (RRHF's form).",
@@ -204,9 +227,21 @@ class ObjectiveOptions(TrainerDefaults):
 
     @property
     def contrast_pairs(self) -> int:
-        """Instruction pairs under which a round's groups keep their prompts, for distillation."""
+        """Instruction pairs under which a round's groups keep their prompts: as many as whoever
+        reads most of them.
+        """
+        return max(self.taught_pairs, self.weighing_pairs)
+
+    @property
+    def taught_pairs(self) -> int:
+        """Instruction pairs that contrast distillation reads."""
         reads = self.distil_weight > 0 and self.distil_toward != "sharpened"
         return self.distil_pairs if reads else 0
+
+    @property
+    def weighing_pairs(self) -> int:
+        """Instruction pairs whose contrast weighs tokens."""
+        return self.token_weight_pairs if self.token_weight_scale else 0
 
     @property
     def needs_reference(self) -> bool:

@@ -37,8 +37,9 @@ class GroupBatch:
     Row r is completion `slot[r]` of group `group[r]`. `present` says which slots hold a completion;
     `keys` is what ranks it (NaN where absent or abstained); `origins` indexes `ORIGINS` (−1
     where absent); `best_row` is the row of the language-modelling target (−1 where there is none).
-    `ref_logps` are the start policy's log-probabilities in nats; `has_ref` says whether they were
-    computed. `names` are the groups' prompt ids, for messages.
+    `ref_logps` are the start policy's log-probabilities in nats, `contrasts` the tokens' contrasts;
+    `has_ref` and `has_contrasts` say whether they were computed. `names` are the groups' prompt
+    ids, for messages.
     """
 
     rows: Rows
@@ -50,6 +51,8 @@ class GroupBatch:
     best_row: Int[Tensor, " groups"]
     ref_logps: Float[Tensor, "rows tokens"]
     has_ref: bool
+    contrasts: Float[Tensor, "rows tokens"]
+    has_contrasts: bool
     names: tuple[str, ...]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GroupBatch:
@@ -95,7 +98,9 @@ def collate_groups(
             best_row[g] = first_row + best
         first_row += len(group.completions)
     rows = _rows(groups, layout, pad_token_id)
-    ref_logps = _reference_logps(groups, rows)
+    ref_logps = _token_values(groups, rows, "ref_logprobs")
+    contrasts = _token_values(groups, rows, "contrasts")
+    zeros = torch.zeros(rows.completion_ids.shape)
     return GroupBatch(
         rows=rows,
         group=torch.tensor([g for g, group in enumerate(groups) for _ in group.completions]),
@@ -104,8 +109,10 @@ def collate_groups(
         keys=keys,
         origins=origins,
         best_row=best_row,
-        ref_logps=torch.zeros(rows.completion_ids.shape) if ref_logps is None else ref_logps,
+        ref_logps=zeros if ref_logps is None else ref_logps,
         has_ref=ref_logps is not None,
+        contrasts=zeros if contrasts is None else contrasts,
+        has_contrasts=contrasts is not None,
         names=tuple(g.prompt_id for g in groups),
     )
 
@@ -124,17 +131,18 @@ def _rows(groups: Sequence[CompletionGroup], layout: Layout, pad_token_id: int) 
     )
 
 
-def _reference_logps(
-    groups: Sequence[CompletionGroup], rows: Rows
+def _token_values(
+    groups: Sequence[CompletionGroup], rows: Rows, name: Literal["ref_logprobs", "contrasts"]
 ) -> Float[Tensor, "rows tokens"] | None:
-    """The start policy's log-probabilities in nats; None unless every completion has them."""
+    """A number a token, in nats; None unless every completion has them."""
     completions = [c for g in groups for c in g.completions]
-    if any(len(c.ref_logprobs) != len(c.token_ids) for c in completions):
+    own: list[tuple[float, ...]] = [getattr(c, name) for c in completions]
+    if any(len(values) != len(c.token_ids) for values, c in zip(own, completions, strict=True)):
         return None
-    logps = torch.zeros(rows.completion_ids.shape)
-    for r, completion in enumerate(completions):
-        logps[r, : len(completion.ref_logprobs)] = torch.tensor(completion.ref_logprobs)
-    return logps
+    table = torch.zeros(rows.completion_ids.shape)
+    for r, values in enumerate(own):
+        table[r, : len(values)] = torch.tensor(values)
+    return table
 
 
 def without_unread_completions(group: CompletionGroup, config: NEATConfig) -> CompletionGroup:

@@ -47,7 +47,10 @@ this, in nats.
 
 
 def completion_scores(
-    logps: Float[Tensor, "rows tokens"], mask: Bool[Tensor, "rows tokens"], length_power: float
+    logps: Float[Tensor, "rows tokens"],
+    mask: Bool[Tensor, "rows tokens"],
+    length_power: float,
+    weights: Float[Tensor, "rows tokens"] | None = None,
 ) -> Float[Tensor, "rows"]:
     """The policy's score of each completion.
 
@@ -57,12 +60,45 @@ def completion_scores(
     SLiC 2305.10425). `logps` holds log π_θ of the token at each position; `mask` is true on
     completion tokens, by length, the end-of-turn token included when the completion ended by
     itself. An empty completion scores 0.
+
+    With `weights` above 0 (`token_weights`) it is
+
+        ℓ_i = |y_i|^(1−α) · Σ_t w_t log π_θ(y_it | x, y_i<t) / Σ_t w_t
+
+    a weighted mean for α = 1, and what the same weights with mean 1 in each completion give for
+    any α: they say which tokens count, not how much the completion does.
     """
     length = mask.sum(dim=-1).clamp(min=1).to(logps.dtype)
-    return _masked(logps, mask).sum(dim=-1) / length**length_power
+    if weights is None:
+        return _masked(logps, mask).sum(dim=-1) / length**length_power
+    own = _masked(weights, mask)
+    total = torch.where(mask.any(dim=-1), own.sum(dim=-1), 1.0)
+    return (own * _masked(logps, mask)).sum(dim=-1) / total * length ** (1 - length_power)
+
+
+def token_weights(
+    contrasts: Float[Tensor, "rows tokens"], *, scale: float, clip: float
+) -> Float[Tensor, "rows tokens"]:
+    """How much each token of a winner counts; with −`scale`, each token of a loser.
+
+        w_t = e^{μ · clamp(e_t, −c, c)},    μ = `scale`, c = `clip` in nats
+        e_t = log p_0(y_t | x, +, y_<t) − log p_0(y_t | x, −, y_<t)
+
+    TIS-DPO (2410.04350), prompt-based weights with k = 1: what makes a winner good counts more in
+    it, what makes a loser bad more in that. No gradient passes through e_t. Departures: the
+    contrast is one model's under two instructions that the answers were sampled with, averaged over
+    several pairs where there are; the bounds are symmetric; `completion_scores` divides by the
+    weights' sum, where TIS-DPO has sums of weighted log-ratios, so that a completion does not weigh
+    more for having tokens with much contrast; and any pairwise loss can have them.
+    """
+    return (scale * contrasts.clamp(min=-clip, max=clip)).exp()
 
 
 # ---- ranking losses ------------------------------------------------------------------------------
+#
+# A completion may be the better one of one pair and the worse one of another. Where its tokens are
+# weighed (`token_weights`) it scores ℓ⁺ as the one and ℓ⁻ as the other, and every ℓ_j of a pairwise
+# loss is of `loser_scores`; None is ℓ⁻ = ℓ⁺.
 
 
 def hinge_loss(
@@ -71,6 +107,7 @@ def hinge_loss(
     *,
     margin: float,
     reduction: Reduction,
+    loser_scores: Float[Tensor, "groups k"] | None = None,
 ) -> Float[Tensor, "groups"]:
     """Margin ranking loss.
 
@@ -81,7 +118,7 @@ def hinge_loss(
     that its scale does not grow with K²; SLiC has one pair a prompt. A pair that is ordered by more
     than m contributes nothing, which is why `active_pairs` exists.
     """
-    per_pair = F.relu(margin - score_gaps(scores, pairs))
+    per_pair = F.relu(margin - score_gaps(scores, pairs, loser_scores))
     return _reduce(per_pair.flatten(1), pairs.flatten(1), reduction)
 
 
@@ -92,6 +129,7 @@ def logistic_loss(
     beta: float,
     gamma: float,
     reduction: Reduction,
+    loser_scores: Float[Tensor, "groups k"] | None = None,
 ) -> Float[Tensor, "groups"]:
     """Reference-free logistic ranking loss.
 
@@ -101,7 +139,7 @@ def logistic_loss(
     Departure: all ordered pairs of a group instead of one chosen and one rejected answer. β is per
     unit of score, γ has no unit.
     """
-    per_pair = -F.logsigmoid(beta * score_gaps(scores, pairs) - gamma)
+    per_pair = -F.logsigmoid(beta * score_gaps(scores, pairs, loser_scores) - gamma)
     return _reduce(per_pair.flatten(1), pairs.flatten(1), reduction)
 
 
@@ -111,6 +149,7 @@ def listwise_loss(
     *,
     beta: float,
     reduction: Reduction,
+    loser_scores: Float[Tensor, "groups k"] | None = None,
 ) -> Float[Tensor, "groups"]:
     """Plackett–Luce likelihood of the group's order, ties broken out of it.
 
@@ -123,7 +162,7 @@ def listwise_loss(
     never compete and the index decides nothing; and the mean is over winners. With two completions
     it is `logistic_loss` with γ = 0.
     """
-    below = torch.where(pairs, -beta * score_gaps(scores, pairs), -math.inf)
+    below = torch.where(pairs, -beta * score_gaps(scores, pairs, loser_scores), -math.inf)
     per_winner = F.pad(below, (0, 1), value=0.0).logsumexp(dim=-1)
     return _reduce(per_winner, pairs.any(dim=-1), reduction)
 
@@ -135,6 +174,7 @@ def dpo_loss(
     *,
     beta: float,
     reduction: Reduction,
+    loser_scores: tuple[Float[Tensor, "groups k"], Float[Tensor, "groups k"]] | None = None,
 ) -> Float[Tensor, "groups"]:
     """Logistic ranking loss on log-ratios to a frozen reference.
 
@@ -142,9 +182,17 @@ def dpo_loss(
 
     DPO (2305.18290). Departures: all ordered pairs of a group; and DPO's log-ratios are sums over
     tokens (`length_power` 0): with per-token scores the same β is a much weaker pull, as a
-    length-normalised DPO has it.
+    length-normalised DPO has it. `loser_scores` are the policy's and the reference's ℓ_j where they
+    differ from the first two arguments.
     """
-    return logistic_loss(scores - ref_scores, pairs, beta=beta, gamma=0.0, reduction=reduction)
+    return logistic_loss(
+        scores - ref_scores,
+        pairs,
+        beta=beta,
+        gamma=0.0,
+        reduction=reduction,
+        loser_scores=None if loser_scores is None else loser_scores[0] - loser_scores[1],
+    )
 
 
 def kto_loss(

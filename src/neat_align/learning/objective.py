@@ -46,6 +46,8 @@ class ObjectiveParams:
     beta: float
     gamma: float
     length_power: float
+    token_weight_scale: float
+    token_weight_clip: float
     reduction: Literal["mean", "sum"]
     negative_penalty: str
     npo_beta: float
@@ -144,6 +146,8 @@ def objective_params(config: NEATConfig) -> ObjectiveParams:
         beta=config.resolved_beta,
         gamma=config.gamma or 0.0,
         length_power=config.length_power,
+        token_weight_scale=config.token_weight_scale,
+        token_weight_clip=config.token_weight_clip,
         reduction=cast("Literal['mean', 'sum']", config.pair_reduction),
         negative_penalty=config.negative_penalty,
         npo_beta=config.resolved_npo_beta,
@@ -156,7 +160,7 @@ def objective_params(config: NEATConfig) -> ObjectiveParams:
         teach=TeachParams(
             answers=cast("Literal['all', 'lower_half']", config.distil_answers),
             first=config.distil_first,
-            pairs=config.contrast_pairs,
+            pairs=config.taught_pairs,
             negatives=config.distil_toward == "contrast",
         ),
     )
@@ -183,39 +187,97 @@ def counts_of(batches: Sequence[MicroBatch]) -> tuple[float, ...]:
     return tuple(sum(b.counts[i] for b in batches) for i in range(len(fields(LossCounts))))
 
 
-def ranking_losses(
-    scores: Float[Tensor, "groups k"],
-    ref_scores: Float[Tensor, "groups k"],
-    pairs: Bool[Tensor, "groups k k"],
-    p: ObjectiveParams,
-) -> Float[Tensor, " groups"]:
-    """The chosen ranking loss of each group, from scores in nats (per token, with
+@dataclass(frozen=True)
+class Scores:
+    """Scores of the policy and of the start policy as [groups, k] tables, in nats (per token, with
     length_power 1).
     """
+
+    policy: Float[Tensor, "groups k"]
+    reference: Float[Tensor, "groups k"]
+
+    @property
+    def log_ratios(self) -> Float[Tensor, "groups k"]:
+        """How much more the policy scores than the start policy."""
+        return self.policy - self.reference
+
+
+@dataclass(frozen=True)
+class RankedScores:
+    """What completions score as the better and as the worse one of a pair.
+
+    They differ where tokens are weighed; `losers` is None where they do not.
+    """
+
+    winners: Scores
+    losers: Scores | None = None
+
+
+def ranking_losses(
+    scores: RankedScores, pairs: Bool[Tensor, "groups k k"], p: ObjectiveParams
+) -> Float[Tensor, " groups"]:
+    """The chosen ranking loss of each group. Raises ValueError for `kto` with weighed tokens."""
+    own, ref, losers = scores.winners.policy, scores.winners.reference, scores.losers
+    low = None if losers is None else losers.policy
+    beta, reduction = p.beta, p.reduction
     if p.ranking_loss == "none":
-        return scores.sum(dim=-1) * 0.0  # with a gradient, which is 0
+        return own.sum(dim=-1) * 0.0  # with a gradient, which is 0
     if p.ranking_loss == "hinge":
-        return losses.hinge_loss(scores, pairs, margin=p.hinge_margin, reduction=p.reduction)
+        return losses.hinge_loss(
+            own, pairs, margin=p.hinge_margin, reduction=reduction, loser_scores=low
+        )
     if p.ranking_loss == "logistic":
         return losses.logistic_loss(
-            scores, pairs, beta=p.beta, gamma=p.gamma, reduction=p.reduction
+            own, pairs, beta=beta, gamma=p.gamma, reduction=reduction, loser_scores=low
         )
     if p.ranking_loss == "listwise":
-        return losses.listwise_loss(scores, pairs, beta=p.beta, reduction=p.reduction)
+        return losses.listwise_loss(own, pairs, beta=beta, reduction=reduction, loser_scores=low)
     if p.ranking_loss == "dpo":
-        return losses.dpo_loss(scores, ref_scores, pairs, beta=p.beta, reduction=p.reduction)
+        both = None if losers is None else (losers.policy, losers.reference)
+        return losses.dpo_loss(own, ref, pairs, beta=beta, reduction=reduction, loser_scores=both)
     if p.ranking_loss == "kto":
-        return losses.kto_loss(scores, ref_scores, pairs, beta=p.beta, reduction=p.reduction)
+        if losers is not None:
+            raise ValueError("kto has no pairs, in which the tokens of a loser are weighed apart")
+        return losses.kto_loss(own, ref, pairs, beta=beta, reduction=reduction)
     raise ValueError(f"there is no ranking loss {p.ranking_loss!r}")
 
 
 def score_tables(
-    b: GroupBatch, logps: Float[Tensor, "rows tokens"], p: ObjectiveParams
-) -> tuple[Tensor, Tensor]:
-    """Scores of the policy and of the start policy as [groups, k] tables."""
+    b: GroupBatch,
+    logps: Float[Tensor, "rows tokens"],
+    p: ObjectiveParams,
+    weights: Float[Tensor, "rows tokens"] | None = None,
+) -> Scores:
+    """What completions score; `weights` are those of `losses.completion_scores`."""
     mask = b.rows.completion_mask
-    scores = b.table(losses.completion_scores(logps, mask, p.length_power))
-    return scores, b.table(losses.completion_scores(b.ref_logps, mask, p.length_power))
+    own, ref = (
+        b.table(losses.completion_scores(values, mask, p.length_power, weights))
+        for values in (logps, b.ref_logps)
+    )
+    return Scores(own, ref)
+
+
+def ranked_scores(
+    b: GroupBatch, logps: Float[Tensor, "rows tokens"], p: ObjectiveParams, plain: Scores
+) -> RankedScores:
+    """What the ranking loss compares: the plain scores, unless tokens are weighed.
+
+    Raises ConfigError for groups without contrasts where they are.
+    """
+    if not p.token_weight_scale:
+        return RankedScores(plain)
+    if not b.has_contrasts:
+        raise ConfigError(
+            "the round's groups have no token_contrasts, which token_weight_scale needs: make the "
+            "round again"
+        )
+    winners, losers = (
+        score_tables(
+            b, logps, p, losses.token_weights(b.contrasts, scale=scale, clip=p.token_weight_clip)
+        )
+        for scale in (p.token_weight_scale, -p.token_weight_scale)
+    )
+    return RankedScores(winners, losers)
 
 
 def loss_terms(
@@ -240,18 +302,19 @@ def loss_terms(
             "make the round again"
         )
     mask = b.rows.completion_mask
-    scores, ref_scores = score_tables(b, logps, p)
+    scores = score_tables(b, logps, p)
     if p.negative_penalty == "npo":
-        own = scores[b.group, b.slot][penalised]
-        ref = ref_scores[b.group, b.slot][penalised]
+        own = scores.policy[b.group, b.slot][penalised]
+        ref = scores.reference[b.group, b.slot][penalised]
         negative = losses.npo_penalty(own, ref, beta=p.npo_beta)
     else:
         negative = losses.unlikelihood_penalty(logps[penalised], mask[penalised])
     # Without a term that needs it, some groups have it for the round's metrics: not the step's.
     needs_ref = p.needs_reference
     kl = losses.kl_k3(logps, b.ref_logps, mask).sum() if needs_ref else logps.new_zeros(())
+    ranking = ranking_losses(ranked_scores(b, logps, p, scores), micro_batch.pairs, p)
     return losses.LossTerms(
-        ranking=ranking_losses(scores, ref_scores, micro_batch.pairs, p).sum() / counts.ranking,
+        ranking=ranking.sum() / counts.ranking,
         lm=losses.lm_loss(logps[best], mask[best]).sum() / counts.lm,
         negative=negative.sum() / counts.negative,
         kl=kl / counts.kl,

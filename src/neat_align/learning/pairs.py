@@ -102,6 +102,7 @@ def active_pairs(
     margin: float,
     beta: float,
     gamma: float,
+    loser_scores: Float[Tensor, "groups k"] | None = None,
 ) -> Bool[Tensor, "groups k k"]:
     """Which pairs still teach something.
 
@@ -116,9 +117,10 @@ def active_pairs(
     gradient a completion and not a pair: what counts is that one of the two has a label (`sides`)
     and its gradient is above that share of the largest. For `dpo` and `kto` hand in log-ratios,
     `scores - ref_scores`. What a loss does not have (`margin`, `beta` or `gamma`) is
-    not read. No gradient passes.
+    not read. `loser_scores` are those of `score_gaps`. No gradient passes.
     """
-    gaps = score_gaps(scores.detach(), pairs)
+    losers = None if loser_scores is None else loser_scores.detach()
+    gaps = score_gaps(scores.detach(), pairs, losers)
     if ranking_loss == "hinge":
         return (margin - gaps > 0) & pairs
     if ranking_loss == "logistic":
@@ -156,7 +158,13 @@ def ranking_accuracy(
 
 
 def score_gaps(
-    scores: Float[Tensor, "groups k"], pairs: Bool[Tensor, "groups k k"]
+    scores: Float[Tensor, "groups k"],
+    pairs: Bool[Tensor, "groups k k"],
+    loser_scores: Float[Tensor, "groups k"] | None = None,
 ) -> Float[Tensor, "groups k k"]:
-    """ℓ_i − ℓ_j at [g, i, j] where i ≻ j, and 0 elsewhere, whatever an unpaired slot holds."""
-    return torch.where(pairs, scores[:, :, None] - scores[:, None, :], 0.0)
+    """ℓ_i − ℓ_j at [g, i, j] where i ≻ j, and 0 elsewhere, whatever an unpaired slot holds.
+
+    `loser_scores` are what completions score as the worse one of a pair, ℓ_j, where that differs.
+    """
+    losers = scores if loser_scores is None else loser_scores
+    return torch.where(pairs, scores[:, :, None] - losers[:, None, :], 0.0)

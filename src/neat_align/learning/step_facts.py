@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -12,6 +14,9 @@ from neat_align.learning.losses import LossTerms
 from neat_align.learning.objective import (
     MicroBatch,
     ObjectiveParams,
+    RankedScores,
+    Scores,
+    ranked_scores,
     ranking_losses,
     score_tables,
 )
@@ -44,23 +49,26 @@ def step_facts(
     and ranks. No gradient passes, and no number leaves the device.
 
     A pair counts for the origin of its loser. `gradient_share` is the origin's part of the summed
-    absolute gradient of the ranking loss with respect to the scores. The shares of a step's loss
+    absolute gradient of the ranking loss with respect to the scores. `accuracy` is of plain scores,
+    also where the ranking loss weighs tokens. The shares of a step's loss
     have denominator 0.
     """
     b, pairs, best = micro_batch.groups, micro_batch.pairs, micro_batch.target_rows
     logps, mask, wide = logps.detach(), b.rows.completion_mask, sum_dtype(logps.device)
-    scores, ref_scores = score_tables(b, logps, p)
+    scores = score_tables(b, logps, p)
+    ranked = ranked_scores(b, logps, p, scores)
     active = pair_masks.active_pairs(
-        scores - ref_scores if p.ranking_loss in LOG_RATIO_LOSSES else scores,
+        _compared(ranked.winners, p),
         pairs,
+        loser_scores=None if ranked.losers is None else _compared(ranked.losers, p),
         ranking_loss=p.ranking_loss,
         margin=p.hinge_margin,
         beta=p.beta,
         gamma=p.gamma,
     )
-    correct, total = pair_masks.ranking_accuracy(scores, pairs)
+    correct, total = pair_masks.ranking_accuracy(scores.policy, pairs)
     tokens, nats = mask.sum(-1).to(wide), torch.where(mask, logps, 0.0).to(wide).sum(-1)
-    pull = _pull(scores, ref_scores, pairs, p).to(wide)
+    pull = _pull(ranked, pairs, p).to(wide)
     by_slot = torch.stack(
         [active.sum(1), pairs.sum(1), pull, torch.zeros_like(pull), b.table(nats), b.table(tokens)],
         -1,
@@ -82,14 +90,25 @@ def step_facts(
     )
 
 
+def _compared(scores: Scores, p: ObjectiveParams) -> Float[Tensor, "groups k"]:
+    """What the ranking loss takes differences of."""
+    return scores.log_ratios if p.ranking_loss in LOG_RATIO_LOSSES else scores.policy
+
+
 def _pull(
-    scores: Float[Tensor, "groups k"],
-    ref_scores: Float[Tensor, "groups k"],
-    pairs: Bool[Tensor, "groups k k"],
-    p: ObjectiveParams,
+    ranked: RankedScores, pairs: Bool[Tensor, "groups k k"], p: ObjectiveParams
 ) -> Float[Tensor, "groups k"]:
-    """The absolute gradient of the ranking loss with respect to each score."""
+    """The absolute gradient of the ranking loss with respect to each completion's score.
+
+    Where a completion scores differently as a winner and as a loser: of what raises both alike.
+    """
     with torch.enable_grad():
-        leaf = scores.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(ranking_losses(leaf, ref_scores, pairs, p).sum(), leaf)
+        raise_by = torch.zeros_like(ranked.winners.policy, requires_grad=True)
+        winners, losers = ranked.winners, ranked.losers
+        raised = RankedScores(
+            replace(winners, policy=winners.policy + raise_by),
+            None if losers is None else replace(losers, policy=losers.policy + raise_by),
+        )
+        loss = ranking_losses(raised, pairs, p).sum()
+        (gradient,) = torch.autograd.grad(loss, raise_by)
     return gradient.abs()

@@ -8,7 +8,7 @@ In the order in which a round is made:
     branching.py       where a plain answer branches under the two instructions
     human_answers.py   the data's own answers as completions
     filters.py         blank answers, repeats and leaked instructions out
-    scoring_stage.py   rewards, and log-probabilities under the plain prompt
+    scoring_stage.py   rewards, log-probabilities under the plain prompt, contrasts of tokens
     scoring_notes.py   what could not be scored, and what reward functions logged
     ranking.py         what ranks a group's completions, and which pairs that gives
     make_round.py      the stages above, one after the other: one round

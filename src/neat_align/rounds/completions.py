@@ -36,6 +36,8 @@ class Completion:
     tokens under its instruction, those that it shares too.
     `policy_logprobs` and `ref_logprobs` are per-token log-probabilities in nats under the **plain**
     prompt, of the policy that began the round and of the start policy; empty when not computed.
+    `contrasts` are the tokens' contrasts of the instructions in nats, empty when not computed
+    (`scoring_stage.with_contrasts`).
     `reward` is the weighted sum of `reward_components` (one a reward function, None where it
     abstained), higher is better; None when every function abstained.
     """
@@ -53,6 +55,7 @@ class Completion:
     reward: float | None = None
     reward_components: tuple[float | None, ...] = ()
     branch_at: int | None = None
+    contrasts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class CompletionGroup:
 
     `prompt_ids` is the plain prompt as the policy sees it, generation prompt included.
     `contrast_ids` are the same prompt under (positive, negative) instructions, a pair of the bank
-    each, where contrast distillation reads them.
+    each, where contrast distillation or the weights of tokens read them.
     """
 
     prompt_id: str
@@ -86,12 +89,19 @@ _COMPLETION_COLUMNS: tuple[tuple[str, str], ...] = (
     ("ref_logprobs", "ref_logprobs"),
     ("reward_components", "reward_components"),
     ("branch_points", "branch_at"),
+    ("token_contrasts", "contrasts"),
 )
 # Columns that files of earlier versions do not have.
-_ADDED_COLUMNS = frozenset({"branch_points"})
+_ADDED_COLUMNS = frozenset({"branch_points", "token_contrasts"})
 _CONTRAST_COLUMN = "contrast_prompt_ids"
 # Fields that Arrow gives as lists, and what stands in fields without a default that were not read.
-_TUPLE_FIELDS = ("token_ids", "policy_logprobs", "ref_logprobs", "reward_components")
+_TUPLE_FIELDS = (
+    "token_ids",
+    "policy_logprobs",
+    "ref_logprobs",
+    "reward_components",
+    "contrasts",
+)
 _ABSENT: dict[str, Any] = {"index": 0, "text": "", "token_ids": ()}
 
 
@@ -126,6 +136,7 @@ def arrow_schema(*, conversational: bool, reward_names: Sequence[str] = ()) -> p
         "ref_logprobs": floats,
         "reward_components": pa.list_(pa.float64()),
         "branch_points": pa.int32(),
+        "token_contrasts": floats,
     }
     fields: list[Any] = [
         ("prompt_id", pa.string()),

@@ -155,7 +155,15 @@ class _Round:
         else:
             progress.sampled(params.sampled_for(len(rows)))
         usable = [without_unusable(group, self.removed) for group in sampled]
-        return score_groups(usable, rows, tools, store, measured, progress.scored)
+        return score_groups(
+            usable,
+            rows,
+            tools,
+            store,
+            measured,
+            progress.scored,
+            weighing_pairs=params.weighing_pairs,
+        )
 
 
 def even_slices(items: Sequence[T], most: int) -> Iterator[tuple[int, Sequence[T]]]:

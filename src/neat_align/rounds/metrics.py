@@ -70,6 +70,8 @@ class RoundMeasures:
         if c.branch_at is not None:
             sums["sampling/branch_position"].add(c.branch_at)
             sums["branch tokens"].add(len(c.token_ids))
+        if c.contrasts:
+            sums[f"sampling/token_contrast/{origin}"].add(fmean(c.contrasts))
         if c.policy_logprobs:
             self._add_logprobs(c)
 
@@ -117,7 +119,12 @@ class RoundMeasures:
         for reason in ("empty", "duplicate", "leak"):
             metrics[f"removed/{reason}"] = removed[reason]
         by_origin = (
-            *("reward", "completions/mean_length", "logps", "sampling/instruction_gap", "kl"),
+            "reward",
+            "completions/mean_length",
+            "logps",
+            "sampling/instruction_gap",
+            "sampling/token_contrast",
+            "kl",
         )
         for origin in ORIGINS:
             for name in by_origin:

@@ -31,6 +31,7 @@ class RoundParams:
     """What a round is made of. Counts are per prompt; `seed` is the run's.
 
     `contrast_pairs`: under how many instruction pairs a group keeps its prompt (`contrast_ids`).
+    `weighing_pairs`: of how many of them, the first ones, completions keep their tokens' contrasts.
     `needs_pairs`: whether a group without two completions that can be ranked is left out.
     """
 
@@ -49,6 +50,7 @@ class RoundParams:
     contrast_pairs: int = 0
     needs_pairs: bool = True
     contrast_from: ContrastFrom = "prompt"
+    weighing_pairs: int = 0
 
     def deciding(self) -> dict[str, Any]:
         """All of it as JSON: what decides a round's samples.
@@ -56,7 +58,12 @@ class RoundParams:
         Fields that earlier versions did not have are in it only where they are used.
         """
         decides: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        unused = {"contrast_pairs": 0, "needs_pairs": True, "contrast_from": "prompt"}
+        unused = {
+            "contrast_pairs": 0,
+            "needs_pairs": True,
+            "contrast_from": "prompt",
+            "weighing_pairs": 0,
+        }
         return {k: v for k, v in decides.items() if k not in unused or v != unused[k]}
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:
@@ -86,7 +93,9 @@ class RoundTools:
     computed; one function twice: computed once). The current policy's are for metrics only, so they
     are computed for the round's first `MEASURED_PROMPTS`; the start policy's for every completion,
     or, without `ref_for_all`, for the same ones. Where answers branch, `policy_logprobs` is needed:
-    it also scores plain answers under the instructions. `on_bad_row`: a completion that a reward
+    it also scores plain answers under the instructions. `start_logprobs` is the start policy again,
+    whether or not `ref_logprobs` is computed: it scores completions under the instructions where
+    tokens are weighed by that. `on_bad_row`: a completion that a reward
     cannot score is an error, or has no reward.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
@@ -102,6 +111,7 @@ class RoundTools:
     policy_logprobs: LogprobFunction | None = None
     ref_logprobs: LogprobFunction | None = None
     ref_for_all: bool = True
+    start_logprobs: LogprobFunction | None = None
     batch_size: int = 64
     between_batches: Callable[[], None] = lambda: None
     on_bad_row: OnBadRow = "error"

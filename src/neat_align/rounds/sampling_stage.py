@@ -16,11 +16,10 @@ from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.human_answers import human_completions
 from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
-from neat_align.rounds.scoring_stage import refuse_non_finite
+from neat_align.rounds.scoring_stage import CONTRASTED, instructed_logprobs, refuse_non_finite
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest
 
 T = TypeVar("T")
-CONTRASTED: tuple[Literal["positive", "negative"], ...] = ("positive", "negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,15 +229,19 @@ def _find_branches(
         if not missing:
             continue
         tools.between_batches()
-        logprobs = {}
-        for polarity in CONTRASTED:
-            own_rows = (rows[plain[n].row] for n in missing)
-            prompts = [_instructed(r, polarity, round_index, params, tools)[1] for r in own_rows]
-            scored = tools.policy_logprobs(prompts, [answers[n] for n in missing])
-            name = f"log-probability under the {polarity} instruction"
-            owners = [plain[n].prompt_id for n in missing]
-            refuse_non_finite(name, owners, [sum(row) for row in scored])
-            logprobs[polarity] = scored
+        prompts = {
+            polarity: [
+                _instructed(rows[plain[n].row], polarity, round_index, params, tools)[1]
+                for n in missing
+            ]
+            for polarity in CONTRASTED
+        }
+        logprobs = instructed_logprobs(
+            tools.policy_logprobs,
+            prompts,
+            [answers[n] for n in missing],
+            [plain[n].prompt_id for n in missing],
+        )
         both = zip(missing, logprobs["positive"], logprobs["negative"], strict=True)
         found = [branch(answers[n], positive, negative) for n, positive, negative in both]
         store.write_branches(missing, found)

@@ -1,20 +1,28 @@
-"""Scoring a round's completions: rewards, and log-probabilities under the plain prompt."""
+"""Scoring a round's completions: rewards, log-probabilities under the plain prompt, and contrasts
+under the instructions.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from statistics import fmean
+from typing import Literal, TypeAlias, get_args
 
 from neat_align.errors import CollapseError, name_list
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import score_answers
-from neat_align.rounds.completions import CompletionGroup
+from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_notes import ScoringNotes, notes_on, write_notes
+
+Contrasted: TypeAlias = Literal["positive", "negative"]
+CONTRASTED: tuple[Contrasted, ...] = get_args(Contrasted)
 
 
 def score_groups(
@@ -24,13 +32,15 @@ def score_groups(
     store: RolloutStore,
     measured: Set[str],
     report: Callable[[int], None],
+    *,
+    weighing_pairs: int = 0,
 ) -> list[CompletionGroup]:
     """The groups with rewards and log-probabilities: stored already, or made and stored.
 
     `rows` are the groups' rows; prompt ids are unique; `measured` has those of the prompts whose
-    current log-probabilities are wanted. Made in batches of at most `tools.batch_size` completions;
-    `tools.between_batches` is called before each, and `report` is told how many groups were just
-    finished.
+    current log-probabilities are wanted; `weighing_pairs` is the `pairs` of `with_contrasts`. Made
+    in batches of at most `tools.batch_size` completions; `tools.between_batches` is called before
+    each, and `report` is told how many groups were just finished.
     """
     reward_names = [reward.name for reward in tools.rewards]
     wants_all = tools.ref_for_all and tools.ref_logprobs is not None
@@ -38,7 +48,8 @@ def score_groups(
         prompt: group
         for prompt, group in store.read_scored(groups).items()
         # Stored for an objective that needed none, which has changed since.
-        if not wants_all or all(len(c.ref_logprobs) == len(c.token_ids) for c in group.completions)
+        if (not wants_all or _have(group, "ref_logprobs"))
+        and (not weighing_pairs or _have(group, "contrasts"))
     }
     report(len(scored))
     for start, batch in group_batches(groups, tools.batch_size):
@@ -53,11 +64,17 @@ def score_groups(
             tools.on_bad_row,
         )
         made = with_logprobs(rewarded, tools, measured)
+        made = with_contrasts(made, tools.start_logprobs, weighing_pairs)
         write_notes(store.folder, missing[0], notes)
         store.write_scored(missing[0], made, reward_names)
         scored.update((g.prompt_id, g) for g in made)
         report(len(missing))
     return [scored[g.prompt_id] for g in groups]
+
+
+def _have(group: CompletionGroup, name: Literal["ref_logprobs", "contrasts"]) -> bool:
+    """Whether each completion has a number of this name a token."""
+    return all(len(getattr(c, name)) == len(c.token_ids) for c in group.completions)
 
 
 def group_batches(
@@ -139,6 +156,64 @@ def with_logprobs(
         )
         scored.append(replace(g, completions=tuple(completions)))
     return scored
+
+
+def with_contrasts(
+    groups: Sequence[CompletionGroup], start: LogprobFunction | None, pairs: int
+) -> list[CompletionGroup]:
+    """The groups with each token's contrast under the instructions, in nats.
+
+        e_t = mean_j log p_0(y_t | x, +_j, y_<t) − log p_0(y_t | x, −_j, y_<t)
+
+    p_0 is `start`, and j goes over the first `pairs` of the group's `contrast_ids`. With 0 pairs
+    the groups are as they were. Raises CollapseError, with the prompts, where a log-probability is
+    not a finite number.
+    """
+    if not pairs:
+        return list(groups)
+    if start is None:
+        raise ValueError("contrasts of tokens need start_logprobs: pass a function that scores")
+    asked = [(g, c, pair) for g in groups for pair in g.contrast_ids[:pairs] for c in g.completions]
+    both = instructed_logprobs(
+        start,
+        {
+            "positive": [positive for _, _, (positive, _) in asked],
+            "negative": [negative for _, _, (_, negative) in asked],
+        },
+        [c.token_ids for _, c, _ in asked],
+        [g.prompt_id for g, _, _ in asked],
+    )
+    by_pair: dict[int, list[list[float]]] = {}
+    for (_, c, _), good, bad in zip(asked, both["positive"], both["negative"], strict=True):
+        own = [p - n for p, n in zip(good, bad, strict=True)]
+        by_pair.setdefault(id(c), []).append(own)
+
+    def contrasted(c: Completion) -> Completion:
+        # As it is stored: a round that goes on has the same numbers to the bit.
+        means = array("f", map(fmean, zip(*by_pair[id(c)], strict=True)))
+        return replace(c, contrasts=tuple(means))
+
+    return [replace(g, completions=tuple(map(contrasted, g.completions))) for g in groups]
+
+
+def instructed_logprobs(
+    function: LogprobFunction,
+    prompts: Mapping[Contrasted, Sequence[Sequence[int]]],
+    completions: Sequence[Sequence[int]],
+    owners: Sequence[str],
+) -> dict[Contrasted, list[tuple[float, ...]]]:
+    """Per-token log-probabilities of completions under the positive and the negative instruction.
+
+    `prompts` are theirs under each, and `owners` the ids of their prompts. Raises CollapseError,
+    with these, where one is not a finite number.
+    """
+    logprobs: dict[Contrasted, list[tuple[float, ...]]] = {}
+    for polarity in CONTRASTED:
+        scored = function(prompts[polarity], completions)
+        name = f"log-probability under the {polarity} instruction"
+        refuse_non_finite(name, owners, [sum(row) for row in scored])
+        logprobs[polarity] = scored
+    return logprobs
 
 
 def _group_logprobs(

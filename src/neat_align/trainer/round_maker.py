@@ -52,6 +52,7 @@ def round_params(args: NEATConfig) -> RoundParams:
         max_prompt_length=args.max_prompt_length,
         min_pair_fraction=args.min_pair_fraction,
         contrast_pairs=args.contrast_pairs,
+        weighing_pairs=args.weighing_pairs,
         needs_pairs=args.needs_pairs,
     )
 
@@ -184,6 +185,7 @@ class RoundMaker:
             policy_logprobs=start_logprobs if both_are_one else policies.logprobs,
             ref_logprobs=start_logprobs,
             ref_for_all=self.first_round_has_reference,
+            start_logprobs=policies.start_logprobs,
             batch_size=self.args.generation_batch_size,
             between_batches=lambda: self.ranks.raise_if_this_rank_must_stop(where),
             on_bad_row=check_on_bad_row(self.args.on_bad_row),

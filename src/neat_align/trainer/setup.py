@@ -213,7 +213,8 @@ def set_up_policy(
     conversational = data.conversational
     inputs = TemplateInputs(kwargs=template_kwargs(args))
     check_rendering(tokenizer, conversational=conversational, inputs=inputs)
-    if args.num_positive or args.num_negative or (args.evaluate_contrast and data.eval_rows):
+    samples_instructed = args.num_positive or args.num_negative
+    if samples_instructed or args.contrast_pairs or (args.evaluate_contrast and data.eval_rows):
         placement = args.instruction_placement
         check_template(tokenizer, bank, placement, conversational=conversational, inputs=inputs)
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
