@@ -817,22 +817,34 @@ def test_penalised_by_hand():
 
 
 def test_total_loss_by_hand():
-    """1 + 2·3 + ½·4 + 0.1·10 = 10; and a term of weight 0 may be infinite without a trace."""
+    """1 + 2·3 + ½·4 + 0.1·10 + 3·2 = 16; a term of weight 0 may be infinite without a trace."""
+
+    def total(terms, lm_weight, negative_weight, kl_weight, distil_weight):
+        return losses.total_loss(
+            terms,
+            lm_weight=lm_weight,
+            negative_weight=negative_weight,
+            kl_weight=kl_weight,
+            distil_weight=distil_weight,
+        ).item()
+
     terms = losses.LossTerms(
-        ranking=tensor(1.0), lm=tensor(3.0), negative=tensor(4.0), kl=tensor(10.0)
+        ranking=tensor(1.0),
+        lm=tensor(3.0),
+        negative=tensor(4.0),
+        kl=tensor(10.0),
+        distil=tensor(2.0),
     )
-    assert (
-        losses.total_loss(terms, lm_weight=2.0, negative_weight=0.5, kl_weight=0.1).item() == 10.0
-    )
+    assert total(terms, 2.0, 0.5, 0.1, 3.0) == 16.0
     broken = losses.LossTerms(
-        ranking=tensor(1.0), lm=tensor(3.0), negative=tensor(INF), kl=tensor(NAN)
+        ranking=tensor(1.0),
+        lm=tensor(3.0),
+        negative=tensor(INF),
+        kl=tensor(NAN),
+        distil=tensor(NAN),
     )
-    assert (
-        losses.total_loss(broken, lm_weight=1.0, negative_weight=0.0, kl_weight=0.0).item() == 4.0
-    )
-    assert (
-        losses.total_loss(broken, lm_weight=1.0, negative_weight=1.0, kl_weight=0.0).item() == INF
-    )
+    assert total(broken, 1.0, 0.0, 0.0, 0.0) == 4.0
+    assert total(broken, 1.0, 1.0, 0.0, 0.0) == INF
 
 
 def test_active_pairs_by_hand():

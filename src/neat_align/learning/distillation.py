@@ -233,18 +233,7 @@ def distillation(
     `inputs` are the head's inputs of the policy for the micro-batch that `rows` belongs to. Must be
     called inside of the same autocast as the policy's forward pass.
     """
-
-    from accelerate.utils import extract_model_from_parallel
-
-    current = extract_model_from_parallel(model, keep_fp32_wrapper=True)
-
-    @contextlib.contextmanager
-    def opened() -> Iterator[torch.nn.Module]:
-        policy = reference() if p.teacher == "start" else contextlib.nullcontext(current)
-        with policy as teacher, inference(teacher, autocast_dtype):
-            yield teacher
-
-    teacher = teacher_of(opened, rows, autocast_dtype)
+    teacher = teacher_of(_teaching(model, reference, p, autocast_dtype), rows, autocast_dtype)
     size = rows_at_once(model)
     alphas = _alphas(teacher, rows, p, size)
     own_head = cast_head(model, rows.plain, autocast_dtype)
@@ -262,13 +251,29 @@ def distillation(
         logits = head_outputs(model, chunk, rows.plain) if own_head is None else own_head(chunk)
         return token_divergence(logits.to(target.dtype), target, p.divergence)
 
-    values = values_in_chunks(
-        inputs.index_select(0, rows.student),
-        value_of,
-        size,
-        frozen_head=own_head is not None or not isinstance(rows.plain, PackedRows),
-    )
+    own = inputs.index_select(0, rows.student)
+    frozen = own_head is not None or not isinstance(rows.plain, PackedRows)
+    values = values_in_chunks(own, value_of, size, frozen_head=frozen)
     return _means(values, rows.answer, rows.lengths)
+
+
+def _teaching(
+    model: torch.nn.Module,
+    reference: Reference,
+    p: DistilParams,
+    autocast_dtype: torch.dtype | None,
+) -> Teaching:
+    from accelerate.utils import extract_model_from_parallel
+
+    current = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[torch.nn.Module]:
+        policy = reference() if p.teacher == "start" else contextlib.nullcontext(current)
+        with policy as teacher, inference(teacher, autocast_dtype):
+            yield teacher
+
+    return opened
 
 
 def _means(

@@ -243,10 +243,7 @@ def compose(
     steps_per_round: Callable[[], int],
     on_open: Callable[[int], None],
 ) -> TrainerParts:
-    """The parts, once Trainer's constructor has made the accelerator.
-
-    `sharded`: whether ranks hold parts of the weights.
-    """
+    """The parts, once Trainer has made the accelerator; `sharded`: ranks hold parts of weights."""
     _check_followed(args, data, scored_by)
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
