@@ -279,7 +279,9 @@ def test_the_published_methods_learn_from_plain_answers_and_need_what_they_say()
         name: options_from({**m.settings, **own})[1] for name, m in shipped_methods().items()
     }
     plain = ("sft-best", "rrhf", "slic", "pro", "dpo", "simpo", "kto", "self-contrast")
-    plain += ("neat-plain",)
+    distils = ("contrast-distil", "positive-distil")
+    distils += ("distil-swapped", "distil-sharpened", "distil-other-bank")
+    plain += ("neat-plain", *distils)
     assert {name for name, c in configs.items() if c.num_plain == 4} == set(plain)
     assert {name for name, c in configs.items() if c.needs_reference} == {
         "dpo",
@@ -296,7 +298,11 @@ def test_the_published_methods_learn_from_plain_answers_and_need_what_they_say()
         "dlma",
         "self-contrast",
     }
-    assert {name for name, c in configs.items() if c.ranking_loss == "none"} == {"sft-best"}
+    assert {name for name, c in configs.items() if c.ranking_loss == "none"} == {
+        "sft-best",
+        *distils,
+    }
+    assert {name for name, c in configs.items() if c.distil_weight} == {"neat-distil", *distils}
     own = {
         name: m.settings["reward_funcs"]
         for name, m in shipped_methods().items()
