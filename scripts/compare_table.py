@@ -33,6 +33,7 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
     target = result["kl_target"]
     at_kl = f"held-out reward at KL {target:.3f}" if target else "held-out reward at equal KL"
     head = ["method", "reward", "held-out reward", at_kl, "KL", "perplexity", "length"]
+    others = result["judges"][1:]
     more: list[str] = (
         []
         if short
@@ -45,7 +46,8 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
             "collapsed",
         ]
     )
-    lines = [f"| {' | '.join(head + more)} |", "|" + "---|" * len(head + more)]
+    columns = head + more + others
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in result["table"]:
         at, kl = row["at_budget"], row["at_equal_kl"] or {}
         if row["method"] == "base":
@@ -69,16 +71,18 @@ def methods(result: Mapping[str, Any], *, short: bool) -> list[str]:
                 f"{wins['win']:.0%} / {wins['tie']:.0%} / {wins['lose']:.0%}" if wins else "–",
                 f"{row['collapsed']} of {row['runs']}",
             ]
+        for name in others:
+            fact = at[f"judges/{name}"]
+            cells.append(f"{fact['mean']:.3f}" if row["method"] == "base" else change(fact))
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return lines
 
 
 # The README's rows, and what each trains on; everybody samples as many completions.
 README_METHODS = {
-    "rrhf": "ranking of plain answers, with the LM loss (RRHF)",
-    "dpo": "the best against the worst plain answer (DPO)",
-    "neat-pp": "NEAT without negative prompts",
-    "neat": "**NEAT**",
+    "neat": "NEAT: answers under both instructions, ranked by reward",
+    "rlcd-dpo": "the same answers, labelled by the instruction (RLCD, with DPO)",
+    "contrast-distil": "**contrast distillation**: plain answers, no reward",
 }
 
 

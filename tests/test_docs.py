@@ -46,7 +46,7 @@ def test_the_readme_shows_committed_numbers_only() -> None:
     shown = lines_of("README.md")
     tables = [
         *table("bench_table.py", str(BENCHMARKS), "--readme"),
-        *table("compare_table.py", "docs/results/compare-demo.json", "--readme"),
+        *table("compare_table.py", "docs/results/compare-frontier.json", "--readme"),
     ]
     for line in tables:
         assert line in shown
@@ -63,7 +63,7 @@ def test_the_experiments_show_the_committed_grid() -> None:
 
 def test_the_results_show_the_committed_comparison() -> None:
     shown = lines_of("docs", "results.md")
-    for line in table("compare_table.py", "docs/results/compare-demo.json", "--short"):
+    for line in table("compare_table.py", "docs/results/compare-frontier.json", "--short"):
         assert line in shown
 
 
