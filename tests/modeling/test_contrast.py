@@ -99,3 +99,9 @@ def test_what_holds_for_all(
     if least:
         outside = p0 < p0.max() + math.log(least) - 1e-9
         assert torch.equal(q[outside], p0[outside])
+
+
+def test_raising_works_in_both_directions() -> None:
+    swapped = contrast_logprobs(START, -RATIO, 1.0, raise_only=True)
+    torch.testing.assert_close(contrast_logprobs(START, RATIO, -1.0, raise_only=True), swapped)
+    assert float(swapped[0, 2]) > float(START[0, 2])

@@ -200,6 +200,12 @@ RULES = (
         "set one of them",
     ),
     Rule(
+        lambda c: not c.needs_pairs and c.kl_weight == 0 and c.num_positive + c.num_negative > 0,
+        "num_positive is {c.num_positive} and num_negative is {c.num_negative}, but ranking_loss "
+        "is none and lm_weight and kl_weight are 0: nothing would read these answers, since "
+        "contrast distillation reads plain ones; set both to 0",
+    ),
+    Rule(
         lambda c: c.distil_weight > 0 and c.distil_alpha == 0,
         "distil_alpha is 0: the policy would be taught what it was at the start; set one that is "
         "not 0, or distil_weight: 0",

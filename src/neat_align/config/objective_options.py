@@ -150,9 +150,9 @@ class ObjectiveOptions(TrainerDefaults):
         only_with=combinations.DISTIL_OPTION,
     )
     distil_pairs: int = option(
-        3,
-        "Instruction pairs of the bank whose log-ratios are averaged; all of them where the bank "
-        "has fewer. Each is two passes of the start policy over the answers.",
+        1,
+        "Instruction pairs of the bank whose log-ratios are averaged. Each is two passes of the "
+        "start policy over the answers.",
         ge=1,
         only_with=(*combinations.DISTIL_OPTION, *combinations.DISTIL_INSTRUCTED),
     )
@@ -220,10 +220,10 @@ class ObjectiveOptions(TrainerDefaults):
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether a term of the loss compares answers: the ranking loss, or the choice of the LM
-        loss's target. Contrast distillation does not.
+        """Whether a term of the loss compares answers: the ranking loss, the choice of the LM
+        loss's target, the negative penalty. Contrast distillation does not.
         """
-        return self.ranking_loss != "none" or self.lm_weight > 0
+        return self.ranking_loss != "none" or self.lm_weight > 0 or self.negative_weight > 0
 
     @property
     def contrast_pairs(self) -> int:

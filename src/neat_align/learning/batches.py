@@ -167,4 +167,5 @@ def without_unread_completions(group: CompletionGroup, config: NEATConfig) -> Co
         read += distilled(group, cast("Literal['all', 'lower_half']", config.distil_answers))
     if config.pair_selection == "best_worst" and config.ranking_loss != "none":
         read += extremes(keys, config.reward_margin) or ()
-    return kept_completions(group, read)
+    # Nothing is read of a group whose answers all abstained: one stands for it.
+    return kept_completions(group, read if any(i is not None for i in read) else [0])

@@ -31,8 +31,10 @@ from neat_align.modeling.chunked_values import values_in_chunks
 from neat_align.modeling.contrast import (
     centred,
     contrast_logprobs,
+    contrast_shift,
     is_plausible,
     mean_log_ratio,
+    plausible_p0,
 )
 from neat_align.modeling.head_inputs import (
     CastHead,
@@ -44,6 +46,12 @@ from neat_align.modeling.head_inputs import (
 from neat_align.modeling.packing import PackedRows, Rows
 from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.reference import Reference
+
+# Some models give tokens that they never say a logit of minus infinity, whose differences are no
+# numbers. This far down a probability is 0 in fp64, too.
+LEAST_LOGIT = -1e4
+# Tables of a chunk's vocabulary that are held at once: on a GPU a chunk is sized for one.
+_TABLES = 4
 
 DivergenceKind: TypeAlias = Literal["reverse", "forward", "js"]
 Toward: TypeAlias = Literal["contrast", "positive", "sharpened"]
@@ -101,7 +109,7 @@ def token_divergence(
 class _TokenDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher: Tensor, kind: DivergenceKind) -> Tensor:
-        policy = logits.log_softmax(-1)
+        policy = logits.clamp(min=LEAST_LOGIT).log_softmax(-1)
         p = policy.exp()
         if kind == "reverse":
             gap = policy - teacher
@@ -169,7 +177,8 @@ class Teacher:
     ) -> tuple[Tensor, Tensor]:
         def logprobs(states: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
             logits = head(states[part])
-            return logits.to(wide_dtype(logits.dtype)).log_softmax(-1)
+            logits = logits.to(wide_dtype(logits.dtype))
+            return logits.clamp_(min=LEAST_LOGIT).log_softmax(-1)
 
         start = logprobs(self.plain)
         if p.toward == "sharpened":
@@ -199,20 +208,29 @@ def teacher_of(opened: Teaching, rows: TeacherRows, autocast_dtype: torch.dtype 
         plain = inputs(rows.plain)
         positive = tuple(inputs(of) for of in rows.positive)
         negative = tuple(inputs(of) for of in rows.negative)
+    # The casts are half of the weights; the student's activations need the room.
+    torch.clear_autocast_cache()
     with opened() as model:
         head = cast_head(model, rows.plain, autocast_dtype)
     return Teacher(plain, positive, negative, rows.plain, opened, head)
 
 
-def moved_variance(
-    start: Float[Tensor, "n vocab"], log_ratio: Float[Tensor, "n vocab"], min_probability: float
+def shift_variance(
+    start: Float[Tensor, "n vocab"], log_ratio: Float[Tensor, "n vocab"], p: DistilParams
 ) -> Float[Tensor, " n"]:
-    """Twice the KL(q ‖ p0) of each token at a small α, over α²: the variance under p0 of the
-    log-ratio over the plausible tokens, in nats².
+    """Σ over the plausible tokens of p0 · (s − s̄)², with s the shift at α = ±1 and s̄ its mean under
+    p0 there: twice the KL(q ‖ p0) of a small α, over α². In nats².
     """
-    plausible = is_plausible(start, min_probability) if min_probability > 0 else None
-    p0 = start.exp() if plausible is None else start.exp().masked_fill(~plausible, 0.0)
-    return (p0 * centred(start, log_ratio, plausible).square()).sum(-1)
+    plausible = is_plausible(start, p.min_probability) if p.min_probability > 0 else None
+    shift = contrast_shift(
+        start,
+        log_ratio,
+        math.copysign(1.0, p.alpha),
+        plausible,
+        threshold=p.threshold,
+        raise_only=p.raise_only,
+    )
+    return (plausible_p0(start, plausible) * centred(start, shift, plausible).square()).sum(-1)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -235,6 +253,8 @@ def distillation(
     """
     teacher = teacher_of(_teaching(model, reference, p, autocast_dtype), rows, autocast_dtype)
     size = rows_at_once(model)
+    if inputs.device.type != "cpu":
+        size = max(1, size // _TABLES)
     alphas = _alphas(teacher, rows, p, size)
     own_head = cast_head(model, rows.plain, autocast_dtype)
 
@@ -286,16 +306,13 @@ def _means(
 def _alphas(teacher: Teacher, rows: TeacherRows, p: DistilParams, size: int) -> Float[Tensor, " n"]:
     """α of each token: `alpha`, or less where a prompt's teacher would be too far from the start.
 
-    α_x = min(|α|, √(2 κ / V_x)) with α's sign,    κ = `max_kl`, V_x = mean of `moved_variance`
+    α_x = min(|α|, √(2 κ / V_x)) with α's sign,    κ = `max_kl`, V_x = mean of `shift_variance`
     """
     dtype = wide_dtype(teacher.plain.dtype)
     alphas = teacher.plain.new_full((len(rows.answer),), p.alpha, dtype=dtype)
     if p.max_kl is None:
         return alphas
-    variances = [
-        moved_variance(*teacher.tables(part, p), p.min_probability)
-        for part in parts(len(alphas), size)
-    ]
+    variances = [shift_variance(*teacher.tables(part, p), p) for part in parts(len(alphas), size)]
     variance = torch.cat(variances).to(dtype)
     prompts = rows.prompt[rows.answer]
     zeros = variance.new_zeros(rows.num_prompts)

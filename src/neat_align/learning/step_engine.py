@@ -274,7 +274,9 @@ class StepEngine:
         p, rows = self.objective, micro_batch.rows
         with autocast(self.device.type, autocast_dtype):
             inputs = head_inputs(model, rows)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and p.reads_logprobs):
+            # Without a teacher there must be a gradient, of 0, all the same: other ranks wait.
+            needs_grad = p.reads_logprobs or not micro_batch.teacher
+            with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
                 logps = logprobs_of(model, rows, inputs)
             distilled = [
                 distillation(
@@ -282,9 +284,7 @@ class StepEngine:
                 )
                 for part in micro_batch.teacher
             ]
-        # Nothing to distil is a gradient of 0: without one there would be no backward pass.
-        none = inputs.sum()[None] * 0.0
-        answers = torch.cat([none, *distilled]) if p.distil_weight else None
+        answers = torch.cat(distilled) if distilled else None
         terms = loss_terms(micro_batch, logps, counts, p, answers)
         loss = total_loss(
             terms,

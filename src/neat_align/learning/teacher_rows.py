@@ -88,18 +88,26 @@ def teacher_rows(
     first_row = 0
     chosen: list[tuple[int, int, int]] = []  # group, completion, row of the micro-batch
     for g, group in enumerate(groups):
-        if len(group.contrast_ids) < min(p.pairs, 1):
+        if len(group.contrast_ids) < p.pairs:
             raise DataError(
-                f"the group of prompt {group.prompt_id} has no prompt under instructions "
-                "(contrast_prompt_ids), which contrast distillation reads: make the round again "
-                "with distil_weight"
+                f"the group of prompt {group.prompt_id} has its prompt under "
+                f"{len(group.contrast_ids)} instruction pairs (contrast_prompt_ids), and contrast "
+                f"distillation reads {p.pairs}: make the round again with these settings"
             )
         chosen += [(g, k, first_row + k) for k in distilled(group, p.answers)]
         first_row += len(group.completions)
     batches = [chosen] if chosen else []
     if layout != "packed":
-        sizes = [len(groups[g].prompt_ids) + len(_ids(groups, g, k)) for g, k, _ in chosen]
-        batches = [[chosen[i] for i in b] for b in fill_in_order(sizes, PADDED_TOKENS)]
+        # A group stays whole: its prompt has one alpha, of all of its answers.
+        by_group = [
+            [c for c in chosen if c[0] == g] for g in dict.fromkeys(g for g, _, _ in chosen)
+        ]
+        sizes = [
+            sum(len(groups[g].prompt_ids) + len(_ids(groups, g, k)) for g, k, _ in of_group)
+            for of_group in by_group
+        ]
+        filled = fill_in_order(sizes, PADDED_TOKENS)
+        batches = [[c for i in batch for c in by_group[i]] for batch in filled]
     return tuple(_teacher_rows(groups, rows, b, p, layout, pad_token_id) for b in batches)
 
 
@@ -144,7 +152,7 @@ def _teacher_rows(
         return pad_rows(repeated, flat, pad_token_id, one_at_a_time=layout == "unpadded")
 
     plain = after([groups[g].prompt_ids for g in asked])
-    pairs = range(min([p.pairs, *(len(groups[g].contrast_ids) for g in asked)]))
+    pairs = range(p.pairs)
     positive = [after([groups[g].contrast_ids[j][0] for g in asked]) for j in pairs]
     negative = [after([groups[g].contrast_ids[j][1] for g in asked]) for j in pairs]
     own = [(r, t) for r, n in enumerate(lengths) for t in range(n)]

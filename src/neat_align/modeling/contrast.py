@@ -62,21 +62,38 @@ def contrast_logprobs(
 
     With `threshold` the log-ratio is centred (its mean under p0 over S is 0) and brought that many
     nats nearer to 0: what the instructions hardly differ in stays as it was. With `raise_only` it
-    is centred and 0 where it is negative: no token is pushed down but by those that are raised.
+    is centred, and where it would push a token down that token is left: it only loses to those that
+    are raised.
     """
     plausible = is_plausible(start, min_probability) if min_probability > 0 else None
-    if threshold > 0 or raise_only:
-        log_ratio = centred(start, log_ratio, plausible)
-    if threshold > 0:
-        log_ratio = softshrink(log_ratio, threshold)
-    if raise_only:
-        log_ratio = log_ratio.clamp(min=0)
-    moved = start + alpha * log_ratio
+    moved = start + contrast_shift(
+        start, log_ratio, alpha, plausible, threshold=threshold, raise_only=raise_only
+    )
     if plausible is None:
         return moved.log_softmax(-1)
     mass = start.masked_fill(~plausible, -torch.inf).logsumexp(-1, keepdim=True)
     moved_mass = moved.masked_fill(~plausible, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.where(plausible, moved + (mass - moved_mass), start)
+
+
+def contrast_shift(
+    start: Float[Tensor, "n vocab"],
+    log_ratio: Float[Tensor, "n vocab"],
+    alpha: float | Float[Tensor, "n 1"],
+    plausible: Bool[Tensor, "n vocab"] | None,
+    *,
+    threshold: float,
+    raise_only: bool,
+) -> Float[Tensor, "n vocab"]:
+    """What is added to log p0 before it is normalised: α times the log-ratio, as `threshold` and
+    `raise_only` leave it.
+    """
+    if threshold > 0 or raise_only:
+        log_ratio = centred(start, log_ratio, plausible)
+    if threshold > 0:
+        log_ratio = softshrink(log_ratio, threshold)
+    shift = alpha * log_ratio
+    return shift.clamp(min=0) if raise_only else shift
 
 
 def centred(
@@ -85,9 +102,17 @@ def centred(
     plausible: Bool[Tensor, "n vocab"] | None = None,
 ) -> Float[Tensor, "n vocab"]:
     """The log-ratio less its mean under p0, over the plausible tokens where they are given."""
-    p0 = start.exp() if plausible is None else start.exp().masked_fill(~plausible, 0.0)
+    p0 = plausible_p0(start, plausible)
     mean = (p0 * log_ratio).sum(-1, keepdim=True) / p0.sum(-1, keepdim=True)
     return log_ratio - mean
+
+
+def plausible_p0(
+    start: Float[Tensor, "n vocab"], plausible: Bool[Tensor, "n vocab"] | None
+) -> Float[Tensor, "n vocab"]:
+    """p0 of the plausible tokens and 0 of the others; of all tokens where none are given."""
+    p0 = start.exp()
+    return p0 if plausible is None else p0.masked_fill(~plausible, 0.0)
 
 
 def is_plausible(

@@ -138,7 +138,7 @@ class _Round:
         measured = {row.id for row in rows[: max(0, MEASURED_PROMPTS - self.measures.prompts)]}
         for group in self._roll_out(rows, RolloutStore(folder), measured):
             self.measures.add(group)
-            if _has_pair(group, self.params):
+            if _teaches(group, self.params):
                 self.kept += 1
                 yield group
 
@@ -220,21 +220,29 @@ def _content(row: PromptRow) -> list[Any]:
     return content
 
 
-def _has_pair(group: CompletionGroup, params: RoundParams) -> bool:
+def _teaches(group: CompletionGroup, params: RoundParams) -> bool:
+    """Whether the group has what the objective learns from: a pair, or else a plain answer."""
     if not params.needs_pairs:
-        return True
+        return any(c.origin == "plain" for c in group.completions)
     return bool(ordered_pairs(rank_keys(group, params.rank_by), params.reward_margin))
 
 
 def _refuse_too_few_pairs(
     kept: int, sampled: int, params: RoundParams, removed: Counter[str]
 ) -> None:
-    if kept == 0 or kept < params.min_pair_fraction * sampled:
+    if kept > 0 and kept >= params.min_pair_fraction * sampled:
+        return
+    if not params.needs_pairs:
         raise CollapseError(
-            f"{kept} of {sampled} prompts gave two completions whose rewards differ by more than "
-            f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left "
-            "out): there is too little to rank. Either the reward does not tell these answers "
-            "apart (try another reward, or a smaller margin), or the policy no longer obeys the "
-            "negative instruction (negative_policy: initial, or fewer rounds); the last "
-            "checkpoint is kept"
+            f"{kept} of {sampled} prompts have a plain answer left to learn from "
+            f"({removed['empty']} empty answers were left out): the policy says nothing any more; "
+            "the last checkpoint is kept"
         )
+    raise CollapseError(
+        f"{kept} of {sampled} prompts gave two completions whose rewards differ by more than "
+        f"reward_margin={params.reward_margin} ({removed['empty']} empty answers were left "
+        "out): there is too little to rank. Either the reward does not tell these answers "
+        "apart (try another reward, or a smaller margin), or the policy no longer obeys the "
+        "negative instruction (negative_policy: initial, or fewer rounds); the last "
+        "checkpoint is kept"
+    )

@@ -210,6 +210,7 @@ def set_up_policy(
     policy = load_policy(model) if isinstance(model, str) else model
     tokenizer = load_tokenizer(policy, tokenizer)
     bank = load_bank(args.instruction_bank)
+    _check_pairs(args, bank)
     conversational = data.conversational
     inputs = TemplateInputs(kwargs=template_kwargs(args))
     check_rendering(tokenizer, conversational=conversational, inputs=inputs)
@@ -232,6 +233,16 @@ def set_up_policy(
     check_trainable_weights(policy)
     start = weights_fingerprint(policy)
     return PolicySetup(policy, tokenizer, bank, reference, reference_given, start), data
+
+
+def _check_pairs(args: NEATConfig, bank: InstructionBank) -> None:
+    """Refuse a contrast of more instruction pairs than the bank has."""
+    if args.contrast_pairs > len(bank.pairs):
+        raise ConfigError(
+            f"distil_pairs is {args.taught_pairs} and token_weight_pairs is {args.weighing_pairs}, "
+            f"and the bank {bank.name} has {len(bank.pairs)}: set them to {len(bank.pairs)} or "
+            "less, or add pairs to the bank"
+        )
 
 
 def layout_for(
