@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from neat_align.script_arguments import ScriptArguments
 
 WHAT_HAPPENS = (
-    "NEAT on SmolLM2-135M-Instruct. Each round the model answers every prompt kindly and, told to, "
-    "rudely; VADER scores the answers' tone; the model learns on the plain prompt to prefer the "
-    "better ones. A second judge that is never trained on (MiniLM) checks the result. It takes "
-    "4 to 8 minutes on two CPU cores."
+    "Contrast distillation on SmolLM2-135M-Instruct. Each round the model answers every prompt. At "
+    "every token of its answers, the model that it started as says how much likelier each next "
+    "word is when it is told to be kind than when it is told to be rude: that is what it learns, "
+    "on the plain prompt. Two judges of tone that are never trained on, VADER and MiniLM, check "
+    "the result. It takes 4 to 8 minutes on two CPU cores."
 )
 
 
