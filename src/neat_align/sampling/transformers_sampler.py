@@ -265,7 +265,10 @@ class TransformersSampler:
             if not fits and request.limit(params) < most:
                 apart.append(i)
         together = [i for i in range(len(requests)) if i not in apart]
-        for share, draw_share in ((together, self._generate_to_one_length), (apart, self._generate)):
+        for share, draw_share in (
+            (together, self._generate_to_one_length),
+            (apart, self._generate),
+        ):
             if share:
                 samples = draw_share([requests[i] for i in share], params)
                 drawn.update(zip(share, samples, strict=True))
