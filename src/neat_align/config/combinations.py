@@ -62,6 +62,13 @@ CONTRAST_FROM = (
         "shares no beginning with this one's; remove one",
         none_of=("other_prompts",),
     ),
+    OnlyWith(
+        "negative_policy",
+        "contrast_from is branch and negative_policy is initial: the current policy would write a "
+        "negative's beginning and the start policy the rest, and its log-probability would be "
+        "neither's; remove one",
+        none_of=("initial",),
+    ),
 )
 PAIR_SELECTION = (
     OnlyWith(
