@@ -1,7 +1,7 @@
 """Combinations of a NEAT run's options: which is read only with which, and which cannot work.
 
-An option's own limits stand beside it in `neat_config`; a constant here is named there as
-`only_with`.
+An option's own limits stand beside it in `objective_options` (the loss's) or `neat_config`; a
+constant here is named there as `only_with`.
 """
 
 from __future__ import annotations
