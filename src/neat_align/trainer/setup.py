@@ -210,7 +210,7 @@ def _usable_data(
     return replace(data, rows=train.rows, eval_rows=held_out.rows, prompt_lengths=train.lengths)
 
 
-def _instructed_limits(
+def instructed_limits(
     args: NEATConfig,
     tokenizer: Any,
     bank: InstructionBank,
@@ -289,7 +289,7 @@ def set_up_policy(
     reference, policy = start_policy(policy, peft_config, ref_model)
     check_context(policy, args.max_prompt_length, args.max_completion_length)
     models = [policy, ref_model] if isinstance(ref_model, torch.nn.Module) else [policy]
-    limits = _instructed_limits(args, tokenizer, bank, models, conversational=conversational)
+    limits = instructed_limits(args, tokenizer, bank, models, conversational=conversational)
     data = _usable_data(args, data, tokenizer, limits)
     if args.disable_dropout:
         disable_dropout(policy)
