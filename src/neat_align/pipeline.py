@@ -23,6 +23,7 @@ from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.loading import load_policy, load_tokenizer
+from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_checks import is_usable
 from neat_align.prompts.row_forms import to_conversation
@@ -33,6 +34,7 @@ from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
+from neat_align.trainer.setup import instructed_limits
 
 # `load_rows`, knowing what to do with bad rows.
 Reader: TypeAlias = Callable[..., list[PromptRow]]
@@ -155,11 +157,14 @@ def build_trainer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
+        conversational, bank = is_conversational(rows), load_bank(config.instruction_bank)
+        limits = instructed_limits(config, tokenizer, bank, [start], conversational=conversational)
         usable = functools.partial(
             is_usable,
             tokenizer=tokenizer,
             max_prompt_length=config.max_prompt_length,
-            conversational=is_conversational(rows),
+            conversational=conversational,
+            instructed=limits.held_out,
         )
         rows, held_out = refilled(rows, held_out, usable)
     trainer = NEATTrainer(

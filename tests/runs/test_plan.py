@@ -33,7 +33,7 @@ def test_a_default_run_by_hand(tmp_path: Path) -> None:
         "data: 192 prompts: 1.92 % of the data (10,000 rows); data_passes: 1 is one pass",
         "  over all of it",
         "sampling: 768 completions of at most 196,608 tokens, from prompts of 1,920",
-        "  tokens; more where prompts give no pair, at most twice as many",
+        "  tokens; more where prompts give nothing to learn from, at most twice as many",
     ]
     assert plan.to_json() == {
         "rows": 10_000,

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from neat_align import NEATConfig
 from neat_align.errors import ConfigError, RunInterrupted, SaveError
 from neat_align.files.atomic import cut_to, write_folder
 from neat_align.learning.alarms import Alarms
@@ -34,7 +35,7 @@ from neat_align.runs.checkpoints import (
 )
 from neat_align.runs.lock import HELD_FILE, LOCK_FILE, one_writer
 from neat_align.runs.resume_state import ResumeState, read_resume_state, write_resume_state
-from neat_align.runs.run_key import check_same_run, key_changes, write_key
+from neat_align.runs.run_key import check_same_run, key_changes, run_key, write_key
 from neat_align.runs.signals import StopRequest, interrupted, listening
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
@@ -421,6 +422,31 @@ def test_changes_are_said_one_a_line_and_can_be_allowed(tmp_path: Path) -> None:
     write_key(tmp_path, now)
     assert check_same_run(tmp_path, now, allow_changes=False) == []
     assert key_changes({}, now) == []
+
+
+def test_an_option_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
+    """The key of an earlier version has fewer options: the run had none of what they ask for."""
+
+    def options(**changes: Any) -> dict[str, Any]:
+        args = NEATConfig(output_dir=str(tmp_path), bf16=False, num_plain=3, **changes)
+        return run_key(args, {})["options"]
+
+    later = ("distil_weight", "token_weight_scale", "contrast_from", "distil_clip", "max_kl")
+    now = options()
+    # Options of transformers' own come and go with its versions.
+    was = {"options": {k: v for k, v in now.items() if k not in (*later, "use_liger_kernel")}}
+    assert key_changes(was, {"options": now}) == []
+    for name, value, default in (
+        ("distil_weight", 1.0, 0.0),
+        ("token_weight_scale", 1.0, 0.0),
+        ("contrast_from", "branch", "prompt"),
+    ):
+        changes = key_changes(was, {"options": options(**{name: value})})
+        assert changes == [f"{name} was {default!r} and is {value!r}"]
+    # That it has none at all says nothing.
+    assert key_changes({"options": {}}, {"options": now | {"use_liger_kernel": True}}) == [
+        "num_plain was 2 and is 3"
+    ]
 
 
 # ---- alarms --------------------------------------------------------------------------------------

@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import MambaConfig, PreTrainedModel
 
+from neat_align.sampling import transformers_sampler
 from neat_align.sampling.batch_check import KnownWay, SamplingWay
+from neat_align.sampling.contrast_decoding import Contrast
+from neat_align.sampling.contrast_sampler import ContrastSampler
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from tiny import Family, alone, random_model, tiny_model
+from tiny import MAX_POSITIONS, Family, alone, random_model, tiny_model
 
 VOCAB = 384
 ENDS = tuple(range(100, 116))
@@ -89,3 +92,46 @@ def test_nobody_is_carried_past_a_limit_that_all_have(way: SamplingWay, saved: i
         assert [len(s.token_ids) for s in drawn] == [limit or 4 for limit in limits]
         counts.append(len(passes))
     assert counts[0] - counts[1] == saved
+
+
+# ---- nobody is read past the model's context -----------------------------------------------------
+
+LONG = SampleRequest(tuple(i % 90 for i in range(MAX_POSITIONS - 2)), 7, 2)
+BESIDE = [SampleRequest(tuple(range(i, i + 20)), i) for i in range(12)]
+
+
+@pytest.mark.parametrize("every", [1, 8])
+@pytest.mark.parametrize("cached", [True, False], ids=["decode", "generate"])
+def test_a_row_at_its_limit_is_not_read_past_the_context(
+    monkeypatch: pytest.MonkeyPatch, cached: bool, every: int
+) -> None:
+    """Two tokens fill the model's 512 positions beside answers that have twenty."""
+    if not cached:
+        monkeypatch.setattr(transformers_sampler, "keeps_keys", lambda _: False)
+    sampler = TransformersSampler(
+        tiny_model("gpt2", VOCAB).eval(),
+        (VOCAB + 1,),
+        0,
+        look_every=every,
+        known_way=KnownWay("together"),
+    )
+    params = replace(PARAMS, max_new_tokens=20)
+    requests = [*BESIDE[:5], LONG, *BESIDE[5:], replace(LONG, seed=8, max_new_tokens=1)]
+    drawn = sampler.sample(requests, params)
+    assert [len(s.token_ids) for s in drawn] == [20] * 5 + [2] + [20] * 7 + [1]
+    for request, sample in zip(requests, drawn, strict=True):
+        (single,) = sampler.sample([request], params)
+        assert sample.token_ids == single.token_ids
+        assert sample.logprob == pytest.approx(single.logprob, abs=1e-4)
+
+
+def test_nor_is_one_that_is_drawn_from_a_contrast() -> None:
+    sampler = TransformersSampler(
+        tiny_model("gpt2", VOCAB).eval(), (VOCAB + 1,), 0, known_way=KnownWay("together")
+    )
+    requests = [*BESIDE, LONG]
+    pairs = {r.prompt_ids: ((r.prompt_ids, r.prompt_ids[::-1]),) for r in requests}
+    drawn = ContrastSampler(sampler, pairs, Contrast(0.5)).sample(
+        requests, replace(PARAMS, max_new_tokens=20)
+    )
+    assert [len(s.token_ids) for s in drawn] == [20] * 12 + [2]

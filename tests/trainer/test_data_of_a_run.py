@@ -201,3 +201,21 @@ def test_as_many_rows_are_held_out_as_are_asked_for(tmp_path: Path) -> None:
     made = build_trainer(script, args).parts.data
     assert (len(made.rows), len(made.eval_rows), made.skipped.count) == (24, 8, 8)
     assert not {row.id for row in made.rows} & {row.id for row in made.eval_rows}
+
+
+def test_also_where_an_instruction_makes_some_too_long(tmp_path: Path) -> None:
+    """Held-out prompts are sampled under instructions; the training prompts of this run are not."""
+    folder = save_tiny(tmp_path / "model", "llama")
+    data = tmp_path / "data.jsonl"
+    texts = [f"{i} " + "?" * (470 if i % 5 == 0 else 3) for i in range(40)]
+    data.write_text("".join(json.dumps(asked(text)) + "\n" for text in texts))
+    script = ScriptArguments(
+        model_name_or_path=str(folder), dataset_name=str(data), holdout=8, reward_funcs=[]
+    )
+    changes: dict[str, Any] = {"num_positive": 0, "num_negative": 0, "num_plain": 2}
+    changes |= {"distil_weight": 1.0, "distil_toward": "sharpened", "ranking_loss": "none"}
+    changes |= {"lm_weight": 0.0, "rank_by": "origin", "max_prompt_length": 500}
+    args = config(tmp_path / "run", on_bad_row="skip", **changes)
+    made = build_trainer(script, args).parts.data
+    assert (len(made.rows), len(made.eval_rows), made.skipped.count) == (32, 8, 0)
+    assert not any("????" in str(row.prompt) for row in made.eval_rows)

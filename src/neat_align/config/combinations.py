@@ -1,7 +1,7 @@
 """Combinations of a NEAT run's options: which is read only with which, and which cannot work.
 
-An option's own limits stand beside it in `neat_config`; a constant here is named there as
-`only_with`.
+An option's own limits stand beside it in `objective_options` (the loss's) or `neat_config`; a
+constant here is named there as `only_with`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,13 @@ CONTRAST_FROM = (
         "contrast_from is branch and negative_source is other_prompts: an answer to another prompt "
         "shares no beginning with this one's; remove one",
         none_of=("other_prompts",),
+    ),
+    OnlyWith(
+        "negative_policy",
+        "contrast_from is branch and negative_policy is initial: the current policy would write a "
+        "negative's beginning and the start policy the rest, and its log-probability would be "
+        "neither's; remove one",
+        none_of=("initial",),
     ),
 )
 PAIR_SELECTION = (

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from neat_align.prompts.placement import Placement
+from neat_align.prompts.row_prompts import InstructedPairs
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.params import LogprobFunction
-from neat_align.sampling.contrast_decoding import Contrast, InstructedPairs
+from neat_align.sampling.contrast_decoding import Contrast
 from neat_align.sampling.contrast_sampler import ContrastSampler
 from neat_align.sampling.protocol import Sampler, SamplingParams
 

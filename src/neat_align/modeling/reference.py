@@ -46,8 +46,9 @@ def start_policy(
         raise ConfigError(
             "peft_config changes weights of the model itself before training begins (as "
             "init_lora_weights: pissa, olora or corda do), so with the adapter switched off it is "
-            "no longer the model that was passed, which KL, dpo, kto and npo are measured against: "
-            "pass ref_model, another copy of the model, or leave init_lora_weights out"
+            "no longer the model that was passed, which KL, dpo, kto, npo and contrast "
+            "distillation are measured against: pass ref_model, another copy of the model, or "
+            "leave init_lora_weights out"
         )
     if any(p.requires_grad for p in weights):
         return _frozen(_copied(trained).unload(), trained), trained

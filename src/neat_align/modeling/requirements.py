@@ -65,13 +65,14 @@ def check_causal(config: Any, name: str) -> None:
 def check_reference(ref_model: Any, model: Any) -> None:
     """Refuse a start policy whose vocabulary has another size than the model's.
 
-    KL compares the two token by token. Raises ConfigError.
+    KL and contrast distillation compare the two token by token. Raises ConfigError.
     """
     theirs, ours = (text_config(m.config).vocab_size for m in (ref_model, model))
     if theirs != ours:
         raise ConfigError(
-            f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: KL, dpo "
-            "and npo compare them token by token, so pass the model that this one came from"
+            f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: KL, dpo, "
+            "kto, npo and contrast distillation compare them token by token, so pass the model "
+            "that this one came from"
         )
 
 

@@ -11,6 +11,7 @@ instruction_banks.py  pairs of instructions, positive and negative (banks/*.yaml
 placement.py          where on a prompt an instruction goes
 rendering.py          prompts and answers to token ids, by the chat template
 row_prompts.py        a row's prompt as token ids, plain or under an instruction
+instructed_limit.py    whether prompts under their instructions fit the model's context
 template_inputs.py    tools and chat_template_kwargs: what a template is given besides messages
 control_tokens.py     control tokens that a text spells out, and which of them stay text
 turn_tokens.py        which tokens a template writes around turns and calls of tools

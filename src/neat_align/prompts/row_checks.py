@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, DataError, PromptError
+from neat_align.prompts.instructed_limit import InstructedLimit
 from neat_align.prompts.loading import rows_from_dataset
 from neat_align.prompts.rendering import text_to_encode
 from neat_align.prompts.row_prompts import row_prompt_ids
@@ -59,22 +60,25 @@ def check_prompts(
     on_bad_row: str = "error",
     skipped: SkippedRows | None = None,
     most: int | None = None,
+    instructed: InstructedLimit | None = None,
 ) -> UsablePrompts:
     """The rows whose prompts can be sampled from; messages name the row, and `name` the data.
 
     Others are refused, or with `on_bad_row="skip"` left out and listed in `skipped`. With `most`,
     only the first this many good rows are looked for. DataError: longer than `max_prompt_length`
-    tokens, of another form than the others, or no row is left. PromptError: the chat template
-    refuses or shortens it, or does not read the row's tools; an answer holds nothing but its end.
-    Variables that the template does not read are warned of.
+    tokens, over the context with an instruction on it (`instructed`), of another form than the
+    others, or no row is left. PromptError: the chat template refuses or shortens it, or does not
+    read the row's tools; an answer holds nothing but its end. Variables that the template does not
+    read are warned of.
     """
     bad = BadRows(name, on_bad_row, SkippedRows() if skipped is None else skipped)
     looked_at = rows if most is None or bad.skips else rows[:most]
     kept: list[PromptRow] = []
     lengths, too_long = array("I"), _TooLong(max_prompt_length)
-    for row, found in _lengths(looked_at, tokenizer, conversational=conversational):
+    for row, length in _lengths(looked_at, tokenizer, conversational=conversational):
         if most is not None and len(kept) >= most:
             break
+        found = _instructed(row, tokenizer, length, max_prompt_length, instructed)
         if isinstance(found, int) and found <= max_prompt_length:
             kept.append(row)
             lengths.append(found)
@@ -95,11 +99,34 @@ def check_prompts(
 
 
 def is_usable(
-    row: PromptRow, tokenizer: Any, max_prompt_length: int, *, conversational: bool
+    row: PromptRow,
+    tokenizer: Any,
+    max_prompt_length: int,
+    *,
+    conversational: bool,
+    instructed: InstructedLimit | None = None,
 ) -> bool:
     """Whether `check_prompts` keeps this row; what is odd is said there, of all rows at once."""
-    ((_, found),) = _lengths([row], tokenizer, conversational=conversational)
+    ((_, length),) = _lengths([row], tokenizer, conversational=conversational)
+    found = _instructed(row, tokenizer, length, max_prompt_length, instructed)
     return isinstance(found, int) and found <= max_prompt_length
+
+
+def _instructed(
+    row: PromptRow,
+    tokenizer: Any,
+    found: int | DataError | PromptError,
+    max_prompt_length: int,
+    limit: InstructedLimit | None,
+) -> int | DataError | PromptError:
+    """What was found of a row's plain prompt, or what is wrong with it under its instructions."""
+    if limit is None or not isinstance(found, int) or found > max_prompt_length:
+        return found
+    try:
+        limit.check(row, tokenizer, found)
+    except (DataError, PromptError) as error:
+        return error
+    return found
 
 
 class _TooLong:

@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FinishedRound:
-    """A finished round: its groups, all of them with a pair, and its metrics.
+    """A finished round: its groups, each with something to learn from, and its metrics.
 
     The groups of a round on the disk are a `GroupFile`: they are read when they are asked for.
     `next_position` is where the next round goes on in the stream of prompts (`prompt_order`).

@@ -8,7 +8,12 @@ from typing import Any, Literal, TypeVar
 
 from neat_align.errors import CollapseError, DataError, name_list
 from neat_align.prompts.instruction_banks import Polarity
-from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
+from neat_align.prompts.row_prompts import (
+    InstructedPairs,
+    instructed_ids,
+    instructed_pairs,
+    row_prompt_ids,
+)
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair, draw_pairs
 from neat_align.rounds.branching import Branch, answer_to_branch, branch
@@ -297,7 +302,7 @@ def _whole(plan: PlannedCompletion, sample: Sample) -> Sample:
 
 def _contrast_ids(
     row: PromptRow, round_index: int, params: RoundParams, tools: RoundTools
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+) -> InstructedPairs:
     """The row's prompt under as many instruction pairs as the objective contrasts."""
     if not params.contrast_pairs:
         return ()
@@ -308,11 +313,8 @@ def _contrast_ids(
         round_index=round_index,
         prompt_id=row.id,
     )
-
-    def ids(instruction: str) -> tuple[int, ...]:
-        return tuple(instructed_ids(tools.tokenizer, row, instruction, params.placement))
-
-    return tuple((ids(pair.positive), ids(pair.negative)) for pair in pairs)
+    inputs = row.template_inputs
+    return instructed_pairs(tools.tokenizer, row.prompt, pairs, params.placement, inputs)
 
 
 def _shares(

@@ -89,7 +89,7 @@ class RunPlan:
             if self.prompt_tokens is not None:
                 sampled += f", from prompts of {_counted(self.prompt_tokens, 'token')}"
             if self.rows > self.prompts_per_round:
-                sampled += "; more where prompts give no pair, at most twice as many"
+                sampled += "; more where prompts give nothing to learn from, at most twice as many"
         plan = of_rounds if not self.optimizer_steps else f"{of_rounds}, {steps}"
         parts = [f"plan: {plan}", f"data: {data}", f"sampling: {sampled}"]
         return [

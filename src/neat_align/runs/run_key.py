@@ -6,12 +6,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import TrainingArguments
 
 from neat_align.config import NEATConfig
+from neat_align.config.constraints import default_of
 from neat_align.errors import ConfigError
 from neat_align.files.atomic import read_json, write_json
 from neat_align.files.secrets import redacted
@@ -135,12 +138,15 @@ def run_key(args: NEATConfig, parts: Mapping[str, Any]) -> dict[str, Any]:
 def key_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences of two run keys, a line each.
 
-    A part that the older key does not have is not compared.
+    A part that the older key does not have is not compared. An option of NEAT's own that it does
+    not have came with a later version: the run had what is its default now.
     """
     changes = []
     for name, value in now.items():
         if name == "options":
-            old = was.get(name, {})
+            if name not in was:
+                continue
+            old = {**_own_defaults(), **was[name]}
             changes += [
                 f"{k} was {old[k]!r} and is {v!r}"
                 for k, v in sorted(value.items())
@@ -149,6 +155,13 @@ def key_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif name in was and was[name] != value:
             changes.append(f"{name} was {was[name]!r} and is {value!r}")
     return changes
+
+
+def _own_defaults() -> dict[str, Any]:
+    """NEAT's own options as a run key has them, each with its default; not transformers'."""
+    theirs = {f.name for f in fields(TrainingArguments)}
+    own = {f.name: default_of(f) for f in fields(NEATConfig) if f.name not in theirs}
+    return cast("dict[str, Any]", json.loads(json.dumps(own, default=str)))
 
 
 def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool) -> list[str]:

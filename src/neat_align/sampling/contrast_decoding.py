@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,17 +23,14 @@ from neat_align.modeling.packing import TokenIds
 from neat_align.modeling.precision import inference
 from neat_align.modeling.requirements import context_of
 from neat_align.modeling.shared_prefix import unwrapped
-from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair, load_bank
+from neat_align.prompts.instruction_banks import InstructionBank, load_bank
 from neat_align.prompts.rendering import prompt_ids
-from neat_align.prompts.row_prompts import instructed_prompt_ids
-from neat_align.prompts.rows import NO_INPUTS, Prompt, TemplateInputs
+from neat_align.prompts.row_prompts import instructed_pairs
+from neat_align.prompts.rows import Prompt, TemplateInputs
 from neat_align.prompts.seeds import draw_pairs
 from neat_align.prompts.template_check import check_template
 from neat_align.sampling.token_rows import TokenRows, left_padded, read_rows
 from neat_align.sampling.transformers_sampler import TransformersSampler
-
-# A prompt under the positive and under the negative instruction of each of its pairs, as token ids.
-InstructedPairs: TypeAlias = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -271,21 +268,6 @@ def _check_rows(
             "a prompt is empty: its first token would be predicted from nothing; give it a token, "
             "such as the tokenizer's bos"
         )
-
-
-def instructed_pairs(
-    tokenizer: Any,
-    prompt: Prompt,
-    pairs: Sequence[InstructionPair],
-    placement: str,
-    inputs: TemplateInputs = NO_INPUTS,
-) -> InstructedPairs:
-    """The prompt's token ids under both instructions of each pair. Raises PromptError."""
-
-    def under(instruction: str) -> tuple[int, ...]:
-        return tuple(instructed_prompt_ids(tokenizer, prompt, instruction, placement, inputs))
-
-    return tuple((under(pair.positive), under(pair.negative)) for pair in pairs)
 
 
 def contrast_processor(

@@ -11,14 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neat_align.prompts.instruction_banks import InstructionPair
-from neat_align.prompts.row_prompts import row_prompt_ids
+from neat_align.prompts.row_prompts import InstructedPairs, instructed_pairs, row_prompt_ids
 from neat_align.prompts.rows import PromptRow
-from neat_align.sampling.contrast_decoding import (
-    Contrast,
-    InstructedPairs,
-    contrasted,
-    instructed_pairs,
-)
+from neat_align.sampling.contrast_decoding import Contrast, contrasted
 from neat_align.sampling.drawing import draw_tokens
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.token_rows import keeps_keys, read_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,8 @@ from neat_align.sampling.draw import draw
 from neat_align.sampling.protocol import SamplingParams
 from neat_align.sampling.token_rows import TokenRows
 
-# Completions leave the batch when at least this share of it has ended: the cache is copied then.
+# Completions that have ended leave the batch when they are at least this share of it: the cache is
+# copied then. One that has all of its tokens leaves at once: the model may have no place for more.
 SHRINK_AT = 0.125
 
 
@@ -24,12 +25,12 @@ class Drawing:
         self,
         numbers: Float[Tensor, "requests tokens"],
         ends: Int[Tensor, " ends"],
-        limits: Int[Tensor, " requests"],
+        limits: Sequence[int],
     ) -> None:
         device = numbers.device
         self.numbers, self.ends, self.step = numbers, ends, 0
-        # Tokens that each request may have.
-        self.limits = limits
+        # Tokens that each request may have, and so each row: known without asking the device.
+        self.limits = list(limits)
         self.tokens = torch.empty(numbers.shape, dtype=torch.long, device=device)
         self.logprobs = torch.empty_like(numbers)
         # The request that each row of the batch draws for.
@@ -45,20 +46,25 @@ class Drawing:
         self.tokens[rows, step], self.logprobs[rows, step] = last, logprob
         self.ended = self.ended | (last[:, None] == self.ends).any(-1)
         self.step += 1
-        self.ended = self.ended | (self.limits[rows] <= self.step)
         return last
 
+    def within_limits(self) -> list[int]:
+        """The rows that may have another token, those that have ended included."""
+        return [i for i, limit in enumerate(self.limits) if limit > self.step]
+
     def left(self) -> list[int]:
-        """The rows that have not ended: none when one of those was drawn from what is no number,
-        which ends them all. Waits for the device.
+        """The rows within their limits that have not ended: none when one that had not was drawn
+        from what is no number, which ends them all. Waits for the device.
         """
         broken = self.logprobs[self.rows, self.step - 1].isnan() & ~self.ended
         ended, is_broken = torch.stack([self.ended, broken]).tolist()
-        return [] if any(is_broken) else [i for i, done in enumerate(ended) if not done]
+        return [] if any(is_broken) else [i for i in self.within_limits() if not ended[i]]
 
-    def keep(self, stay: Int[Tensor, " rows"]) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
+        stay = torch.tensor(rows, device=self.rows.device)
         self.rows, self.ended = self.rows[stay], self.ended[stay]
+        self.limits = [self.limits[i] for i in rows]
 
 
 def draw_tokens(
@@ -71,7 +77,7 @@ def draw_tokens(
     combined: Callable[[Float[Tensor, "rows vocab"]], Float[Tensor, "requests vocab"]]
     | None = None,
 ) -> None:
-    """Draw every request's tokens, until all have ended or have the longest length.
+    """Draw every request's tokens, until all have ended or are as long as they may be.
 
     A request reads `rows_each` rows, which stand together and all get its token; `combined` makes
     one row of logits a request of theirs. Which requests have ended is looked at once in
@@ -80,17 +86,19 @@ def draw_tokens(
     while True:
         logits = rows.logits if combined is None else combined(rows.logits)
         last = drawing.next_tokens(logits, params)
-        if drawing.step == params.max_new_tokens:
-            break
-        if drawing.step % look_every == 0:
+        count = len(drawing.rows)
+        going = drawing.within_limits()
+        if going and drawing.step % look_every == 0:
             left = drawing.left()
-            if not left:
-                break
-            if len(left) <= (1 - SHRINK_AT) * len(drawing.rows):
-                stay = torch.tensor(left, device=last.device)
-                last = last[stay]
-                drawing.keep(stay)
-                rows.keep([i * rows_each + j for i in left for j in range(rows_each)])
+            # Where some leave anyway, all that have ended do.
+            if len(going) < count or len(left) <= (1 - SHRINK_AT) * count:
+                going = left
+        if not going:
+            break
+        if len(going) < count:
+            last = last[torch.tensor(going, device=last.device)]
+            drawing.keep(going)
+            rows.keep([i * rows_each + j for i in going for j in range(rows_each)])
         rows.advance(last if rows_each == 1 else last.repeat_interleave(rows_each))
 
 

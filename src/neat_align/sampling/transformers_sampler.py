@@ -26,6 +26,7 @@ from neat_align.modeling.known_padding import KnownPadding, masks_from
 from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference
+from neat_align.modeling.requirements import context_of
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.sampling.batch_check import KnownWay, SamplingWay, choose_way
 from neat_align.sampling.decode_attention import fast_decoding
@@ -242,8 +243,7 @@ class TransformersSampler:
         device = next(self.model.parameters()).device
         numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
         ends = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
-        limits = torch.tensor([r.limit(params) for r in requests], device=device)
-        return Drawing(numbers, ends, limits)
+        return Drawing(numbers, ends, [r.limit(params) for r in requests])
 
     def samples(
         self, requests: Sequence[SampleRequest], params: SamplingParams, drawing: Drawing
@@ -253,6 +253,30 @@ class TransformersSampler:
         return self._samples(requests, params, tokens, logprobs)
 
     def _generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
+        """With `generate`, which draws all rows of a call to one length.
+
+        Those that would pass the model's context so are drawn in a call of their own.
+        """
+        context, most = context_of(self.model), max(r.limit(params) for r in requests)
+        drawn: dict[int, Sample] = {}
+        apart: list[int] = []
+        for i, request in enumerate(requests):
+            fits = context is None or len(request.prompt_ids) + most <= context
+            if not fits and request.limit(params) < most:
+                apart.append(i)
+        together = [i for i in range(len(requests)) if i not in apart]
+        for share, draw_share in (
+            (together, self._generate_to_one_length),
+            (apart, self._generate),
+        ):
+            if share:
+                samples = draw_share([requests[i] for i in share], params)
+                drawn.update(zip(share, samples, strict=True))
+        return [drawn[i] for i in range(len(requests))]
+
+    def _generate_to_one_length(
+        self, requests: Sequence[SampleRequest], params: SamplingParams
+    ) -> list[Sample]:
         device = next(self.model.parameters()).device
         input_ids, mask = left_padded([r.prompt_ids for r in requests], self.pad_token_id, device)
         processor = DrawnToken(

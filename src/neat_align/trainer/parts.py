@@ -144,7 +144,15 @@ class TrainerParts:
         skipped = SkippedRows()
         rows = read_rows(self.args, eval_dataset, "eval_dataset", skipped)
         tokenizer, name = self.setup.tokenizer, "eval_dataset"
-        usable = usable_rows(self.args, self.data, rows, tokenizer, name, skipped=skipped)
+        usable = usable_rows(
+            self.args,
+            self.data,
+            rows,
+            tokenizer,
+            name,
+            skipped=skipped,
+            instructed=self.setup.instructed.held_out,
+        )
         everybody = (*self.scored_by.evaluated, *self.scored_by.judges)
         bad = BadRows(name, self.args.on_bad_row, skipped)
         kept = scorable_places(usable.rows, everybody, bad)

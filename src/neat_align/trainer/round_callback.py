@@ -122,8 +122,8 @@ class RoundCallback(TrainerCallback):
         made = self._make(index, step)
         if len(made.groups) < len(self.current_round):
             logger.warning(
-                "round %d has %d groups with a pair for %d places: it is gone through again from "
-                "its start",
+                "round %d has %d groups to learn from for %d places: it is gone through again "
+                "from its start",
                 index + 1,
                 len(made.groups),
                 len(self.current_round),

@@ -23,6 +23,7 @@ from neat_align.modeling.requirements import (
     check_policy,
     check_reference,
     check_trainable_weights,
+    context_of,
     disable_dropout,
     settle_generation_config,
 )
@@ -31,6 +32,7 @@ from neat_align.modeling.self_check import (
     check_training_forward,
     showing_adapter,
 )
+from neat_align.prompts.instructed_limit import InstructedLimit, instructed_limit
 from neat_align.prompts.instruction_banks import InstructionBank, load_bank
 from neat_align.prompts.row_checks import (
     UsablePrompts,
@@ -79,11 +81,20 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
+class InstructedLimits:
+    """How long prompts may be under the instructions that a run reads; None: reads none."""
+
+    training: InstructedLimit | None
+    held_out: InstructedLimit | None
+
+
+@dataclass(frozen=True)
 class PolicySetup:
     """The model that learns, its tokenizer, the instruction bank, and the policy it starts from.
 
     `reference_given`: the start policy is a model that the user passed, not the model's own start.
-    `start_fingerprint` tells a model with other weights from this one.
+    `start_fingerprint` tells a model with other weights from this one. `instructed` says how long
+    prompts may be under instructions.
     """
 
     model: torch.nn.Module
@@ -92,6 +103,7 @@ class PolicySetup:
     reference: Reference
     reference_given: bool
     start_fingerprint: str
+    instructed: InstructedLimits
 
 
 def _check_settings(
@@ -155,6 +167,7 @@ def usable_rows(
     *,
     skipped: SkippedRows,
     most: int | None = None,
+    instructed: InstructedLimit | None = None,
 ) -> UsablePrompts:
     """The rows that tokenizer, template and limits allow; see `check_prompts`."""
     return check_prompts(
@@ -166,11 +179,22 @@ def usable_rows(
         on_bad_row=args.on_bad_row,
         skipped=skipped,
         most=most,
+        instructed=instructed,
     )
 
 
-def _usable_data(args: NEATConfig, data: TrainingData, tokenizer: Any) -> TrainingData:
-    train = usable_rows(args, data, data.rows, tokenizer, "training prompts", skipped=data.skipped)
+def _usable_data(
+    args: NEATConfig, data: TrainingData, tokenizer: Any, instructed: InstructedLimits
+) -> TrainingData:
+    train = usable_rows(
+        args,
+        data,
+        data.rows,
+        tokenizer,
+        "training prompts",
+        skipped=data.skipped,
+        instructed=instructed.training,
+    )
     held_out = usable_rows(
         args,
         data,
@@ -179,10 +203,48 @@ def _usable_data(args: NEATConfig, data: TrainingData, tokenizer: Any) -> Traini
         "held-out prompts",
         skipped=data.skipped,
         most=args.num_eval_prompts,
+        instructed=instructed.held_out,
     )
     warn_of_unused_template(tokenizer, conversational=data.conversational)
     check_group_size(train.rows, args)
     return replace(data, rows=train.rows, eval_rows=held_out.rows, prompt_lengths=train.lengths)
+
+
+def instructed_limits(
+    args: NEATConfig,
+    tokenizer: Any,
+    bank: InstructionBank,
+    models: Sequence[torch.nn.Module],
+    *,
+    conversational: bool,
+) -> InstructedLimits:
+    """The limits of prompts that these models read."""
+    contexts = [context for context in map(context_of, models) if context is not None]
+
+    def limit(polarities: set[str]) -> InstructedLimit | None:
+        texts = {
+            "positive": [pair.positive for pair in bank.pairs],
+            "negative": [pair.negative for pair in bank.pairs],
+        }
+        return instructed_limit(
+            tokenizer,
+            [text for polarity in sorted(polarities) for text in texts[polarity]],
+            args.instruction_placement,
+            context=min(contexts, default=None),
+            max_completion_length=args.max_completion_length,
+            conversational=conversational,
+            inputs=TemplateInputs(kwargs=template_kwargs(args)),
+        )
+
+    both = {"positive", "negative"}
+    read = set[str]()
+    if args.num_positive or (args.num_negative and args.negative_source == "other_prompts"):
+        read |= {"positive"}
+    if args.num_negative and args.negative_source == "instruction":
+        read |= {"negative"}
+    if args.contrast_pairs or args.contrast_from == "branch":
+        read |= both
+    return InstructedLimits(limit(read), limit(both if args.evaluate_contrast else set()))
 
 
 def template_kwargs(args: NEATConfig) -> dict[str, Any]:
@@ -219,7 +281,6 @@ def set_up_policy(
         placement = args.instruction_placement
         check_template(tokenizer, bank, placement, conversational=conversational, inputs=inputs)
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
-    data = _usable_data(args, data, tokenizer)
     settle_generation_config(policy)
     ref_model = load_policy(ref_model) if isinstance(ref_model, str) else ref_model
     reference_given = ref_model is not None and ref_model is not policy
@@ -228,11 +289,15 @@ def set_up_policy(
     set_seed(args.seed)  # a new adapter is drawn at random
     reference, policy = start_policy(policy, peft_config, ref_model)
     check_context(policy, args.max_prompt_length, args.max_completion_length)
+    models = [policy, ref_model] if isinstance(ref_model, torch.nn.Module) else [policy]
+    limits = instructed_limits(args, tokenizer, bank, models, conversational=conversational)
+    data = _usable_data(args, data, tokenizer, limits)
     if args.disable_dropout:
         disable_dropout(policy)
     check_trainable_weights(policy)
     start = weights_fingerprint(policy)
-    return PolicySetup(policy, tokenizer, bank, reference, reference_given, start), data
+    setup = PolicySetup(policy, tokenizer, bank, reference, reference_given, start, limits)
+    return setup, data
 
 
 def _check_pairs(args: NEATConfig, bank: InstructionBank) -> None:
