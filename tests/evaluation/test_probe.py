@@ -869,7 +869,7 @@ def decoding_tools(batch_size: int = 64, **changes: Any) -> ProbeTools:
     return replace(tools, decoder=functools.partial(ContrastSampler, tools.sampler))
 
 
-DECODING = DecodingParams(alphas=(0.0, 0.7), num_pairs=2, min_probability=0.05)
+DECODING = DecodingParams(alphas=(0.0, 0.7), num_pairs=2, min_p=0.05)
 
 
 def test_what_is_decoded_by_hand() -> None:
@@ -982,7 +982,7 @@ def test_the_command_decodes_and_prints_within_80_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     output = tmp_path / "out" / "probe.json"
-    words = ["--alpha", "0.5", "1", "--pairs", "1", "--min-probability", "0", "--samples", "1"]
+    words = ["--alpha", "0.5", "1", "--pairs", "1", "--min-p", "0", "--samples", "1"]
     with pytest.raises(SystemExit) as stopped:
         main(command(tmp_path, *words, "--placement", "all", "--output", str(output)))
     shown = capsys.readouterr().out
@@ -1045,11 +1045,11 @@ def test_a_stray_word_is_still_an_error(capsys: pytest.CaptureFixture[str]) -> N
     ("changes", "message"),
     [
         ({"pairs": 3}, "pairs shapes what is decoded from the contrast, and no alpha is given"),
-        ({"min_probability": 0.0}, "min_probability shapes what is decoded"),
+        ({"min_p": 0.0}, "min_p shapes what is decoded"),
         ({"alpha": (-1.0,)}, "alpha is -1.0; it must be a number of 0 or more"),
         ({"alpha": (0.5, 0.5)}, "alpha is 0.5 0.5: give each number once"),
         ({"alpha": (1.0,), "pairs": 0}, "pairs is 0; it must be 1 or more"),
-        ({"alpha": (1.0,), "min_probability": 1.0}, "min_probability is 1.0; it must be 0"),
+        ({"alpha": (1.0,), "min_p": 1.0}, "min_p is 1.0; it must be 0"),
         ({"alpha": (1.0,), "reward": "contrast"}, "name another reward, or leave alpha out"),
     ],
 )

@@ -146,7 +146,7 @@ GROUPS = (
 PARAMS = DistilParams(
     alpha=0.7,
     toward="contrast",
-    min_probability=0.0,
+    min_p=0.0,
     threshold=0.0,
     raise_only=False,
     clip=None,
@@ -176,7 +176,7 @@ def slow_teacher(
             ratio += (of if p.clip is None else of.clamp(-p.clip, p.clip)) / len(pairs)
     q = []
     for p0, r in zip(start.exp(), ratio, strict=True):
-        kept = p0 >= p.min_probability * p0.max()
+        kept = p0 >= p.min_p * p0.max()
         moved = p0.clone()
         moved[kept] = p0[kept] * (p.alpha * r[kept]).exp()
         moved[kept] *= p0[kept].sum() / moved[kept].sum()
@@ -233,7 +233,7 @@ def fast_distillation(
 
 VARIANTS: dict[str, DistilParams] = {
     "plain": PARAMS,
-    "cut": replace(PARAMS, min_probability=0.6),
+    "cut": replace(PARAMS, min_p=0.6),
     "clip": replace(PARAMS, clip=0.05),
     "forward": replace(PARAMS, divergence="forward", alpha=1.5),
     "positive": replace(PARAMS, toward="positive", alpha=1.0),
@@ -259,7 +259,7 @@ def test_gradients_are_those_of_the_slow_reference(family: Family, layout: Any) 
     policy, start = tiny_model(family, VOCAB).double(), tiny_model(family, VOCAB, seed=1).double()
     for model in (policy, start):
         model.eval()  # GPT-2 has dropout
-    p = replace(PARAMS, min_probability=0.3)
+    p = replace(PARAMS, min_p=0.3)
 
     def gradients(loss: Tensor) -> dict[str, Tensor]:
         policy.zero_grad()

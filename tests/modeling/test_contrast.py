@@ -33,7 +33,7 @@ def test_the_ratio_moves_the_start_policy() -> None:
 
 
 def test_only_plausible_tokens_are_moved_among_themselves() -> None:
-    moved = contrast_logprobs(START, RATIO, 1.0, min_probability=0.5).exp()
+    moved = contrast_logprobs(START, RATIO, 1.0, min_p=0.5).exp()
     # 0.2 is under half of 0.5: it stays, and the other two share 0.8 in the ratio 1.0 to 0.3.
     expected = torch.tensor([[0.8 / 1.3, 0.8 * 0.3 / 1.3, 0.2]]).double()
     torch.testing.assert_close(moved, expected)

@@ -194,17 +194,17 @@ def test_generate_decodes_from_the_slow_formula(name: str, do_sample: bool) -> N
 @pytest.mark.parametrize(
     "options",
     [
-        {"alpha": 1.0, "min_probability": 0.0},
-        {"alpha": 1.5, "min_probability": 0.3},
-        {"alpha": 1.0, "min_probability": 0.0, "clip": 0.4},
-        {"alpha": 0.5, "min_probability": 0.1, "clip": 2.0},
+        {"alpha": 1.0, "min_p": 0.0},
+        {"alpha": 1.5, "min_p": 0.3},
+        {"alpha": 1.0, "min_p": 0.0, "clip": 0.4},
+        {"alpha": 0.5, "min_p": 0.1, "clip": 2.0},
     ],
 )
 def test_every_option_is_in_the_formula(options: dict[str, Any]) -> None:
     model = tiny_model("llama", VOCAB)
     processor = ContrastLogitsProcessor(model, PROMPTS, PAIRS, **options)
     out = generate(model, processor)
-    options["beta"] = options.pop("min_probability")
+    options["beta"] = options.pop("min_p")
     for i, answer in enumerate(answers(out, WIDTH)):
         for t, log_q in enumerate(slow(model, PROMPTS[i], PAIRS[i], answer, **options)[:-1]):
             torch.testing.assert_close(out.scores[t][i].double(), log_q, atol=1e-3, rtol=0)
@@ -360,7 +360,7 @@ def test_what_generate_suppresses_stays_suppressed() -> None:
     free = answers(generate(model, ContrastLogitsProcessor(model, PROMPTS, PAIRS)), WIDTH)
     gone = sorted({answer[0] for answer in free})
     for beta in (0.0, 0.05):
-        processor = ContrastLogitsProcessor(model, PROMPTS, PAIRS, min_probability=beta)
+        processor = ContrastLogitsProcessor(model, PROMPTS, PAIRS, min_p=beta)
         out = generate(model, processor, suppress_tokens=gone)
         assert not {token for answer in answers(out, WIDTH) for token in answer} & set(gone)
         assert not any(scores.isnan().any() for scores in out.scores)
@@ -379,7 +379,7 @@ def test_autocast_and_dropout_are_as_around_generate() -> None:
     """In training mode the instructed rows have no dropout, and autocast is in them too."""
     model = tiny_model("gpt2", VOCAB)
     model.train()
-    processor = ContrastLogitsProcessor(model, PROMPTS, PAIRS, alpha=1.0, min_probability=0.0)
+    processor = ContrastLogitsProcessor(model, PROMPTS, PAIRS, alpha=1.0, min_p=0.0)
     rows = processor.inputs()["input_ids"]
     scores = torch.zeros(3, VOCAB)
     first = processor(rows, scores)
@@ -416,8 +416,8 @@ def test_rows_that_do_not_fit_together_are_refused(
         ({"alpha": -0.5}, "alpha is -0.5; it must be a number of 0 or more"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"alpha": float("inf")}, "alpha is inf"),
-        ({"min_probability": 1.0}, "min_probability is 1.0; it must be 0"),
-        ({"min_probability": -0.1}, "min_probability is -0.1"),
+        ({"min_p": 1.0}, "min_p is 1.0; it must be 0"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
         ({"clip": 0.0}, "clip is 0.0; it must be above 0 nats, or None"),
     ],
 )

@@ -77,7 +77,7 @@ def probe(
     chat_template_kwargs: KwargsOption = None,
     alpha: AlphaOption = None,
     pairs: PairsOption = None,
-    min_probability: CutOption = None,
+    min_p: CutOption = None,
     output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
@@ -105,6 +105,6 @@ def probe(
         chat_template_kwargs=chat_template_kwargs,
         alpha=tuple(alpha or ()),
         pairs=pairs,
-        min_probability=min_probability,
+        min_p=min_p,
     )
     run_probe(settings, output, Console())

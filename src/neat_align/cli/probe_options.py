@@ -12,7 +12,7 @@ from neat_align.sampling.contrast_decoding import Contrast
 
 # Averaging over a few pairs and moving plausible tokens only give the same gain for less drift.
 NUM_PAIRS = 3
-MIN_PROBABILITY = 0.05
+MIN_P = 0.05
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ProbeSettings:
     """The command's options; names and meanings are those of `train`.
 
     With `alpha`, the prompts are also answered from the contrast of the bank's pairs, once with
-    each; `pairs` are averaged for a prompt (None: 3), and tokens of at least `min_probability`
+    each; `pairs` are averaged for a prompt (None: 3), and tokens of at least `min_p`
     times the likeliest one's probability are moved (None: 0.05).
     """
 
@@ -41,7 +41,7 @@ class ProbeSettings:
     chat_template_kwargs: str | None = None
     alpha: tuple[float, ...] = ()
     pairs: int | None = None
-    min_probability: float | None = None
+    min_p: float | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -50,8 +50,8 @@ class ProbeSettings:
 
     @property
     def cut(self) -> float:
-        """The least probability of what is moved; `min_probability` None is the default."""
-        return MIN_PROBABILITY if self.min_probability is None else self.min_probability
+        """The least probability of what is moved; `min_p` None is the default."""
+        return MIN_P if self.min_p is None else self.min_p
 
     def __post_init__(self) -> None:
         if self.placement not in (*PLACEMENTS, "all"):
@@ -75,7 +75,7 @@ class ProbeSettings:
     def _check_decoding(self) -> None:
         """What is decoded from the contrast, and what shapes it."""
         if not self.alpha:
-            for name in ("pairs", "min_probability"):
+            for name in ("pairs", "min_p"):
                 if getattr(self, name) is not None:
                     raise ConfigError(
                         f"{name} shapes what is decoded from the contrast, and no alpha is given: "

@@ -156,7 +156,7 @@ class ObjectiveOptions(TrainerDefaults):
         ge=1,
         only_with=(*combinations.DISTIL_OPTION, *combinations.DISTIL_INSTRUCTED),
     )
-    distil_min_probability: float = option(
+    distil_min_p: float = option(
         0.05,
         "Only tokens with at least this share of the start policy's largest probability are "
         "moved; 0 moves all.",

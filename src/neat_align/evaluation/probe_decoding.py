@@ -56,7 +56,7 @@ def probe_decoding(
     drawn: list[list[ContrastSample]] = []
     for placement, alpha in settings:
         contexts = contexts_of(tools.tokenizer, rows, pairs, placement)
-        sampler = tools.decoder(contexts, Contrast(alpha, decoding.min_probability))
+        sampler = tools.decoder(contexts, Contrast(alpha, decoding.min_p))
         drawn.append(sampler.draw(flat, params.sampling, progress=count))
     answers = _scored(rows, flat, drawn, tools)
     return [

@@ -34,7 +34,7 @@ class DecodingParams:
 
     alphas: tuple[float, ...]
     num_pairs: int = 3
-    min_probability: float = 0.05
+    min_p: float = 0.05
 
 
 @dataclass(frozen=True)

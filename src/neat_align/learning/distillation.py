@@ -63,7 +63,7 @@ class DistilParams:
 
     alpha: float
     toward: Toward
-    min_probability: float
+    min_p: float
     threshold: float
     raise_only: bool
     clip: float | None
@@ -77,7 +77,7 @@ def distil_params(config: NEATConfig) -> DistilParams:
     return DistilParams(
         alpha=config.distil_alpha,
         toward=cast("Toward", config.distil_toward),
-        min_probability=config.distil_min_probability,
+        min_p=config.distil_min_p,
         threshold=config.distil_threshold,
         raise_only=config.distil_raise_only,
         clip=config.distil_clip,
@@ -221,7 +221,7 @@ def shift_variance(
     """Σ over the plausible tokens of p0 · (s − s̄)², with s the shift at α = ±1 and s̄ its mean under
     p0 there: twice the KL(q ‖ p0) of a small α, over α². In nats².
     """
-    plausible = is_plausible(start, p.min_probability) if p.min_probability > 0 else None
+    plausible = is_plausible(start, p.min_p) if p.min_p > 0 else None
     shift = contrast_shift(
         start,
         log_ratio,
@@ -264,7 +264,7 @@ def distillation(
             start,
             ratio,
             alphas[part, None],
-            p.min_probability,
+            p.min_p,
             p.threshold,
             raise_only=p.raise_only,
         )

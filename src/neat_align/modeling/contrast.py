@@ -47,7 +47,7 @@ def contrast_logprobs(
     start: Float[Tensor, "n vocab"],
     log_ratio: Float[Tensor, "n vocab"],
     alpha: float | Float[Tensor, "n 1"],
-    min_probability: float = 0.0,
+    min_p: float = 0.0,
     threshold: float = 0.0,
     *,
     raise_only: bool = False,
@@ -56,8 +56,8 @@ def contrast_logprobs(
 
         q(v) = p0(v) · r(v)^α · P / Σ_{u ∈ S} p0(u) r(u)^α  for v ∈ S,    q(v) = p0(v) elsewhere
 
-    S are the plausible tokens, p0(v) ≥ `min_probability` · max p0, and P is their p0 together: the
-    other tokens keep exactly what they had. With `min_probability` 0 all tokens are plausible. A
+    S are the plausible tokens, p0(v) ≥ `min_p` · max p0, and P is their p0 together: the
+    other tokens keep exactly what they had. With `min_p` 0 all tokens are plausible. A
     constant that is added to a row of `log_ratio` changes nothing.
 
     With `threshold` the log-ratio is centred (its mean under p0 over S is 0) and brought that many
@@ -65,7 +65,7 @@ def contrast_logprobs(
     is centred, and where it would push a token down that token is left: it only loses to those that
     are raised.
     """
-    plausible = is_plausible(start, min_probability) if min_probability > 0 else None
+    plausible = is_plausible(start, min_p) if min_p > 0 else None
     moved = start + contrast_shift(
         start, log_ratio, alpha, plausible, threshold=threshold, raise_only=raise_only
     )
@@ -115,8 +115,6 @@ def plausible_p0(
     return p0 if plausible is None else p0.masked_fill(~plausible, 0.0)
 
 
-def is_plausible(
-    start: Float[Tensor, "n vocab"], min_probability: float
-) -> Bool[Tensor, "n vocab"]:
-    """Where p0(v) is at least `min_probability` times the row's largest; `min_probability` > 0."""
-    return start >= start.amax(-1, keepdim=True) + math.log(min_probability)
+def is_plausible(start: Float[Tensor, "n vocab"], min_p: float) -> Bool[Tensor, "n vocab"]:
+    """Where p0(v) is at least `min_p` times the row's largest; `min_p` > 0."""
+    return start >= start.amax(-1, keepdim=True) + math.log(min_p)

@@ -37,13 +37,13 @@ from neat_align.sampling.transformers_sampler import TransformersSampler
 class Contrast:
     """How far the instructions move what is decoded (`contrast_logprobs`).
 
-    `alpha` 0 moves nothing. Only tokens of at least `min_probability` times the likeliest one's
+    `alpha` 0 moves nothing. Only tokens of at least `min_p` times the likeliest one's
     probability are moved; 0 moves all. `clip` keeps each pair's log-ratio within ± so many nats;
     None leaves it. Raises ConfigError for other values.
     """
 
     alpha: float
-    min_probability: float = 0.05
+    min_p: float = 0.05
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -52,9 +52,9 @@ class Contrast:
                 f"alpha is {self.alpha}; it must be a number of 0 or more (0 moves nothing; to "
                 "move the other way, swap the instructions)"
             )
-        if not 0 <= self.min_probability < 1:
+        if not 0 <= self.min_p < 1:
             raise ConfigError(
-                f"min_probability is {self.min_probability}; it must be 0 (every token is moved) "
+                f"min_p is {self.min_p}; it must be 0 (every token is moved) "
                 "or more, and below 1 (only the likeliest token would be left to move)"
             )
         if self.clip is not None and not self.clip > 0:
@@ -82,7 +82,7 @@ def contrasted(
     )
     # −∞ − −∞ is no number: a model may rule a token out whatever it reads.
     ratio = mean_log_ratio(pairs, contrast.clip).masked_fill(start.isneginf(), 0.0)
-    return contrast_logprobs(start, ratio, contrast.alpha, contrast.min_probability)
+    return contrast_logprobs(start, ratio, contrast.alpha, contrast.min_p)
 
 
 class ContrastLogitsProcessor(LogitsProcessor):
@@ -115,11 +115,11 @@ class ContrastLogitsProcessor(LogitsProcessor):
         pairs: Sequence[Sequence[tuple[TokenIds, TokenIds]]],
         *,
         alpha: float = 1.0,
-        min_probability: float = 0.05,
+        min_p: float = 0.05,
         clip: float | None = None,
         pad_token_id: int = 0,
     ) -> None:
-        self.contrast = Contrast(alpha, min_probability, clip)
+        self.contrast = Contrast(alpha, min_p, clip)
         self.model, self.pad_token_id = model, pad_token_id
         self.prompts = tuple(tuple(prompt) for prompt in prompts)
         self._contexts = [tuple(tuple(ids) for pair in of_row for ids in pair) for of_row in pairs]
@@ -279,7 +279,7 @@ def contrast_processor(
     alpha: float = 1.0,
     placement: str = "user_suffix",
     num_pairs: int = 3,
-    min_probability: float = 0.05,
+    min_p: float = 0.05,
     clip: float | None = None,
     seed: int = 0,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -310,7 +310,7 @@ def contrast_processor(
         plain,
         contexts,
         alpha=alpha,
-        min_probability=min_probability,
+        min_p=min_p,
         clip=clip,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
