@@ -157,14 +157,8 @@ def build_trainer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
-        conversational, bank = is_conversational(rows), load_bank(config.instruction_bank)
-        limits = instructed_limits(config, tokenizer, bank, [start], conversational=conversational)
-        usable = functools.partial(
-            is_usable,
-            tokenizer=tokenizer,
-            max_prompt_length=config.max_prompt_length,
-            conversational=conversational,
-            instructed=limits.held_out,
+        usable = _usable_to_evaluate(
+            config, start, tokenizer, conversational=is_conversational(rows)
         )
         rows, held_out = refilled(rows, held_out, usable)
     trainer = NEATTrainer(
@@ -182,6 +176,21 @@ def build_trainer(
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
+
+
+def _usable_to_evaluate(
+    config: NEATConfig, model: torch.nn.Module, tokenizer: Any, *, conversational: bool
+) -> Callable[[PromptRow], bool]:
+    """Which rows can be held out: plainly, and under the instructions of an evaluation."""
+    bank = load_bank(config.instruction_bank)
+    limits = instructed_limits(config, tokenizer, bank, [model], conversational=conversational)
+    return functools.partial(
+        is_usable,
+        tokenizer=tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        conversational=conversational,
+        instructed=limits.held_out,
+    )
 
 
 def lora_config(script: ScriptArguments) -> Any:
