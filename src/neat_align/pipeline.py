@@ -130,28 +130,6 @@ def refilled(
     return [*_without(left, list(taken.values())), *failing], kept
 
 
-def _refilled(
-    config: NEATConfig,
-    tokenizer: Any,
-    model: Any,
-    rows: list[PromptRow],
-    held_out: list[PromptRow],
-) -> tuple[list[PromptRow], list[PromptRow]]:
-    """`refilled` with what the tokenizer and the model's context allow."""
-    if not held_out:
-        return rows, held_out
-    conversational, bank = is_conversational(rows), load_bank(config.instruction_bank)
-    limits = instructed_limits(config, tokenizer, bank, [model], conversational=conversational)
-    usable = functools.partial(
-        is_usable,
-        tokenizer=tokenizer,
-        max_prompt_length=config.max_prompt_length,
-        conversational=conversational,
-        instructed=limits.held_out,
-    )
-    return refilled(rows, held_out, usable)
-
-
 def build_trainer(
     script: ScriptArguments,
     config: NEATConfig,
@@ -178,8 +156,11 @@ def build_trainer(
     tokenizer = load_tokenizer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
-    if config.on_bad_row == "skip" and script.eval_dataset_name is None:
-        rows, held_out = _refilled(config, tokenizer, start, rows, held_out)
+    if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
+        usable = _usable_to_evaluate(
+            config, start, tokenizer, conversational=is_conversational(rows)
+        )
+        rows, held_out = refilled(rows, held_out, usable)
     trainer = NEATTrainer(
         start if policy is None else load_policy(policy),
         script.reward_funcs or None,
@@ -195,6 +176,21 @@ def build_trainer(
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
+
+
+def _usable_to_evaluate(
+    config: NEATConfig, model: torch.nn.Module, tokenizer: Any, *, conversational: bool
+) -> Callable[[PromptRow], bool]:
+    """Which rows can be held out: plainly, and under the instructions of an evaluation."""
+    bank = load_bank(config.instruction_bank)
+    limits = instructed_limits(config, tokenizer, bank, [model], conversational=conversational)
+    return functools.partial(
+        is_usable,
+        tokenizer=tokenizer,
+        max_prompt_length=config.max_prompt_length,
+        conversational=conversational,
+        instructed=limits.held_out,
+    )
 
 
 def lora_config(script: ScriptArguments) -> Any:

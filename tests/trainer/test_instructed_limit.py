@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from peft import PromptTuningConfig
 
+from neat_align import NEATTrainer
 from neat_align.errors import DataError
 from neat_align.prompts import instructed_limit
 from neat_align.prompts.instruction_banks import load_bank
@@ -146,3 +148,26 @@ def test_a_model_without_a_limit_has_none(tmp_path: Path) -> None:
     t = trainer(tmp_path, rows=[over, *ROWS], model=model, **LIMITS)
     assert len(t.parts.data.rows) == 13
     assert config(tmp_path, **LIMITS).num_positive == 2
+
+
+def test_a_start_policy_of_a_smaller_context_reads_the_instructions_too(tmp_path: Path) -> None:
+    texts = POSITIVE + NEGATIVE
+    for tokens in (400 - COMPLETION, 401 - COMPLETION):
+        start, model = (
+            tiny_model("llama", len(TOKENIZER), seed, tokenizer=TOKENIZER) for seed in (0, 1)
+        )
+        start.config.max_position_embeddings = 400
+        build = functools.partial(
+            NEATTrainer,
+            model,
+            None,
+            config(tmp_path / str(tokens), **{**LIMITS, **DISTIL, "rank_by": "origin"}),
+            [of_tokens(tokens, texts), *ROWS],
+            processing_class=TOKENIZER,
+            ref_model=start,
+        )
+        if tokens + COMPLETION <= 400:
+            assert len(build().parts.data.rows) == 13
+        else:
+            with pytest.raises(DataError, match=r"391 tokens .* context of 400 leaves 390"):
+                build()
