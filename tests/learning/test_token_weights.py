@@ -459,9 +459,9 @@ def test_how_many_pairs_of_instructions_a_group_keeps(tmp_path: Path) -> None:
     asked = [
         ({}, (0, 0, 0)),
         (weighed, (2, 2, 0)),
-        (taught, (3, 0, 3)),
-        ({**weighed, **taught}, (3, 2, 3)),
-        ({**weighed, **taught, "distil_pairs": 1}, (2, 2, 1)),
+        (taught, (1, 0, 1)),
+        ({**weighed, **taught}, (2, 2, 1)),
+        ({**weighed, **taught, "distil_pairs": 3}, (3, 2, 3)),
         ({**weighed, **taught, "distil_toward": "sharpened"}, (2, 2, 0)),
     ]
     for changes, expected in asked:

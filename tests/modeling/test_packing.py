@@ -147,5 +147,5 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     moved = collated(two_groups()).to("meta")
     values = [*vars(moved).values(), *vars(moved.rows).values()]
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 12
+    assert len(tensors) == 13
     assert {t.device.type for t in tensors} == {"meta"}

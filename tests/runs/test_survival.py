@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from neat_align import CollapseError, ConfigError, NEATTrainer
 from neat_align.errors import RunInterrupted, SaveError
-from neat_align.modeling.logprobs import completion_logprobs
+from neat_align.modeling.logprobs import logprobs_of
 from neat_align.runs.checkpoints import MARKER, is_complete, mark_complete
 from neat_align.runs.lock import one_writer
 from neat_align.sampling.transformers_sampler import TransformersSampler
@@ -444,8 +444,8 @@ def test_what_is_not_finite_names_its_prompts_and_changes_no_weight(
         else:
             infinite = float("inf")
             monkeypatch.setattr(
-                "neat_align.learning.step_engine.completion_logprobs",
-                lambda m, rows: completion_logprobs(m, rows) - infinite,
+                "neat_align.learning.step_engine.logprobs_of",
+                lambda m, rows, inputs: logprobs_of(m, rows, inputs) - infinite,
             )
         return compute(model, inputs, *args, **kwargs)
 

@@ -147,7 +147,7 @@ def test_the_gradient_of_a_negative_pushes_its_own_log_probability_down(
     logps = before.clone().requires_grad_()
     objective = t.parts.engine.objective
     micro_batch = micro_batch_of(batch, objective)
-    terms = loss_terms(micro_batch, logps, LossCounts(1, 1, 1, 1), objective)
+    terms = loss_terms(micro_batch, logps, LossCounts(1, 1, 1, 1, 1), objective)
     (gradient,) = torch.autograd.grad(terms.ranking, logps)
     # Descending the gradient lowers every token of the worst completion, and touches no padding.
     length = len(group.completions[worst].token_ids)
@@ -731,7 +731,7 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
         ),
         (
             {"ranking_loss": "none", "lm_weight": 0.0},
-            "ranking_loss is none and lm_weight is 0: nothing would be learned",
+            "distil_weight is 0: nothing would be learned",
         ),
         (
             {"ranking_loss": "none", "pair_selection": "best_worst"},
