@@ -17,7 +17,7 @@ from neat_align.modeling.packing import Layout
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.requirements import context_of
 from neat_align.prompts.copies import deep_copy
-from neat_align.prompts.instruction_banks import InstructionBank, Polarity
+from neat_align.prompts.instruction_banks import CONTRASTED, InstructionBank, Polarity
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.rows import Prompt, PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair
@@ -32,7 +32,6 @@ from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, Samplin
 
 # Rounds count from 0; evaluation draws its seeds apart from every round's.
 EVAL_ROUND = -1
-_CONTRAST: tuple[Polarity, ...] = ("positive", "negative")
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def metric_names(
     ]
     if has_rewards:
         names += ["reward", "contrast/reward/plain"]
-        names += [f"contrast/reward/{polarity}" for polarity in _CONTRAST if contrast]
+        names += [f"contrast/reward/{polarity}" for polarity in CONTRASTED if contrast]
     if any(row.chosen is not None for row in rows):
         names.append("perplexity")
     if any(row.chosen is not None and row.rejected is not None for row in rows):
@@ -176,7 +175,7 @@ def evaluate_policy(
     distinct2 = distinct_n(texts)  # NaN when no answer has two words
     under = {"plain": mean_of(scored.rewards)}
     if contrast and tools.rewards:
-        under |= {p: _reward_under(p, rows, tools, seed, progress) for p in _CONTRAST}
+        under |= {p: _reward_under(p, rows, tools, seed, progress) for p in CONTRASTED}
     found = Evaluation(
         prompt_ids=[row.id for row in rows],
         prompts=[deep_copy(row.prompt) for row in rows],  # the caller's, to do with as it likes
@@ -273,8 +272,7 @@ def _sample(
             ids = row_prompt_ids(tools.tokenizer, row)
         else:
             pair = draw_pair(tools.bank, run_seed=seed, round_index=EVAL_ROUND, prompt_id=row.id)
-            instruction = pair.positive if polarity == "positive" else pair.negative
-            ids = instructed_ids(tools.tokenizer, row, instruction, tools.placement)
+            ids = instructed_ids(tools.tokenizer, row, pair.of(polarity), tools.placement)
         requests += [
             SampleRequest(tuple(ids), completion_seed(seed, EVAL_ROUND, row.id, polarity, i))
             for i in range(n)

@@ -23,7 +23,13 @@ from neat_align.evaluation.probe_summary import (
     summarise_pair,
     summarise_placement,
 )
-from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair, Polarity
+from neat_align.prompts.instruction_banks import (
+    CONTRASTED,
+    Contrasted,
+    InstructionBank,
+    InstructionPair,
+    Polarity,
+)
 from neat_align.prompts.placement import Placement
 from neat_align.prompts.row_prompts import instructed_ids, instructed_prompt_ids, row_prompt_ids
 from neat_align.prompts.rows import NO_INPUTS, Prompt, PromptRow, TemplateInputs
@@ -130,10 +136,6 @@ class _Plan:
         return list(dict.fromkeys([*self.plain[r], *(q for side in sides for q in side)]))
 
 
-def _instructions(pair: InstructionPair) -> tuple[tuple[Polarity, str], ...]:
-    return ("positive", pair.positive), ("negative", pair.negative)
-
-
 def _planned(
     rows: Sequence[PromptRow], bank: InstructionBank, params: ProbeParams, tools: ProbeTools
 ) -> _Plan:
@@ -149,8 +151,8 @@ def _planned(
         row: PromptRow, pair: InstructionPair, placement: Placement
     ) -> dict[Polarity, list[SampleRequest]]:
         sides: dict[Polarity, list[SampleRequest]] = {}
-        for polarity, instruction in _instructions(pair):
-            ids = instructed_ids(tools.tokenizer, row, instruction, placement)
+        for polarity in CONTRASTED:
+            ids = instructed_ids(tools.tokenizer, row, pair.of(polarity), placement)
             sides[polarity] = requests(row, ids)
         return sides
 
@@ -192,7 +194,8 @@ def check_room(
     check(row_prompt_ids(tokenizer, row), "")
     for placement in placements:
         for pair in bank.pairs:
-            for _, instruction in _instructions(pair):
+            for polarity in CONTRASTED:
+                instruction = pair.of(polarity)
                 what = f" with {instruction!r} on it ({placement})"
                 check(instructed_ids(tokenizer, row, instruction, placement), what)
 
@@ -314,9 +317,9 @@ def _groups(
     groups = []
     for r, row in enumerate(rows):
         completions = _completions(answers, plan.plain[r], "plain", None)
-        for polarity, instruction in _instructions(pair):
+        for polarity in CONTRASTED:
             requests = plan.instructed[place][r][polarity]
-            completions += _completions(answers, requests, polarity, instruction)
+            completions += _completions(answers, requests, polarity, pair.of(polarity))
         groups.append(CompletionGroup(row.id, row.prompt, plan.plain_ids[r], tuple(completions)))
     return groups
 
@@ -327,9 +330,11 @@ def _own_contrast(pair: InstructionPair, placement: Placement, tools: ProbeTools
     ) -> list[float]:
         return [sum(row) for row in tools.logprobs(prompts, completions)]
 
-    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
-        instruction = dict(_instructions(pair))[polarity]
+    def render(
+        prompt: Prompt, polarity: Contrasted, inputs: TemplateInputs = NO_INPUTS
+    ) -> list[int]:
         inputs = joined_inputs(tools.template_kwargs, inputs)
+        instruction = pair.of(polarity)
         return instructed_prompt_ids(tools.tokenizer, prompt, instruction, placement, inputs)
 
     return NamedReward("contrast", ContrastReward(score, render), 1.0)

@@ -16,8 +16,7 @@ from neat_align.modeling.packing import (
     Layout,
     Rows,
     in_pinned_memory,
-    pack_rows,
-    pad_rows,
+    rows_in_layout,
     to_device,
 )
 from neat_align.rounds.completions import ORIGINS, CompletionGroup
@@ -97,7 +96,9 @@ def collate_groups(
         if best is not None:
             best_row[g] = first_row + best
         first_row += len(group.completions)
-    rows = _rows(groups, layout, pad_token_id)
+    prompts = [g.prompt_ids for g in groups]
+    answers = [[c.token_ids for c in g.completions] for g in groups]
+    rows = rows_in_layout(prompts, answers, layout, pad_token_id)
     ref_logps = _token_values(groups, rows, "ref_logprobs")
     contrasts = _token_values(groups, rows, "contrasts")
     zeros = torch.zeros(rows.completion_ids.shape)
@@ -114,20 +115,6 @@ def collate_groups(
         contrasts=zeros if contrasts is None else contrasts,
         has_contrasts=contrasts is not None,
         names=tuple(g.prompt_id for g in groups),
-    )
-
-
-def _rows(groups: Sequence[CompletionGroup], layout: Layout, pad_token_id: int) -> Rows:
-    completions = [[c.token_ids for c in g.completions] for g in groups]
-    prompts = [g.prompt_ids for g in groups]
-    if layout == "packed":
-        return pack_rows(prompts, completions)
-    repeated = [p for p, answers in zip(prompts, completions, strict=True) for _ in answers]
-    return pad_rows(
-        repeated,
-        [ids for answers in completions for ids in answers],
-        pad_token_id,
-        one_at_a_time=layout == "unpadded",
     )
 
 

@@ -32,9 +32,9 @@ from neat_align.modeling.contrast import (
     centred,
     contrast_logprobs,
     contrast_shift,
-    is_plausible,
     mean_log_ratio,
     plausible_p0,
+    plausible_tokens,
 )
 from neat_align.modeling.head_inputs import (
     CastHead,
@@ -221,7 +221,7 @@ def shift_variance(
     """Σ over the plausible tokens of p0 · (s − s̄)², with s the shift at α = ±1 and s̄ its mean under
     p0 there: twice the KL(q ‖ p0) of a small α, over α². In nats².
     """
-    plausible = is_plausible(start, p.min_p) if p.min_p > 0 else None
+    plausible = plausible_tokens(start, p.min_p)
     shift = contrast_shift(
         start,
         log_ratio,

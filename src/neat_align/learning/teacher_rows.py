@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from neat_align.errors import DataError
+from neat_align.modeling.head_inputs import PADDED_TOKENS
 from neat_align.modeling.packing import (
     Layout,
     PackedRows,
@@ -19,14 +20,11 @@ from neat_align.modeling.packing import (
     TokenIds,
     fill_in_order,
     in_pinned_memory,
-    pack_rows,
-    pad_rows,
+    rows_in_layout,
     to_device,
+    tokens_in,
 )
 from neat_align.rounds.completions import CompletionGroup
-
-# Padded rows hold their logits, several tables of them: tokens that go through the teacher at once.
-PADDED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def teacher_rows(
     whose prompts were not kept under enough instructions.
     """
     first_row = 0
-    chosen: list[tuple[int, int, int]] = []  # group, completion, row of the micro-batch
+    by_group: list[list[_Distilled]] = []
     for g, group in enumerate(groups):
         if len(group.contrast_ids) < p.pairs:
             raise DataError(
@@ -94,21 +92,22 @@ def teacher_rows(
                 f"{len(group.contrast_ids)} instruction pairs (contrast_prompt_ids), and contrast "
                 f"distillation reads {p.pairs}: make the round again with these settings"
             )
-        chosen += [(g, k, first_row + k) for k in distilled(group, p.answers)]
+        answers = [(k, group.completions[k].token_ids) for k in distilled(group, p.answers)]
+        if answers:
+            by_group.append([_Distilled(g, first_row + k, ids, p.first) for k, ids in answers])
         first_row += len(group.completions)
-    batches = [chosen] if chosen else []
+    # A group stays whole: its prompt has one alpha, of all of its answers.
+    batches = [list(range(len(by_group)))] if by_group else []
     if layout != "packed":
-        # A group stays whole: its prompt has one alpha, of all of its answers.
-        by_group = [
-            [c for c in chosen if c[0] == g] for g in dict.fromkeys(g for g, _, _ in chosen)
-        ]
         sizes = [
-            sum(len(groups[g].prompt_ids) + len(_ids(groups, g, k)) for g, k, _ in of_group)
-            for of_group in by_group
+            tokens_in(len(groups[own[0].group].prompt_ids), [len(a.ids) for a in own], layout)
+            for own in by_group
         ]
-        filled = fill_in_order(sizes, PADDED_TOKENS)
-        batches = [[c for i in batch for c in by_group[i]] for batch in filled]
-    return tuple(_teacher_rows(groups, rows, b, p, layout, pad_token_id) for b in batches)
+        batches = fill_in_order(sizes, PADDED_TOKENS)
+    return tuple(
+        _teacher_rows(groups, rows, [by_group[i] for i in batch], p, layout, pad_token_id)
+        for batch in batches
+    )
 
 
 def distilled(group: CompletionGroup, answers: Literal["all", "lower_half"]) -> list[int]:
@@ -123,48 +122,51 @@ def distilled(group: CompletionGroup, answers: Literal["all", "lower_half"]) -> 
     return sorted(k for _, k in ranked[: len(ranked) // 2])
 
 
-def _ids(groups: Sequence[CompletionGroup], g: int, k: int) -> TokenIds:
-    return groups[g].completions[k].token_ids
+@dataclass(frozen=True)
+class _Distilled:
+    """An answer that is distilled: whose it is, and its row in the micro-batch."""
+
+    group: int
+    row: int
+    answer: TokenIds
+    first: float
+
+    @property
+    def ids(self) -> TokenIds:
+        """Its distilled tokens; what comes after them is not read."""
+        return self.answer[: math.ceil(self.first * len(self.answer))]
 
 
 def _teacher_rows(
     groups: Sequence[CompletionGroup],
     rows: Rows,
-    chosen: Sequence[tuple[int, int, int]],
+    by_group: Sequence[Sequence[_Distilled]],
     p: TeachParams,
     layout: Layout,
     pad_token_id: int,
 ) -> TeacherRows:
-    asked = list(dict.fromkeys(g for g, _, _ in chosen))
-    # What comes after the distilled part of an answer is not read.
-    lengths = [math.ceil(p.first * len(_ids(groups, g, k))) for g, k, _ in chosen]
-    answers: dict[int, list[TokenIds]] = {g: [] for g in asked}
-    for (g, k, _), length in zip(chosen, lengths, strict=True):
-        answers[g].append(_ids(groups, g, k)[:length])
+    asked = [groups[own[0].group] for own in by_group]
+    answers = [[a.ids for a in own] for own in by_group]
 
     def after(prompts: Sequence[TokenIds]) -> Rows:
-        if layout == "packed":
-            return pack_rows(prompts, [answers[g] for g in asked])
-        repeated = [
-            ids for ids, g in zip(prompts, asked, strict=True) for _ in range(len(answers[g]))
-        ]
-        flat = [a for g in asked for a in answers[g]]
-        return pad_rows(repeated, flat, pad_token_id, one_at_a_time=layout == "unpadded")
+        return rows_in_layout(prompts, answers, layout, pad_token_id)
 
-    plain = after([groups[g].prompt_ids for g in asked])
-    pairs = range(p.pairs)
-    positive = [after([groups[g].contrast_ids[j][0] for g in asked]) for j in pairs]
-    negative = [after([groups[g].contrast_ids[j][1] for g in asked]) for j in pairs]
-    own = [(r, t) for r, n in enumerate(lengths) for t in range(n)]
+    def under(side: Literal[0, 1]) -> tuple[Rows, ...]:
+        return tuple(after([g.contrast_ids[j][side] for g in asked]) for j in range(p.pairs))
+
+    plain = after([g.prompt_ids for g in asked])
+    flat = [(place, a) for place, own in enumerate(by_group) for a in own]
+    lengths = [len(a.ids) for _, a in flat]
+    tokens = [(r, t) for r, n in enumerate(lengths) for t in range(n)]
     return TeacherRows(
         plain=plain,
-        positive=tuple(positive),
-        negative=tuple(negative) if p.negatives else (),
-        places=_places(plain, own),
-        student=_places(rows, [(chosen[r][2], t) for r, t in own]),
-        answer=torch.tensor([r for r, _ in own], dtype=torch.long),
+        positive=under(0),
+        negative=under(1) if p.negatives else (),
+        places=_places(plain, tokens),
+        student=_places(rows, [(flat[r][1].row, t) for r, t in tokens]),
+        answer=torch.tensor([r for r, _ in tokens], dtype=torch.long),
         lengths=torch.tensor(lengths, dtype=torch.long),
-        prompt=torch.tensor([asked.index(g) for g, _, _ in chosen], dtype=torch.long),
+        prompt=torch.tensor([place for place, _ in flat], dtype=torch.long),
     )
 
 

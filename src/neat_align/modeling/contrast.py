@@ -65,7 +65,7 @@ def contrast_logprobs(
     is centred, and where it would push a token down that token is left: it only loses to those that
     are raised.
     """
-    plausible = is_plausible(start, min_p) if min_p > 0 else None
+    plausible = plausible_tokens(start, min_p)
     moved = start + contrast_shift(
         start, log_ratio, alpha, plausible, threshold=threshold, raise_only=raise_only
     )
@@ -115,6 +115,10 @@ def plausible_p0(
     return p0 if plausible is None else p0.masked_fill(~plausible, 0.0)
 
 
-def is_plausible(start: Float[Tensor, "n vocab"], min_p: float) -> Bool[Tensor, "n vocab"]:
-    """Where p0(v) is at least `min_p` times the row's largest; `min_p` > 0."""
+def plausible_tokens(
+    start: Float[Tensor, "n vocab"], min_p: float
+) -> Bool[Tensor, "n vocab"] | None:
+    """Where p0(v) is at least `min_p` times the row's largest; None, for all, where that is 0."""
+    if min_p <= 0:
+        return None
     return start >= start.amax(-1, keepdim=True) + math.log(min_p)

@@ -25,6 +25,9 @@ from neat_align.modeling.reference import Reference
 from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, unwrapped
 from neat_align.modeling.text_config import text_config
 
+# Tokens that go through a model at once in padded rows, whose logits are held.
+PADDED_TOKENS = 1024
+
 
 def head_inputs(model: torch.nn.Module, rows: Rows) -> Float[Tensor, "places width"]:
     """What the logits of each completion token are made from.
@@ -113,7 +116,7 @@ def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor,
         taken.append(inputs[0])
         return (inputs[0][:, :1], *inputs[1:])
 
-    head = cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+    head = head_of(model)
     hook = head.register_forward_pre_hook(take)
     try:
         with sharing_prefixes(model):

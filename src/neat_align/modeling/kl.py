@@ -9,6 +9,7 @@ import torch
 
 from neat_align.modeling.chunked_head import parts
 from neat_align.modeling.head_inputs import (
+    PADDED_TOKENS,
     head_inputs,
     head_outputs,
     heads_cast_once,
@@ -22,10 +23,6 @@ from neat_align.modeling.logprobs import (
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.precision import inference
 from neat_align.modeling.reference import Reference
-
-# Tokens that go through the model at once in padded rows, whose logits are held (packed rows:
-# `SCORING_TOKENS`).
-PADDED_TOKENS = 1024
 
 
 @dataclass(frozen=True)

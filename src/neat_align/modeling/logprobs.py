@@ -20,8 +20,7 @@ from neat_align.modeling.packing import (
     Rows,
     TokenIds,
     fill_in_order,
-    pack_rows,
-    pad_rows,
+    rows_in_layout,
     tokens_in,
 )
 from neat_align.modeling.precision import frozen_casts, inference
@@ -156,20 +155,9 @@ def scoring_batches(
     ]
     for batch in fill_in_order(sizes, max_tokens):
         members = [i for g in batch for i in groups[g]]
-        if layout == "packed":
-            batch_prompts = [prompts[groups[g][0]] for g in batch]
-            answers = [[completions[i] for i in groups[g]] for g in batch]
-            yield members, pack_rows(batch_prompts, answers)
-        else:
-            yield (
-                members,
-                pad_rows(
-                    [prompts[i] for i in members],
-                    [completions[i] for i in members],
-                    pad_token_id,
-                    one_at_a_time=layout == "unpadded",
-                ),
-            )
+        batch_prompts = [prompts[groups[g][0]] for g in batch]
+        answers = [[completions[i] for i in groups[g]] for g in batch]
+        yield members, rows_in_layout(batch_prompts, answers, layout, pad_token_id)
 
 
 def _scoring_groups(

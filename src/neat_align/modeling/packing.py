@@ -174,6 +174,24 @@ def pad_rows(
     )
 
 
+def rows_in_layout(
+    prompts: Sequence[TokenIds],
+    completions: Sequence[Sequence[TokenIds]],
+    layout: Layout,
+    pad_token_id: int,
+) -> Rows:
+    """Prompts and the completions of each as rows of a layout, completion by completion."""
+    if layout == "packed":
+        return pack_rows(prompts, completions)
+    answers = [(p, ids) for p, own in zip(prompts, completions, strict=True) for ids in own]
+    return pad_rows(
+        [prompt for prompt, _ in answers],
+        [ids for _, ids in answers],
+        pad_token_id,
+        one_at_a_time=layout == "unpadded",
+    )
+
+
 def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenIds]]) -> PackedRows:
     """One row from prompts and the completions of each.
 

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from neat_align.errors import PromptError
 from neat_align.files.yaml import YamlDocument, parse_yaml, read_yaml
 
 Polarity: TypeAlias = Literal["positive", "negative", "plain"]
+# The two that a pair contrasts.
+Contrasted: TypeAlias = Literal["positive", "negative"]
+CONTRASTED: tuple[Contrasted, ...] = get_args(Contrasted)
 SHIPPED_BANKS = ("harmlessness", "helpfulness", "honesty", "politeness", "sentiment")
 _BANK_KEYS = ("name", "description", "source", "pairs")
 _PAIR_KEYS = ("positive", "negative")
@@ -29,6 +32,10 @@ class InstructionPair:
 
     positive: str
     negative: str
+
+    def of(self, polarity: Contrasted) -> str:
+        """The instruction of this polarity."""
+        return self.positive if polarity == "positive" else self.negative
 
 
 @dataclass(frozen=True, slots=True)

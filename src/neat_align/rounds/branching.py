@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+from neat_align.prompts.instruction_banks import Contrasted
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Branch:
         """The tokens that are kept."""
         return self.answer[: self.kept]
 
-    def logprob(self, polarity: Literal["positive", "negative"]) -> float:
+    def logprob(self, polarity: Contrasted) -> float:
         """The kept tokens' log-probability under the instruction of this polarity, in nats."""
         return self.positive if polarity == "positive" else self.negative
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 from neat_align.errors import DataError
+from neat_align.prompts.row_prompts import InstructedPairs
 from neat_align.prompts.rows import Prompt
 from neat_align.sampling.protocol import FinishReason
 
@@ -71,7 +72,7 @@ class CompletionGroup:
     prompt: Prompt
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
-    contrast_ids: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    contrast_ids: InstructedPairs = ()
 
 
 # Column of a group file, and the field of `Completion` that it lists.
@@ -213,9 +214,7 @@ def groups_from_table(
     return groups
 
 
-def _pairs_of_ids(
-    pairs: Sequence[Sequence[Sequence[int]]],
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+def _pairs_of_ids(pairs: Sequence[Sequence[Sequence[int]]]) -> InstructedPairs:
     return tuple((tuple(positive), tuple(negative)) for positive, negative in pairs)
 
 

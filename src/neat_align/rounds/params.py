@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
@@ -24,6 +24,8 @@ MEASURED_PROMPTS = 16
 LogprobFunction = Callable[
     [Sequence[Sequence[int]], Sequence[Sequence[int]]], list[tuple[float, ...]]
 ]
+# Fields of `RoundParams` that earlier versions did not have: unfinished rounds of these go on.
+_LATER_FIELDS = frozenset({"contrast_pairs", "needs_pairs", "contrast_from", "weighing_pairs"})
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,7 @@ class RoundParams:
         Fields that earlier versions did not have are in it only where they are used.
         """
         decides: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        unused = {
-            "contrast_pairs": 0,
-            "needs_pairs": True,
-            "contrast_from": "prompt",
-            "weighing_pairs": 0,
-        }
+        unused = {f.name: f.default for f in fields(self) if f.name in _LATER_FIELDS}
         return {k: v for k, v in decides.items() if k not in unused or v != unused[k]}
 
     def counts(self) -> tuple[tuple[Polarity, int], ...]:

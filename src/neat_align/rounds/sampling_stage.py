@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from neat_align.errors import CollapseError, DataError, name_list
-from neat_align.prompts.instruction_banks import Polarity
+from neat_align.prompts.instruction_banks import CONTRASTED, Contrasted, Polarity
 from neat_align.prompts.row_prompts import (
     InstructedPairs,
     instructed_ids,
@@ -21,7 +21,7 @@ from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.human_answers import human_completions
 from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
-from neat_align.rounds.scoring_stage import CONTRASTED, instructed_logprobs, refuse_non_finite
+from neat_align.rounds.scoring_stage import instructed_logprobs, refuse_non_finite
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest
 
 T = TypeVar("T")
@@ -198,14 +198,14 @@ def _source(
 
 def _instructed(
     row: PromptRow,
-    polarity: Literal["positive", "negative"],
+    polarity: Contrasted,
     round_index: int,
     params: RoundParams,
     tools: RoundTools,
 ) -> tuple[str, tuple[int, ...]]:
     """The instruction of this polarity that a row is sampled under, and its prompt with that."""
     pair = draw_pair(tools.bank, run_seed=params.seed, round_index=round_index, prompt_id=row.id)
-    instruction = pair.positive if polarity == "positive" else pair.negative
+    instruction = pair.of(polarity)
     ids = instructed_ids(tools.tokenizer, row, instruction, params.placement)
     return instruction, tuple(ids)
 

@@ -9,9 +9,10 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from statistics import fmean
-from typing import Literal, TypeAlias, get_args
+from typing import Literal
 
 from neat_align.errors import CollapseError, name_list
+from neat_align.prompts.instruction_banks import CONTRASTED, Contrasted
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
@@ -20,9 +21,6 @@ from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_notes import ScoringNotes, notes_on, write_notes
-
-Contrasted: TypeAlias = Literal["positive", "negative"]
-CONTRASTED: tuple[Contrasted, ...] = get_args(Contrasted)
 
 
 def score_groups(

@@ -9,7 +9,7 @@ from typing import Any
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.modeling.packing import TokenIds
-from neat_align.prompts.instruction_banks import Polarity
+from neat_align.prompts.instruction_banks import Contrasted
 from neat_align.prompts.row_prompts import instructed_prompt_ids
 from neat_align.prompts.rows import (
     NO_INPUTS,
@@ -158,9 +158,11 @@ def contrast_reward(args: NEATConfig, setup: PolicySetup, score: SumLogprobs) ->
 
     option = template_kwargs(args)
 
-    def render(prompt: Prompt, polarity: Polarity, inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+    def render(
+        prompt: Prompt, polarity: Contrasted, inputs: TemplateInputs = NO_INPUTS
+    ) -> list[int]:
         pair = draw_pair(setup.bank, run_seed=args.seed, round_index=0, prompt_id=str(prompt))
-        instruction = pair.positive if polarity == "positive" else pair.negative
+        instruction = pair.of(polarity)
         inputs = joined_inputs(option, inputs)
         placement = args.instruction_placement
         return instructed_prompt_ids(setup.tokenizer, prompt, instruction, placement, inputs)
