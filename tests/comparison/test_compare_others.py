@@ -85,6 +85,26 @@ def test_a_method_learns_from_its_own_reward_and_is_judged_by_the_comparisons(
     assert not CALLS
 
 
+def test_two_rewards_of_one_name_do_not_share_a_round(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first round is scored by its own method's function, whatever that is called."""
+    monkeypatch.syspath_prepend(place)
+    for module, letter in (("rewards_a", "a"), ("rewards_o", "o")):
+        (place / f"{module}.py").write_text(
+            "def score(completions, **columns):\n"
+            f"    return [float(c[0]['content'].count({letter!r})) for c in completions]\n"
+        )
+    methods = {
+        letter: {"like": "dpo", "reward_funcs": [f"rewards_{letter}:score"]} for letter in "ao"
+    }
+    compared(spec(place, methods=methods, seeds=[0], settings=ONE), tmp_path)
+    for letter in "ao":
+        file = run_folder(tmp_path, letter, 0) / "rounds" / "00000" / "groups.parquet"
+        for c in (c for g in read_groups(file) for c in g.completions):
+            assert c.reward == c.text.count(letter)
+
+
 def test_common_weights_judge_and_are_not_asked_of_a_methods_own_rewards(
     place: Path, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from neat_align.errors import CollapseError, ConfigError, DataError
+from neat_align.learning import distillation as distillation_module
 from neat_align.learning import teacher_rows as teacher_rows_module
 from neat_align.learning.batches import collate_groups
 from neat_align.learning.distillation import DistilParams, distillation, token_divergence
@@ -250,6 +251,18 @@ def test_it_is_the_slow_reference(name: str, layout: Any) -> None:
     found = fast_distillation(policy, lambda: contextlib.nullcontext(start), p, layout)
     expected = torch.stack(slow_distillation(policy, start, p))
     assert float(expected.detach().min()) > 1e-6
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("p", [PARAMS, replace(PARAMS, clip=0.05), replace(PARAMS, max_kl=1e9)])
+def test_the_vocabulary_is_held_for_a_few_tokens_at_a_time(
+    p: DistilParams, layout: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, start = tiny_model("llama", VOCAB).double(), tiny_model("llama", VOCAB, seed=1).double()
+    monkeypatch.setattr(distillation_module, "rows_at_once", lambda model: 3)
+    found = fast_distillation(policy, lambda: contextlib.nullcontext(start), p, layout)
+    expected = torch.stack(slow_distillation(policy, start, p))
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
 
 

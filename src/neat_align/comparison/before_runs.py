@@ -4,8 +4,7 @@ run's settings, methods with a reward of their own, policies that were trained e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from hashlib import file_digest
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,13 +14,14 @@ from transformers.utils import find_adapter_config_file
 from neat_align.comparison.spec import CompareSpec, Method, strength_name
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, one_line
+from neat_align.files.atomic import sha256_of
 from neat_align.modeling.adapters import LOAD_ERRORS
 from neat_align.pipeline import load_data
 from neat_align.prompts.skipped_rows import BadRows, SkippedRows
-from neat_align.rewards.protocol import RewardSum
-from neat_align.rewards.resolve import resolve_rewards
+from neat_align.rewards.contrast import ContrastReward
+from neat_align.rewards.protocol import ChecksAnswers, ChecksPrompts, RewardSum
 from neat_align.script_arguments import ScriptArguments
-from neat_align.trainer.reward_setup import scorable_places
+from neat_align.trainer.reward_setup import named_rewards, scorable_places
 
 Settings: TypeAlias = tuple[ScriptArguments, NEATConfig]
 # A run's options, as a recipe holds them, as typed arguments. Raises ConfigError.
@@ -30,19 +30,26 @@ ReadOptions: TypeAlias = Callable[[Mapping[str, Any]], Settings]
 _MODEL_FILES = ("*.safetensors", "config.json", "adapter_config.json")
 
 
-def checked_settings(spec: CompareSpec, read_options: ReadOptions) -> dict[str, Settings]:
+def checked_settings(
+    spec: CompareSpec, read_options: ReadOptions, to_make: Collection[str]
+) -> dict[str, Settings]:
     """Every run's options as settings, at the first seed, by method and strength.
 
-    Raises ConfigError, and what the rewards of a method's own raise on the data.
+    `to_make` are the methods of which a run is still to be made. Raises ConfigError, and what the
+    rewards of their own raise on the data.
     """
-    configs, counts = {}, {}
+    configs: dict[str, Settings] = {}
+    counts: dict[str, int] = {}
+    own: dict[str, Settings] = {}
     for method in spec.methods:
         _check_policies(spec, method)
-        for strength in spec.strengths if method.is_trained_here else ({},):
+        for strength in spec.strengths_of(method):
             name = f"{method.name} ({strength_name(strength)})" if strength else method.name
             configs[name] = read_options(spec.options(method, strength, spec.seeds[0]))
             if method.is_trained_here:
                 counts[name] = configs[name][1].num_generations
+            if method.has_own_reward and method.name in to_make:
+                own.setdefault(method.name, configs[name])
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{name} {n}" for name, n in counts.items())
         raise ConfigError(
@@ -50,11 +57,15 @@ def checked_settings(spec: CompareSpec, read_options: ReadOptions) -> dict[str, 
             "their budgets are not equal: change num_positive, num_negative and num_plain under "
             "methods until the sums agree"
         )
-    for method in spec.methods:
-        if method.has_own_reward:
-            options = spec.options(method, spec.strengths[0], spec.seeds[0])
-            _check_own_reward(method, *read_options(options))
+    for name, (settings, config) in own.items():
+        _check_own_reward(name, settings, config)
     return configs
+
+
+def trained_here(spec: CompareSpec, configs: Mapping[str, Settings]) -> list[NEATConfig]:
+    """The settings of the runs that the comparison makes, of `checked_settings`."""
+    others = {m.name for m in spec.methods if not m.is_trained_here}
+    return [config for name, (_, config) in configs.items() if name not in others]
 
 
 def common_reward(spec: CompareSpec, method: Method, read_options: ReadOptions) -> RewardSum | None:
@@ -80,29 +91,29 @@ def own_options(
     return options
 
 
-def _check_own_reward(method: Method, settings: ScriptArguments, config: NEATConfig) -> None:
+def _check_own_reward(method: str, settings: ScriptArguments, config: NEATConfig) -> None:
     """Resolve a method's own reward functions and look at whether they can score the data.
 
-    Raises ConfigError, RewardError and DataError. `contrast` is the policy's own: nothing to ask.
+    Raises ConfigError, RewardError and DataError.
     """
-    weights = config.reward_weights or [1.0] * len(settings.reward_funcs)
-    if len(weights) != len(settings.reward_funcs):
+    weights = config.reward_weights
+    if weights is not None and len(weights) != len(settings.reward_funcs):
         raise ConfigError(
-            f"method {method.name!r} has {len(weights)} reward weights for "
+            f"method {method!r} has {len(weights)} reward weights for "
             f"{len(settings.reward_funcs)} rewards: give one a reward, in the same order"
         )
-    names = [name for name in settings.reward_funcs if name != "contrast"]
-    rewards = resolve_rewards(
-        names,
-        None,
-        timeout=config.reward_timeout,
-        allow_http_hosts=config.allow_http_hosts,
-    )
-    if rewards:
+    # `contrast` is the policy's own, and there is none yet: it is asked nothing here.
+    unasked = ContrastReward(score=_unasked, render=_unasked)
+    rewards = named_rewards(settings.reward_funcs, config, unasked, weights)
+    if any(isinstance(r.function, ChecksPrompts | ChecksAnswers) for r in rewards):
         skipped = SkippedRows()
         rows, _ = load_data(settings, config.on_bad_row, skipped)
-        what = f"training prompts of method {method.name!r}"
+        what = f"training prompts of method {method!r}"
         scorable_places(rows, rewards, BadRows(what, config.on_bad_row, skipped))
+
+
+def _unasked(*_: Any) -> Any:
+    raise AssertionError("nothing is scored before the first run")
 
 
 def _check_policies(spec: CompareSpec, method: Method) -> None:
@@ -123,9 +134,5 @@ def _check_policies(spec: CompareSpec, method: Method) -> None:
 
 def _digest(folder: Path) -> dict[str, str]:
     """What a policy's files hold; nothing for a hub name."""
-    found = {}
-    for pattern in _MODEL_FILES:
-        for path in sorted(folder.glob(pattern)):
-            with path.open("rb") as file:
-                found[path.name] = file_digest(file, "sha256").hexdigest()[:16]
-    return found
+    paths = [path for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))]
+    return {path.name: sha256_of(path)[:16] for path in paths}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from neat_align.comparison.before_runs import trained_here
 from neat_align.comparison.outcomes import Point, Run
 from neat_align.comparison.spec import BASE, CompareSpec, Method
 from neat_align.comparison.summary import summarise
@@ -35,8 +36,7 @@ def comparison_result(
     `starts` are the start policy's evaluations by seed, `configs` the settings by method.
     """
     settings, config = next(iter(configs.values()))
-    not_here = {m.name for m in spec.methods if not m.is_trained_here}
-    here = [c for name, (_, c) in configs.items() if name not in not_here]
+    here = trained_here(spec, configs)
     shared = {k: v for k, v in spec.settings.items() if k not in _NOT_AMONG_SETTINGS}
     methods = [
         {"name": m.name, "description": _described(m, spec), "settings": dict(m.settings)}

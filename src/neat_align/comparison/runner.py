@@ -27,6 +27,7 @@ from neat_align.comparison.before_runs import (
     checked_settings,
     common_reward,
     own_options,
+    trained_here,
 )
 from neat_align.comparison.outcomes import Point, Run
 from neat_align.comparison.result_file import comparison_result, example_answers
@@ -72,6 +73,11 @@ class _Job:
     seed: int
     folder: Path
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the run is there: what is written last of it is."""
+        return (self.folder / "points.json").is_file()
+
 
 @dataclass(frozen=True)
 class _SharedRounds:
@@ -85,17 +91,18 @@ class _SharedRounds:
 
 def run_comparison(spec: CompareSpec, out: Path, caller: Caller) -> dict[str, Any]:
     """Make every run that is not there yet; write `comparison.json` and its page to `out`."""
-    configs = checked_settings(spec, caller.read_options)
     jobs = list(_jobs(spec, out / "runs"))
+    to_make = {job.method.name for job in jobs if not job.is_made}
+    configs = checked_settings(spec, caller.read_options, to_make)
     starts = {
         seed: _start(spec, seed, out / "runs" / BASE / f"seed{seed}", caller) for seed in spec.seeds
     }
-    needs_reference = any(config.needs_reference for _, config in configs.values())
+    needs_reference = any(config.needs_reference for config in trained_here(spec, configs))
     shared = _SharedRounds(out / "shared-rounds", needs_reference)
     runs: list[Run] = []
     took: list[float] = []
     for i, job in enumerate(jobs, start=1):
-        begun, was_there = time.monotonic(), (job.folder / "points.json").is_file()
+        begun, was_there = time.monotonic(), job.is_made
         run = _run(spec, job, starts[job.seed], shared, caller)
         runs.append(run)
         if not was_there:
@@ -115,15 +122,10 @@ def number_of_runs(spec: CompareSpec) -> int:
 
 def _jobs(spec: CompareSpec, folder: Path) -> Iterator[_Job]:
     trained = [m for m in spec.methods if m.name != BASE]
-    for seed, method, strength in product(spec.seeds, trained, spec.strengths):
-        if method.policy is not None:  # it has been trained, at whatever strength
-            if strength == spec.strengths[0]:
-                yield _Job(
-                    method, {}, seed, folder / method.name / strength_name({}) / f"seed{seed}"
-                )
-            continue
-        name = strength_name(strength).replace("/", "_")
-        yield _Job(method, strength, seed, folder / method.name / name / f"seed{seed}")
+    for seed, method in product(spec.seeds, trained):
+        for strength in spec.strengths_of(method):
+            name = strength_name(strength).replace("/", "_")
+            yield _Job(method, strength, seed, folder / method.name / name / f"seed{seed}")
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def _start(spec: CompareSpec, seed: int, folder: Path, caller: Caller) -> Point:
 
 def _run(spec: CompareSpec, job: _Job, start: Point, shared: _SharedRounds, caller: Caller) -> Run:
     """A run, made or read."""
-    if (job.folder / "points.json").is_file():
+    if job.is_made:
         _check_key(job.folder, own_options(spec, job.method, job.strength, job.seed), None)
     elif job.method.policy is not None:
         _evaluate_policy(spec, job, caller)
@@ -224,7 +226,7 @@ def _make_run(spec: CompareSpec, job: _Job, shared: _SharedRounds, caller: Calle
     begun = time.monotonic()
     trainer = _build(spec, job.method, job.strength, job.seed, job.folder, caller)
     _check_key(job.folder, own_options(spec, job.method, job.strength, job.seed), trainer)
-    broke = _train(trainer, shared)
+    broke = _train(trainer, shared, job.method.settings.get("reward_funcs"))
     evaluations = job.folder.glob("evaluation-*.json")
     rounds = sorted(int(path.stem.rpartition("-")[2]) for path in evaluations)
     facts = {
@@ -262,8 +264,8 @@ def _evaluate_policy(spec: CompareSpec, job: _Job, caller: Caller) -> None:
     write_json(job.folder / "points.json", facts)
 
 
-def _train(trainer: NEATTrainer, shared: _SharedRounds) -> str | None:
-    """Train, and say why training broke down, or None.
+def _train(trainer: NEATTrainer, shared: _SharedRounds, own_reward: Any) -> str | None:
+    """Train, and say why training broke down, or None. `own_reward` are a method's own functions.
 
     It begins with the first round that another run has sampled, where there is one. A method that
     breaks down is a result of the comparison like any other; everything else stops the comparison.
@@ -271,7 +273,7 @@ def _train(trainer: NEATTrainer, shared: _SharedRounds) -> str | None:
     resume = (trainer.output_dir / "rounds").exists()
     trainer.parts.round_maker.first_round_is_shared = shared.needs_reference
     first = trainer.parts.directory.round_folder(0)
-    cached = shared.folder / _first_round_key(trainer)
+    cached = shared.folder / _first_round_key(trainer, own_reward)
     if not resume and cached.is_dir():
         write_folder(first, lambda new: shutil.copytree(cached, new, dirs_exist_ok=True))
         resume = True
@@ -313,18 +315,20 @@ def _data_key(trainer: NEATTrainer) -> list[str]:
     return list(trainer.parts.data.fingerprints)
 
 
-def _first_round_key(trainer: NEATTrainer) -> str:
+def _first_round_key(trainer: NEATTrainer, own_reward: Any) -> str:
     """What decides a first round, as a name.
 
     Two runs of one comparison with the same one sample the same first round.
     """
-    decides = {
+    decides: dict[str, Any] = {
         "params": round_params(trainer.args).deciding(),
         "bank": asdict(trainer.parts.setup.bank),
         "rewards": [[r.name, r.weight] for r in trainer.parts.scored_by.rewards],
         "groups": len(trainer.rounds),
         "data": _data_key(trainer),
     }
+    if own_reward is not None:
+        decides["reward functions"] = own_reward  # two functions may have one name
     if not trainer.parts.round_maker.first_round_has_reference:
         decides["reference"] = "none"  # a method that is added later may need it
     return sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]

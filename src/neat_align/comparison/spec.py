@@ -99,6 +99,10 @@ class CompareSpec:
     strengths: tuple[Mapping[str, Any], ...] = ({},)
     kl_target: float | None = None
 
+    def strengths_of(self, method: Method) -> tuple[Mapping[str, Any], ...]:
+        """The strengths of a method's runs; what is not trained here has none."""
+        return self.strengths if method.is_trained_here else ({},)
+
     def options(self, method: Method, strength: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """All options of one run.
 

@@ -175,7 +175,7 @@ class Teacher:
     def _tables(
         self, head: Callable[[Tensor], Tensor], part: slice, p: DistilParams
     ) -> tuple[Tensor, Tensor]:
-        def logprobs(states: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
+        def logprobs(states: Float[Tensor, "all width"]) -> Float[Tensor, "n vocab"]:
             logits = head(states[part])
             logits = logits.to(wide_dtype(logits.dtype))
             return logits.clamp_(min=LEAST_LOGIT).log_softmax(-1)

@@ -67,11 +67,12 @@ def set_up_rewards(
     Raises ConfigError and RewardError for what is no reward, does not fit the way of ranking, or
     lacks its server's token.
     """
-    rewards = _resolved(reward_funcs, args, contrast, args.reward_weights, processing_classes)
-    judges = _resolved(judge_funcs, args, contrast)
+    rewards = named_rewards(reward_funcs, args, contrast, args.reward_weights, processing_classes)
+    judges = named_rewards(judge_funcs, args, contrast)
     told = None
     if evaluated is not None:
-        told = _resolved(evaluated.funcs, args, contrast, evaluated.weights)
+        funcs = _loaded_once(evaluated.funcs, reward_funcs, rewards)
+        told = named_rewards(funcs, args, contrast, evaluated.weights)
     functions = [r.function for r in (*rewards, *judges, *(told or ()))]
     check_tokens(functions)
     check_http_hosts(args.allow_http_hosts, functions)
@@ -106,7 +107,8 @@ def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> Tr
     """
     everybody = (*scored_by.evaluated, *scored_by.judges)
     # Runs that are evaluated by one reward learn from the same prompts, whatever they train on.
-    trained = (*scored_by.rewards, *(scored_by.in_place or ()))
+    both = (*scored_by.rewards, *(scored_by.in_place or ()))
+    trained = tuple({id(r.function): r for r in both}.values())
     bad = BadRows("training prompts", on_bad_row, data.skipped)
     kept = scorable_places(data.rows, trained, bad)
     bad = BadRows("held-out prompts", on_bad_row, data.skipped)
@@ -133,17 +135,34 @@ def scorable_places(
     return [i for i in range(len(rows)) if i not in reasons]
 
 
-def _resolved(
+def _loaded_once(
+    funcs: GivenRewards, others: GivenRewards, loaded: Sequence[NamedReward]
+) -> list[Any]:
+    """These rewards, with the functions of the others that are named alike: a reward model may be
+    large. `loaded` are the others as functions.
+    """
+    given = zip(_listed(others), loaded, strict=True)
+    known = {name: reward.function for name, reward in given if isinstance(name, str)}
+    return [known.get(f, f) if isinstance(f, str) else f for f in _listed(funcs)]
+
+
+def _listed(funcs: GivenRewards) -> list[Any]:
+    if funcs is None:
+        return []
+    return list(funcs) if isinstance(funcs, list | tuple) else [funcs]
+
+
+def named_rewards(
     funcs: GivenRewards,
     args: NEATConfig,
     contrast: ContrastReward,
     weights: Sequence[float] | None = None,
     processing_classes: Any = None,
 ) -> tuple[NamedReward, ...]:
+    """Rewards as a user gives them, as functions with names and weights; none for None."""
     if funcs is None:
         return ()
-    given: list[Any] = list(funcs) if isinstance(funcs, list | tuple) else [funcs]
-    specs = [contrast if f == "contrast" else f for f in given]
+    specs = [contrast if f == "contrast" else f for f in _listed(funcs)]
     return resolve_rewards(
         specs,
         weights,

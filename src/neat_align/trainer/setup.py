@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,12 @@ from neat_align.modeling.self_check import (
     showing_adapter,
 )
 from neat_align.prompts.instructed_limit import InstructedLimit, instructed_limit
-from neat_align.prompts.instruction_banks import InstructionBank, load_bank
+from neat_align.prompts.instruction_banks import (
+    CONTRASTED,
+    Contrasted,
+    InstructionBank,
+    load_bank,
+)
 from neat_align.prompts.row_checks import (
     UsablePrompts,
     as_rows,
@@ -221,14 +226,10 @@ def instructed_limits(
     """The limits of prompts that these models read."""
     contexts = [context for context in map(context_of, models) if context is not None]
 
-    def limit(polarities: set[str]) -> InstructedLimit | None:
-        texts = {
-            "positive": [pair.positive for pair in bank.pairs],
-            "negative": [pair.negative for pair in bank.pairs],
-        }
+    def limit(polarities: Collection[Contrasted]) -> InstructedLimit | None:
         return instructed_limit(
             tokenizer,
-            [text for polarity in sorted(polarities) for text in texts[polarity]],
+            [pair.of(polarity) for polarity in sorted(polarities) for pair in bank.pairs],
             args.instruction_placement,
             context=min(contexts, default=None),
             max_completion_length=args.max_completion_length,
@@ -236,15 +237,20 @@ def instructed_limits(
             inputs=TemplateInputs(kwargs=template_kwargs(args)),
         )
 
-    both = {"positive", "negative"}
-    read = set[str]()
-    if args.num_positive or (args.num_negative and args.negative_source == "other_prompts"):
-        read |= {"positive"}
-    if args.num_negative and args.negative_source == "instruction":
-        read |= {"negative"}
+    read = _instructed_polarities(args)
+    return InstructedLimits(limit(read), limit(CONTRASTED if args.evaluate_contrast else ()))
+
+
+def _instructed_polarities(args: NEATConfig) -> set[Contrasted]:
+    """Under which instructions rounds put prompts: to sample from, to branch, or to contrast."""
     if args.contrast_pairs or args.contrast_from == "branch":
-        read |= both
-    return InstructedLimits(limit(read), limit(both if args.evaluate_contrast else set()))
+        return set(CONTRASTED)
+    read: set[Contrasted] = set()
+    if args.num_positive or (args.num_negative and args.negative_source == "other_prompts"):
+        read.add("positive")
+    if args.num_negative and args.negative_source == "instruction":
+        read.add("negative")
+    return read
 
 
 def template_kwargs(args: NEATConfig) -> dict[str, Any]:
@@ -276,8 +282,7 @@ def set_up_policy(
     conversational = data.conversational
     inputs = TemplateInputs(kwargs=template_kwargs(args))
     check_rendering(tokenizer, conversational=conversational, inputs=inputs)
-    samples_instructed = args.num_positive or args.num_negative
-    if samples_instructed or args.contrast_pairs or (args.evaluate_contrast and data.eval_rows):
+    if _instructed_polarities(args) or (args.evaluate_contrast and data.eval_rows):
         placement = args.instruction_placement
         check_template(tokenizer, bank, placement, conversational=conversational, inputs=inputs)
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
