@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_compare import CALLS, compared, files_of, place, run_folder, spec
+from test_compare import CALLS, compared, place, run_folder, spec
 
 from neat_align import ConfigError, RewardError
 from neat_align.cli.options import options_from
@@ -23,6 +23,7 @@ from neat_align.errors import DataError
 from neat_align.files.atomic import read_json
 from neat_align.pipeline import build_trainer
 from neat_align.rounds.completions import read_groups
+from small_rounds import files_of
 
 __all__ = ["place"]  # a fixture
 ONE = {"num_train_epochs": 1}
