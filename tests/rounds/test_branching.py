@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import small_rounds
+from crashes import Crash, crash_at_rename
 from neat_align.errors import CollapseError
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
 from neat_align.prompts.seeds import completion_seed
@@ -28,10 +29,6 @@ from small_rounds import BANK, EOS, TOKENIZER, Seeded, files_of, letters, rows
 (PAIR,) = BANK.pairs
 PARAMS = replace(small_rounds.PARAMS, num_plain=2, contrast_from="branch")
 run = partial(small_rounds.run, p=PARAMS, data=rows(9))
-
-
-class Crash(BaseException):
-    """As sudden as a kill."""
 
 
 def positive_prompt(prompt: Sequence[int]) -> bool:
@@ -223,27 +220,16 @@ def test_a_kill_beside_any_rename_costs_one_batch_at_most(
             scored.append(len(completions))
         return logprobs(prompts, completions)
 
-    rename = Path.replace
     run(tmp_path / "whole", tools(policy_logprobs=counted), data=rows(5))
     expected, batches, point = files_of(tmp_path / "whole"), list(scored), 0
     assert batches == [5]
     while True:
         point += 1
-        folder, sampler, seen = tmp_path / str(point), Seeded(), 0
+        folder, sampler = tmp_path / str(point), Seeded()
         scored.clear()
 
-        def crashing(self: Path, target: Any, at: int = point) -> Path:
-            nonlocal seen
-            seen += 1
-            if seen == at and before:
-                raise Crash
-            done = rename(self, target)
-            if seen == at:
-                raise Crash
-            return done
-
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", crashing)
+            crash_at_rename(patch, point, before=before)
             try:
                 run(folder, tools(sampler, policy_logprobs=counted), data=rows(5))
             except Crash:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import small_rounds
+from crashes import Crash, crash_at_rename
 from neat_align.errors import CollapseError, RewardError
 from neat_align.rounds import group_file, metrics
 from neat_align.rounds import make_round as module
@@ -34,10 +35,6 @@ from small_rounds import files_of, rows, scores
 PARAMS = replace(small_rounds.PARAMS, num_positive=2)
 OTHERS = replace(PARAMS, negative_source="other_prompts", num_plain=0)
 run = partial(small_rounds.run, p=PARAMS, data=rows(17))
-
-
-class Crash(BaseException):
-    """As sudden as a kill."""
 
 
 class Seeded:
@@ -147,26 +144,15 @@ def test_a_kill_beside_any_rename_costs_one_batch_at_most(
         scored.append(len(completion_ids))
         return scores(completion_ids)
 
-    rename, seen = Path.replace, 0
     run(tmp_path / "whole", tools(), data=rows(9))
     expected, point = files_of(tmp_path / "whole"), 0
     while True:
         point += 1
-        folder, sampler, seen = tmp_path / str(point), Seeded(), 0
+        folder, sampler = tmp_path / str(point), Seeded()
         scored.clear()
 
-        def crashing(self: Path, target: Any, at: int = point) -> Path:
-            nonlocal seen
-            seen += 1
-            if seen == at and before:
-                raise Crash
-            done = rename(self, target)
-            if seen == at:
-                raise Crash
-            return done
-
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", crashing)
+            crash_at_rename(patch, point, before=before)
             try:
                 run(folder, tools(sampler, reward=counted), data=rows(9))
             except Crash:

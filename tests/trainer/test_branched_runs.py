@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from crashes import Crash, crash_in_second_round
 from neat_align import NEATTrainer
 from neat_align.errors import ConfigError
 from neat_align.prompts.row_prompts import instructed_ids
 from neat_align.rounds.completions import Completion, CompletionGroup
-from neat_align.rounds.rollout_store import RolloutStore
 from small_trainer import TOKENIZER, config, logged, trainer, weights
 from tiny import Family, alone, tiny_model
 
@@ -24,10 +24,6 @@ BRANCH: dict[str, Any] = {
     "num_negative": 1,
 }
 EOS = 2
-
-
-class Crash(BaseException):
-    """As sudden as a kill."""
 
 
 def of(group: CompletionGroup, origin: str) -> list[Completion]:
@@ -123,18 +119,8 @@ def test_a_kill_between_the_two_stages_costs_nothing(
 ) -> None:
     """In the second round: among plain answers, before and after where they branch is stored."""
     method, after = stage.split()
-    write, calls = getattr(RolloutStore, method), 0
-
-    def killed(self: RolloutStore, *arguments: Any) -> None:
-        nonlocal calls
-        if self.folder.parents[1].name == "00001":
-            calls += 1
-            if calls > int(after):
-                raise Crash
-        write(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RolloutStore, method, killed)
+        crash_in_second_round(patch, method, int(after))
         with pytest.raises(Crash):
             trainer(tmp_path, **CUT).train()
     resumed = trainer(tmp_path, **CUT)
