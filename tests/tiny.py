@@ -37,6 +37,11 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# Drops the system turn.
+NO_SYSTEM = CHATML.replace(
+    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+)
+
 # What the merges are learned from. They matter: with them, sampled ids are rarely the ones that
 # re-tokenizing their text gives.
 _CORPUS = (

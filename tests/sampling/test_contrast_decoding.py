@@ -38,7 +38,7 @@ from neat_align.sampling.contrast_sampler import ContrastSampler
 from neat_align.sampling.protocol import Sampler, SampleRequest, SamplingParams
 from neat_align.sampling.token_rows import CachedRows, RecomputedRows
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from tiny import FAMILIES, random_model, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, NO_SYSTEM, random_model, tiny_model, tiny_tokenizer
 
 VOCAB, PAD = 48, 0
 SIZES: dict[str, Any] = {
@@ -552,11 +552,7 @@ def test_what_cannot_be_made_is_refused(
 
 def test_a_template_that_drops_the_instruction_is_refused() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] != 'system' %}"
-        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    tokenizer.chat_template = NO_SYSTEM
     model = tiny_model("llama", len(tokenizer), tokenizer=tokenizer)
     with pytest.raises(PromptError, match="drops or changes the system instruction"):
         contrast_processor(model, tokenizer, QUESTIONS, "politeness", placement="system")
