@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
 
 from neat_align import NEATConfig, NEATTrainer
 from tiny import Family, tiny_model, tiny_tokenizer
@@ -76,8 +78,33 @@ def trainer(
     )
 
 
+def lora() -> LoraConfig:
+    """The adapter of a run. It starts from random numbers, whose seed is set here."""
+    torch.manual_seed(0)
+    return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
+
+
+class StopAt(TrainerCallback):
+    """Interrupts training at the end of a step, before it is saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
 def weights(t: NEATTrainer) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in t.policy.state_dict().items()}
+
+
+def assert_same_weights(one: NEATTrainer, other: NEATTrainer) -> None:
+    """To the bit."""
+    expected, found = weights(one), weights(other)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, found[name]), name
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:

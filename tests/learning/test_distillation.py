@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import TrainerCallback
 
 from neat_align.errors import CollapseError, ConfigError, DataError
 from neat_align.learning import distillation as distillation_module
@@ -27,7 +26,7 @@ from neat_align.modeling.chunked_values import values_in_chunks
 from neat_align.modeling.head_inputs import head_inputs
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.group_file import GroupFile, write_groups
-from small_trainer import config, trainer, weights
+from small_trainer import StopAt, assert_same_weights, config, trainer, weights
 from tiny import FAMILIES, Family, tiny_model
 
 VOCAB = 40
@@ -437,22 +436,15 @@ def test_how_a_step_is_cut_changes_nothing(tmp_path: Path, size: int) -> None:
         torch.testing.assert_close(weight, found[1][name], rtol=1e-3, atol=1e-4)
 
 
-class StopAt(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 def test_it_goes_on_exactly(tmp_path: Path) -> None:
     run = {"reward": None, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "whole", **run, **ALONE)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "cut", callbacks=[StopAt()], **run, **ALONE).train()
+        trainer(tmp_path / "cut", callbacks=[StopAt(5)], **run, **ALONE).train()
     second = trainer(tmp_path / "cut", **run, **ALONE)
     second.train(resume_from_checkpoint=True)
-    for name, weight in weights(whole).items():
-        assert torch.equal(weight, weights(second)[name])
+    assert_same_weights(whole, second)
 
 
 def test_prompts_without_a_plain_answer_are_left_out(tmp_path: Path) -> None:

@@ -8,39 +8,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import slow_objective as slow
 from neat_align.learning import losses
 from neat_align.learning import pairs as pair_masks
 from neat_align.rounds import ranking as group_ranking
+from ranking_losses import BETA, GAMMA, INF, LN2, MARGIN, NAN, PAIRWISE, quick, ranking, tensor
 
-NAN, INF, LN2 = math.nan, math.inf, math.log(2)
-# Of differences of scores; `kto` looks at each completion by itself.
-PAIRWISE = ("hinge", "logistic", "listwise", "dpo")
 RANKING = (*PAIRWISE, "kto")
 REDUCTIONS = ("mean", "sum")
-BETA, GAMMA, MARGIN = 1.7, 0.4, 0.3
-quick = settings(max_examples=40, deadline=None)
-
-
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def ranking(name, scores, pairs, reduction="mean", ref=None):
-    """Any of the losses with this file's hyper-parameters."""
-    if name == "hinge":
-        return losses.hinge_loss(scores, pairs, margin=MARGIN, reduction=reduction)
-    if name == "logistic":
-        return losses.logistic_loss(scores, pairs, beta=BETA, gamma=GAMMA, reduction=reduction)
-    if name == "listwise":
-        return losses.listwise_loss(scores, pairs, beta=BETA, reduction=reduction)
-    ref = torch.full_like(scores, -1.0) if ref is None else ref
-    if name == "kto":
-        return losses.kto_loss(scores, ref, pairs, beta=BETA, reduction=reduction)
-    return losses.dpo_loss(scores, ref, pairs, beta=BETA, reduction=reduction)
 
 
 def slow_ranking(name, scores, ref, order, reduction):

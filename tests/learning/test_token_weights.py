@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import slow_objective as slow
@@ -20,39 +20,16 @@ from neat_align.learning import pairs as pair_masks
 from neat_align.learning.objective import objective_params, ranked_scores, score_tables
 from neat_align.modeling.shared_prefix import sharing_prefixes
 from neat_align.rounds.completions import Completion, CompletionGroup, Origin
+from ranking_losses import BETA, GAMMA, INF, LN2, MARGIN, NAN, PAIRWISE, quick, ranking, tensor
 from small_trainer import TOKENIZER, config, trainer
 
-NAN, INF, LN2, LN3 = math.nan, math.inf, math.log(2), math.log(3)
-BETA, GAMMA, MARGIN = 1.7, 0.4, 0.3
-PAIRWISE = ("hinge", "logistic", "listwise", "dpo")
+LN3 = math.log(3)
 POWERS = (1.0, 0.0, 0.5)
-quick = settings(max_examples=40, deadline=None)
 EOS = TOKENIZER.eos_token_id
-
-
-def tensor(values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def padded(rows: list[list[float]], width: int, pad: float) -> torch.Tensor:
     return tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-
-
-def ranking(
-    name: str, own: Any, ref: Any, pairs: Any, losers: Any, ref_losers: Any, reduction: Any = "mean"
-) -> torch.Tensor:
-    if name == "hinge":
-        return losses.hinge_loss(
-            own, pairs, margin=MARGIN, reduction=reduction, loser_scores=losers
-        )
-    if name == "logistic":
-        return losses.logistic_loss(
-            own, pairs, beta=BETA, gamma=GAMMA, reduction=reduction, loser_scores=losers
-        )
-    if name == "listwise":
-        return losses.listwise_loss(own, pairs, beta=BETA, reduction=reduction, loser_scores=losers)
-    both = None if losers is None else (losers, ref_losers)
-    return losses.dpo_loss(own, ref, pairs, beta=BETA, reduction=reduction, loser_scores=both)
 
 
 # ---- weights and scores --------------------------------------------------------------------------
@@ -162,15 +139,8 @@ def test_losses_of_two_scores_are_the_slow_ones(name: str, reduction: str, drawn
     """A completion in the middle is a winner with one score and a loser with the other."""
     rewards, own, low, ref, ref_low = (list(column) for column in zip(*drawn, strict=True))
     order = slow.pairs(rewards, 0.0)
-    found = ranking(
-        name,
-        tensor([own]),
-        tensor([ref]),
-        ordered(rewards),
-        tensor([low]),
-        tensor([ref_low]),
-        reduction,
-    )
+    tables = [tensor([column]) for column in (ref, low, ref_low)]
+    found = ranking(name, tensor([own]), ordered(rewards), reduction, *tables)
     gaps = {(i, j): own[i] - low[j] for i, j in order}
     if name == "dpo":
         gaps = {(i, j): own[i] - ref[i] - (low[j] - ref_low[j]) for i, j in order}
@@ -188,7 +158,8 @@ def test_one_score_given_twice_is_the_loss_of_one_score(name: str) -> None:
     own, ref = tensor([[-1.0, -2.0, -0.5]]), tensor([[-1.1, -1.7, -0.6]])
     pairs = ordered([2.0, 1.0, 0.0])
     assert torch.equal(
-        ranking(name, own, ref, pairs, own, ref), ranking(name, own, ref, pairs, None, None)
+        ranking(name, own, pairs, ref=ref, losers=own, ref_losers=ref),
+        ranking(name, own, pairs, ref=ref),
     )
 
 
@@ -224,7 +195,8 @@ def test_gradients_are_those_of_finite_differences(name: str, power: float) -> N
         for scale in (1.3, -1.3):
             weights = losses.token_weights(contrasts, scale=scale, clip=1.5)
             tables += [losses.completion_scores(v, mask, power, weights)[None] for v in (x, ref)]
-        return ranking(name, tables[0], tables[1], pairs, tables[2], tables[3]).sum()
+        own, *others = tables
+        return ranking(name, own, pairs, "mean", *others).sum()
 
     assert torch.autograd.gradcheck(loss, (logps,))
     (grad,) = torch.autograd.grad(loss(logps), logps)
@@ -352,7 +324,7 @@ def test_nothing_waits_for_the_device() -> None:
     scores = losses.completion_scores(logps, mask, 0.5, weights)[None]
     pairs = torch.ones(1, 2, 2, dtype=torch.bool, device="meta")
     for name in PAIRWISE:
-        assert ranking(name, scores, scores, pairs, scores, scores).shape == (1,)
+        assert ranking(name, scores, pairs, "mean", scores, scores, scores).shape == (1,)
 
 
 def test_without_a_scale_nothing_is_weighed_to_the_bit(tmp_path: Path) -> None:

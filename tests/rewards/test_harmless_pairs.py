@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from neat_align.rewards import harmless_pairs
 from neat_align.rewards.harmless_pairs import HEAD_FILE, AnswerStates, HarmlessPairsReward
 from neat_align.rewards.protocol import ChecksPrompts, Unscorable
 from neat_align.rewards.resolve import resolve_rewards
+from scripts_as_modules import script
 from tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,14 +146,7 @@ def test_the_shipped_head_is_of_the_real_model() -> None:
 
 @pytest.fixture(scope="module")
 def fitting() -> ModuleType:
-    path = ROOT / "scripts" / "fit_harmless_head.py"
-    spec = importlib.util.spec_from_file_location("fit_harmless_head", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return script("fit_harmless_head")
 
 
 def test_the_fit_is_at_the_minimum_of_its_loss(fitting: ModuleType) -> None:

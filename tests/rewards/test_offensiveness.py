@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import pickle
@@ -20,6 +19,7 @@ from neat_align.errors import RewardError
 from neat_align.rewards.offensiveness import MODEL_FILE, load_model
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import score
+from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE_SAYS = json.loads((ROOT / "tests/fixtures/offensiveness.json").read_text("utf-8"))
@@ -105,13 +105,7 @@ def test_the_data_file_holds_numbers_only_and_its_licence_is_beside_it() -> None
 
 @pytest.fixture(scope="module")
 def reading() -> ModuleType:
-    path = ROOT / "scripts" / "read_offensiveness.py"
-    spec = importlib.util.spec_from_file_location("read_offensiveness", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("read_offensiveness")
 
 
 RAN: list[str] = []

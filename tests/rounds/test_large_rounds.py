@@ -9,6 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -17,44 +18,30 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import small_rounds
+from crashes import Crash, crash_at_rename
 from neat_align.errors import CollapseError, RewardError
-from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
-from neat_align.prompts.rows import PromptRow
-from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds import group_file, metrics
 from neat_align.rounds import make_round as module
 from neat_align.rounds.completions import Completion, CompletionGroup
-from neat_align.rounds.make_round import even_slices, make_round
+from neat_align.rounds.make_round import even_slices
 from neat_align.rounds.metrics import DISTINCT_TEXTS, RoundMeasures
-from neat_align.rounds.params import MEASURED_PROMPTS, RoundParams, RoundTools
-from neat_align.rounds.round_files import FinishedRound, read_round
+from neat_align.rounds.params import MEASURED_PROMPTS, RoundTools
+from neat_align.rounds.round_files import read_round
 from neat_align.rounds.text_metrics import distinct_n
-from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
-from tiny import tiny_tokenizer
+from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from small_rounds import files_of, rows, scores
 
-PLAIN = tiny_tokenizer("none")
-BANK = InstructionBank("b", "", (InstructionPair("Be very kind.", "Be very rude."),))
-PARAMS = RoundParams(
-    seed=3,
-    num_positive=2,
-    num_negative=1,
-    num_plain=1,
-    use_human_completions=False,
-    placement="user_suffix",
-    sampling=SamplingParams(8),
-    rank_by="reward",
-    reward_margin=0.0,
-    max_prompt_length=200,
-)
+PARAMS = replace(small_rounds.PARAMS, num_positive=2)
 OTHERS = replace(PARAMS, negative_source="other_prompts", num_plain=0)
-
-
-class Crash(BaseException):
-    """As sudden as a kill."""
+run = partial(small_rounds.run, p=PARAMS, data=rows(17))
 
 
 class Seeded:
-    """Answers that are a function of the request's seed; counts what it was asked for."""
+    """Answers that are a function of the request's seed.
+
+    Counts what it was asked for; keeps no requests, because memory is measured.
+    """
 
     def __init__(self, length: int = 5) -> None:
         self.seeds: list[int] = []
@@ -79,33 +66,8 @@ class Seeded:
         return Sample(ids, "stop", -float(seed % 97))
 
 
-def rows(count: int) -> list[PromptRow]:
-    return [
-        PromptRow(f"id-{i}", f"Question {i}:", None, None, {}, f"row {i}") for i in range(count)
-    ]
-
-
-def scores(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    return [sum(ids) % 1009 / 1009 for ids in completion_ids]
-
-
-def tools(sampler: Any = None, reward: Any = scores, **more: Any) -> RoundTools:
-    sampler = sampler or Seeded()
-    more = {"batch_size": 6, **more}
-    return RoundTools(PLAIN, BANK, (NamedReward("r", reward, 1.0),), sampler, sampler, **more)
-
-
-def run(
-    folder: Path, t: RoundTools, count: int = 17, p: RoundParams = PARAMS, **changes: Any
-) -> FinishedRound:
-    options: dict[str, Any] = {"num_groups": count, "position": 0, "round_index": 0, **changes}
-    return make_round(rows(count), params=p, tools=t, folder=folder, **options)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
-    }
+def tools(sampler: Sampler | None = None, **more: Any) -> RoundTools:
+    return small_rounds.tools(sampler or Seeded(), **more)
 
 
 def logprobs(
@@ -162,10 +124,10 @@ def test_prompts_that_replace_others_are_slices_too(
         return [float(i) if n % 3 else 0.0 for i, n in enumerate(numbers)]
 
     t = tools(reward=every_third)
-    whole = run(tmp_path / "whole", t, 40, num_groups=20)
+    whole = run(tmp_path / "whole", t, data=rows(40), num_groups=20)
     assert whole.metrics["round/prompts"] > 20
     monkeypatch.setattr(module, "SLICE_PROMPTS", 4)
-    assert run(tmp_path / "sliced", t, 40, num_groups=20) == whole
+    assert run(tmp_path / "sliced", t, data=rows(40), num_groups=20) == whole
 
 
 # ---- interruptions -------------------------------------------------------------------------------
@@ -182,33 +144,22 @@ def test_a_kill_beside_any_rename_costs_one_batch_at_most(
         scored.append(len(completion_ids))
         return scores(completion_ids)
 
-    rename, seen = Path.replace, 0
-    run(tmp_path / "whole", tools(), count=9)
+    run(tmp_path / "whole", tools(), data=rows(9))
     expected, point = files_of(tmp_path / "whole"), 0
     while True:
         point += 1
-        folder, sampler, seen = tmp_path / str(point), Seeded(), 0
+        folder, sampler = tmp_path / str(point), Seeded()
         scored.clear()
 
-        def crashing(self: Path, target: Any, at: int = point) -> Path:
-            nonlocal seen
-            seen += 1
-            if seen == at and before:
-                raise Crash
-            done = rename(self, target)
-            if seen == at:
-                raise Crash
-            return done
-
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", crashing)
+            crash_at_rename(patch, point, before=before)
             try:
-                run(folder, tools(sampler, counted), count=9)
+                run(folder, tools(sampler, reward=counted), data=rows(9))
             except Crash:
                 pass
             else:
                 break
-        run(folder, tools(sampler, counted), count=9)
+        run(folder, tools(sampler, reward=counted), data=rows(9))
         assert files_of(folder) == expected
         assert sampler.asked - 9 * 4 in (0, 4, 6)
         assert sum(scored) - 9 * 4 in (0, 4)
@@ -248,8 +199,8 @@ def test_scores_without_the_reference_are_not_taken_up_where_it_is_needed(tmp_pa
 
     t = tools(reward=flaky, policy_logprobs=logprobs, ref_logprobs=logprobs, ref_for_all=False)
     with pytest.raises(Exception, match="away"):
-        run(tmp_path, t, count=40)
-    made = run(tmp_path, replace(t, ref_for_all=True), count=40)
+        run(tmp_path, t, data=rows(40))
+    made = run(tmp_path, replace(t, ref_for_all=True), data=rows(40))
     assert all(len(c.ref_logprobs) == 5 for g in made.groups for c in g.completions)
 
 
@@ -281,7 +232,7 @@ def test_the_policy_is_scored_on_the_first_prompts_only(
             ref_logprobs=start,
             ref_for_all=ref_for_all,
         ),
-        count=40,
+        data=rows(40),
     )
     measured = MEASURED_PROMPTS * 4
     refs = 160 if ref_for_all else measured
@@ -404,9 +355,9 @@ def test_progress_after_an_interruption_and_with_prompts_that_replace_others(
     said: list[tuple[str, int, int]] = []
     t = tools(reward=flaky)
     with pytest.raises(RewardError, match="away"):
-        run(tmp_path, t, 40, num_groups=20, progress=lambda *now: said.append(now))
+        run(tmp_path, t, data=rows(40), num_groups=20, progress=lambda *now: said.append(now))
     said.clear()
-    made = run(tmp_path, t, 40, num_groups=20, progress=lambda *now: said.append(now))
+    made = run(tmp_path, t, data=rows(40), num_groups=20, progress=lambda *now: said.append(now))
     for name, steps in stages(said):
         prompts = int(made.metrics["round/prompts"])
         whole = prompts * (4 if name == "sample" else 1)
@@ -430,7 +381,7 @@ def test_choosing_the_prompts_of_a_large_round_takes_no_time(tmp_path: Path) -> 
 
     start = time.process_time()
     with pytest.raises(Reached):
-        run(tmp_path, tools(Stopping()), 20_000)
+        run(tmp_path, tools(Stopping()), data=rows(20_000))
     assert time.process_time() - start < 1.5  # of which most is the first slice's planning
 
 
@@ -438,19 +389,11 @@ def peak_of(folder: Path, count: int) -> int:
     """The most bytes that Python held beyond the prompts while it made and read a round."""
     data = rows(count)
     t = tools(Seeded(64), batch_size=80, policy_logprobs=logprobs, ref_logprobs=logprobs)
-    run(folder / "first", t, 4)  # what is imported and cached once does not count
+    run(folder / "first", t, data=rows(4))  # what is imported and cached once does not count
     gc.collect()
     tracemalloc.start()
     try:
-        made = make_round(
-            data,
-            num_groups=count,
-            position=0,
-            round_index=0,
-            params=PARAMS,
-            tools=t,
-            folder=folder / "round",
-        )
+        made = run(folder / "round", t, data=data)
         tokens = sum(len(c.token_ids) for g in made.groups for c in g.completions)
         assert tokens == count * 4 * 64
         return tracemalloc.get_traced_memory()[1]

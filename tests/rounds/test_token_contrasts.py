@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,51 +12,27 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import small_rounds
 from neat_align.errors import CollapseError
 from neat_align.files.atomic import write_table
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
-from neat_align.prompts.rows import PromptRow
-from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.completions import groups_to_table, read_groups
 from neat_align.rounds.group_file import GroupFile
-from neat_align.rounds.make_round import make_round
-from neat_align.rounds.params import RoundParams, RoundTools
-from neat_align.rounds.round_files import FinishedRound
-from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
-from tiny import tiny_tokenizer
+from neat_align.rounds.params import RoundTools
+from neat_align.sampling.protocol import Sample, SampleRequest
+from small_rounds import TOKENIZER, Seeded, letters, rows, scores
 
-TOKENIZER = tiny_tokenizer("none")
 PAIRS = tuple(InstructionPair(f"Be kind {k}.", f"Be rude {k}.") for k in range(4))
 BANK = InstructionBank("b", "", PAIRS)
-PARAMS = RoundParams(
-    seed=3,
-    num_positive=1,
-    num_negative=1,
-    num_plain=1,
-    use_human_completions=True,
-    placement="user_suffix",
-    sampling=SamplingParams(8),
-    rank_by="reward",
-    reward_margin=0.0,
-    max_prompt_length=200,
-    contrast_pairs=3,
-    weighing_pairs=2,
+PARAMS = replace(
+    small_rounds.PARAMS, use_human_completions=True, contrast_pairs=3, weighing_pairs=2
 )
+run = partial(small_rounds.run, p=PARAMS, data=rows(5, "so it is", "no"))
 
 
-class Seeded:
-    """Answers that are a function of the request's seed."""
-
-    def sample(
-        self, requests: Sequence[SampleRequest], params: SamplingParams, *, progress: Any = None
-    ) -> list[Sample]:
-        if progress is not None:
-            progress(len(requests))
-        return [self._answer(r.seed) for r in requests]
-
-    def _answer(self, seed: int) -> Sample:
-        letters = (chr(97 + (seed >> 5 * k) % 26) for k in range(2 + seed % 4))
-        return Sample(tuple(TOKENIZER.convert_tokens_to_ids(c) for c in letters), "length", -1.0)
+class Short(Seeded):
+    def answer(self, request: SampleRequest, limit: int) -> Sample:
+        return Sample(letters(request.seed, 2 + request.seed % 4), "length", -1.0)
 
 
 def contrast(prompt: Sequence[int], token: int) -> float:
@@ -85,34 +62,15 @@ class Counted:
         ]
 
 
-def rows(count: int) -> list[PromptRow]:
-    return [
-        PromptRow(f"id-{i}", f"Question {i}:", "so it is", "no", {}, f"row {i}")
-        for i in range(count)
-    ]
-
-
-def scores(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    return [sum(ids) % 1009 / 1009 for ids in completion_ids]
-
-
-def tools(reward: Any = scores, **more: Any) -> RoundTools:
-    more = {"batch_size": 6, "start_logprobs": Counted(), **more}
-    sampler = Seeded()
-    return RoundTools(TOKENIZER, BANK, (NamedReward("r", reward, 1.0),), sampler, sampler, **more)
-
-
-def run(folder: Path, t: RoundTools, p: RoundParams = PARAMS, count: int = 5) -> FinishedRound:
-    return make_round(
-        rows(count), num_groups=count, position=0, round_index=0, params=p, tools=t, folder=folder
-    )
+def tools(**more: Any) -> RoundTools:
+    return small_rounds.tools(Short(), **{"bank": BANK, "start_logprobs": Counted(), **more})
 
 
 @pytest.mark.parametrize("weighing", [1, 2, 3])
 def test_every_completion_keeps_the_mean_contrast_of_the_first_pairs(
     tmp_path: Path, weighing: int
 ) -> None:
-    made = run(tmp_path, tools(), replace(PARAMS, weighing_pairs=weighing))
+    made = run(tmp_path, tools(), p=replace(PARAMS, weighing_pairs=weighing))
     origins = set()
     for g in made.groups:
         assert len(g.contrast_ids) == 3
@@ -134,7 +92,7 @@ def test_a_round_says_how_much_contrast_its_answers_have(tmp_path: Path) -> None
         own = [fmean(c.contrasts) for g in made.groups for c in g.completions if c.origin == origin]
         found = made.metrics[f"sampling/token_contrast/{origin}"]
         assert found == pytest.approx(fmean(own))
-    silent = run(tmp_path / "off", tools(), replace(PARAMS, weighing_pairs=0))
+    silent = run(tmp_path / "off", tools(), p=replace(PARAMS, weighing_pairs=0))
     assert not any("token_contrast" in name for name in silent.metrics)
 
 
@@ -149,7 +107,7 @@ def test_a_small_bank_gives_the_pairs_that_it_has(tmp_path: Path) -> None:
 
 def test_nothing_is_asked_for_where_nothing_is_weighed(tmp_path: Path) -> None:
     t = tools()
-    made = run(tmp_path, t, replace(PARAMS, weighing_pairs=0))
+    made = run(tmp_path, t, p=replace(PARAMS, weighing_pairs=0))
     assert t.start_logprobs.prompts == []  # type: ignore[union-attr]
     assert all(c.contrasts == () for g in made.groups for c in g.completions)
 
@@ -193,7 +151,7 @@ def flaky(after: int) -> Any:
 def test_a_half_scored_round_goes_on_where_it_stopped(tmp_path: Path, after: int) -> None:
     whole = run(tmp_path / "whole", tools())
     with pytest.raises(Exception, match="away"):
-        run(tmp_path / "cut", tools(flaky(after)))
+        run(tmp_path / "cut", tools(reward=flaky(after)))
     t = tools()
     again = run(tmp_path / "cut", t)
     assert list(again.groups) == list(whole.groups)
@@ -209,7 +167,7 @@ def test_stored_scores_without_contrasts_are_made_again(tmp_path: Path) -> None:
     """A group that was stored without them, by whatever wrote it."""
     whole = run(tmp_path / "whole", tools())
     with pytest.raises(Exception, match="away"):
-        run(tmp_path / "cut", tools(flaky(3)))
+        run(tmp_path / "cut", tools(reward=flaky(3)))
     stored = sorted((tmp_path / "cut").rglob("scored-*.parquet"))
     assert len(stored) == 3
     table = groups_to_table(read_groups(stored[1]), ["r"])

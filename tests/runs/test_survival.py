@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from crashes import Crash, crash_at_rename
 from neat_align import CollapseError, ConfigError, NEATTrainer
 from neat_align.errors import RunInterrupted, SaveError
 from neat_align.modeling.logprobs import logprobs_of
@@ -42,10 +43,6 @@ SMALL: dict[str, Any] = {
     "learning_rate": 1e-3,
 }
 TIMES = ("runtime", "per_second")
-
-
-class Crash(BaseException):
-    """As sudden as a kill: nothing in the code under test may catch it."""
 
 
 def small(folder: Path, **changes: Any) -> NEATTrainer:
@@ -94,22 +91,10 @@ def test_a_crash_beside_any_rename_loses_nothing(
     """Everything durable is renamed into place: crash just before or after the n-th rename, go on,
     and compare.
     """
-    replace, seen = Path.replace, 0
-
-    def crashing(self: Path, target: Any) -> Path:
-        nonlocal seen
-        seen += 1
-        if seen == point and before:
-            raise Crash
-        done = replace(self, target)
-        if seen == point:
-            raise Crash
-        return done
-
-    monkeypatch.setattr(Path, "replace", crashing)
-    with pytest.raises(Crash):
-        small(tmp_path).train()
-    monkeypatch.setattr(Path, "replace", replace)
+    with monkeypatch.context() as patch:
+        crash_at_rename(patch, point, before=before)
+        with pytest.raises(Crash):
+            small(tmp_path).train()
     t = small(tmp_path)
     t.train(resume_from_checkpoint=True)
     assert_as(whole, t)

@@ -17,12 +17,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     FalconConfig,
-    Gemma2Config,
     GenerationConfig,
     Lfm2Config,
     LogitsProcessorList,
     MambaConfig,
-    MistralConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -38,20 +36,8 @@ from neat_align.sampling.contrast_sampler import ContrastSampler
 from neat_align.sampling.protocol import Sampler, SampleRequest, SamplingParams
 from neat_align.sampling.token_rows import CachedRows, RecomputedRows
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from tiny import FAMILIES, random_model, tiny_model, tiny_tokenizer
-
-VOCAB, PAD = 48, 0
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+from odd_models import PAD, SIZES, VOCAB, WINDOWED
+from tiny import FAMILIES, NO_SYSTEM, random_model, tiny_model, tiny_tokenizer
 
 
 def with_lora() -> torch.nn.Module:
@@ -68,12 +54,7 @@ def with_virtual_tokens() -> torch.nn.Module:
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     **{family: lambda family=family: tiny_model(family, VOCAB) for family in FAMILIES},
-    "mistral, a short window": lambda: random_model(
-        MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6)
-    ),
-    "gemma2, two kinds of layers": lambda: random_model(
-        Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=6)
-    ),
+    **WINDOWED,
     "falcon, alibi": lambda: random_model(FalconConfig(**SIZES, alibi=True)),
     "mamba, a state": lambda: random_model(
         MambaConfig(
@@ -552,11 +533,7 @@ def test_what_cannot_be_made_is_refused(
 
 def test_a_template_that_drops_the_instruction_is_refused() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] != 'system' %}"
-        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    tokenizer.chat_template = NO_SYSTEM
     model = tiny_model("llama", len(tokenizer), tokenizer=tokenizer)
     with pytest.raises(PromptError, match="drops or changes the system instruction"):
         contrast_processor(model, tokenizer, QUESTIONS, "politeness", placement="system")

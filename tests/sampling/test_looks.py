@@ -12,9 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    Gemma2Config,
     GPTNeoXConfig,
-    MistralConfig,
     PreTrainedModel,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -25,32 +23,16 @@ from neat_align.modeling.precision import inference
 from neat_align.sampling import transformers_sampler
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import BatchLimit, TransformersSampler
+from odd_models import PAD, SIZES, VOCAB, WINDOWED
 from tiny import random_model, tiny_model
 
-VOCAB, PAD = 48, 0
 # Six of 48 tokens end an answer: about one answer in eight at every token.
 ENDS = (2, 3, 5, 7, 11, 13)
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tiny_model("llama", VOCAB),
     "gpt2": lambda: tiny_model("gpt2", VOCAB),
     "qwen2": lambda: tiny_model("qwen2", VOCAB),
-    "mistral, a short window": lambda: random_model(
-        MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=6)
-    ),
-    "gemma2, two kinds of layers": lambda: random_model(
-        Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=6)
-    ),
+    **WINDOWED,
     "gpt_neox": lambda: random_model(GPTNeoXConfig(**SIZES)),
 }
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 
+from crashes import Crash, crash_in_second_round
 from neat_align import NEATTrainer
 from neat_align.errors import ConfigError
 from neat_align.prompts.row_prompts import instructed_ids
 from neat_align.rounds.completions import Completion, CompletionGroup
-from neat_align.rounds.rollout_store import RolloutStore
-from small_trainer import TOKENIZER, config, logged, trainer, weights
+from small_trainer import TOKENIZER, assert_same_weights, config, logged, lora, trainer, weights
 from tiny import Family, alone, tiny_model
 
 BRANCH: dict[str, Any] = {
@@ -26,17 +25,8 @@ BRANCH: dict[str, Any] = {
 EOS = 2
 
 
-class Crash(BaseException):
-    """As sudden as a kill."""
-
-
 def of(group: CompletionGroup, origin: str) -> list[Completion]:
     return [c for c in group.completions if c.origin == origin]
-
-
-def lora() -> LoraConfig:
-    torch.manual_seed(0)  # an adapter starts from random numbers
-    return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -123,24 +113,13 @@ def test_a_kill_between_the_two_stages_costs_nothing(
 ) -> None:
     """In the second round: among plain answers, before and after where they branch is stored."""
     method, after = stage.split()
-    write, calls = getattr(RolloutStore, method), 0
-
-    def killed(self: RolloutStore, *arguments: Any) -> None:
-        nonlocal calls
-        if self.folder.parents[1].name == "00001":
-            calls += 1
-            if calls > int(after):
-                raise Crash
-        write(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RolloutStore, method, killed)
+        crash_in_second_round(patch, method, int(after))
         with pytest.raises(Crash):
             trainer(tmp_path, **CUT).train()
     resumed = trainer(tmp_path, **CUT)
     resumed.train(resume_from_checkpoint=True)
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(whole, resumed)
     groups = Path("rounds", "00001", "groups.parquet")
     assert (tmp_path / groups).read_bytes() == (whole.output_dir / groups).read_bytes()
 

@@ -28,7 +28,18 @@ from neat_align.modeling.loading import load_policy
 from neat_align.modeling.requirements import disable_dropout
 from neat_align.rounds import make_round, round_files
 from neat_align.sampling.policies import Policies
-from small_trainer import ROWS, TOKENIZER, config, count_e, logged, trainer, weights
+from small_trainer import (
+    ROWS,
+    TOKENIZER,
+    StopAt,
+    assert_same_weights,
+    config,
+    count_e,
+    logged,
+    lora,
+    trainer,
+    weights,
+)
 from tiny import FAMILIES, Family, save_tiny, tiny_model, tiny_tokenizer
 
 # ---- the gradient ----
@@ -286,17 +297,6 @@ def test_the_model_learns_what_the_reward_asks_for(tmp_path: Path) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-class StopAt(TrainerCallback):
-    """Ends training after a step, as an interruption would, with a checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("use_lora", [False, True])
 @pytest.mark.parametrize("stop_after", [3, 4, 6])
 def test_resumed_is_uninterrupted_bit_for_bit(
@@ -307,12 +307,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
     """
 
     def make(name: str, **kwargs: Any) -> NEATTrainer:
-        torch.manual_seed(0)  # an adapter starts from random numbers
-        peft_config = (
-            LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
-            if use_lora
-            else None
-        )
+        peft_config = lora() if use_lora else None
         settings: dict[str, Any] = {
             "num_train_epochs": 2,
             "save_strategy": "steps",
@@ -329,8 +324,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(
     resumed = make("parts")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == whole.state.global_step == 8
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(whole, resumed)
     for index in range(2):
         one, other = (
             (tmp_path / n / "rounds" / f"{index:05d}" / "groups.parquet").read_bytes()
@@ -350,8 +344,7 @@ def test_resume_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-8" / "COMPLETE.json").unlink()
     again = trainer(tmp_path, num_train_epochs=2)
     again.train(resume_from_checkpoint=True)
-    for name, value in weights(t).items():
-        assert torch.equal(weights(again)[name], value)
+    assert_same_weights(t, again)
     shutil.rmtree(tmp_path / "checkpoint-8")
     (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ConfigError, match="no complete checkpoint"):

@@ -19,7 +19,7 @@ from neat_align.modeling import precision
 from neat_align.modeling.loading import load_renamed_weights
 from neat_align.modeling.precision import half_precision_copy
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
-from small_trainer import ROWS, TOKENIZER, logged, trainer, weights
+from small_trainer import ROWS, TOKENIZER, assert_same_weights, logged, trainer, weights
 from tiny import alone, random_model, tiny_model
 
 PROMPTS = [tuple(range(20, 29)), (7, 9, 11), tuple(range(40, 54))]
@@ -202,8 +202,7 @@ def test_weights_that_are_saved_under_other_names_are_gone_on_with(
     shutil.rmtree(cut / "checkpoint-4")
     resumed = trainer(cut, model=made(), **short)
     resumed.train(resume_from_checkpoint=True)
-    for name, weight in weights(whole).items():
-        assert torch.equal(weight, weights(resumed)[name]), name
+    assert_same_weights(whole, resumed)
     assert logged(cut)[-2] == logged(tmp_path / "whole")[-2]
 
 

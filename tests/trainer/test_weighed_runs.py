@@ -8,25 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 
+from crashes import Crash, crash_in_second_round
 from neat_align import NEATTrainer
 from neat_align.errors import ConfigError, PromptError
-from neat_align.rounds.rollout_store import RolloutStore
-from small_trainer import ROWS, TOKENIZER, config, count_e, logged, trainer, weights
+from small_trainer import (
+    ROWS,
+    TOKENIZER,
+    assert_same_weights,
+    config,
+    count_e,
+    logged,
+    lora,
+    trainer,
+    weights,
+)
 from tiny import Family, alone, tiny_model
 
 WEIGHED: dict[str, Any] = {"token_weight_scale": 1.0, "token_weight_pairs": 2}
 TWO_ROUNDS: dict[str, Any] = {**WEIGHED, "num_train_epochs": 2, "generation_batch_size": 8}
-
-
-class Crash(BaseException):
-    """As sudden as a kill."""
-
-
-def lora() -> LoraConfig:
-    torch.manual_seed(0)  # an adapter starts from random numbers
-    return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
 
 
 @pytest.mark.parametrize(("family", "use_lora"), [("llama", False), ("gpt2", True)])
@@ -80,24 +80,13 @@ def test_a_kill_between_two_batches_of_scores_costs_nothing(
 ) -> None:
     whole = trainer(tmp_path / "whole", **TWO_ROUNDS)
     whole.train()
-    write, calls = RolloutStore.write_scored, 0
-
-    def killed(self: RolloutStore, *arguments: Any) -> None:
-        nonlocal calls
-        if self.folder.parents[1].name == "00001":
-            calls += 1
-            if calls > 1:
-                raise Crash
-        write(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RolloutStore, "write_scored", killed)
+        crash_in_second_round(patch, "write_scored", 1)
         with pytest.raises(Crash):
             trainer(tmp_path / "cut", **TWO_ROUNDS).train()
     resumed = trainer(tmp_path / "cut", **TWO_ROUNDS)
     resumed.train(resume_from_checkpoint=True)
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(whole, resumed)
 
 
 def test_a_run_cannot_begin_without_weights_and_go_on_with_them(tmp_path: Path) -> None:
