@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from neat_align.demo.model import demo_model_path
 from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.modeling.demo_model import demo_model_path
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 GIB = 2**30

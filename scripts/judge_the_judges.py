@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from neat_align.demo.model import demo_model_path
 from neat_align.demo.rows import demo_rows
 from neat_align.evaluation.statistics import cohens_d, mean_interval
 from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.modeling.demo_model import demo_model_path
 from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.row_forms import transcript_messages

@@ -16,13 +16,13 @@ from neat_align.cli.probe_options import ProbeSettings
 from neat_align.cli.probe_table import print_probe
 from neat_align.cli.progress import stage_bars
 from neat_align.config import PLACEMENTS
-from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.evaluation.probe import check_room, probe_bank
 from neat_align.evaluation.probe_params import DecodingParams, ProbeParams, ProbeTools
 from neat_align.evaluation.probe_summary import MIN_PROMPTS, Probe
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
+from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.logprobs import score_completions
@@ -71,7 +71,7 @@ def run_probe(
         None, read_kwargs(settings.chat_template_kwargs, "chat_template_kwargs")
     )
     rows = with_template_kwargs(_rows(settings, skipped), inputs.kwargs)
-    model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
+    model = load_policy(model_source(settings.model))
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
     warn_of_unused_template(tokenizer, conversational=conversational)

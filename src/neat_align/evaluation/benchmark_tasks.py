@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
 from neat_align.files.provenance import commit, versions
+from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 
 # Of each task: every metric (in its own unit, mostly a share between 0 and 1), and its standard
@@ -111,11 +111,9 @@ def model_path(model: str) -> str:
 
     Of a run its trained model, of `demo` the demo's model, else the name itself.
     """
-    if model == "demo":
-        return demo_model_path()
     run = Path(model)
-    if not (run / "run.json").is_file():
-        return model
+    if model == "demo" or not (run / "run.json").is_file():
+        return model_source(model)
     if not (run / "model").is_dir():
         raise ConfigError(
             f"{run} is a run without a trained model (no {run / 'model'}): let it finish, or name "
