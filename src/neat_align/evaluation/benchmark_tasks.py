@@ -14,12 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache
 
 from neat_align.errors import ConfigError
 from neat_align.files.provenance import commit, versions
 from neat_align.modeling.demo_model import model_source
+from neat_align.modeling.device import compute_device
 from neat_align.modeling.loading import load_policy, load_tokenizer
 
 # Of each task: every metric (in its own unit, mostly a share between 0 and 1), and its standard
@@ -159,7 +159,7 @@ def _evaluate(model: str, params: CapabilityParams, manager: Any) -> Results:
     # The harness and the model that it measured before may hold each other.
     clear_device_cache(garbage_collection=True)
     policy: Any = load_policy(model_path(model))
-    policy.to(torch.accelerator.current_accelerator() or torch.device("cpu")).eval()
+    policy.to(compute_device()).eval()
     wrapped = HFLM(
         pretrained=policy, tokenizer=load_tokenizer(policy), batch_size=params.batch_size
     )

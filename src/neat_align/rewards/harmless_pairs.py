@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,15 +17,16 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer
 
 from neat_align.errors import PromptError, RewardError
 from neat_align.modeling.demo_model import PACKAGE, demo_model_path, find_gguf
+from neat_align.modeling.packing import right_padded
 from neat_align.modeling.text_config import context_length
 from neat_align.prompts.rendering import answer_text_ids, prompt_ids
 from neat_align.prompts.row_forms import transcript_messages
 from neat_align.prompts.rows import Message, Prompt
+from neat_align.rewards.frozen_model import frozen_model
 from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
 
 HEAD_FILE = Path(__file__).with_name("harmless_pairs_head.json")
@@ -134,24 +134,9 @@ class AnswerStates:
     """
 
     def __init__(self, path: str, layers: int) -> None:
-        config = AutoConfig.from_pretrained(path, num_hidden_layers=layers)
-        verbosity = transformers_logging.get_verbosity()
-        # It would warn of the layers that are left out.
-        transformers_logging.set_verbosity(logging.ERROR)
-        try:
-            self._model: Any = AutoModel.from_pretrained(
-                path, config=config, dtype=torch.float32, use_safetensors=True
-            )
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        device = (
-            torch.accelerator.current_accelerator()
-            if torch.accelerator.is_available()
-            else torch.device("cpu")
-        )
-        self._model.to(device).eval().requires_grad_(False)
+        self._model = frozen_model(path, {"num_hidden_layers": layers})
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.max_length = context_length(config)
+        self.max_length = context_length(self._model.config)
 
     def encode(self, messages: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
         """Token ids of the prompt, and of the answer without its end. Raises PromptError."""
@@ -170,18 +155,12 @@ class AnswerStates:
 
     def _means(self, rows: list[tuple[list[int], list[int]]]) -> Float[Tensor, "rows width"]:
         device = self._model.device
+        ids, mask = right_padded([prompt + answer for prompt, answer in rows])
         begins = torch.tensor([len(prompt) for prompt, _ in rows])
-        ends = begins + torch.tensor([len(answer) for _, answer in rows])
-        ids = torch.zeros(len(rows), int(ends.max()), dtype=torch.long)
-        for k, (prompt, answer) in enumerate(rows):
-            ids[k, : int(ends[k])] = torch.tensor(prompt + answer)
-        at = torch.arange(ids.shape[1])
         states = self._model(
-            input_ids=ids.to(device),
-            attention_mask=(at < ends[:, None]).long().to(device),
-            use_cache=False,
+            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False
         ).last_hidden_state
-        is_answer = ((at >= begins[:, None]) & (at < ends[:, None])).to(device)
+        is_answer = (mask & (torch.arange(ids.shape[1]) >= begins[:, None])).to(device)
         sums = (states * is_answer[:, :, None]).sum(1)
         return cast("Tensor", (sums / is_answer.sum(1, keepdim=True)).cpu())
 
