@@ -24,7 +24,7 @@ from neat_align.modeling.demo_model import PACKAGE, demo_model_path, find_gguf
 from neat_align.modeling.packing import right_padded
 from neat_align.modeling.text_config import context_length
 from neat_align.prompts.rendering import answer_text_ids, prompt_ids
-from neat_align.prompts.row_forms import transcript_messages
+from neat_align.prompts.row_forms import as_messages
 from neat_align.prompts.rows import Message, Prompt
 from neat_align.rewards.frozen_model import frozen_model
 from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
@@ -116,7 +116,7 @@ class HarmlessPairsReward:
     def _encoded(self, prompt: Prompt, text: str) -> tuple[list[int], list[int]] | Unscorable:
         model = self._model
         try:
-            row = model.encode(conversation(prompt), text)
+            row = model.encode(as_messages(prompt), text)
         except PromptError as error:
             return Unscorable(f"is refused by the judge {self.name!r} ({error})")
         length = len(row[0]) + len(row[1])
@@ -163,13 +163,6 @@ class AnswerStates:
         is_answer = (mask & (torch.arange(ids.shape[1]) >= begins[:, None])).to(device)
         sums = (states * is_answer[:, :, None]).sum(1)
         return cast("Tensor", (sums / is_answer.sum(1, keepdim=True)).cpu())
-
-
-def conversation(prompt: Prompt) -> list[Message]:
-    """The prompt as messages: a transcript's turns, or else one user turn."""
-    if not isinstance(prompt, str):
-        return list(prompt)
-    return transcript_messages(prompt) or [{"role": "user", "content": prompt}]
 
 
 @functools.cache
