@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from neat_align.demo.model import demo_model_path
 from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.modeling.demo_model import demo_model_path
+from neat_align.modeling.device import compute_device
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 GIB = 2**30
@@ -67,7 +68,7 @@ def load_tokenizer() -> Any:
 
 def device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return compute_device()
 
 
 def synchronize() -> None:

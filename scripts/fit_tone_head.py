@@ -15,7 +15,6 @@ part in any choice.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neat_align.files.atomic import sha256_of, write_json
 from neat_align.rewards.minilm_tone import HEAD_FILE, HUB_NAME, WHEEL, find_encoder, load_encoder
 from neat_align.rewards.vader import VaderReward
 
@@ -100,7 +100,7 @@ def validate(path: Path, weights: Tensor, bias: Tensor) -> dict[str, Any]:
     rows = read_rows(path)
     y = torch.tensor([LABELS[row["label"]] for row in rows], dtype=torch.float64)
     vader = VaderReward()
-    result: dict[str, Any] = {"file": path.name, "sha256": sha256(path), "rows": len(rows)}
+    result: dict[str, Any] = {"file": path.name, "sha256": sha256_of(path), "rows": len(rows)}
     for what, texts in {
         "completion": [row["chosen"] for row in rows],
         "prompt_and_completion": [f"{row['prompt']} {row['chosen']}" for row in rows],
@@ -127,18 +127,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
     ]
-
-
-def sha256(path: Path) -> str:
-    """Fingerprint of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value`, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def arguments() -> argparse.Namespace:
@@ -176,7 +164,7 @@ def main() -> None:
         "scripts/fit_tone_head.py",
         "anchors": {
             "file": args.anchors.name,
-            "sha256": sha256(args.anchors),
+            "sha256": sha256_of(args.anchors),
             "rows": len(rows),
             "topics": len(set(topics)),
         },

@@ -14,7 +14,6 @@ text is kept.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,41 +23,39 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from neat_align.demo.model import demo_model_path
 from neat_align.demo.rows import demo_rows
 from neat_align.evaluation.statistics import cohens_d, mean_interval
+from neat_align.files.atomic import sha256_of, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
-from neat_align.prompts.instruction_banks import load_bank
+from neat_align.modeling.demo_model import demo_model_path
+from neat_align.prompts.instruction_banks import Polarity, load_bank
 from neat_align.prompts.placement import instructed
 from neat_align.prompts.row_forms import transcript_messages
 from neat_align.prompts.rows import Message, PromptRow
 from neat_align.rewards.resolve import SHIPPED, resolve_rewards
 
-POLARITIES = ("positive", "plain", "negative")
+POLARITIES: tuple[Polarity, ...] = ("positive", "plain", "negative")
+# `similarity` holds an answer against its row's chosen one, which these prompts do not have.
+JUDGES = [judge for judge in SHIPPED if judge != "similarity"]
 BANK, SAMPLES, TOKENS, TEMPERATURE, BATCH, SEED = "politeness", 2, 48, 0.7, 32, 0
 
 
-def prompts_under(rows: Sequence[PromptRow], polarity: str) -> list[Any]:
+def prompts_under(rows: Sequence[PromptRow], polarity: Polarity) -> list[Any]:
     """Every row's prompt as a conversation, with its pair's instruction, `SAMPLES` times."""
     pairs = load_bank(BANK).pairs
     prompts = []
     for i, row in enumerate(rows):
         pair = pairs[i % len(pairs)]
-        if polarity == "plain":
-            prompt = row.prompt
-        else:
-            text = pair.positive if polarity == "positive" else pair.negative
-            prompt, _ = instructed(row.prompt, text, "user_suffix")
+        prompt = row.prompt
+        if polarity != "plain":
+            prompt, _ = instructed(prompt, pair.of(polarity), "user_suffix")
         prompts += [prompt] * SAMPLES
     return prompts
 
 
 @torch.no_grad()
-def answers(prompts: Sequence[Any]) -> list[str]:
-    """One sampled answer to each prompt (bf16)."""
-    path = demo_model_path()
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+def answers(model: Any, tokenizer: Any, prompts: Sequence[Any]) -> list[str]:
+    """One sampled answer to each prompt."""
     torch.manual_seed(SEED)
     texts: list[str] = []
     for start in range(0, len(prompts), BATCH):
@@ -99,8 +96,11 @@ def difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 def on_samples(judges: Sequence[str], rows: Sequence[PromptRow]) -> dict[str, Any]:
     """Means under each instruction, differences between them, and Cohen's d."""
+    path = demo_model_path()
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     plain = prompts_under(rows, "plain")
-    texts = {polarity: answers(prompts_under(rows, polarity)) for polarity in POLARITIES}
+    texts = {p: answers(model, tokenizer, prompts_under(rows, p)) for p in POLARITIES}
     result: dict[str, Any] = {
         "characters": {p: round(float(np.mean([len(t) for t in texts[p]])), 1) for p in POLARITIES}
     }
@@ -127,8 +127,7 @@ def on_pairs(judges: Sequence[str], path: Path) -> dict[str, Any]:
     """Share of pairs whose chosen answer scores higher; a tie counts half."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     prompts: list[list[Message]] = [transcript_messages(line["prompt"]) for line in lines]
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    result: dict[str, Any] = {"file": path.name, "sha256": digest}
+    result: dict[str, Any] = {"file": path.name, "sha256": sha256_of(path)}
     for judge in judges:
         chosen, rejected = (
             scored(judge, prompts, [line[kind] for line in lines])
@@ -152,7 +151,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=Path)
-    parser.add_argument("--judges", nargs="+", default=list(SHIPPED))
+    parser.add_argument("--judges", nargs="+", default=JUDGES)
     parser.add_argument("--result", type=Path, help="write every figure here as JSON")
     args = parser.parse_args()
     started_from, rows = commit(), demo_rows("heldout")
@@ -168,7 +167,7 @@ def main() -> None:
     result |= {"commit": started_from, "versions": versions(), "processor": cpu_name()}
     print(json.dumps(result, indent=1))
     if args.result:
-        args.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.result, result)
 
 
 if __name__ == "__main__":

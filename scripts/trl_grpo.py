@@ -28,9 +28,9 @@ from neat_align.cli.compare_file import read_spec
 from neat_align.cli.options import options_from
 from neat_align.comparison.spec import CompareSpec
 from neat_align.config import NEATConfig
-from neat_align.demo.model import demo_model_path
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
+from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.pipeline import load_data, lora_config
 from neat_align.prompts.rows import PromptRow
@@ -69,8 +69,7 @@ def train(spec: CompareSpec, seed: int, answers: int, folder: Path) -> None:
         rows, _ = load_data(settings, config.on_bad_row)
         prompts = in_order(rows, config)
         set_seed(seed)
-        name = settings.model_name_or_path
-        model = load_policy(demo_model_path() if name == "demo" else name)
+        model = load_policy(model_source(settings.model_name_or_path))
         tokenizer = load_tokenizer(model)
         trainer = GRPOTrainer(
             model=model,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from neat_align.cli.demo import run_demo
-from neat_align.demo.model import find_gguf
+from neat_align.modeling.demo_model import find_gguf
 
 
 @pytest.mark.slow

@@ -15,13 +15,13 @@ from transformers import TrainerCallback
 
 from neat_align.config import NEATConfig
 from neat_align.config.unsupported import check_command_options
-from neat_align.demo.model import demo_model_path
 from neat_align.demo.rows import demo_rows
 from neat_align.errors import ConfigError
 from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.loading import load_rows
@@ -149,7 +149,7 @@ def build_trainer(
     check_command_options(config)
     skipped = SkippedRows()
     rows, held_out = load_data(script, config.on_bad_row, skipped)
-    name = demo_model_path() if script.model_name_or_path == "demo" else script.model_name_or_path
+    name = model_source(script.model_name_or_path)
     start = load_policy(
         name, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )

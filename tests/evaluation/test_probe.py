@@ -26,7 +26,6 @@ from neat_align.cli.options import parse_options
 from neat_align.cli.probe_options import ProbeSettings
 from neat_align.cli.probe_run import run_probe, usable_placements
 from neat_align.cli.probe_table import next_steps, print_probe, remarks, shortened
-from neat_align.demo.model import find_gguf
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.evaluation.probe import probe_bank
 from neat_align.evaluation.probe_params import (
@@ -44,6 +43,7 @@ from neat_align.evaluation.probe_summary import (
     verdict_of,
 )
 from neat_align.evaluation.statistics import PairedDifference
+from neat_align.modeling.demo_model import find_gguf
 from neat_align.modeling.logprobs import score_completions
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
 from neat_align.prompts.loading import rows_from_dataset

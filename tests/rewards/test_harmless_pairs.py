@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from neat_align.errors import RewardError
+from neat_align.files.atomic import sha256_of
 from neat_align.modeling.demo_model import demo_model_path, find_gguf
 from neat_align.rewards import harmless_pairs
-from neat_align.rewards.harmless_pairs import HEAD_FILE, AnswerStates, HarmlessPairsReward
+from neat_align.rewards.harmless_pairs import HEAD_FILE, HarmlessPairsReward, encode
 from neat_align.rewards.protocol import ChecksPrompts, Unscorable
 from neat_align.rewards.resolve import resolve_rewards
 from scripts_as_modules import script
@@ -60,7 +61,7 @@ def tiny_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
         "center": 0.25,
         "weights": torch.linspace(-1, 1, 32).tolist(),
         "package_version": "0.1.2",
-        "weights_sha256": harmless_pairs.weights_sha256(),
+        "weights_sha256": sha256_of(tmp_path / "lm.gguf"),
     }
     (tmp_path / "head.json").write_text(json.dumps(head))
     return head | {"path": str(path)}
@@ -85,11 +86,11 @@ def test_a_score_is_the_head_on_the_mean_state_of_the_answer(tiny_judge: dict[st
 
 def test_a_control_token_that_is_spelled_out_stays_text(tiny_judge: dict[str, Any]) -> None:
     """Else a prompt or an answer that spells the end of a turn could write a turn of its own."""
-    states = AnswerStates(tiny_judge["path"], 1)
-    prompt, answer = states.encode(
-        [{"role": "user", "content": "<|im_end|> what?"}], "<|im_end|> that"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_judge["path"])
+    prompt, answer = encode(
+        tokenizer, [{"role": "user", "content": "<|im_end|> what?"}], "<|im_end|> that"
     )
-    plain, _ = states.encode([{"role": "user", "content": "what?"}], "that")
+    plain, _ = encode(tokenizer, [{"role": "user", "content": "what?"}], "that")
     end = 2
     assert prompt.count(end) == plain.count(end)
     assert end not in answer

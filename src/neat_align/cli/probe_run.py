@@ -16,13 +16,14 @@ from neat_align.cli.probe_options import ProbeSettings
 from neat_align.cli.probe_table import print_probe
 from neat_align.cli.progress import stage_bars
 from neat_align.config import PLACEMENTS
-from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.evaluation.probe import check_room, probe_bank
 from neat_align.evaluation.probe_params import DecodingParams, ProbeParams, ProbeTools
 from neat_align.evaluation.probe_summary import MIN_PROMPTS, Probe
 from neat_align.files.atomic import write_json
 from neat_align.files.provenance import commit, versions
+from neat_align.modeling.demo_model import model_source
+from neat_align.modeling.device import compute_device
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.logprobs import score_completions
@@ -71,7 +72,7 @@ def run_probe(
         None, read_kwargs(settings.chat_template_kwargs, "chat_template_kwargs")
     )
     rows = with_template_kwargs(_rows(settings, skipped), inputs.kwargs)
-    model = load_policy(demo_model_path() if settings.model == "demo" else settings.model)
+    model = load_policy(model_source(settings.model))
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
     warn_of_unused_template(tokenizer, conversational=conversational)
@@ -211,7 +212,7 @@ def _tools(
     *,
     conversational: bool,
 ) -> ProbeTools:
-    device = _device()
+    device = compute_device()
     model.to(device)
     ids = [row_prompt_ids(tokenizer, row) for row in rows]
     longest = max(map(len, ids)) + settings.max_completion_length
@@ -249,11 +250,6 @@ def _tools(
         max_prompt_length=room,
         on_bad_row=check_on_bad_row(settings.on_bad_row),
     )
-
-
-def _device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if torch.accelerator.is_available() and accelerator else torch.device("cpu")
 
 
 def _decoding(settings: ProbeSettings) -> DecodingParams | None:

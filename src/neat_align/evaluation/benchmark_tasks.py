@@ -14,12 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache
 
-from neat_align.demo.model import demo_model_path
 from neat_align.errors import ConfigError
 from neat_align.files.provenance import commit, versions
+from neat_align.modeling.demo_model import model_source
+from neat_align.modeling.device import compute_device
 from neat_align.modeling.loading import load_policy, load_tokenizer
 
 # Of each task: every metric (in its own unit, mostly a share between 0 and 1), and its standard
@@ -111,11 +111,9 @@ def model_path(model: str) -> str:
 
     Of a run its trained model, of `demo` the demo's model, else the name itself.
     """
-    if model == "demo":
-        return demo_model_path()
     run = Path(model)
-    if not (run / "run.json").is_file():
-        return model
+    if model == "demo" or not (run / "run.json").is_file():
+        return model_source(model)
     if not (run / "model").is_dir():
         raise ConfigError(
             f"{run} is a run without a trained model (no {run / 'model'}): let it finish, or name "
@@ -161,7 +159,7 @@ def _evaluate(model: str, params: CapabilityParams, manager: Any) -> Results:
     # The harness and the model that it measured before may hold each other.
     clear_device_cache(garbage_collection=True)
     policy: Any = load_policy(model_path(model))
-    policy.to(torch.accelerator.current_accelerator() or torch.device("cpu")).eval()
+    policy.to(compute_device()).eval()
     wrapped = HFLM(
         pretrained=policy, tokenizer=load_tokenizer(policy), batch_size=params.batch_size
     )

@@ -35,6 +35,14 @@ def find_gguf() -> Path | None:
     return None
 
 
+def model_source(name: str) -> str:
+    """What to load for a model that a user names: `demo` is the demo's model.
+
+    Raises ConfigError as `demo_model_path` does.
+    """
+    return demo_model_path() if name == "demo" else name
+
+
 def demo_model_path() -> str:
     """A folder with the demo's model in transformers' format, else its name on the hub.
 

@@ -158,10 +158,10 @@ def pad_rows(
             "an empty prompt cannot be scored: its completion's first token would be predicted "
             "from nothing"
         )
-    input_ids, mask = _right_padded(
+    input_ids, mask = right_padded(
         [[*p, *c] for p, c in zip(prompts, completions, strict=True)], pad_token_id
     )
-    tokens, completion_mask = _right_padded(completions, pad_token_id, at_least=1)
+    tokens, completion_mask = right_padded(completions, pad_token_id, at_least=1)
     prompt_lengths = torch.tensor([len(p) for p in prompts])
     read_at = prompt_lengths[:, None] - 1 + torch.arange(tokens.shape[1])
     return PaddedRows(
@@ -220,7 +220,7 @@ def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenI
             ids += answer[:-1]
             positions += range(len(prompt), len(prompt) + len(spans[-1]))
     flat_completions = [answer for answers in completions for answer in answers]
-    completion_ids, completion_mask = _right_padded(flat_completions)
+    completion_ids, completion_mask = right_padded(flat_completions)
     return PackedRows(
         input_ids=torch.tensor([ids]),
         position_ids=torch.tensor([positions]),
@@ -232,9 +232,13 @@ def pack_rows(prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenI
     )
 
 
-def _right_padded(
+def right_padded(
     rows: Sequence[TokenIds], fill: int = 0, *, at_least: int = 0
 ) -> tuple[Int[Tensor, "rows width"], Bool[Tensor, "rows width"]]:
+    """Token ids with `fill` behind those of the shorter rows, and where they are none of it.
+
+    The width is the longest row's, and `at_least` that.
+    """
     width = max(at_least, *map(len, rows))
     filled = [[*row, *[fill] * (width - len(row))] for row in rows]
     values = torch.tensor(filled, dtype=torch.long).view(len(rows), width)
@@ -245,8 +249,8 @@ def _right_padded(
 def _prefix_layout(
     prompts: Sequence[range], completions: Sequence[range], group: Sequence[int]
 ) -> PrefixLayout:
-    prompt_index, prompt_mask = _right_padded(prompts)
-    completion_index, fed_mask = _right_padded(completions)
+    prompt_index, prompt_mask = right_padded(prompts)
+    completion_index, fed_mask = right_padded(completions)
     inverse = torch.empty(int(prompt_mask.sum() + fed_mask.sum()), dtype=torch.long)
     inverse[prompt_index[prompt_mask]] = prompt_mask.flatten().nonzero().squeeze(-1)
     inverse[completion_index[fed_mask]] = (

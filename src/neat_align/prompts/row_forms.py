@@ -36,8 +36,14 @@ def to_conversation(row: PromptRow) -> PromptRow:
     """
     if not isinstance(row.prompt, str):
         return row
-    messages = transcript_messages(row.prompt) or [{"role": "user", "content": row.prompt}]
-    return replace(row, prompt=messages)
+    return replace(row, prompt=as_messages(row.prompt))
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """The prompt as messages: those it has, a transcript's turns, or else one user turn."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return transcript_messages(prompt) or [{"role": "user", "content": prompt}]
 
 
 def read_pair(row: Mapping[str, Any]) -> _Pair:

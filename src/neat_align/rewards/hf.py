@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from neat_align.errors import RewardError
+from neat_align.modeling.device import compute_device
 from neat_align.modeling.text_config import context_length
 from neat_align.prompts.rows import Message, Prompt
 from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
@@ -300,12 +301,9 @@ def _tokenizer_for(name: str, source: str) -> Any:
 
 def _placed(model: torch.nn.Module) -> torch.nn.Module:
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if (
-        on_cpu
-        and torch.accelerator.is_available()
-        and getattr(model, "hf_device_map", None) is None
-    ):
-        return model.to(torch.accelerator.current_accelerator())
+    device = compute_device()
+    if on_cpu and device.type != "cpu" and getattr(model, "hf_device_map", None) is None:
+        return model.to(device)
     return model
 
 

