@@ -1,9 +1,9 @@
-"""The one event loop that async rewards run in, for the life of the process.
+"""The one event loop of async rewards and requests to servers, for the life of the process.
 
 Clients, locks and queues of asyncio belong to the loop in which they are first used, so a reward
 that keeps one between its calls needs the same loop every time: over rounds, evaluations and the
 runs of a comparison. The loop has a thread of its own, so it also works where the caller's thread
-has a running loop already (a notebook). It begins with the first async reward and is closed when
+has a running loop already (a notebook). It begins with the first that needs it and is closed when
 the process ends; what is still running then is cancelled.
 """
 
@@ -30,13 +30,13 @@ class LoopBlockedError(Exception):
     """The loop gave no answer in time: something in it does not come back to it."""
 
 
-class RewardLoop:
+class BackgroundLoop:
     """An event loop in a daemon thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._serve, name="neat-align rewards", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="neat-align requests", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -120,21 +120,21 @@ async def _cancel_everything() -> None:
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-_current: RewardLoop | None = None
+_current: BackgroundLoop | None = None
 _making = threading.Lock()
 
 
-def reward_loop() -> RewardLoop:
+def background_loop() -> BackgroundLoop:
     """The process's loop, begun at the first call."""
     global _current
     with _making:
         if _current is None or not _current.is_usable():
-            _current = RewardLoop()
+            _current = BackgroundLoop()
         return _current
 
 
-def give_up(loop: RewardLoop) -> None:
-    """Leave a blocked loop alone in its thread; the next call of `reward_loop` begins another."""
+def give_up(loop: BackgroundLoop) -> None:
+    """Leave a blocked loop alone in its thread; `background_loop` then begins another."""
     global _current
     with _making:
         if _current is loop:
