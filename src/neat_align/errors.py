@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class NEATError(ValueError):
@@ -35,6 +36,24 @@ class RewardUnavailableError(RewardError):
     """A reward server that stayed down through all retries: the run stops, and goes on from what it
     has when started again.
     """
+
+
+class SamplerError(NEATError):
+    """A sampler outside of this process that cannot be used, or gave what is no sample of the
+    policy's.
+    """
+
+
+class SamplerUnavailableError(SamplerError):
+    """A sampler's server that stayed down through all retries: the run stops, and goes on from what
+    it has when started again.
+
+    `finished` are the samples that it gave before, by the place of their request.
+    """
+
+    def __init__(self, message: str, finished: Mapping[int, Any] | None = None) -> None:
+        super().__init__(message)
+        self.finished: Mapping[int, Any] = {} if finished is None else finished
 
 
 class CollapseError(NEATError):

@@ -22,7 +22,7 @@ from neat_align.cli.inspect import inspect
 from neat_align.cli.probe import probe
 from neat_align.cli.report import report
 from neat_align.cli.train import train
-from neat_align.errors import NEATError, RewardUnavailableError
+from neat_align.errors import NEATError, RewardUnavailableError, SamplerUnavailableError
 from neat_align.files.secrets import scrubbed
 
 app = typer.Typer(
@@ -61,13 +61,13 @@ app.command(cls=SeveralValues, context_settings=EITHER_DASH)(probe)
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; an error meant for the user is one line on stderr and exit code 2.
 
-    A reward server that stays down is exit code 75: nothing is wrong with the run, and the same
-    command goes on with it later.
+    A reward server or vLLM server that stays down is exit code 75: nothing is wrong with the run,
+    and the same command goes on with it later.
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:
         return app(arguments, prog_name="neat-align", standalone_mode=True)
-    except RewardUnavailableError as error:
+    except (RewardUnavailableError, SamplerUnavailableError) as error:
         typer.echo(f"paused: {scrubbed(str(error))}", err=True)
         typer.echo(_how_to_resume(given, "when the server is up"), err=True)
         sys.exit(PAUSED)

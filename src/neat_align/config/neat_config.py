@@ -3,7 +3,8 @@
 The import costs what `transformers.TrainingArguments` costs (seconds: it brings torch), so the
 command line imports it only when a command needs it. Field help texts are what `neat-align train
 --help` prints. What a field may be stands beside it (`constraints.option`), combinations of fields
-in `combinations`, the options of the loss in `objective_options`, what other
+in `combinations`, the options of the loss in `objective_options`, of who samples in
+`sampler_options`, what other
 defaults `TrainingArguments` has in `trainer_defaults`, and what is refused of its options in
 `unsupported`.
 """
@@ -22,6 +23,7 @@ from neat_align.config.constraints import (
     read_object,
 )
 from neat_align.config.objective_options import ObjectiveOptions
+from neat_align.config.sampler_options import SamplerOptions
 from neat_align.config.trainer_values import RULES as VALUE_RULES
 from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
@@ -48,7 +50,7 @@ PLACEMENTS = ("system", "user_suffix", "affix")
 
 
 @dataclass
-class NEATConfig(ObjectiveOptions):
+class NEATConfig(SamplerOptions, ObjectiveOptions):
     """`TrainingArguments` plus NEAT's own fields.
 
     One epoch is one round; one training row is one group. `per_device_train_batch_size` counts
@@ -148,7 +150,8 @@ class NEATConfig(ObjectiveOptions):
     top_k: int = option(0, "Keep only this many likeliest tokens; 0 keeps all.", ge=0)
     generation_batch_size: int = option(
         64,
-        "Completions sampled at once. Changes speed and memory, never which seeds are drawn.",
+        "Completions sampled at once, and then stored. Changes speed and memory, never which seeds "
+        "are drawn.",
         ge=1,
     )
     generation_copy: str = option(
@@ -156,6 +159,7 @@ class NEATConfig(ObjectiveOptions):
         "Sample from a bf16 copy with adapters merged: `always`, `never`, or `auto` (on CPUs, "
         "where it is faster).",
         choices=("auto", "always", "never"),
+        only_with=combinations.GENERATION_COPY,
     )
 
     # ---- rewards and ranking ----
@@ -179,9 +183,9 @@ class NEATConfig(ObjectiveOptions):
     )
     allow_http_hosts: list[str] | None = option(
         None,
-        "Private hosts whose reward server may be asked over plain http: names, addresses, or "
-        "patterns such as `*.svc`. What is sent there, a token too, can be read on the way. None: "
-        "https only, except on this machine.",
+        "Private hosts whose reward server or vLLM server may be asked over plain http: names, "
+        "addresses, or patterns such as `*.svc`. What is sent there, a token too, can be read on "
+        "the way. None: https only, except on this machine.",
     )
     reward_margin: float = option(
         0.0,

@@ -129,8 +129,8 @@ class CheckedTransport(httpx2.AsyncBaseTransport):
 
     The `Host` header stays, and the certificate is checked against the name in the URL and the
     system's authorities. `allowed` is whether `allow_http_hosts` names the host. `server` and
-    `error` are those of `checked_addresses`; `most` connections are open at once (None: httpx2's
-    own limits).
+    `error` are those of `checked_addresses`; `most` connections are open at once (None: 100,
+    of which 20 are kept).
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class CheckedTransport(httpx2.AsyncBaseTransport):
         # Reading the system's authorities takes 20 ms, and http needs none; a context without
         # authorities would trust nobody.
         tls = ssl.create_default_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        limits = httpx2.Limits() if most is None else httpx2.Limits(most, most)
+        limits = httpx2.Limits(max_connections=most or 100, max_keepalive_connections=most or 20)
         self._pool = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False, limits=limits)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:

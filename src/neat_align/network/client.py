@@ -115,8 +115,8 @@ class ServerClient:
     ) -> Answer:
         """POST a body of JSON, or GET without one; `path` stands in place of the URL's own.
 
-        `where` says in messages what is asked for. Not `retry`: a request that must not be sent
-        twice.
+        `where` says in messages what is asked for. Not `retry`: sent once, and whatever status it
+        is answered with is given back.
         """
         tries = self.retry.tries if retry else 1
         retrying = AsyncRetrying(
@@ -130,7 +130,7 @@ class ServerClient:
             reraise=True,
         )
         try:
-            answer: Answer = await retrying(self._send, client, where, body, path)
+            answer: Answer = await retrying(self._send, client, where, body, path, retry)
         except _TransientError as error:
             made = retrying.statistics["attempt_number"]
             took = retrying.statistics["delay_since_first_attempt"]
@@ -166,7 +166,12 @@ class ServerClient:
         )
 
     async def _send(
-        self, client: httpx2.AsyncClient, where: str, body: bytes | None, path: str | None
+        self,
+        client: httpx2.AsyncClient,
+        where: str,
+        body: bytes | None,
+        path: str | None,
+        retry: bool,
     ) -> Answer:
         """One request. _TransientError for what may pass."""
         url = self.target.url if path is None else self.target.url.copy_with(path=path)
@@ -183,7 +188,7 @@ class ServerClient:
         except (OSError, httpx2.TransportError) as error:
             raise self._transport_error(error) from error
         status = response.status_code
-        if status in _AGAIN or status >= 500:
+        if retry and (status in _AGAIN or status >= 500):
             asked = _retry_after(response.headers.get("retry-after"))
             if asked is not None and asked > self.retry.longest_retry_after:
                 raise self.target.kind.unavailable(

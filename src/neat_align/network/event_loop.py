@@ -13,7 +13,7 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -53,12 +53,18 @@ class BackgroundLoop:
         """Whether it runs: a forked process has the loop, and not its thread."""
         return self._process == os.getpid() and self._thread.is_alive()
 
-    def run(self, main: Coroutine[Any, Any, T], limit: float | None = None) -> T:
+    def run(
+        self,
+        main: Coroutine[Any, Any, T],
+        limit: float | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> T:
         """The result of `main`, run in the loop with a copy of the caller's context.
 
-        When the caller is interrupted, `main` is cancelled and its clean-up waited for. Raises what
-        `main` raises, LoopBlockedError after `limit` seconds (None: no limit), and RewardError for
-        a caller that runs in the loop itself.
+        `meanwhile` is called about once a second in the caller's thread. When the caller is
+        interrupted, by what it raises too, `main` is cancelled and its clean-up waited for. Raises
+        what `main` raises, LoopBlockedError after `limit` seconds (None: no limit), and RewardError
+        for a caller that runs in the loop itself.
         """
         if threading.current_thread() is self._thread:
             main.close()
@@ -83,6 +89,8 @@ class BackgroundLoop:
                 waited += step
                 if limit is not None and waited >= limit and not done.done():
                     raise LoopBlockedError
+                if meanwhile is not None:
+                    meanwhile()
             return done.result()
         finally:
             if not done.done():

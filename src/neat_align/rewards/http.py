@@ -43,7 +43,7 @@ import httpx2
 
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.network.client import RetryPolicy, ServerClient, excerpt
-from neat_align.network.server_url import ServerKind, parse_url
+from neat_align.network.server_url import ServerKind, Target, parse_url
 from neat_align.prompts.rows import Prompt
 from neat_align.rewards.output import checked_scores
 from neat_align.rewards.protocol import (
@@ -190,10 +190,12 @@ def check_tokens(rewards: Sequence[RewardFunction]) -> None:
 
 
 def check_http_hosts(
-    allow_http_hosts: Sequence[str] | None, rewards: Sequence[RewardFunction]
+    allow_http_hosts: Sequence[str] | None,
+    rewards: Sequence[RewardFunction],
+    others: Sequence[Target] = (),
 ) -> None:
-    """Refuse an `allow_http_hosts` that no reward needs."""
-    servers = [reward.target for reward in rewards if isinstance(reward, HttpReward)]
+    """Refuse an `allow_http_hosts` that neither a reward nor one of the other servers needs."""
+    servers = [reward.target for reward in rewards if isinstance(reward, HttpReward)] + [*others]
     if allow_http_hosts is not None and not any(target.allowed for target in servers):
         raise ConfigError(
             f"allow_http_hosts is {list(allow_http_hosts)}, but no reward or judge is an http:// "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from neat_align.errors import CollapseError, DataError, name_list
+from neat_align.errors import CollapseError, DataError, SamplerUnavailableError, name_list
 from neat_align.prompts.instruction_banks import CONTRASTED, Contrasted, Polarity
 from neat_align.prompts.row_prompts import (
     InstructedPairs,
@@ -122,7 +122,12 @@ def draw_samples(
             batch_samples = sampler.sample(requests, params.sampling, progress=report)
         except CollapseError as error:
             raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
-        batch_samples = [_whole(planned[n], s) for n, s in zip(missing, batch_samples, strict=True)]
+        except SamplerUnavailableError as error:  # what it gave before is kept
+            kept = [missing[i] for i in sorted(error.finished)]
+            given = [error.finished[i] for i in sorted(error.finished)]
+            store.write_samples(kept, _whole_ones(kept, given, planned))
+            raise
+        batch_samples = _whole_ones(missing, batch_samples, planned)
         refuse_non_finite("log-probability", prompts, [s.logprob for s in batch_samples])
         store.write_samples(missing, batch_samples)
         samples.update(zip(missing, batch_samples, strict=True))
@@ -279,6 +284,15 @@ def _continues(sample: Sample, begun: Branch | None) -> bool:
     return begun is None or (
         len(sample.token_ids) > begun.kept and sample.token_ids[: begun.kept] == begun.prefix
     )
+
+
+def _whole_ones(
+    numbers: Sequence[int],
+    samples: Sequence[Sample],
+    planned: Mapping[int, PlannedCompletion],
+) -> list[Sample]:
+    """What was drawn for these completions, each after the tokens that are kept."""
+    return [_whole(planned[n], sample) for n, sample in zip(numbers, samples, strict=True)]
 
 
 def _whole(plan: PlannedCompletion, sample: Sample) -> Sample:

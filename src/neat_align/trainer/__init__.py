@@ -5,6 +5,7 @@ given.py           what a script gives the trainer, or asks of it, and what cann
 startup_checks.py  what Trainer would find out only after the first round
 setup.py           data, policy and layout, checked before anything is sampled
 reward_setup.py    rewards and judges, checked before anything is sampled
+sampler_setup.py   who samples, where it is another engine
 parts.py           what the trainer is composed of, and what the parts do together
 round_maker.py     a round from the current policy, made on rank 0 and read by all
 round_callback.py  rounds among Trainer's events

@@ -14,6 +14,7 @@ instead of computing a loss.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +38,7 @@ from neat_align.trainer import given
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
+from neat_align.trainer.sampler_setup import GivenSampler
 from neat_align.trainer.setup import keep_one_progress_bar, read_data, set_up_policy
 from neat_align.trainer.startup_checks import refused, rehearse
 
@@ -62,6 +64,7 @@ class NEATTrainer(Trainer):
             switched off, else a frozen copy of `model`.
         judge_funcs: rewards that evaluation reports and training never sees.
         eval_rewards: what evaluation reports as the reward; None: what is trained on.
+        sampler: another engine: a `Sampler`, or a function of a `PolicyNow` that gives one.
     """
 
     # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
@@ -86,6 +89,7 @@ class NEATTrainer(Trainer):
         ref_model: str | PreTrainedModel | torch.nn.Module | None = None,
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         eval_rewards: RewardSum | None = None,
+        sampler: GivenSampler = None,
     ) -> None:
         args = given.as_config(args)
         data = read_data(args, train_dataset, eval_dataset, callbacks or ())
@@ -107,11 +111,8 @@ class NEATTrainer(Trainer):
                 callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
                 optimizers=given.checked_optimizers(optimizers, setup.model),
             )
-        self.parts: TrainerParts = compose(
-            args,
-            data,
-            setup,
-            scored_by,
+        composed = functools.partial(compose, args, data, setup, scored_by, sampler=sampler)
+        self.parts: TrainerParts = composed(
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
             sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),

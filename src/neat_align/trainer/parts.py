@@ -31,8 +31,10 @@ from neat_align.runs.run_directory import RunDirectory
 from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
+from neat_align.sampling.policy_now import MakeSampler
 from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
+from neat_align.trainer.sampler_setup import GivenSampler, sampler_maker
 from neat_align.trainer.setup import (
     PolicySetup,
     TrainingData,
@@ -250,13 +252,15 @@ def compose(
     sharded: bool,
     steps_per_round: Callable[[], int],
     on_open: Callable[[int], None],
+    sampler: GivenSampler = None,
 ) -> TrainerParts:
     """The parts, once Trainer has made the accelerator; `sharded`: ranks hold parts of weights."""
     _check_followed(args, data, scored_by)
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     layout = layout_for(args, setup, data, sharded=sharded)
-    policies = _policies(args, setup, data, layout)
+    make_sampler = sampler_maker(args, setup, data, sampler, sharded=sharded)
+    policies = _policies(args, setup, data, layout, make_sampler)
     return TrainerParts(
         args=args,
         data=data,
@@ -300,7 +304,13 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
     check_followed_metric(args, names)
 
 
-def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: Layout) -> Policies:
+def _policies(
+    args: NEATConfig,
+    setup: PolicySetup,
+    data: TrainingData,
+    layout: Layout,
+    make_sampler: MakeSampler | None,
+) -> Policies:
     dtype = autocast_dtype(args)
     on_cpu = args.device.type == "cpu"
     copies = args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu)
@@ -318,6 +328,8 @@ def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: 
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,
         copy_dtype=dtype if copies else None,
+        make_sampler=make_sampler,
+        tolerance=args.sampler_tolerance,
     )
     policies.settle_sampling(first_prompts(setup, data))
     return policies

@@ -9,6 +9,7 @@ from typing import Any
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.modeling.packing import TokenIds
+from neat_align.network.server_url import parse_url
 from neat_align.prompts.instruction_banks import Contrasted
 from neat_align.prompts.row_prompts import instructed_prompt_ids
 from neat_align.prompts.rows import (
@@ -26,6 +27,7 @@ from neat_align.rewards.protocol import NamedReward, RewardSpec, RewardSum
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import unscorable_rows
 from neat_align.rounds.ranking import ORIGIN_STEP
+from neat_align.sampling.vllm_client import VLLM_SERVER
 from neat_align.trainer.setup import PolicySetup, TrainingData, template_kwargs
 
 # (prompt ids, completion ids) → summed log-probabilities in nats, in order.
@@ -75,7 +77,11 @@ def set_up_rewards(
         told = named_rewards(funcs, args, contrast, evaluated.weights)
     functions = [r.function for r in (*rewards, *judges, *(told or ()))]
     check_tokens(functions)
-    check_http_hosts(args.allow_http_hosts, functions)
+    hosts = args.allow_http_hosts
+    vllm = (
+        () if args.vllm_server is None else (parse_url(args.vllm_server, VLLM_SERVER, hosts or ()),)
+    )
+    check_http_hosts(hosts, functions, vllm)
     if args.distil_answers == "lower_half" and not rewards:
         raise ConfigError(
             "distil_answers is lower_half but reward_funcs is empty: nothing says which half is "
