@@ -26,6 +26,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from neat_align.sampling.batch_check import KnownWay
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from tiny import alone, random_model, tiny_tokenizer
@@ -201,11 +202,14 @@ class StandIn:
         )
         with self.drawing:
             sampler = TransformersSampler(
-                model, tuple(body["stop_token_ids"]), TOKENIZER.pad_token_id
+                model,
+                tuple(body["stop_token_ids"]),
+                TOKENIZER.pad_token_id,
+                known_way=KnownWay("together"),  # as it is with every model here
             )
             request = SampleRequest(tuple(body["prompt"]), body["seed"])
             sample = sampler.sample([request], params)[0]
-            logprobs = alone(model, request.prompt_ids, sample.token_ids)
+            logprobs = alone(model, request.prompt_ids, sample.token_ids)  # a second opinion
         choice = {
             "token_ids": list(sample.token_ids),
             "logprobs": {"token_logprobs": logprobs},
@@ -253,6 +257,8 @@ class RealVllm:
     port: int = 0
 
     def __enter__(self) -> RealVllm:
+        if REAL_PYTHON not in os.environ:
+            raise RuntimeError(f"set {REAL_PYTHON} to a Python with vLLM, as make test-vllm does")
         if not self.port:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))

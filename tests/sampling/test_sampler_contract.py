@@ -18,7 +18,7 @@ from neat_align.modeling.logprobs import score_completions
 from neat_align.network.client import RetryPolicy
 from neat_align.sampling.checked_sampler import CheckedSampler
 from neat_align.sampling.policy_now import PolicyNow
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import Sampler, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from neat_align.sampling.vllm_client import VllmClient
 from neat_align.sampling.vllm_sampler import VllmEngine
