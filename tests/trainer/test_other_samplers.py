@@ -35,12 +35,21 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RetryPolicy, "pause", lambda *_: 0.01)
 
 
+# Two rounds of 16 completions.
+SMALL = {
+    "num_train_epochs": 2,
+    "prompts_per_round": 4,
+    "max_completion_length": 6,
+    "evaluate_contrast": False,
+}
+
+
 def trainer(folder: Path, **changes: Any) -> NEATTrainer:
     extra = {k: changes.pop(k) for k in ("peft_config", "sampler_object") if k in changes}
     return NEATTrainer(
         servable_model(),
         count_e,
-        config(folder, **{"num_train_epochs": 2, **changes}),
+        config(folder, **{**SMALL, **changes}),
         ROWS,
         eval_dataset=ROWS[:2],
         processing_class=TOKENIZER,
@@ -74,8 +83,8 @@ def test_a_run_learns_from_what_a_server_samples(tmp_path: Path, adapter: bool) 
     with stand_in() as server:
         t = trainer(tmp_path, **asking(server.url), **({"peft_config": lora()} if adapter else {}))
         t.train()
-        # 8 groups of 4 completions, twice; each group's from the weights of its round.
-        assert len(of_rounds(server)) == 64
+        # 4 groups of 4 completions, twice; each group's from the weights of its round.
+        assert len(of_rounds(server)) == 32
         names = {b["model"] for b in server.completions()}
         assert len(names) == (2 if adapter else 1)
         assert server.paths().count("/collective_rpc") == (0 if adapter else 2)
@@ -90,23 +99,23 @@ def test_the_start_policy_is_the_servers_base(tmp_path: Path) -> None:
         changes = asking(server.url, negative_policy="initial", peft_config=lora())
         trainer(tmp_path, **changes).train()
         asked = [b["model"] for b in server.completions() if b["seed"]]
-    assert asked.count("base") == 32
+    assert asked.count("base") == 16
     assert len(set(asked)) == 3
 
 
 def test_a_server_that_dies_costs_no_finished_completion(tmp_path: Path) -> None:
-    """In the second round, with 13 of 32 completions finished; then it is started again."""
+    """In the second round, with 9 of 16 completions finished; then it is started again."""
     with stand_in() as server:
         whole = trainer(tmp_path / "whole", **asking(server.url))
         whole.train()
-    finished = 32 + 13
+    finished = 16 + 9
 
     def dies(asked: Asked) -> Any:
         is_one = asked.path == "/v1/completions" and asked.body["seed"]
         return None if is_one and len(of_rounds(first)) > finished else ...
 
     with stand_in(before=dies) as first:
-        changes = asking(first.url, vllm_concurrency=1, generation_batch_size=16)
+        changes = asking(first.url, vllm_concurrency=1, generation_batch_size=8)
         with pytest.raises(SamplerUnavailableError, match="start the run again"):
             trainer(tmp_path / "broken", **changes).train()
         port, had = first.port, of_rounds(first)[:finished]
@@ -114,7 +123,7 @@ def test_a_server_that_dies_costs_no_finished_completion(tmp_path: Path) -> None
         t = trainer(tmp_path / "broken", **changes)
         t.train(resume_from_checkpoint=True)
         again = of_rounds(second)
-    assert len(again) == 64 - finished
+    assert len(again) == 32 - finished
     assert not set(had) & set(again)
     assert_same_weights(t, whole)
 
@@ -130,30 +139,30 @@ def test_a_real_server_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         sample = await own(self, connections, model, request, *a)
         if request.seed:
             asked.append(request.seed)
-        if len(asked) == 45 and server.port:
+        if len(asked) == 25 and server.port:
             server.kill()
         return sample
 
     monkeypatch.setattr(VllmClient, "completion", completion)
     served = save_servable(tmp_path / "served")
-    changes = {"vllm_concurrency": 1, "generation_batch_size": 16}
+    changes = {"vllm_concurrency": 1, "generation_batch_size": 8}
     with RealVllm(served, tmp_path / "log", ("--dtype", "float32")) as server:
         changes = asking(server.url, **changes)
         with pytest.raises(SamplerUnavailableError, match="start the run again"):
             trainer(tmp_path / "run", **changes).train()
-        assert len(asked) == 45
+        assert len(asked) == 25
     with RealVllm(served, tmp_path / "log", ("--dtype", "float32"), port=server.port):
         t = trainer(tmp_path / "run", **changes)
         t.train(resume_from_checkpoint=True)
-    assert t.state.global_step == 8
-    assert len(asked) == len(set(asked)) == 64
+    assert t.state.global_step == 4
+    assert len(asked) == len(set(asked)) == 32
 
 
 def test_a_server_that_forgot_the_weights_stops_the_round(tmp_path: Path) -> None:
     """Started again by somebody, with its first weights, in the middle of the second round."""
 
     def forgets(asked: Asked) -> Any:
-        if len(of_rounds(server)) == 32 + 10:
+        if len(of_rounds(server)) == 16 + 5:
             server.model = servable_model().eval()
         return ...
 
@@ -259,7 +268,7 @@ class Wrong:
     def __init__(self, change: Callable[[Sample], Sample]) -> None:
         self.change = change
 
-    def __call__(self, policy: PolicyNow) -> Wrong:
+    def of(self, policy: PolicyNow) -> Wrong:
         self.engine = own_engine(policy)
         return self
 
@@ -286,7 +295,7 @@ def test_what_is_no_sample_of_the_policy_stops_the_run(
     tmp_path: Path, change: Callable[[Sample], Sample], message: str
 ) -> None:
     engine = Wrong(change)
-    t = trainer(tmp_path, sampler_object=lambda policy: engine(policy))
+    t = trainer(tmp_path, sampler_object=engine.of)
     with pytest.raises(ValueError, match=message):
         t.train()
     assert not list(tmp_path.glob("rounds/*/samples*"))
@@ -298,7 +307,7 @@ def test_a_sampler_that_loses_one_stops_the_run(tmp_path: Path) -> None:
             return super().sample(*args, **kwargs)[:-1]
 
     engine = Loses(lambda s: s)
-    t = trainer(tmp_path, sampler_object=lambda policy: engine(policy))
+    t = trainer(tmp_path, sampler_object=engine.of)
     with pytest.raises(SamplerError, match="0 samples for 1 requests"):
         t.train()
 
