@@ -278,6 +278,8 @@ class RealVllm:
         command = [os.environ[REAL_PYTHON], "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--enforce-eager", "--max-num-seqs", "64", *self.arguments]
+        # vLLM 0.32 on a CPU ends when it reads a prompt in parts for a request with a seed.
+        command += ["--no-enable-chunked-prefill"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True

@@ -23,7 +23,7 @@ from neat_align.prompts.skipped_rows import BadRows
 from neat_align.prompts.template_inputs import joined_inputs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
-from neat_align.rewards.protocol import NamedReward, RewardSpec, RewardSum
+from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec, RewardSum
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import unscorable_rows
 from neat_align.rounds.ranking import ORIGIN_STEP
@@ -77,11 +77,7 @@ def set_up_rewards(
         told = named_rewards(funcs, args, contrast, evaluated.weights)
     functions = [r.function for r in (*rewards, *judges, *(told or ()))]
     check_tokens(functions)
-    hosts = args.allow_http_hosts
-    vllm = (
-        () if args.vllm_server is None else (parse_url(args.vllm_server, VLLM_SERVER, hosts or ()),)
-    )
-    check_http_hosts(hosts, functions, vllm)
+    _check_http_hosts(args, functions)
     if args.distil_answers == "lower_half" and not rewards:
         raise ConfigError(
             "distil_answers is lower_half but reward_funcs is empty: nothing says which half is "
@@ -104,6 +100,13 @@ def set_up_rewards(
 
     in_place = None if told is None else with_state(told)
     return Rewards(with_state(rewards), with_state(judges), in_place)
+
+
+def _check_http_hosts(args: NEATConfig, functions: Sequence[RewardFunction]) -> None:
+    """Refuse an `allow_http_hosts` that neither a reward nor the vLLM server needs."""
+    hosts, urls = args.allow_http_hosts, [args.vllm_server] if args.vllm_server else []
+    others = [parse_url(url, VLLM_SERVER, hosts or ()) for url in urls]
+    check_http_hosts(hosts, functions, others)
 
 
 def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> TrainingData:
