@@ -138,6 +138,29 @@ def test_proxies_and_redirects_are_not_followed(monkeypatch: pytest.MonkeyPatch)
             VllmClient(server.url, timeout=5.0).model()
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://10.1.2.3:8000", "http is not encrypted"),
+        ("https://169.254.169.254", "metadata"),
+        ("127.0.0.1:8000", "begins with https://"),
+        ("http://127.0.0.1:8000/v1", "leave out /v1"),
+        ("http://127.0.0.1:8000/v1/", "leave out /v1"),
+        (f"http://user:{TOKEN}@127.0.0.1:8000", "NEAT_ALIGN_VLLM_TOKEN"),
+        (f"http://127.0.0.1:8000?key={TOKEN}", "query or fragment"),
+    ],
+)
+def test_urls_that_are_refused(url: str, message: str) -> None:
+    with pytest.raises(SamplerError, match=message) as caught:
+        VllmClient(url, timeout=1.0)
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_host_that_was_named_may_be_asked_over_http() -> None:
+    client = VllmClient("http://10.1.2.3:8000", timeout=1.0, allow_http_hosts=["10.1.*"])
+    assert client.target.allowed
+
+
 def test_a_url_with_a_path_is_a_server_behind_a_gateway() -> None:
     with StandIn(servable_model(), before=lambda _: (404, {})) as server:
         with pytest.raises(SamplerError):
