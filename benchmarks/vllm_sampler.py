@@ -9,8 +9,8 @@ where the server was started. The server serves PATH itself: nothing is given to
 second count completion tokens; the first batch of each side is not counted.
 
 `gap` is what `sampler_tolerance` bounds: the difference between the server's log-probability of a
-completion and the trainer's (autocast of `--dtype`; and in fp32), in nats per token, over
-completions of `--completion` tokens and over ones of 1, 4 and 8.
+completion and the trainer's (autocast of `--dtype`; and in fp32), in nats, over the square root of
+its tokens; of completions of `--completion` tokens and of 1, 4 and 8.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def timed(
 def gaps(
     model: Any, asked: Sequence[SampleRequest], samples: Sequence[Sample], dtype: Any
 ) -> dict[str, float]:
-    """How far both log-probabilities of a completion are apart, in nats per token."""
+    """How far both log-probabilities of a completion are apart, in nats over the root of tokens."""
     own = score_completions(
         model,
         [r.prompt_ids for r in asked],
@@ -72,7 +72,7 @@ def gaps(
         autocast_dtype=dtype,
     )
     found = sorted(
-        abs(sum(row) - s.logprob) / len(row) for row, s in zip(own, samples, strict=True)
+        abs(sum(row) - s.logprob) / len(row) ** 0.5 for row, s in zip(own, samples, strict=True)
     )
     return {
         "completions": len(found),

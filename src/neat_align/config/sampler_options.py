@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from neat_align.config import combinations
 from neat_align.config.constraints import option
 
-# What a bf16 server and a bf16 or fp32 trainer differ by is below half of it (docs/using.md).
-SAMPLER_TOLERANCE = 0.1
+# A bf16 server and a bf16 or fp32 trainer differ by at most half of it (docs/using.md).
+SAMPLER_TOLERANCE = 0.5
 
 
 @dataclass
@@ -50,8 +50,8 @@ class SamplerOptions:
     )
     sampler_tolerance: float = option(
         SAMPLER_TOLERANCE,
-        "Stop when the log-probability of a completion by a sampler outside of this process (vLLM, "
-        "or NEATTrainer's `sampler`) and by the trainer differ by more than this, in nats per "
-        "token: it then has other weights.",
+        "Stop when a completion's log-probabilities by a sampler outside of this process (vLLM, or "
+        "NEATTrainer's `sampler`) and by the trainer differ by more than this times the square "
+        "root of its tokens, in nats: it then has other weights.",
         gt=0,
     )

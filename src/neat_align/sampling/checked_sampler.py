@@ -3,6 +3,10 @@
 Weights that did not arrive, a model that is not the one that trains, log-probabilities of the
 tempered distribution: an engine with any of these gives plausible text. So one completion of every
 batch is scored by the trainer too, and the two log-probabilities have to agree.
+
+Rounding makes them differ by an amount a token that goes either way, so that their sums differ by
+one that grows with the square root of the tokens; other weights make them differ by one that grows
+with the tokens. So the difference is allowed to be `tolerance` times the square root.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from neat_align.sampling.policy_now import PolicyNow
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 
 # Completions of fewer tokens are compared only where there is no longer one.
-ENOUGH_TOKENS = 8
+ENOUGH_TOKENS = 32
 _PROBE_TOKENS = 8
 
 
@@ -24,8 +28,9 @@ _PROBE_TOKENS = 8
 class CheckedSampler:
     """A `Sampler` that hands on what another one draws, once it was checked.
 
-    `tolerance` is the largest difference between the sampler's and the trainer's log-probability of
-    a completion, in nats per token. Raises SamplerError for what is no sample of the policy.
+    `tolerance` times the square root of its tokens is the largest difference between the sampler's
+    and the trainer's log-probability of a completion, in nats. Raises SamplerError for what is no
+    sample of the policy.
     """
 
     sampler: Sampler
@@ -107,8 +112,8 @@ class CheckedSampler:
     def _compare(self, sample: Sample, request: SampleRequest, params: SamplingParams) -> None:
         tokens = len(sample.token_ids)
         own = sum(self.policy.score([request.prompt_ids], [sample.token_ids])[0])
-        gap = abs(own - sample.logprob) / tokens
-        if gap <= self.tolerance:
+        gap, allowed = abs(own - sample.logprob), self.tolerance * math.sqrt(tokens)
+        if gap <= allowed:
             return
         shaped = (params.temperature, params.top_p, params.top_k) != (1.0, 1.0, 0)
         hint = (
@@ -123,9 +128,9 @@ class CheckedSampler:
             )
         raise SamplerError(
             f"the sampler says that a completion of {tokens} tokens has log-probability "
-            f"{sample.logprob:.4f}, and the trainer says {own:.4f}: {gap:.4f} nats per token apart "
-            f"where sampler_tolerance is {self.tolerance:g}. Nothing of this batch is kept. Either "
-            f"{hint}; or it computes in a coarser number type (raise sampler_tolerance)"
+            f"{sample.logprob:.4f}, and the trainer says {own:.4f}: {gap:.4f} nats apart, where "
+            f"sampler_tolerance {self.tolerance:g} allows {allowed:.4f}. Nothing of this batch is kept. "
+            f"Either {hint}; or it computes in a coarser number type (raise sampler_tolerance)"
         )
 
 

@@ -32,7 +32,7 @@ class Policies:
 
     With `make_sampler` another engine samples, and nothing of the above about sampling is read: it
     is asked for a sampler of either policy as it is now, and its samples' log-probabilities have to
-    be within `tolerance` nats per token of the trainer's (`checked_sampler`).
+    agree with the trainer's, up to `tolerance` (`checked_sampler`).
     """
 
     model: torch.nn.Module
