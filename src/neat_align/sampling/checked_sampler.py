@@ -129,8 +129,8 @@ class CheckedSampler:
         raise SamplerError(
             f"the sampler says that a completion of {tokens} tokens has log-probability "
             f"{sample.logprob:.4f}, and the trainer says {own:.4f}: {gap:.4f} nats apart, where "
-            f"sampler_tolerance {self.tolerance:g} allows {allowed:.4f}. Nothing of this batch is kept. "
-            f"Either {hint}; or it computes in a coarser number type (raise sampler_tolerance)"
+            f"sampler_tolerance {self.tolerance:g} allows {allowed:.4f}. Nothing of this batch is "
+            f"kept. Either {hint}; or it computes in a coarser number type (raise sampler_tolerance)"
         )
 
 
