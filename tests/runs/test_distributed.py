@@ -152,6 +152,30 @@ def test_a_log_line_of_two_processes_survives_a_break(tmp_path: Path) -> None:
         }
 
 
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_the_number_of_processes_may_change_between_rounds(
+    tmp_path: Path, first: int, then: int
+) -> None:
+    def split(processes: int) -> tuple[str, str]:
+        return "2", str(2 // processes)
+
+    run(tmp_path / "whole", *split(1), processes=1)
+    run(tmp_path / "cut", *split(first), "round-cut", processes=first)
+    assert (tmp_path / "cut" / "checkpoint-2" / "COMPLETE.json").is_file()
+    run(tmp_path / "cut", *split(then), "round-resume", processes=then)
+    whole, cut = (
+        torch.load(tmp_path / n / "weights-0.pt", weights_only=True) for n in ("whole", "cut")
+    )
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=1e-6, atol=1e-6)
+    assert_same_numbers(logged(tmp_path / "whole"), logged(tmp_path / "cut"))
+    (change,) = json.loads((tmp_path / "cut" / "run.json").read_text())["changes"]
+    assert change["from_step"] == 2
+    assert (
+        f"split as {first} processes x 2 x {2 // first} passes and are as" in change["changed"][0]
+    )
+
+
 # ---- shares --------------------------------------------------------------------------------------
 
 
