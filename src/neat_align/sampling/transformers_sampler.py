@@ -29,7 +29,7 @@ from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.requirements import context_of
-from neat_align.sampling.batch_check import KnownWay, SamplingWay, choose_way
+from neat_align.sampling.batch_check import PLACES, KnownWay, SamplingWay, choose_way
 from neat_align.sampling.by_generate import DrawnToken, greedy, no_own_generation_config
 from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.draw import check_drawn, draw, uniforms
@@ -116,7 +116,7 @@ class TransformersSampler:
         Raises ConfigError.
         """
         if self.known_way.way is None:
-            endless = replace(self, eos_token_ids=())
+            endless = replace(self, eos_token_ids=(), batch_size=PLACES)
             self.known_way.way = choose_way(
                 self.model, endless._sample_in, prompts, self.autocast_dtype
             )
