@@ -15,7 +15,13 @@ from neat_align.modeling.reference import Reference
 from neat_align.modeling.self_check import showing_adapter
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
 from neat_align.sampling.batch_check import KnownWay
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import (
+    Finished,
+    Sample,
+    Sampler,
+    SampleRequest,
+    SamplingParams,
+)
 from neat_align.sampling.transformers_sampler import BatchLimit, TransformersSampler
 
 
@@ -153,15 +159,21 @@ class _WhileOpen:
 
     policies: Policies
 
+    @property
+    def hands_over(self) -> bool:
+        """`sample` takes `finished`."""
+        return True
+
     def sample(
         self,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         *,
         progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
     ) -> list[Sample]:
         """One `Sample` a request, in order."""
         with self.policies.reference() as model:
             policies = self.policies
             sampler = policies._sampler_of(model, policies.autocast_dtype, policies.known_start_way)
-            return sampler.sample(requests, params, progress=progress)
+            return sampler.sample(requests, params, progress=progress, finished=finished)
