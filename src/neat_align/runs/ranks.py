@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from neat_align.errors import NEATError, RunInterrupted
+from neat_align.errors import OtherProcessError, RunInterrupted
 from neat_align.runs.signals import StopRequest, interrupted
 
 T = TypeVar("T")
@@ -45,7 +45,8 @@ class Ranks:
         """Run `work` on every rank; a failure or signal of one ends all.
 
         `what` says when it was, for messages ("while it saved …"). Gives the signal that another
-        rank was stopped by, or 0. Raises NEATError on the ranks that did not fail themselves.
+        rank was stopped by, or 0. Raises OtherProcessError on the ranks that did not fail
+        themselves.
         """
         status = FAILED
         try:
@@ -57,7 +58,7 @@ class Ranks:
         finally:
             worst = self.max_over_ranks(status)
         if worst == FAILED:
-            raise NEATError(f"another process failed {what}: its own message says why")
+            raise OtherProcessError(f"another process failed {what}: its own message says why")
         return worst
 
     def run_on_rank_zero(self, work: Callable[[], None], what: str) -> None:
