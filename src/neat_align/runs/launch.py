@@ -18,7 +18,7 @@ from neat_align.files.atomic import read_json, write_json
 from neat_align.runs.lock import LOCK_FILE
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 LAUNCH_FILE = "launch.json"
 # The files of which one is there as soon as a run has begun; `rounds` is a folder.
@@ -52,7 +52,7 @@ def store() -> Store | None:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     shared = PrefixStore(
