@@ -50,6 +50,10 @@ class SaveError(NEATError):
     """
 
 
+class OtherProcessError(NEATError):
+    """Another process of the run failed, and said why: this one only has to end, too."""
+
+
 class RunInterrupted(SystemExit):
     """A run that SIGINT or SIGTERM ended at a place from which it goes on exactly.
 

@@ -3,6 +3,7 @@ answers at once.
 
     app.py            the verbs, how they end (exit codes), what an error looks like
     console.py        what every verb does with the terminal
+    processes.py      several processes of one launch: each message once, a clean end
     options.py        recipes (YAML) and arguments to typed settings; reports a wrong key or value
     tables.py         a run's and a comparison's results as tables
     progress.py       bars and lines while a run works; terminal_callbacks

@@ -27,4 +27,5 @@ def train(
         return
     script, args = parse_options(ctx.args, config)
     result = run_training(script, args, callbacks=terminal_callbacks(args))
-    print_result(result, Path(str(args.output_dir)))
+    if args.process_index == 0:
+        print_result(result, Path(str(args.output_dir)))
