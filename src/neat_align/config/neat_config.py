@@ -55,6 +55,14 @@ class NEATConfig(ObjectiveOptions):
     groups, not completions. `num_train_epochs` is the number of rounds.
     """
 
+    # ---- the model ----
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "How a script's NEATTrainer loads a model that it is given by name: dtype, "
+        "attn_implementation, load_in_4bit, revision, trust_remote_code. Commands have options of "
+        "these names.",
+    )
+
     # ---- rounds and sampling ----
     prompts_per_round: int = option(
         64,
@@ -248,6 +256,7 @@ class NEATConfig(ObjectiveOptions):
     def __post_init__(self) -> None:
         read_numbers(self)
         read_object(self, "chat_template_kwargs")
+        read_object(self, "model_init_kwargs")
         check_not_sharded(self)
         check_kinds(self)
         check_values(self)
@@ -273,3 +282,18 @@ class NEATConfig(ObjectiveOptions):
     def groups_per_round(self, rows: int) -> int:
         """Groups of a round over data of so many rows: each prompt is in it once at most."""
         return min(self.prompts_per_round, rows)
+
+    def needs_start_policy(self, *, evaluates: bool) -> bool:
+        """Whether anything in a run reads the start policy after the first step.
+
+        The objective, token weights and contrast distillation do, drift, negatives that it writes,
+        and an evaluation, which measures KL to it.
+        """
+        return (
+            self.needs_reference
+            or (self.distil_weight > 0 and self.distil_teacher == "start")
+            or self.weighing_pairs > 0
+            or self.drift_prompts > 0
+            or (self.negative_policy == "initial" and self.num_negative > 0)
+            or evaluates
+        )
