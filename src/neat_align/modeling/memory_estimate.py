@@ -307,10 +307,31 @@ def _sampling(shape: ModelShape, run: RunShape) -> float:
     logits = rows * shape.vocabulary * 4 * 3
     width = 3 * shape.intermediate * c + 3 * shape.hidden * 4
     drawing = copied + cache + max(growing + logits, rows * run.prompt_tokens * width)
-    scored = min(SCORING_TOKENS, -(-rows // run.completions) * run.group_tokens)
-    chunk = min(scored, max(1, run.chunk_logits // shape.vocabulary)) * shape.vocabulary
-    head = chunk * (4 + c) + c * shape.head + scored * shape.hidden * 4
-    return max(copying, drawing, scored * width, head)
+    return float(max(copying, drawing, copied + _scoring(shape, run, width)))
+
+
+def _scoring(shape: ModelShape, run: RunShape, width: int) -> float:
+    """A pass without gradients: the wider of attention and MLP of one layer, or the head.
+
+    `width` is that of the MLP, in bytes a token.
+    """
+    c = run.compute_bytes
+    groups = -(-run.sampled_at_once // run.completions)
+    tokens = min(SCORING_TOKENS, groups * run.group_tokens)
+    rows = tokens / run.group_tokens * run.completions
+    seen = run.prompt_tokens + run.completion_tokens
+    turned = 8 * shape.query_width / shape.heads  # the rotary embedding's two tables
+    queries, keys = shape.query_width * (12 + (2 * c if c < 4 else 4)), shape.key_width * (8 + 2 * c)
+    attention = tokens * (12 * shape.hidden + queries + keys + turned)
+    if run.packed:
+        sharing = shape.query_width // shape.key_width
+        mask = sharing * run.completion_tokens * (c + 1)
+        attention += rows * seen * (mask + shape.key_width * (4 + 2 * c))
+    chunk = min(tokens, max(1, run.chunk_logits // shape.vocabulary)) * shape.vocabulary
+    head = chunk * (4 + c) + c * shape.head + tokens * shape.hidden * 4
+    # autocast keeps the casts of weights that learn.
+    casts = c * shape.linear if run.casts and run.trained is None else 0.0
+    return casts + max(tokens * width, attention, head)
 
 
 # ---- shapes --------------------------------------------------------------------------------------

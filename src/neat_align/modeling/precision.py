@@ -200,7 +200,8 @@ def _copy(inner: torch.nn.Module) -> torch.nn.Module:
     copied: Any = extract_model_from_parallel(copy.deepcopy(inner), keep_fp32_wrapper=False)
     # accelerate leaves a bound method behind. The model would hold itself, and a copy stay in
     # memory through the training that follows, until Python looks for such circles.
-    if getattr(vars(copied).get("forward"), "__func__", None) is type(copied).forward:
+    before = vars(inner).get("_original_forward")
+    if getattr(before, "__func__", None) is type(copied).forward:
         del copied.forward
     return cast("torch.nn.Module", copied)
 
