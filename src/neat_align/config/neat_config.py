@@ -261,10 +261,13 @@ class NEATConfig(ObjectiveOptions):
         check_kinds(self)
         check_values(self)
         choose_device(self)
+        undecided = self.activation_checkpointing is None and self.gradient_checkpointing is None
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
+        if undecided:  # transformers makes it false; the trainer decides by memory
+            self.activation_checkpointing = self.gradient_checkpointing = None
         follow_the_metric(self)
         check_options(self, (*combinations.RULES, *TRAINER_RULES, *VALUE_RULES))
         check_unsupported(self)
@@ -282,6 +285,12 @@ class NEATConfig(ObjectiveOptions):
     def groups_per_round(self, rows: int) -> int:
         """Groups of a round over data of so many rows: each prompt is in it once at most."""
         return min(self.prompts_per_round, rows)
+
+    @property
+    def samples_from_copy(self) -> bool:
+        """Whether completions are sampled from a copy in the type of autocast, where there is one."""
+        on_cpu = bool(self.device.type == "cpu")
+        return self.generation_copy == "always" or (self.generation_copy == "auto" and on_cpu)
 
     def needs_start_policy(self, *, evaluates: bool) -> bool:
         """Whether anything in a run reads the start policy after the first step.

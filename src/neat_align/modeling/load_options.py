@@ -132,12 +132,16 @@ def held_like(model: torch.nn.Module) -> LoadOptions:
     return LoadOptions(
         dtype=next((name for name in ("bfloat16", "float16") if name in types), "float32"),
         attn_implementation=attention if attention in ATTENTIONS else None,
-        load_in_4bit=_is_in_4_bits(inner),
+        load_in_4bit=is_in_4_bits(inner),
     )
 
 
-def _is_in_4_bits(model: PreTrainedModel) -> bool:
-    settings = getattr(model.config, "quantization_config", None)
+def is_in_4_bits(model: torch.nn.Module) -> bool:
+    """Whether a model's linear layers hold 4 bits a weight."""
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        return False
+    settings = getattr(inner.config, "quantization_config", None)
     return bool(getattr(settings, "load_in_4bit", False))
 
 

@@ -25,6 +25,7 @@ may be further off.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -356,17 +357,18 @@ def shape_of_model(model: Any) -> ModelShape:
     own = {id(p): p for n, p in inner.named_parameters() if "lora_" not in n}
     head = inner.get_output_embeddings().weight
     layers = [p for p in linear_weights(inner) if id(p) in own and p is not head]
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
+    hidden = _number(config, "hidden_size", head.shape[-1])
+    heads = _number(config, "num_attention_heads", 1)
+    width = _number(config, "head_dim", hidden // heads)
+    keys = _number(config, "num_key_value_heads", heads)
     return ModelShape(
         parameters=sum(p.numel() for p in own.values()),
         linear=sum(p.numel() for p in layers),
         head=head.numel(),
         adapter_width=sum(sum(p.shape) for p in layers if p.ndim == 2),
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=_intermediate(config),
+        layers=_number(config, "num_hidden_layers", 1),
+        hidden=hidden,
+        intermediate=_intermediate(config, hidden),
         vocabulary=head.shape[0],
         query_width=heads * width,
         key_width=keys * width,
@@ -374,13 +376,32 @@ def shape_of_model(model: Any) -> ModelShape:
     )
 
 
-def _intermediate(config: Any) -> int:
+def bytes_of_weights(model: Any) -> tuple[float, float]:
+    """Bytes of a weight of the linear layers and of any other, without what an adapter adds."""
+    inner = unwrapped(model)
+    own = {id(p): p for n, p in inner.named_parameters() if "lora_" not in n}
+    linear = {id(p): p for p in linear_weights(inner) if id(p) in own}
+    others = [p for key, p in own.items() if key not in linear]
+
+    def mean(weights: Collection[torch.nn.Parameter]) -> float:
+        count = sum(p.numel() for p in weights)
+        return sum(p.numel() * p.element_size() for p in weights) / count if count else 4.0
+
+    return mean(linear.values()), mean(others)
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    """A size of a configuration; the largest where layers differ, `default` where it has none."""
+    value = getattr(config, name, None)
+    sizes = value if isinstance(value, list | tuple) else [value]
+    return max((n for n in sizes if isinstance(n, int) and n > 0), default=default)
+
+
+def _intermediate(config: Any, hidden: int) -> int:
     """Width of the MLP that a token goes through; of its experts in a mixture."""
-    experts = getattr(config, "num_experts_per_tok", None)
-    width = getattr(config, "moe_intermediate_size", None) if experts else None
-    plain = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    plain = plain or 4 * config.hidden_size
-    if experts:
-        shared = getattr(config, "shared_expert_intermediate_size", None) or 0
-        return int(experts * (width or plain) + shared)
-    return int(plain)
+    plain = _number(config, "intermediate_size", _number(config, "n_inner", 4 * hidden))
+    experts = _number(config, "num_experts_per_tok", 0)
+    if not experts:
+        return plain
+    shared = _number(config, "shared_expert_intermediate_size", 0)
+    return experts * _number(config, "moe_intermediate_size", plain) + shared

@@ -336,8 +336,6 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
 
 def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: Layout) -> Policies:
     dtype = autocast_dtype(args)
-    on_cpu = args.device.type == "cpu"
-    copies = args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu)
     policies = Policies(
         model=setup.model,
         reference=setup.reference,
@@ -351,7 +349,7 @@ def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: 
         pad_token_id=setup.tokenizer.pad_token_id,
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,
-        copy_dtype=dtype if copies else None,
+        copy_dtype=dtype if args.samples_from_copy else None,
     )
     policies.settle_sampling(first_prompts(setup, data))
     return policies
