@@ -24,6 +24,7 @@ from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
+from neat_align.modeling.requirements import frozen_if_half
 from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_checks import is_usable
@@ -139,12 +140,14 @@ def build_trainer(
     *,
     eval_rewards: RewardSum | None = None,
     policy: str | None = None,
+    trains: bool = True,
 ) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling.
 
     `eval_rewards` are what evaluation reports as the reward; None: what is trained on. `policy` is
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
+    Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
     """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
@@ -152,8 +155,15 @@ def build_trainer(
     skipped = SkippedRows()
     rows, held_out = load_data(script, config.on_bad_row, skipped)
     name = model_source(script.model_name_or_path)
+    trains = trains and policy is None
+    options = script.load_options
+    if trains and not script.use_peft:
+        options = options.where_all_weights_learn()
     start = load_policy(
-        name, revision=script.model_revision, trust_remote_code=script.trust_remote_code
+        name,
+        options,
+        revision=script.model_revision,
+        trust_remote_code=script.trust_remote_code,
     )
     tokenizer = load_tokenizer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
@@ -163,8 +173,9 @@ def build_trainer(
             config, start, tokenizer, conversational=is_conversational(rows)
         )
         rows, held_out = refilled(rows, held_out, usable)
+    model = start if policy is None else load_policy(policy, options)
     trainer = NEATTrainer(
-        start if policy is None else load_policy(policy),
+        model if trains else frozen_if_half(model),
         script.reward_funcs or None,
         config,
         train_dataset=rows,

@@ -10,6 +10,7 @@ answers at once.
 
     demo.py           a small real model aligned in minutes
     train.py          a run from a recipe and options
+    dry_run.py        what it would do and take of the memory, without weights
     expand.py         the data stage alone
     evaluate.py       held-out evaluation alone
     compare.py        methods x seeds

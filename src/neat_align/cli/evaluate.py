@@ -28,7 +28,7 @@ def evaluate_held_out(script: ScriptArguments, config: NEATConfig) -> None:
     from neat_align.files.atomic import write_json
     from neat_align.pipeline import build_trainer
 
-    trainer = build_trainer(script, config, terminal_callbacks(config))
+    trainer = build_trainer(script, config, terminal_callbacks(config), trains=False)
     with trainer.writing():
         metrics = trainer.evaluate()
     assert trainer.last_evaluation is not None

@@ -55,6 +55,14 @@ class NEATConfig(ObjectiveOptions):
     groups, not completions. `num_train_epochs` is the number of rounds.
     """
 
+    # ---- the model ----
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "How a script's NEATTrainer loads a model that it is given by name: dtype, "
+        "attn_implementation, load_in_4bit, revision, trust_remote_code. Commands have options of "
+        "these names.",
+    )
+
     # ---- rounds and sampling ----
     prompts_per_round: int = option(
         64,
@@ -248,14 +256,18 @@ class NEATConfig(ObjectiveOptions):
     def __post_init__(self) -> None:
         read_numbers(self)
         read_object(self, "chat_template_kwargs")
+        read_object(self, "model_init_kwargs")
         check_not_sharded(self)
         check_kinds(self)
         check_values(self)
         choose_device(self)
+        undecided = self.activation_checkpointing is None and self.gradient_checkpointing is None
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
+        if undecided:  # transformers makes it false; the trainer decides by memory
+            self.activation_checkpointing = self.gradient_checkpointing = None
         follow_the_metric(self)
         check_options(self, (*combinations.RULES, *TRAINER_RULES, *VALUE_RULES))
         check_unsupported(self)
@@ -273,3 +285,24 @@ class NEATConfig(ObjectiveOptions):
     def groups_per_round(self, rows: int) -> int:
         """Groups of a round over data of so many rows: each prompt is in it once at most."""
         return min(self.prompts_per_round, rows)
+
+    @property
+    def samples_from_copy(self) -> bool:
+        """Whether completions are sampled from a copy in the type of autocast, where there is one."""
+        on_cpu = bool(self.device.type == "cpu")
+        return self.generation_copy == "always" or (self.generation_copy == "auto" and on_cpu)
+
+    def needs_start_policy(self, *, evaluates: bool) -> bool:
+        """Whether anything in a run reads the start policy after the first step.
+
+        The objective, token weights and contrast distillation do, drift, negatives that it writes,
+        and an evaluation, which measures KL to it.
+        """
+        return (
+            self.needs_reference
+            or (self.distil_weight > 0 and self.distil_teacher == "start")
+            or self.weighing_pairs > 0
+            or self.drift_prompts > 0
+            or (self.negative_policy == "initial" and self.num_negative > 0)
+            or evaluates
+        )

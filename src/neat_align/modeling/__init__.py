@@ -1,6 +1,7 @@
 """Models: loading them, putting groups through them, and reading log-probabilities off.
 
 loading.py        policy and tokenizer by name or path
+load_options.py   number type, attention and 4 bits of what is loaded
 demo_model.py     the embedded SmolLM2-135M-Instruct: found and converted without a hub
 text_config.py    the language model's own configuration, and its context
 adapters.py       adapter folders, put on their base model

@@ -11,7 +11,7 @@ from neat_align.modeling.kl import Divergence, exact_divergence
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.precision import half_precision_copy
-from neat_align.modeling.reference import Reference
+from neat_align.modeling.reference import Reference, not_kept
 from neat_align.modeling.self_check import showing_adapter
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
 from neat_align.sampling.batch_check import KnownWay
@@ -48,6 +48,11 @@ class Policies:
     known_way: KnownWay = field(default_factory=KnownWay)
     known_start_way: KnownWay = field(default_factory=KnownWay)
 
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the start policy can be opened after the first step."""
+        return self.reference is not not_kept
+
     def settle_sampling(self, prompts: Sequence[TokenIds]) -> None:
         """Measure how both policies sample, with tokens of these prompts, before anything is.
 
@@ -56,6 +61,8 @@ class Policies:
         asked = [tuple(p) for p in prompts]
         with showing_adapter(self.model):
             self._sampler_of(self.model, None, self.known_way).settle(asked)
+        if not self.keeps_start:
+            return
         with self.reference() as model:
             if type(unwrapped(model)) is type(unwrapped(self.model)) and not adds_virtual_tokens(
                 self.model

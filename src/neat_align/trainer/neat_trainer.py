@@ -34,6 +34,7 @@ from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given
+from neat_align.trainer.memory_plan import settle_memory
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
@@ -94,6 +95,7 @@ class NEATTrainer(Trainer):
         told = (reward_funcs, judge_funcs, reward_processing_classes)
         scored_by = set_up_rewards(args, contrast, *told, lambda: self.state, eval_rewards)
         data = scorable_data(data, scored_by, args.on_bad_row)
+        settle_memory(args, setup, data)
         self.rounds = CurrentRoundDataset(args.groups_per_round(len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         with refused("Trainer refuses these settings", "Correct them"):

@@ -187,7 +187,9 @@ class RoundMaker:
 
     def _tools(self, where: str, *, is_start: bool, start_is_current: bool) -> RoundTools:
         policies, keep_reference = self.policies, is_start or self.args.needs_reference
-        start_logprobs = policies.start_logprobs if keep_reference else None
+        # Before the first step the model itself is the start policy, and may be the only one.
+        start = policies.start_logprobs if policies.keeps_start else policies.logprobs
+        start_logprobs = start if keep_reference else None
         # The same function twice: it runs once.
         both_are_one = is_start and start_is_current
         sampler = policies.sampler()
