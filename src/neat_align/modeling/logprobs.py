@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neat_align.modeling.chunked_head import chosen_logprobs, chunk_rows, parts
 from neat_align.modeling.head_inputs import completion_states, head_inputs, head_of, logit_tail
+from neat_align.modeling.lockstep import lockstep
 from neat_align.modeling.packing import (
     Layout,
     PackedRows,
@@ -125,15 +126,18 @@ def score_completions(
     """Per-token log-probabilities of each completion after its prompt, in nats, in order.
 
     Without gradients. `max_tokens` go through the model at once. In the packed layout completions
-    of equal prompts share one.
+    of equal prompts share one. Where ranks hold parts of the model, each of them calls this with
+    its share, which may be empty.
     """
     device = next(model.parameters()).device
     scored: dict[int, tuple[float, ...]] = {}
-    for members, rows in scoring_batches(prompts, completions, layout, pad_token_id, max_tokens):
-        with inference(model, autocast_dtype):
-            logps = completion_logprobs(model, rows.to(device)).tolist()
-        for i, row in zip(members, logps, strict=True):
-            scored[i] = tuple(row[: len(completions[i])])
+    batches = scoring_batches(prompts, completions, layout, pad_token_id, max_tokens)
+    with lockstep(model):
+        for members, rows in batches:
+            with inference(model, autocast_dtype):
+                logps = completion_logprobs(model, rows.to(device)).tolist()
+            for i, row in zip(members, logps, strict=True):
+                scored[i] = tuple(row[: len(completions[i])])
     return [scored[i] for i in range(len(prompts))]
 
 

@@ -22,6 +22,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from neat_align.modeling.head_inputs import completion_logits
+from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.known_padding import KnownPadding, masks_from
 from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
@@ -83,12 +84,14 @@ class TransformersSampler:
     ) -> list[Sample]:
         """One `Sample` a request, in the order of the requests.
 
-        Raises ConfigError for a model that no way of sampling draws from rightly.
+        Where ranks hold parts of the model, each of them calls this with its share, which may be
+        empty. Raises ConfigError for a model that no way of sampling draws from rightly.
         """
-        if not requests:
-            return []
-        way = self.settle([r.prompt_ids for r in requests])
-        return self._sample_in(way, requests, params, progress)
+        with lockstep(self.model):
+            if not requests:
+                return []
+            way = self.settle([r.prompt_ids for r in requests])
+            return self._sample_in(way, requests, params, progress)
 
     def settle(self, prompts: Sequence[tuple[int, ...]]) -> SamplingWay:
         """Which prompts are drawn together: measured once, on tiny rows from tokens of `prompts`.
@@ -117,7 +120,9 @@ class TransformersSampler:
         lengths = groupby(order, key=lambda i: len(requests[i].prompt_ids))
         groups = [order] if way == "together" else [list(group) for _, group in lengths]
         cached = keeps_keys(self.model) and way != "whole"
-        draw_batch = self._whole if way == "whole" else self._generate
+        # `generate` calls the model below an adapter, where no rank could wait for the others.
+        whole = way == "whole" or is_sharded(self.model)
+        draw_batch = self._whole if whole else self._generate
         if cached:
             draw_batch = self._decode if way == "together" else self._decode_one_length
         size = 1 if way == "one_row" else self.batch_size
@@ -181,7 +186,13 @@ class TransformersSampler:
         """
         try:
             return draw_batch(requests, params)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if is_sharded(self.model):
+                error.add_note(
+                    "The batch is not halved where processes share a model's weights, since the "
+                    "others wait in the pass that ran out of memory: lower generation_batch_size"
+                )
+                raise
             if self._keeps_casts:
                 self.batch_limit.keeps_casts = False
             elif len(requests) == 1:
