@@ -12,7 +12,13 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from neat_align.modeling.chunked_head import chosen_logprobs, chunk_rows, parts
-from neat_align.modeling.head_inputs import completion_states, head_inputs, head_of, logit_tail
+from neat_align.modeling.head_inputs import (
+    completion_states,
+    head_inputs,
+    head_of,
+    linear_head,
+    logit_tail,
+)
 from neat_align.modeling.lockstep import lockstep
 from neat_align.modeling.packing import (
     Layout,
@@ -92,8 +98,9 @@ def _packed_logprobs(
     head = head_of(model)
     tail = logit_tail(model)
     chunk = chunk_rows(text_config(unwrapped(model).config).vocab_size, states.device)
-    if type(head) is torch.nn.Linear:
-        flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
+    linear = linear_head(head)
+    if linear is not None:
+        flat = chosen_logprobs(states, linear.weight, linear.bias, ids, tail, chunk)
     else:
         # An adapter on the head, or a quantised one: whatever it computes, in chunks.
         casts = frozen_casts(head, states.device)

@@ -22,8 +22,8 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from neat_align.modeling.head_inputs import completion_logits
-from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference

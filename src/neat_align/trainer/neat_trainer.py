@@ -176,7 +176,7 @@ class NEATTrainer(Trainer):
         return self.parts.engine.accumulate(model, inputs, num_items_in_batch)
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batch: MicroBatch, counts: LossCounts
+        self, model: torch.nn.Module, micro_batch: MicroBatch | None, counts: LossCounts
     ) -> Tensor:
         return super().training_step(model, {"micro_batch": micro_batch}, cast("Any", counts))
 

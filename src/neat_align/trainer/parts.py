@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import TrainerCallback, TrainerState
 
 from neat_align.config import NEATConfig
@@ -251,11 +251,13 @@ def compose(
     steps_per_round: Callable[[], int],
     on_open: Callable[[int], None],
 ) -> TrainerParts:
-    """The parts, once Trainer has made the accelerator; `sharded`: ranks hold parts of weights."""
+    """The parts, once Trainer has made the accelerator; `sharded`: FSDP or DeepSpeed is used."""
     _check_followed(args, data, scored_by)
     ranks = Ranks(accelerator, StopRequest())
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
-    layout = layout_for(args, setup, data, sharded=sharded)
+    deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
+    fsdp = sharded and not deepspeed
+    layout = layout_for(args, setup, data, fsdp=fsdp, deepspeed=deepspeed)
     policies = _policies(args, setup, data, layout)
     return TrainerParts(
         args=args,
