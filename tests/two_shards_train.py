@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from neat_align import NEATTrainer
+from neat_align.config import neat_config
 from neat_align.rounds.round_files import FinishedRound, read_round
 from small_trainer import ROWS, TOKENIZER, config, count_e
 from tiny import tiny_model
@@ -70,8 +71,22 @@ if __name__ == "__main__":
     what = sys.argv[2] if len(sys.argv) > 2 else ""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     changes: dict[str, Any] = {}
-    if what.startswith("distil"):
+    if "distil" in what:
         changes = {"distil_weight": 1.0, "distil_teacher": "current", "num_plain": 2}
+    if "zero" in what:
+        neat_config.check_sharding = lambda c: None  # on a CPU
+        changes["deepspeed"] = {
+            "zero_optimization": {
+                "stage": int(what[what.index("zero") + 4]),
+                "stage3_gather_16bit_weights_on_model_save": True,
+                "stage3_param_persistence_threshold": 0,
+            },
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).double()
     args = config(
         folder,
         prompts_per_round=4,
@@ -87,9 +102,8 @@ if __name__ == "__main__":
         **changes,
     )
     args.device  # sets torch.distributed up
-    if processes > 1:
+    if processes > 1 and 'zero' not in what:
         use_fsdp2()
-    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).double()
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
     gradients = FirstGradients()
     kind = Given if "given" in what else NEATTrainer

@@ -22,11 +22,11 @@ from neat_align.config.constraints import (
     read_object,
 )
 from neat_align.config.objective_options import ObjectiveOptions
+from neat_align.config.sharding import check_sharding
 from neat_align.config.trainer_values import RULES as VALUE_RULES
 from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
     TRAINER_RULES,
-    check_not_sharded,
     check_unsupported,
     choose_device,
 )
@@ -248,10 +248,10 @@ class NEATConfig(ObjectiveOptions):
     def __post_init__(self) -> None:
         read_numbers(self)
         read_object(self, "chat_template_kwargs")
-        check_not_sharded(self)
         check_kinds(self)
         check_values(self)
         choose_device(self)
+        check_sharding(self)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except _TRAINING_ARGUMENTS_RAISE as error:
