@@ -38,7 +38,7 @@ from neat_align.runs.resume_state import (
     read_resume_state,
     write_resume_state,
 )
-from neat_align.runs.run_key import check_same_run, write_key
+from neat_align.runs.run_key import check_same_run, new_split, write_key
 
 
 @dataclass(frozen=True)
@@ -155,16 +155,34 @@ class RunDirectory:
     def _open(self, resume: str | bool | None, key: dict[str, Any]) -> RunStart:
         has_key = (self.path / "run-key.json").is_file()
         self._check_may_open(resume, has_key=has_key)
-        changes = check_same_run(self.path, key, allow_changes=self.args.allow_changes)
+        split = new_split(self.path, key)
+        changes = []
+        if split is None:
+            changes = check_same_run(self.path, key, allow_changes=self.args.allow_changes)
         checkpoint = self._checkpoint(resume)
+        step = step_of(checkpoint)
+        if split is not None and step % self.steps_per_round():
+            changes = [self._split_in_a_round(split, step)]
         kept_bytes = self._metrics_bytes(checkpoint, has_key=has_key)
         cut_to(self.metrics_file, kept_bytes)
         if changes:
-            step = step_of(checkpoint)
-            record_changes(self.path, self.args, step, changes)
             self._set_aside_rounds_after(step)
+        if changes or split is not None:
+            record_changes(self.path, self.args, step, changes or [str(split)])
         write_key(self.path, key)
         return RunStart(checkpoint, bool(changes))
+
+    def _split_in_a_round(self, split: str, step: int) -> str:
+        """The change, where `allow_changes` allows it. Raises ConfigError."""
+        if self.args.allow_changes:
+            return split
+        last = step - step % self.steps_per_round()
+        raise ConfigError(
+            f"{split}, and checkpoint-{step} is in the middle of a round of "
+            f"{self.steps_per_round()} steps: the number of processes may change between rounds. "
+            f"Go on with as many as before, or from the end of the round before "
+            f"(resume_from_checkpoint: {self.checkpoint_folder(last)}, where it was kept)"
+        )
 
     def _check_may_open(self, resume: str | bool | None, *, has_key: bool) -> None:
         started = any((self.path / name).exists() for name in ("rounds", "run.json"))

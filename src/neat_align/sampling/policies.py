@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from neat_align.modeling.kl import Divergence, exact_divergence
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.precision import half_precision_copy
@@ -80,6 +81,20 @@ class Policies:
     ) -> list[float]:
         """The same under the start policy."""
         return [sum(row) for row in self.start_logprobs(prompts, completions)]
+
+    def divergence(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> Divergence:
+        """How far the current policy is from the start policy at each completion's tokens."""
+        return exact_divergence(
+            self.model,
+            self.reference,
+            prompts,
+            completions,
+            layout=self.layout,
+            pad_token_id=self.pad_token_id,
+            autocast_dtype=self.autocast_dtype,
+        )
 
     def _score(
         self,

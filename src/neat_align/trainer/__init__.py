@@ -6,7 +6,8 @@ startup_checks.py  what Trainer would find out only after the first round
 setup.py           data, policy and layout, checked before anything is sampled
 reward_setup.py    rewards and judges, checked before anything is sampled
 parts.py           what the trainer is composed of, and what the parts do together
-round_maker.py     a round from the current policy, made on rank 0 and read by all
+round_maker.py     a round from the current policy
+shared_tools.py    its costly calls, and an evaluation's, shared by all ranks
 round_callback.py  rounds among Trainer's events
 """
 

@@ -284,8 +284,6 @@ class NEATTrainer(Trainer):
             is_start=self.state.global_step == 0,
             may_stop=not self.is_in_train,
         )
-        if self.is_in_train:  # what Trainer decides by it has to be one decision
-            evaluation = self.parts.ranks.from_rank_zero(evaluation)
         self.last_evaluation = evaluation
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in evaluation.summary().items()}
         self.log(dict(metrics))

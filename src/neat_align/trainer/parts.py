@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from transformers import TrainerCallback, TrainerState
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
-from neat_align.evaluation.drift_monitor import DriftMonitor
+from neat_align.evaluation.drift_monitor import DriftMonitor, Facts
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
 from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.learning.step_metrics import sum_dtype
 from neat_align.modeling.packing import Layout
+from neat_align.modeling.requirements import context_of
 from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, check_on_bad_row
@@ -43,6 +45,7 @@ from neat_align.trainer.setup import (
     template_kwargs,
     usable_rows,
 )
+from neat_align.trainer.shared_tools import lead_evaluation
 from neat_align.trainer.startup_checks import check_followed_metric
 
 logger = logging.getLogger(__name__)
@@ -67,16 +70,18 @@ class TrainerParts:
     def drift(self) -> DriftMonitor:
         """Measures drift of the current policy on the training data's prompts."""
         start_file = self.directory.path / "drift-start.json"
-        return DriftMonitor(self.args, self.data.rows, self._drift_tools, start_file)
+        return DriftMonitor(self.args, self.data.rows, self._measured, start_file)
 
-    def _drift_tools(self) -> EvalTools:
-        return replace(self.eval_tools(with_reference=True), rewards=(), judges=())
+    def _measured(self, measure: Callable[[EvalTools], Facts]) -> Facts:
+        def tools() -> EvalTools:
+            return replace(self.eval_tools(with_reference=True), rewards=(), judges=())
+
+        return lead_evaluation(self.ranks, tools, measure, "while drift was measured")
 
     def eval_tools(self, *, with_reference: bool) -> EvalTools:
         """Who samples and judges in an evaluation of the current policy."""
         policies = self.policies
         return EvalTools(
-            model=policies.model,
             tokenizer=self.setup.tokenizer,
             sampler=policies.sampler(),
             rewards=judged_by_start(self.scored_by.evaluated, policies.start_sum_logprobs),
@@ -84,10 +89,9 @@ class TrainerParts:
             bank=self.setup.bank,
             placement=self.args.instruction_placement,
             sampling=sampling_params(self.args),
-            layout=policies.layout,
-            pad_token_id=policies.pad_token_id,
-            autocast_dtype=policies.autocast_dtype,
-            reference=policies.reference if with_reference else None,
+            logprobs=policies.logprobs,
+            context=context_of(policies.model),
+            divergence=policies.divergence if with_reference else None,
             on_bad_row=check_on_bad_row(self.args.on_bad_row),
         )
 
@@ -118,13 +122,21 @@ class TrainerParts:
                     where = "in an evaluation, which is made again"
                     self.ranks.raise_if_this_rank_must_stop(where)
 
-            return evaluate_policy(
-                rows,
-                self.eval_tools(with_reference=not is_start),
-                seed=self.args.seed,
-                samples_per_prompt=self.args.num_eval_generations,
-                contrast=self.args.evaluate_contrast,
-                progress=progress,
+            def evaluate(tools: EvalTools) -> Evaluation:
+                return evaluate_policy(
+                    rows,
+                    tools,
+                    seed=self.args.seed,
+                    samples_per_prompt=self.args.num_eval_generations,
+                    contrast=self.args.evaluate_contrast,
+                    progress=progress,
+                )
+
+            return lead_evaluation(
+                self.ranks,
+                lambda: self.eval_tools(with_reference=not is_start),
+                evaluate,
+                "in an evaluation",
             )
 
     def unmeasured(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -253,7 +265,8 @@ def compose(
 ) -> TrainerParts:
     """The parts, once Trainer has made the accelerator; `sharded`: FSDP or DeepSpeed is used."""
     _check_followed(args, data, scored_by)
-    ranks = Ranks(accelerator, StopRequest())
+    folder = Path(str(args.output_dir))
+    ranks = Ranks(accelerator, StopRequest(), timeout=args.ddp_timeout, folder=folder)
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
     fsdp = sharded and not deepspeed

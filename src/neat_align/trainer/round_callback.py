@@ -185,7 +185,7 @@ class RoundCallback(TrainerCallback):
     def _end_round(self, step: int) -> None:
         parts = self.parts
         self.rounds_ended = step // self.trainer.steps_per_round
-        drift = parts.ranks.from_rank_zero(parts.drift.measure())
+        drift = parts.drift.measure()
         if drift is None:
             return
         self.trainer.log({f"drift/{k}": v for k, v in drift.facts.items()})
