@@ -76,7 +76,8 @@ class TrainerParts:
         def tools() -> EvalTools:
             return replace(self.eval_tools(with_reference=True), rewards=(), judges=())
 
-        return lead_evaluation(self.ranks, tools, measure, "while drift was measured")
+        where, in_step = "while drift was measured", self.policies.in_step
+        return lead_evaluation(self.ranks, tools, measure, where, in_step)
 
     def eval_tools(self, *, with_reference: bool) -> EvalTools:
         """Who samples and judges in an evaluation of the current policy."""
@@ -137,6 +138,7 @@ class TrainerParts:
                 lambda: self.eval_tools(with_reference=not is_start),
                 evaluate,
                 "in an evaluation",
+                self.policies.in_step,
             )
 
     def unmeasured(self, metrics: Mapping[str, float]) -> dict[str, float]:
