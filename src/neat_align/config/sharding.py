@@ -13,9 +13,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from neat_align.errors import ConfigError
+
+# How a run's processes divide it: not at all (each has all of it), FSDP2, or a stage of ZeRO.
+Sharding: TypeAlias = Literal["none", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 
 _ON_CPU = (
     "accelerate would train as plain data parallelism there, with all the weights in every "

@@ -15,11 +15,11 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from neat_align.modeling.chunked_head import LogitTail, chunk_rows, wide_dtype
+from neat_align.modeling.lockstep import class_of
 from neat_align.modeling.outputs import forward
 from neat_align.modeling.packing import PackedRows, PaddedRows, Rows
 from neat_align.modeling.precision import autocast, casting_once
@@ -211,10 +211,8 @@ def linear_head(head: torch.nn.Module) -> torch.nn.Linear | None:
 
     Under FSDP2 its weights are whole from a forward pass of the model to the backward pass.
     """
-    kind = type(head)
-    if isinstance(head, FSDPModule):  # a class that FSDP derives from the layer's own
-        kind = kind.__mro__[kind._orig_cls_mro_index]
-    return head if kind is torch.nn.Linear and isinstance(head, torch.nn.Linear) else None
+    plain = class_of(head) is torch.nn.Linear
+    return head if plain and isinstance(head, torch.nn.Linear) else None
 
 
 def places_of(rows: Rows) -> Int[Tensor, " tokens"]:

@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,12 @@ def is_sharded(model: torch.nn.Module) -> bool:
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return True
     return any("ds_id" in vars(parameter) for parameter in model.parameters())
+
+
+def class_of(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """A module's class, which FSDP2 hides behind one that it derives from it."""
+    kind = type(module)
+    return kind.__mro__[kind._orig_cls_mro_index] if isinstance(module, FSDPModule) else kind
 
 
 @contextlib.contextmanager
@@ -101,10 +107,22 @@ class _Model:
 
     def one_token_pass(self, *, off: bool) -> None:
         """A pass over one token, without a gradient, with the adapter on or off."""
-        model: Any = self.model
-        switched = off and not self.is_off()
-        with model.disable_adapter() if switched else contextlib.nullcontext():
-            one_token_pass(model, grad=False)
+        with self._switched(off=off):
+            one_token_pass(self.model, grad=False)
+
+    @contextlib.contextmanager
+    def _switched(self, *, off: bool) -> Iterator[None]:
+        was_off = self.is_off()
+        if off == was_off:
+            yield
+            return
+        tuner = cast("Any", self.model).base_model
+        switch = (tuner.enable_adapter_layers, tuner.disable_adapter_layers)
+        switch[off]()
+        try:
+            yield
+        finally:
+            switch[was_off]()
 
 
 @dataclass

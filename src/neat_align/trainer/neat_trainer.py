@@ -114,7 +114,6 @@ class NEATTrainer(Trainer):
             scored_by,
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
-            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             steps_per_round=lambda: self.steps_per_round,
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
@@ -259,7 +258,7 @@ class NEATTrainer(Trainer):
             self.state.global_step,
             lambda: super(NEATTrainer, self)._save_checkpoint(model, trial),
             self.round_callback.resume_state,
-            required=required_files(self.args, sharded=self.parts.engine.sharded),
+            required=required_files(self.args, self.parts.sharding),
             best=self.state.best_model_checkpoint,
         )
 
