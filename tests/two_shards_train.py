@@ -102,7 +102,7 @@ if __name__ == "__main__":
         **changes,
     )
     args.device  # sets torch.distributed up
-    if processes > 1 and 'zero' not in what:
+    if processes > 1 and "zero" not in what:
         use_fsdp2()
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
     gradients = FirstGradients()

@@ -20,10 +20,6 @@ from neat_align.errors import ConfigError
 # How a run's processes divide it: not at all (each has all of it), FSDP2, or a stage of ZeRO.
 Sharding: TypeAlias = Literal["none", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 
-_ON_CPU = (
-    "accelerate would train as plain data parallelism there, with all the weights in every "
-    "process. Leave it out on this machine, or run where torch sees an accelerator"
-)
 _OTHER_PARALLELISM = (
     "divides a layer or a row between processes, which NEAT's packed rows and its sampling are not "
     "made for. Use FSDP2 (fsdp: true), DeepSpeed's ZeRO, or plain data parallelism"
@@ -105,7 +101,11 @@ def _check_fsdp(c: Any) -> None:
         return
     what = "fsdp is set" if c.fsdp else _launched("ACCELERATE_USE_FSDP")
     if c.use_cpu:
-        raise ConfigError(f"{what} and the run is on a CPU: {_ON_CPU}")
+        raise ConfigError(
+            f"{what} and the run is on a CPU: accelerate would train as plain data parallelism "
+            "there, with all the weights in every process. Leave it out on this machine, or run "
+            "where torch sees an accelerator"
+        )
     if "LOCAL_RANK" not in os.environ:
         raise ConfigError(
             f"{what} and there is one process, which has nobody to share the weights with: start "
@@ -134,6 +134,7 @@ def _check_fsdp(c: Any) -> None:
             "one would be missing at the end. Set it to FULL_STATE_DICT"
         )
     _check_even(c, what)
+    _check_no_copy(c, what)
 
 
 def _check_fsdp_version(c: Any, settings: Mapping[str, Any]) -> None:
@@ -165,6 +166,14 @@ def _check_even(c: Any, what: str) -> None:
         )
 
 
+def _check_no_copy(c: Any, what: str) -> None:
+    if c.generation_copy == "always":
+        raise ConfigError(
+            f"{what} and generation_copy is always: weights that processes divide are not copied, "
+            "sampling gathers them layer by layer. Set generation_copy to auto or never"
+        )
+
+
 # ---- DeepSpeed -----------------------------------------------------------------------------------
 
 
@@ -177,8 +186,6 @@ def _check_deepspeed(c: Any) -> None:
     if not given or not isinstance(given, str | Mapping):  # `check_kinds` refuses what is neither
         return
     settings = _read_object(given, source)
-    if c.use_cpu:
-        raise ConfigError(f"{source} asks for DeepSpeed and the run is on a CPU: {_ON_CPU}")
     tensor_parallel = settings.get("tensor_parallel")
     if isinstance(tensor_parallel, Mapping) and tensor_parallel.get("autotp_size", 1) != 1:
         raise ConfigError(
@@ -204,6 +211,8 @@ def _check_deepspeed(c: Any) -> None:
             "missing at the end: set it to true in zero_optimization (accelerate launch "
             "--zero3_save_16bit_model true)"
         )
+    if _zero_stage(settings) == "3":
+        _check_no_copy(c, f"{source} asks for DeepSpeed")
     _check_even(c, f"{source} asks for DeepSpeed")
 
 
