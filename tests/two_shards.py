@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 two_shards.py FOLDER. Each rank writes FOLDER/RANK.p
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from neat_align.modeling.kl import exact_divergence
 from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout
-from neat_align.modeling.reference import start_policy
+from neat_align.modeling.reference import _adapter_off, start_policy
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
@@ -35,6 +36,8 @@ SHARES: dict[str, tuple[list[int], list[int]]] = {
     "uneven": ([0, 1, 2, 3], [4]),
     "empty": ([0, 1, 2, 3, 4], []),
 }
+# Name, family, and whether it has an adapter: head apart, head tied to the embeddings, LoRA.
+CASES = (("llama", "llama", False), ("gpt2", "gpt2", False), ("lora", "qwen2", True))
 LAYOUTS: tuple[Layout, ...] = ("packed", "padded")
 
 
@@ -128,12 +131,27 @@ def failing(model: Any, rank: int) -> str:
     return "went on"
 
 
+def turns(model: Any, reference: Any, rank: int) -> tuple[list[Any], list[Any]]:
+    """A completion under the policy and the start policy, in an order that depends on the rank."""
+
+    def of_start() -> list[Any]:
+        with reference() as start:
+            return list(scored(start, [1], "padded")[0])
+
+    def of_policy() -> list[Any]:
+        return list(scored(model, [1], "padded")[0])
+
+    with reference() as start:
+        stepped = lockstep(model, start)
+    first, second = (of_policy, of_start) if rank == 0 else (of_start, of_policy)
+    with stepped:
+        return first(), second()
+
+
 def case(family: str, *, adapter: bool) -> tuple[Any, Any]:
-    """A policy and how to open what it started from."""
+    """How to open a start policy, and the policy, which is another."""
     model = policy(family, adapter=adapter)
     if adapter:
-        from neat_align.modeling.reference import _adapter_off
-
         return _adapter_off(model), model
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -142,20 +160,43 @@ def case(family: str, *, adapter: bool) -> tuple[Any, Any]:
     return start_policy(model, None, other)
 
 
+def sharded_case(family: str, *, adapter: bool) -> tuple[Any, Any]:
+    """The same, with the weights divided."""
+    reference, model = case(family, adapter=adapter)
+    model.eval()
+    shard(model)
+    with reference() as start:
+        if start is not model:
+            shard(start)
+        assert is_sharded(start)
+    return reference, model
+
+
+def leave(folder: Path) -> None:
+    """The second rank is gone while the first scores."""
+    _, model = sharded_case("llama", adapter=False)
+    if dist.get_rank() == 1:
+        with lockstep(model):
+            scored(model, [0], "padded")
+            os._exit(0)
+    try:
+        scored(model, [0, 1, 2, 3], "padded")
+    except NEATError as error:
+        (folder / "gone.txt").write_text(str(error))
+    os._exit(0)
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, folder = dist.get_rank(), Path(sys.argv[1])
     torch.set_num_threads(1)
+    if "gone" in sys.argv:
+        leave(folder)
     out: dict[str, Any] = {}
-    for family, adapter in (("llama", False), ("gpt2", False), ("qwen2", True)):
-        reference, model = case(family, adapter=adapter)
-        model.eval()
-        shard(model)
-        with reference() as start:
-            if start is not model:
-                shard(start)
-        assert is_sharded(model)
-        out[family] = leaves(model, reference, lambda name: SHARES[name][rank])
-        out[f"{family} error"] = failing(model, rank)
-    torch.save(out, Path(sys.argv[1]) / f"{rank}.pt")
+    for name, family, adapter in CASES:
+        reference, model = sharded_case(family, adapter=adapter)
+        out[name] = leaves(model, reference, lambda shares: SHARES[shares][rank])
+        out[f"{name} error"] = failing(model, rank)
+        out[f"{name} turns"] = turns(model, reference, rank)
+    torch.save(out, folder / f"{rank}.pt")
     dist.barrier()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from transformers import TrainerCallback
 
 from neat_align import NEATTrainer
 from neat_align.config import neat_config
-from neat_align.rounds.round_files import FinishedRound, read_round
+from neat_align.errors import NEATError, RunInterrupted
+from neat_align.modeling.lockstep import is_sharded
 from small_trainer import ROWS, TOKENIZER, config, count_e
 from tiny import tiny_model
 
@@ -35,7 +37,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 class FirstGradients(TrainerCallback):
     """Every gradient of the first step, before it is clipped or used."""
 
-    found: dict[str, torch.Tensor] = {}
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
 
     def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         if not self.found:
@@ -57,13 +60,27 @@ def use_fsdp2() -> None:
     )
 
 
-class Given(NEATTrainer):
-    """Learns from rounds that one process made."""
+class OnSecondProcess(TrainerCallback):
+    """Before the second step, on the second process alone: a broken weight, or SIGTERM."""
 
-    def make_round(self, index: int) -> FinishedRound:
-        made = read_round(Path(os.environ["ROUNDS"]) / f"{index:05d}")
-        assert made is not None
-        return made
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if RANK != 1 or state.global_step != 1:
+            return
+        if "nan" in self.what:
+            head = t.policy.get_output_embeddings().weight
+            (head.to_local() if isinstance(head, DTensor) else head).data[0, 0] = float("nan")
+        elif "cut" in self.what:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def failing(*args: Any, **columns: Any) -> list[float]:
+    """A reward that fails on the second process."""
+    if RANK == 1:
+        raise ValueError("no score here")
+    return count_e(*args, **columns)
 
 
 if __name__ == "__main__":
@@ -86,11 +103,10 @@ if __name__ == "__main__":
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).double()
     args = config(
         folder,
         prompts_per_round=4,
-        num_train_epochs=2,
+        num_train_epochs=3,
         per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=1,
         max_tokens_per_micro_batch=150,
@@ -101,29 +117,38 @@ if __name__ == "__main__":
         ddp_backend="gloo" if processes > 1 else None,
         **changes,
     )
-    args.device  # sets torch.distributed up
     if processes > 1 and "zero" not in what:
         use_fsdp2()
+    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).double()
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
     gradients = FirstGradients()
-    kind = Given if "given" in what else NEATTrainer
-    t = kind(
+    t = NEATTrainer(
         model,
-        count_e,
+        failing if "fail" in what else count_e,
         args,
         ROWS,
         ROWS[:3],
         processing_class=TOKENIZER,
-        callbacks=[gradients],
+        callbacks=[gradients, OnSecondProcess(what)],
         peft_config=lora if "lora" in what else None,
     )
-    output = t.train(resume_from_checkpoint=True if "resume" in what else None)
-    torch.save(gradients.found, folder / f"gradients-{RANK}.pt")
-    weights = {n: whole(p) for n, p in t.policy.named_parameters()}
-    torch.save(weights, folder / f"weights-{RANK}.pt")
-    (folder / f"facts-{RANK}.json").write_text(
-        json.dumps({"layout": t.parts.engine.layout, "loss": output.training_loss})
-    )
+    try:
+        output = t.train(resume_from_checkpoint=True if "resume" in what else None)
+    except (NEATError, RunInterrupted) as error:
+        (folder / f"stopped-{RANK}.txt").write_text(f"{type(error).__name__}: {error}")
+    else:
+        torch.save(gradients.found, folder / f"gradients-{RANK}.pt")
+        weights = {n: whole(p) for n, p in t.policy.named_parameters()}
+        torch.save(weights, folder / f"weights-{RANK}.pt")
+        with t.parts.setup.reference() as start:
+            facts = {
+                "layout": t.parts.engine.layout,
+                "sharding": t.parts.sharding,
+                "is_sharded": is_sharded(t.policy),
+                "reference_is_sharded": is_sharded(start),
+                "loss": output.training_loss,
+            }
+        (folder / f"facts-{RANK}.json").write_text(json.dumps(facts))
     if dist.is_initialized():
         dist.barrier()
         sys.stdout.flush()

@@ -119,7 +119,9 @@ def test_fsdp_on_this_machine_is_refused_before_anything_is_set_up() -> None:
 
 def test_one_process_has_nobody_to_share_weights_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ConfigError, match="fsdp is set and there is one process.*torchrun --nproc"):
+    with pytest.raises(
+        ConfigError, match=r"fsdp is set and there is one process.*torchrun --nproc"
+    ):
         check_sharding(asked(fsdp=True))
 
 

@@ -22,7 +22,7 @@ from neat_align.config.constraints import (
     read_object,
 )
 from neat_align.config.objective_options import ObjectiveOptions
-from neat_align.config.sharding import check_sharding
+from neat_align.config.sharding import check_sharding, load_whole
 from neat_align.config.trainer_values import RULES as VALUE_RULES
 from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
@@ -256,6 +256,7 @@ class NEATConfig(ObjectiveOptions):
             super().__post_init__()  # type: ignore[no-untyped-call]
         except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
+        load_whole(self)
         follow_the_metric(self)
         check_options(self, (*combinations.RULES, *TRAINER_RULES, *VALUE_RULES))
         check_unsupported(self)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
 from neat_align.errors import ConfigError
 
 # How a run's processes divide it: not at all (each has all of it), FSDP2, or a stage of ZeRO.
@@ -46,6 +48,17 @@ def check_sharding(c: Any) -> None:
             raise ConfigError(f"{_launched(variable)}: {name} {_OTHER_PARALLELISM}")
     _check_fsdp(c)
     _check_deepspeed(c)
+
+
+def load_whole(c: Any) -> None:
+    """Let models be loaded whole by every process, also where ZeRO-3 will divide the policy.
+
+    transformers would divide every model that is loaded from now on, rewards' too, and one that is
+    divided before its engine is there cannot be called: the checks before training call it. Has to
+    come after `TrainingArguments.__post_init__`.
+    """
+    if c.deepspeed_plugin is not None:
+        unset_hf_deepspeed_config()
 
 
 def _is_true(variable: str) -> bool:
