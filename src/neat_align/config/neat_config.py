@@ -22,11 +22,11 @@ from neat_align.config.constraints import (
     read_object,
 )
 from neat_align.config.objective_options import ObjectiveOptions
+from neat_align.config.sharding import check_sharding, load_whole
 from neat_align.config.trainer_values import RULES as VALUE_RULES
 from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
     TRAINER_RULES,
-    check_not_sharded,
     check_unsupported,
     choose_device,
 )
@@ -257,15 +257,16 @@ class NEATConfig(ObjectiveOptions):
         read_numbers(self)
         read_object(self, "chat_template_kwargs")
         read_object(self, "model_init_kwargs")
-        check_not_sharded(self)
         check_kinds(self)
         check_values(self)
         choose_device(self)
+        check_sharding(self)
         undecided = self.activation_checkpointing is None and self.gradient_checkpointing is None
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
+        load_whole(self)
         if undecided:  # transformers makes it false; the trainer decides by memory
             self.activation_checkpointing = self.gradient_checkpointing = None
         follow_the_metric(self)

@@ -322,7 +322,10 @@ def _scoring(shape: ModelShape, run: RunShape, width: int) -> float:
     rows = tokens / run.group_tokens * run.completions
     seen = run.prompt_tokens + run.completion_tokens
     turned = 8 * shape.query_width / shape.heads  # the rotary embedding's two tables
-    queries, keys = shape.query_width * (12 + (2 * c if c < 4 else 4)), shape.key_width * (8 + 2 * c)
+    queries, keys = (
+        shape.query_width * (12 + (2 * c if c < 4 else 4)),
+        shape.key_width * (8 + 2 * c),
+    )
     attention = tokens * (12 * shape.hidden + queries + keys + turned)
     if run.packed:
         sharing = shape.query_width // shape.key_width

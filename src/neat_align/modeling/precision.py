@@ -13,6 +13,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from neat_align.errors import one_line
+from neat_align.modeling.lockstep import is_sharded
 from neat_align.modeling.merging import (
     CannotMergeError,
     adapter_logprobs,
@@ -65,8 +66,12 @@ def casting_once(module: torch.nn.Module) -> Iterator[None]:
 
     Only inside of `inference`. autocast keeps the cast of a weight that requires a gradient, and
     where no gradients are recorded nothing else reads that flag; so the numbers are the same. The
-    casts take half the weights' memory until autocast is closed.
+    casts take half the weights' memory until autocast is closed. Weights that ranks hold parts of
+    are left alone: they are gathered anew in every pass, and kept casts would be all of them.
     """
+    if is_sharded(module):
+        yield
+        return
     frozen = [p for p in module.parameters() if p.dtype is torch.float32 and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

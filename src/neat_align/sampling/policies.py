@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from neat_align.modeling.kl import Divergence, exact_divergence
+from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.precision import half_precision_copy
@@ -70,6 +72,17 @@ class Policies:
                 self.known_start_way.way = self.known_way.way
             self._sampler_of(model, None, self.known_start_way).settle(asked)
 
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """While open, ranks that share the weights of the policies make the same passes.
+
+        See `lockstep`; every rank opens it, and does its share of the work in it.
+        """
+        with self.reference() as start:
+            stepped = lockstep(self.model, start)
+        with stepped:
+            yield
+
     def logprobs(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
     ) -> list[tuple[float, ...]]:
@@ -125,8 +138,11 @@ class Policies:
         )
 
     def sampler(self) -> Sampler:
-        """Draws from the current policy as it is now: a copy does not follow later steps."""
-        if self.copy_dtype is not None:
+        """Draws from the current policy as it is now: a copy does not follow later steps.
+
+        Weights that ranks share are not copied.
+        """
+        if self.copy_dtype is not None and not is_sharded(self.model):
             copied = half_precision_copy(self.model, self.copy_dtype)
             if copied is not None:
                 return self._sampler_of(copied, None, self.known_way)
@@ -138,7 +154,7 @@ class Policies:
         A copy of it is made once, here; where there is none, the start policy is opened only while
         it draws, since an adapter must be on for everything else.
         """
-        if self.copy_dtype is not None:
+        if self.copy_dtype is not None and not is_sharded(self.model):
             with self.reference() as model:
                 copied = half_precision_copy(model, self.copy_dtype)
             if copied is not None:

@@ -9,6 +9,7 @@ reward_setup.py    rewards and judges, checked before anything is sampled
 parts.py           what the trainer is composed of, and what the parts do together
 round_maker.py     a round from the current policy
 shared_tools.py    its costly calls, and an evaluation's, shared by all ranks
+shared_reference.py  a start policy of its own, divided between processes
 round_callback.py  rounds among Trainer's events
 """
 

@@ -116,7 +116,6 @@ class NEATTrainer(Trainer):
             scored_by,
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
-            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             steps_per_round=lambda: self.steps_per_round,
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
@@ -178,7 +177,7 @@ class NEATTrainer(Trainer):
         return self.parts.engine.accumulate(model, inputs, num_items_in_batch)
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batch: MicroBatch, counts: LossCounts
+        self, model: torch.nn.Module, micro_batch: MicroBatch | None, counts: LossCounts
     ) -> Tensor:
         return super().training_step(model, {"micro_batch": micro_batch}, cast("Any", counts))
 
@@ -261,7 +260,7 @@ class NEATTrainer(Trainer):
             self.state.global_step,
             lambda: super(NEATTrainer, self)._save_checkpoint(model, trial),
             self.round_callback.resume_state,
-            required=required_files(self.args, sharded=self.parts.engine.sharded),
+            required=required_files(self.args, self.parts.sharding),
             best=self.state.best_model_checkpoint,
         )
 

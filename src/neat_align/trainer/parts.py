@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import TrainerCallback, TrainerState
 
 from neat_align.config import NEATConfig
+from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError
 from neat_align.evaluation.drift_monitor import DriftMonitor, Facts
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
@@ -22,6 +23,7 @@ from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.learning.step_metrics import sum_dtype
 from neat_align.modeling.load_options import held_as
+from neat_align.modeling.lockstep import class_of
 from neat_align.modeling.packing import Layout
 from neat_align.modeling.requirements import check_learns, context_of
 from neat_align.prompts.rendering import eos_token_ids
@@ -65,6 +67,7 @@ class TrainerParts:
     directory: RunDirectory
     policies: Policies
     engine: StepEngine
+    sharding: Sharding
     round_maker: RoundMaker
     alarms: Alarms
 
@@ -78,7 +81,8 @@ class TrainerParts:
         def tools() -> EvalTools:
             return replace(self.eval_tools(with_reference=True), rewards=(), judges=())
 
-        return lead_evaluation(self.ranks, tools, measure, "while drift was measured")
+        where, in_step = "while drift was measured", self.policies.in_step
+        return lead_evaluation(self.ranks, tools, measure, where, in_step)
 
     def eval_tools(self, *, with_reference: bool) -> EvalTools:
         """Who samples and judges in an evaluation of the current policy."""
@@ -144,6 +148,7 @@ class TrainerParts:
                 lambda: self.eval_tools(with_reference=not is_start),
                 evaluate,
                 "in an evaluation",
+                self.policies.in_step,
             )
 
     def _check_without_start(self) -> None:
@@ -252,7 +257,7 @@ class TrainerParts:
         return run_key(
             self.args,
             {
-                "model": type(setup.model).__name__,
+                "model": class_of(setup.model).__name__,
                 "start weights": setup.start_fingerprint,
                 **held_as(setup.model),
                 "tokenizer": text_fingerprint(template),
@@ -280,16 +285,16 @@ def compose(
     *,
     accelerator: Accelerator,
     forward_backward: ForwardBackward,
-    sharded: bool,
     steps_per_round: Callable[[], int],
     on_open: Callable[[int], None],
 ) -> TrainerParts:
-    """The parts, once Trainer has made the accelerator; `sharded`: ranks hold parts of weights."""
+    """The parts, once Trainer has made the accelerator."""
     _check_followed(args, data, scored_by)
     folder = Path(str(args.output_dir))
     ranks = Ranks(accelerator, StopRequest(), timeout=args.ddp_timeout, folder=folder)
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
-    layout = layout_for(args, setup, data, sharded=sharded)
+    sharding = sharding_of(accelerator)
+    layout = layout_for(args, setup, data, sharding)
     policies = _policies(args, setup, data, layout)
     return TrainerParts(
         args=args,
@@ -306,8 +311,9 @@ def compose(
             layout=layout,
             pad_token_id=policies.pad_token_id,
             reference=setup.reference,
-            sharded=sharded,
+            sharded=sharding != "none",
         ),
+        sharding=sharding,
         round_maker=RoundMaker(
             args,
             data.rows,
@@ -321,6 +327,13 @@ def compose(
         ),
         alarms=Alarms(args.alarm_logp_drop, args.alarm_ratio),
     )
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding:
+    """How accelerate divides the run between processes."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return cast("Sharding", f"zero{accelerator.state.deepspeed_plugin.zero_stage}")
+    return "fsdp2" if accelerator.is_fsdp2 else "none"
 
 
 def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) -> None:

@@ -159,7 +159,7 @@ class RoundMaker:
             def tools() -> RoundTools:
                 return self._tools(where, is_start=is_start, start_is_current=start_is_current)
 
-            lead_round(self.ranks, tools, work, where)
+            lead_round(self.ranks, tools, work, where, self.policies.in_step)
         # Rank 0 has made it, or read and checked it; each of the others does that for itself.
         made = read_round(folder) if made is None else made
         assert made is not None
