@@ -5,7 +5,10 @@ WHAT may be nan or signal (after the second step, on the second process), and re
 second process has fewer groups in a round's last step, and none of some origins; a log line stands
 for four steps, and the last two steps have none. uneven-cut and uneven-resume: the same, stopped
 between two log lines, and gone on with. distil: contrast distillation from the current policy,
-beside the ranking loss.
+beside the ranking loss. round-cut and round-resume: stopped at the end of the first round, and gone
+on with, which may be in another number of processes. whole: as without WHAT, with AdamW, as signal
+and resume have it; all else takes plain gradient steps, which leave a difference of rounding what
+it is (Adam's first steps are signs).
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ class OnSecondProcess(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
+        if self.what == "round-cut" and RANK == 0 and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         if RANK != 1 or state.global_step != 2:
             return
         if self.what == "nan":
@@ -69,6 +74,7 @@ if __name__ == "__main__":
         "distil_teacher": "current",
     }
     settings = uneven if what.startswith("uneven") else even
+    adam = what in ("whole", "signal", "resume", "nan")
     t = trainer(
         folder,
         **(distilling if what == "distil" else settings),
@@ -76,7 +82,8 @@ if __name__ == "__main__":
         gradient_accumulation_steps=accumulation,
         # groups are of unequal size: the processes cut into unequal numbers of micro-batches
         max_tokens_per_micro_batch=150,
-        learning_rate=1e-3,
+        optim="adamw_torch" if adam else "sgd",
+        learning_rate=1e-3 if adam else 0.05,
         kl_weight=0.1,
         ddp_backend="gloo" if "RANK" in os.environ else None,
         callbacks=[OnSecondProcess(what)],

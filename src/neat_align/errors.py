@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 class NEATError(ValueError):
@@ -47,13 +46,7 @@ class SamplerError(NEATError):
 class SamplerUnavailableError(SamplerError):
     """A sampler's server that stayed down through all retries: the run stops, and goes on from what
     it has when started again.
-
-    `finished` are the samples that it gave before, by the place of their request.
     """
-
-    def __init__(self, message: str, finished: Mapping[int, Any] | None = None) -> None:
-        super().__init__(message)
-        self.finished: Mapping[int, Any] = {} if finished is None else finished
 
 
 class CollapseError(NEATError):
@@ -67,6 +60,10 @@ class SaveError(NEATError):
     """A checkpoint that could not be written whole (a full disk, a missing file); nothing of it is
     left.
     """
+
+
+class OtherProcessError(NEATError):
+    """Another process of the run failed, and said why: this one only has to end, too."""
 
 
 class RunInterrupted(SystemExit):

@@ -21,11 +21,13 @@ from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_polic
 from neat_align.evaluation.statistics import mean_of
 from neat_align.files.atomic import read_json, write_json
 from neat_align.modeling.kl import exact_divergence
+from neat_align.modeling.requirements import context_of
 from neat_align.prompts.instruction_banks import InstructionBank, InstructionPair
 from neat_align.prompts.loading import rows_from_dataset
 from neat_align.prompts.rendering import prompt_ids
 from neat_align.prompts.rows import PromptRow
 from neat_align.rewards.protocol import NamedReward, Unscorable
+from neat_align.sampling.policies import Policies
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from tiny import tiny_model, tiny_tokenizer
@@ -62,19 +64,22 @@ def letters(completions: Sequence[Any], **_: Any) -> list[float]:
     return [float(len(c if isinstance(c, str) else c[0]["content"])) for c in completions]
 
 
-def tools(policy: PreTrainedModel, **changes: Any) -> EvalTools:
+def tools(
+    policy: PreTrainedModel, *, reference: Any = None, layout: Any = "packed", **changes: Any
+) -> EvalTools:
+    sampler = TransformersSampler(policy, eos_token_ids=(EOS,), pad_token_id=PAD, batch_size=5)
+    policies = Policies(policy, reference, layout, (EOS,), PAD, 5, None, None)
     base = EvalTools(
-        model=policy,
         tokenizer=TOKENIZER,
-        sampler=TransformersSampler(policy, eos_token_ids=(EOS,), pad_token_id=PAD, batch_size=5),
+        sampler=sampler,
         rewards=(NamedReward("length", length, 2.0),),
         judges=(),
         bank=BANK,
         placement="user_suffix",
         sampling=SamplingParams(max_new_tokens=6),
-        layout="packed",
-        pad_token_id=PAD,
-        autocast_dtype=None,
+        logprobs=policies.logprobs,
+        context=context_of(policy),
+        divergence=None if reference is None else policies.divergence,
     )
     return replace(base, **changes)
 

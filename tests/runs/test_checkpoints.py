@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neat_align.errors import ConfigError
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import checksums_of, read_json, sha256_of, write_json
 from neat_align.runs.checkpoints import MARKER, checkpoint_to_resume, is_complete, mark_complete
-from small_trainer import ROWS, trainer
+from small_trainer import ROWS, StopAt, trainer
 
 
 def checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
@@ -169,3 +171,23 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_three(
     t.train()
     assert sorted(int(p.name[11:]) for p in tmp_path.glob("checkpoint-*")) == [2, 4, 5, 6]
     assert t.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+def test_the_number_of_processes_does_not_change_within_a_round(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "prompts_per_round": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callbacks=[StopAt(3)], **settings).train()
+    key = read_json(tmp_path / "run-key.json")
+    key["processes"], key["options"]["per_device_train_batch_size"] = 2, 1
+    write_json(tmp_path / "run-key.json", key)
+    with pytest.raises(ConfigError) as error:
+        trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+    assert "checkpoint-2 is in the middle of a round of 4 steps" in str(error.value)
+    trainer(tmp_path, **settings, allow_changes=True).train(resume_from_checkpoint=True)
+    assert read_json(tmp_path / "run.json")["changes"][0]["from_step"] == 2

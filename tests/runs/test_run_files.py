@@ -35,7 +35,7 @@ from neat_align.runs.checkpoints import (
 )
 from neat_align.runs.lock import HELD_FILE, LOCK_FILE, one_writer
 from neat_align.runs.resume_state import ResumeState, read_resume_state, write_resume_state
-from neat_align.runs.run_key import check_same_run, key_changes, run_key, write_key
+from neat_align.runs.run_key import check_same_run, key_changes, new_split, run_key, write_key
 from neat_align.runs.signals import StopRequest, interrupted, listening
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
@@ -422,6 +422,25 @@ def test_changes_are_said_one_a_line_and_can_be_allowed(tmp_path: Path) -> None:
     write_key(tmp_path, now)
     assert check_same_run(tmp_path, now, allow_changes=False) == []
     assert key_changes({}, now) == []
+
+
+def test_a_step_in_other_shares_is_the_same_step(tmp_path: Path) -> None:
+    def key(processes: int, size: int, passes: int, **options: Any) -> dict[str, Any]:
+        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes}
+        return {"processes": processes, "model": "A", "options": {**split, "seed": 1, **options}}
+
+    assert new_split(tmp_path, key(2, 2, 2)) is None  # a new run
+    write_key(tmp_path, key(1, 2, 4))
+    said = new_split(tmp_path, key(4, 1, 2))
+    assert said == (
+        "a step's groups were split as 1 processes x 2 x 4 passes and are as 4 processes x 1 x 2 "
+        "passes"
+    )
+    # What is no other split of the same, or more than that, is compared as any change is.
+    for other in (key(1, 4, 2), key(2, 2, 4), key(2, 2, 2, seed=2), {**key(2, 2, 2), "model": "B"}):
+        assert new_split(tmp_path, other) is None
+        with pytest.raises(ConfigError, match="other settings"):
+            check_same_run(tmp_path, other, allow_changes=False)
 
 
 def test_an_option_that_came_later_counts_as_its_default(tmp_path: Path) -> None:

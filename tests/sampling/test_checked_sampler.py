@@ -121,17 +121,27 @@ def test_one_bad_sample_hides_behind_no_good_one() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_what_was_finished_before_a_server_died_is_checked_too(shift: float) -> None:
+def test_what_is_handed_over_is_checked_first(shift: float) -> None:
     given = TransformersSampler(MODEL, EOS, 0).sample(ASKED, PARAMS)
 
-    class Dies:
-        def sample(self, *_: Any, **__: Any) -> list[Sample]:
-            moved = [replace(s, logprob=s.logprob - shift * len(s.token_ids)) for s in given]
-            raise SamplerUnavailableError("gone", {1: moved[1], 4: moved[4]})
+    kept = dict[int, Sample]()
 
+    class Dies:
+        hands_over = True
+
+        def sample(self, *_: Any, finished: Any, **__: Any) -> list[Sample]:
+            moved = [replace(s, logprob=s.logprob - shift * len(s.token_ids)) for s in given]
+            finished([1, 4], [given[1], given[4]])
+            finished([2], [moved[2]])
+            raise SamplerUnavailableError("gone")
+
+    sampler = CheckedSampler(Dies(), POLICY, 0.1)
+    assert sampler.hands_over
     kind = SamplerError if shift else SamplerUnavailableError
-    with pytest.raises(kind, match="apart" if shift else "gone") as caught:
-        CheckedSampler(Dies(), POLICY, 0.1).sample(ASKED, PARAMS)
-    if not shift:
-        assert isinstance(caught.value, SamplerUnavailableError)
-        assert dict(caught.value.finished) == {1: given[1], 4: given[4]}
+    with pytest.raises(kind, match="apart" if shift else "gone"):
+        sampler.sample(ASKED, PARAMS, finished=lambda p, s: kept.update(zip(p, s, strict=True)))
+    assert kept == {i: given[i] for i in ((1, 4) if shift else (1, 4, 2))}
+
+
+def test_a_plain_sampler_hands_nothing_over() -> None:
+    assert not CheckedSampler(each(lambda s: s), POLICY, 1.0).hands_over

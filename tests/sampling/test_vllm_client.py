@@ -25,7 +25,7 @@ from neat_align.errors import (
 )
 from neat_align.network.client import RetryPolicy
 from neat_align.sampling.policy_now import PolicyNow, weights_version
-from neat_align.sampling.protocol import SampleRequest, SamplingParams
+from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
 from neat_align.sampling.vllm_client import VllmClient
 from neat_align.sampling.vllm_sampler import VllmEngine, VllmSampler
 from neat_align.sampling.vllm_weights import VllmWeights
@@ -183,17 +183,20 @@ def test_what_may_pass_is_tried_again() -> None:
     assert set(seen.values()) == {4}
 
 
-def test_what_was_finished_comes_with_the_error() -> None:
+def test_what_has_ended_is_handed_over_before_the_error() -> None:
     def dies(asked: Asked) -> Any:
         return None if asked.body["seed"] > 5 else ...
 
     with StandIn(servable_model(), before=dies) as server:
-        with pytest.raises(SamplerUnavailableError, match="5 of 8 completions") as caught:
-            sampler(server, 1).sample(ASKED, SamplingParams(3))
+        kept = dict[int, Sample]()
+        with pytest.raises(SamplerUnavailableError, match="5 of the 8 completions"):
+            sampler(server, 1).sample(
+                ASKED,
+                SamplingParams(3),
+                finished=lambda p, s: kept.update(zip(p, s, strict=True)),
+            )
         server.before = lambda _: ...
-        assert dict(caught.value.finished) == dict(
-            enumerate(sampler(server).sample(ASKED[:5], SamplingParams(3)))
-        )
+        assert kept == dict(enumerate(sampler(server).sample(ASKED[:5], SamplingParams(3))))
 
 
 def test_a_completion_that_takes_too_long_is_an_error() -> None:

@@ -57,8 +57,10 @@ def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, f
             f"data_passes is {config.data_passes:g} and expand makes one round: leave it out, and "
             "set prompts_per_round (a number of all rows or more takes every prompt)"
         )
-    trainer = build_trainer(replace(script, holdout=0), config, terminal_callbacks(config))
-    if (trainer.parts.directory.round_folder(0) / "manifest.json").is_file() and not script.resume:
+    callbacks = terminal_callbacks(config)
+    trainer = build_trainer(replace(script, holdout=0), config, callbacks, trains=False)
+    goes_on = script.resume or script.auto_resume
+    if (trainer.parts.directory.round_folder(0) / "manifest.json").is_file() and not goes_on:
         raise ConfigError(
             f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
             "--output, or pass --resume true to write the same groups out again"

@@ -57,11 +57,24 @@ CutOption = Annotated[
         "0.05 by default, 0 moves all."
     ),
 ]
+DtypeOption = Annotated[
+    str, typer.Option(help="Type of the model's weights: float32, bfloat16, float16 or auto.")
+]
+AttentionOption = Annotated[
+    str | None, typer.Option(help="Attention of the model: eager, sdpa, flash_attention_2, …")
+]
+BitsOption = Annotated[
+    bool,
+    typer.Option("--load_in_4bit", help="Hold the weights in 4 bits (bitsandbytes and CUDA)."),
+]
 
 
 def probe(
     bank: BankOption,
     model: Annotated[str, typer.Option(help="A hub name, a folder, or demo.")],
+    dtype: DtypeOption = "float32",
+    attn_implementation: AttentionOption = None,
+    load_in_4bit: BitsOption = False,
     dataset_name: DataOption = "demo",
     as_conversations: ConversationsOption = False,
     reward: RewardOption = "vader",
@@ -90,6 +103,9 @@ def probe(
     settings = ProbeSettings(
         bank=bank,
         model=model,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        load_in_4bit=load_in_4bit,
         dataset_name=dataset_name,
         as_conversations=as_conversations,
         reward=reward,

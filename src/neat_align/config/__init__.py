@@ -7,6 +7,7 @@
     trainer_values.py    what transformers' own options may be set to, and which packages they need
     constraints.py       `option(default, help, ge=…, choices=…, only_with=…)`, and what checks it
     combinations.py      which option is read only with which, and rules on several options
+    sharding.py          weights divided between processes: what is let through and what not
     unsupported.py       what TrainingArguments offers and NEAT refuses; what a device cannot do
 
 Importing it costs what `transformers.TrainingArguments` costs (seconds: it brings torch).

@@ -207,12 +207,6 @@ RULES = (
         "(vllm_server: http://127.0.0.1:8000)",
     ),
     Rule(
-        lambda c: (c.vllm_concurrency or 0) > c.generation_batch_size,
-        "vllm_concurrency is {c.vllm_concurrency} and generation_batch_size is "
-        "{c.generation_batch_size}: no more than a batch is asked for at once; raise "
-        "generation_batch_size, or lower vllm_concurrency",
-    ),
-    Rule(
         lambda c: c.num_generations == 0,
         "num_positive, num_negative and num_plain are all 0: nothing would be sampled; set at "
         "least one",

@@ -28,10 +28,9 @@ class SamplerOptions:
         "allow_http_hosts). Its --api-key is read from NEAT_ALIGN_VLLM_TOKEN.",
         only_with=combinations.VLLM,
     )
-    vllm_concurrency: int | None = option(
-        None,
-        "Completions that the vLLM server is asked for at the same time; None: all that are "
-        "sampled at once (generation_batch_size).",
+    vllm_concurrency: int = option(
+        256,
+        "Completions that the vLLM server is asked for at the same time.",
         ge=1,
         only_with=combinations.VLLM,
     )

@@ -28,12 +28,13 @@ class DriftMeasurement:
 class DriftMonitor:
     """Measures entropy, variety, length and KL on plain samples of a fixed set of prompts.
 
-    `tools` gives who samples and scores now; `start_file` keeps the start's numbers.
+    `with_tools` calls a function with who samples and scores now, and gives its result: on every
+    process of a run, the one result. `start_file` keeps the start's numbers.
     """
 
     args: NEATConfig
     rows: Sequence[PromptRow]
-    tools: Callable[[], EvalTools]
+    with_tools: Callable[[Callable[[EvalTools], Facts]], Facts]
     start_file: Path
 
     def measure_start(self, *, write: bool) -> Facts | None:
@@ -59,5 +60,5 @@ class DriftMonitor:
         return DriftMeasurement(facts, start, stop_because)
 
     def _measure(self) -> Facts:
-        prompts = self.args.drift_prompts
-        return measure_drift(self.rows, self.tools(), seed=self.args.seed, prompts=prompts)
+        seed, prompts = self.args.seed, self.args.drift_prompts
+        return self.with_tools(lambda t: measure_drift(self.rows, t, seed=seed, prompts=prompts))

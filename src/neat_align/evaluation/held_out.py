@@ -6,16 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
-from typing import Any
-
-import torch
+from typing import Any, TypeAlias
 
 from neat_align.evaluation.statistics import mean_of
-from neat_align.modeling.kl import Divergence, exact_divergence
-from neat_align.modeling.logprobs import score_completions
-from neat_align.modeling.packing import Layout
-from neat_align.modeling.reference import Reference
-from neat_align.modeling.requirements import context_of
+from neat_align.modeling.kl import Divergence
 from neat_align.prompts.copies import deep_copy
 from neat_align.prompts.instruction_banks import CONTRASTED, InstructionBank, Polarity
 from neat_align.prompts.row_prompts import instructed_ids, row_prompt_ids
@@ -23,13 +17,17 @@ from neat_align.prompts.rows import Prompt, PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward, ScoredRows
-from neat_align.rewards.scoring import score_answers
+from neat_align.rewards.scoring import ScoreFunction, score_answers
 from neat_align.rounds.human_answers import answer_ids
-from neat_align.rounds.params import progress_counter
+from neat_align.rounds.params import LogprobFunction, progress_counter
 from neat_align.rounds.scoring_notes import logged_means
 from neat_align.rounds.text_metrics import distinct_n, is_refusal, repetition
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 
+# (prompt ids, completion ids) → the divergence at the completions' tokens.
+DivergenceFunction: TypeAlias = Callable[
+    [Sequence[Sequence[int]], Sequence[Sequence[int]]], Divergence
+]
 # Rounds count from 0; evaluation draws its seeds apart from every round's.
 EVAL_ROUND = -1
 
@@ -38,11 +36,12 @@ EVAL_ROUND = -1
 class EvalTools:
     """Who samples and who judges.
 
-    `judges` are never trained on; `reference` opens the start policy, None before training.
+    `judges` are never trained on. `logprobs` are the policy's, of completions after plain prompts;
+    `divergence` is its distance from the start policy there, None before training. `context` is how
+    many tokens the policy can read; None: any number. `score` calls rewards and judges.
     `on_bad_row`: an answer that a reward or judge cannot score is an error, or has no score.
     """
 
-    model: torch.nn.Module
     tokenizer: Any
     sampler: Sampler
     rewards: tuple[NamedReward, ...]
@@ -50,11 +49,11 @@ class EvalTools:
     bank: InstructionBank
     placement: str
     sampling: SamplingParams
-    layout: Layout
-    pad_token_id: int
-    autocast_dtype: torch.dtype | None
-    reference: Reference | None = None
+    logprobs: LogprobFunction
+    context: int | None = None
+    divergence: DivergenceFunction | None = None
     on_bad_row: OnBadRow = "error"
+    score: ScoreFunction = score_answers
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def evaluate_policy(
     texts = _texts(plain, tools)
     asked = [row for row in rows for _ in range(n)]
     token_ids, everybody = [s.token_ids for s in plain], (*tools.rewards, *_silent(tools.judges))
-    scored = score_answers(asked, texts, token_ids, everybody, tools.on_bad_row)
+    scored = tools.score(asked, texts, token_ids, everybody, tools.on_bad_row)
     # Exact at each token, so a prompt's first answer says nearly all; the dearest part.
     drift = _drift(rows, plain[::n], tools)
     human_logprobs = _human_logprobs(rows, tools)
@@ -212,7 +211,7 @@ def _reward_under(
     samples = _sample(rows, tools, seed, 1, polarity, progress)
     token_ids = [s.token_ids for s in samples]
     texts = _texts(samples, tools)
-    return mean_of(score_answers(rows, texts, token_ids, tools.rewards, tools.on_bad_row).rewards)
+    return mean_of(tools.score(rows, texts, token_ids, tools.rewards, tools.on_bad_row).rewards)
 
 
 def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
@@ -300,20 +299,13 @@ def _human_logprobs(rows: Sequence[PromptRow], tools: EvalTools) -> list[_Answer
     prompts = [row_prompt_ids(tools.tokenizer, rows[r]) for r, _, _ in given]
     # A model with learned positions cannot read past its context; what does not fit is left out of
     # the mean.
-    context = context_of(tools.model)
+    context = tools.context
     room = [None if context is None else context - len(ids) for ids in prompts]
     answers = [
         answer_ids(rows[r], text, tools.tokenizer, n)[0]
         for (r, _, text), n in zip(given, room, strict=True)
     ]
-    logps = score_completions(
-        tools.model,
-        prompts,
-        answers,
-        layout=tools.layout,
-        pad_token_id=tools.pad_token_id,
-        autocast_dtype=tools.autocast_dtype,
-    )
+    logps = tools.logprobs(prompts, answers) if given else []
     by_answer = {(r, side): row for (r, side, _), row in zip(given, logps, strict=True)}
     return [(by_answer.get((r, 0)), by_answer.get((r, 1))) for r in range(len(rows))]
 
@@ -339,17 +331,10 @@ def _pair_accuracy(answers: Sequence[_AnswerLogprobs]) -> list[float | None]:
 def _drift(
     rows: Sequence[PromptRow], samples: Sequence[Sample], tools: EvalTools
 ) -> Divergence | None:
-    if tools.reference is None:
+    if tools.divergence is None:
         return None
-    return exact_divergence(
-        tools.model,
-        tools.reference,
-        [row_prompt_ids(tools.tokenizer, row) for row in rows],
-        [s.token_ids for s in samples],
-        layout=tools.layout,
-        pad_token_id=tools.pad_token_id,
-        autocast_dtype=tools.autocast_dtype,
-    )
+    prompts = [row_prompt_ids(tools.tokenizer, row) for row in rows]
+    return tools.divergence(prompts, [s.token_ids for s in samples])
 
 
 def _kl_by_prompt(drift: Divergence | None) -> list[float]:

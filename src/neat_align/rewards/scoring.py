@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from neat_align.errors import RewardError
 from neat_align.prompts.rows import Prompt, PromptRow, is_conversational
@@ -178,6 +178,21 @@ def _weighted_sum(
             f"{list(weights)}): lower the weights"
         )
     return total
+
+
+class ScoreFunction(Protocol):
+    """`score_answers`, or what does the same in shares."""
+
+    def __call__(
+        self,
+        rows: Sequence[PromptRow],
+        texts: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        rewards: tuple[NamedReward, ...],
+        on_bad_row: OnBadRow = "error",
+    ) -> ScoredRows:
+        """Rewards of answers to the plain prompts of `rows`, one a row."""
+        ...
 
 
 def score_answers(

@@ -5,6 +5,7 @@ In the order in which a round is made:
     params.py          what a round is made of (counts, margin) and who does the work
     prompt_order.py    which prompts a round takes: an endless stream of seeded shuffles
     sampling_stage.py  which completions are drawn, under which instruction, with which seed
+    kept_samples.py    what a sampler has drawn so far of a call, on the disk
     branching.py       where a plain answer branches under the two instructions
     human_answers.py   the data's own answers as completions
     filters.py         blank answers, repeats and leaked instructions out

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward
+from neat_align.rewards.scoring import ScoreFunction, score_answers
 from neat_align.rounds.ranking import RankBy
 from neat_align.sampling.protocol import Sampler, SamplingParams
 
@@ -92,7 +93,7 @@ class RoundTools:
     or, without `ref_for_all`, for the same ones. Where answers branch, `policy_logprobs` is needed:
     it also scores plain answers under the instructions. `start_logprobs` is the start policy again,
     whether or not `ref_logprobs` is computed: it scores completions under the instructions where
-    tokens are weighed by that. `on_bad_row`: a completion that a reward
+    tokens are weighed by that. `score` calls the rewards. `on_bad_row`: a completion that a reward
     cannot score is an error, or has no reward.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
@@ -112,6 +113,7 @@ class RoundTools:
     batch_size: int = 64
     between_batches: Callable[[], None] = lambda: None
     on_bad_row: OnBadRow = "error"
+    score: ScoreFunction = score_answers
 
 
 def progress_counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:

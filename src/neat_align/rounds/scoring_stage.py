@@ -14,9 +14,6 @@ from typing import Literal
 from neat_align.errors import CollapseError, name_list
 from neat_align.prompts.instruction_banks import CONTRASTED, Contrasted
 from neat_align.prompts.rows import PromptRow
-from neat_align.prompts.skipped_rows import OnBadRow
-from neat_align.rewards.protocol import NamedReward
-from neat_align.rewards.scoring import score_answers
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
@@ -58,8 +55,7 @@ def score_groups(
         rewarded, notes = with_rewards(
             [groups[i] for i in missing],
             [rows[i] for i in missing],
-            tools.rewards,
-            tools.on_bad_row,
+            tools,
         )
         made = with_logprobs(rewarded, tools, measured)
         made = with_contrasts(made, tools.start_logprobs, weighing_pairs)
@@ -96,23 +92,22 @@ def group_batches(
 def with_rewards(
     groups: Sequence[CompletionGroup],
     rows: Sequence[PromptRow],
-    rewards: tuple[NamedReward, ...],
-    on_bad_row: OnBadRow = "error",
+    tools: RoundTools,
 ) -> tuple[list[CompletionGroup], ScoringNotes]:
     """The groups with rewards, and what scoring noted; `rows` are the groups' rows.
 
     Without reward functions, the groups as they are. Completions that cannot be scored raise, or
     with `on_bad_row` "skip" have no reward and are noted. Raises RewardError.
     """
-    if not rewards:
+    if not tools.rewards:
         return list(groups), ScoringNotes()
     flat = [(row, c) for group, row in zip(groups, rows, strict=True) for c in group.completions]
-    scores = score_answers(
+    scores = tools.score(
         [row for row, _ in flat],
         [c.text for _, c in flat],
         [c.token_ids for _, c in flat],
-        rewards,
-        on_bad_row,
+        tools.rewards,
+        tools.on_bad_row,
     )
     values = iter(zip(scores.rewards, scores.components, strict=True))
     rewarded = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -60,6 +61,9 @@ FREE_OPTIONS = frozenset(
         "skip_memory_metrics",
         "debug",
         "ddp_timeout",
+        "ddp_backend",
+        "ddp_bucket_cap_mb",
+        "ddp_find_unused_parameters",
         "generation_batch_size",
         "max_tokens_per_micro_batch",
         "torch_empty_cache_steps",
@@ -190,6 +194,32 @@ def check_same_run(output_dir: Path, key: dict[str, Any], *, allow_changes: bool
             "going on with other settings than the run began with: %s", "; ".join(changes)
         )
     return changes
+
+
+# What says how a step's groups are split, over processes and passes.
+_SPLIT_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def new_split(output_dir: Path, key: Mapping[str, Any]) -> str | None:
+    """How a step was split among processes and is now, where that alone differs.
+
+    A step has the same groups, in other shares. None where nothing differs, or more.
+    """
+    path = output_dir / "run-key.json"
+    was: Mapping[str, Any] = read_json(path) if path.is_file() else {}
+    if "processes" not in was or "options" not in was or was["processes"] == key["processes"]:
+        return None
+    splits = [(k["processes"], *map(k["options"].get, _SPLIT_OPTIONS)) for k in (was, key)]
+    before, now = (
+        None if None in split else math.prod(cast("tuple[int, ...]", split)) for split in splits
+    )
+    as_now = {name: key["options"][name] for name in _SPLIT_OPTIONS}
+    same = {**was, "processes": key["processes"], "options": {**was["options"], **as_now}}
+    if before is None or before != now or key_changes(same, key):
+        return None
+    return "a step's groups were split as {} and are as {}".format(
+        *(f"{n} processes x {size} x {passes} passes" for n, size, passes in splits)
+    )
 
 
 def write_key(output_dir: Path, key: dict[str, Any]) -> None:

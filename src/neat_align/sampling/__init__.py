@@ -10,7 +10,9 @@
     vllm_client.py           what is said to it, and what it answers
     vllm_weights.py          giving it the policy's weights, each version once
     draw.py                  one token from one random number: what a sampler owes its seed
-    drawing.py               a batch's tokens while they are drawn, on their device
+    drawing.py               the tokens while they are drawn, and who comes when others have ended
+    by_generate.py           the same inside of transformers' `generate`
+    shares.py                requests that are drawn together, and who hears what has ended
     token_rows.py            rows that a model reads on, a token at a time
     contrast_decoding.py     decoding from the contrast of instructions, inside of `generate`
     contrast_sampler.py      the same as a sampler, with its KL to the plain policy

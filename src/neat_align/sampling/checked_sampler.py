@@ -1,8 +1,9 @@
 """A sampler of another engine, whose samples are checked against the trainer's own model.
 
 Weights that did not arrive, a model that is not the one that trains, log-probabilities of the
-tempered distribution: an engine with any of these gives plausible text. So one completion of every
-batch is scored by the trainer too, and the two log-probabilities have to agree.
+tempered distribution: an engine with any of these gives plausible text. So one completion of
+all that are given or handed over together is scored by the trainer too, and the two
+log-probabilities have to agree.
 
 Rounding makes them differ by an amount a token that goes either way, so that their sums differ by
 one that grows with the square root of the tokens; other weights make them differ by one that grows
@@ -15,9 +16,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from neat_align.errors import CollapseError, SamplerError, SamplerUnavailableError
+from neat_align.errors import CollapseError, SamplerError
 from neat_align.sampling.policy_now import PolicyNow
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import (
+    Finished,
+    HandsOver,
+    Sample,
+    Sampler,
+    SampleRequest,
+    SamplingParams,
+)
 
 # Completions of fewer tokens are compared only where there is no longer one.
 ENOUGH_TOKENS = 32
@@ -37,27 +45,41 @@ class CheckedSampler:
     policy: PolicyNow
     tolerance: float
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether the other one does."""
+        return isinstance(self.sampler, HandsOver) and self.sampler.hands_over
+
     def sample(
         self,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         *,
         progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
     ) -> list[Sample]:
-        """One `Sample` a request, in order."""
+        """One `Sample` a request, in order; what is handed over is checked first."""
         if not requests:
             return []
-        try:
+        checked = set[int]()
+
+        def check(places: Sequence[int], ended: Sequence[Sample]) -> None:
+            self._check(dict(zip(places, ended, strict=True)), requests, params)
+            checked.update(places)
+            if finished is not None:
+                finished(places, ended)
+
+        if isinstance(self.sampler, HandsOver) and self.hands_over:
+            samples = self.sampler.sample(requests, params, progress=progress, finished=check)
+        else:
             samples = self.sampler.sample(requests, params, progress=progress)
-        except SamplerUnavailableError as error:
-            self._check(dict(error.finished), requests, params)
-            raise
         if len(samples) != len(requests):
             raise SamplerError(
                 f"the sampler gave {len(samples)} samples for {len(requests)} requests: it has to "
                 "give one a request, in order"
             )
-        self._check(dict(enumerate(samples)), requests, params)
+        rest = {i: sample for i, sample in enumerate(samples) if i not in checked}
+        self._check(rest, requests, params)
         return samples
 
     def try_on(self, prompt: tuple[int, ...]) -> None:
@@ -130,7 +152,7 @@ class CheckedSampler:
             f"the sampler says that a completion of {tokens} tokens has log-probability "
             f"{sample.logprob:.4f}, and the trainer says {own:.4f}: {gap:.4f} nats apart, where "
             f"sampler_tolerance {self.tolerance:g} allows {allowed:.4f}. Nothing of this batch is "
-            f"kept. Either {hint}; or it computes in a coarser number type (raise sampler_tolerance)"
+            f"kept. Either {hint}; or its number type is a coarser one (raise sampler_tolerance)"
         )
 
 

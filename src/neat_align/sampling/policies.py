@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from neat_align.modeling.kl import Divergence, exact_divergence
+from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.precision import half_precision_copy
-from neat_align.modeling.reference import Reference
+from neat_align.modeling.reference import Reference, not_kept
 from neat_align.modeling.self_check import showing_adapter
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
 from neat_align.sampling.batch_check import KnownWay
 from neat_align.sampling.checked_sampler import CheckedSampler
 from neat_align.sampling.policy_now import MakeSampler, PolicyNow
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import (
+    Finished,
+    Sample,
+    Sampler,
+    SampleRequest,
+    SamplingParams,
+)
 from neat_align.sampling.transformers_sampler import BatchLimit, TransformersSampler
 
 
@@ -50,6 +59,11 @@ class Policies:
     tolerance: float = 0.0
     _tried_on: list[tuple[int, ...]] = field(default_factory=list)
 
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the start policy can be opened after the first step."""
+        return self.reference is not not_kept
+
     def settle_sampling(self, prompts: Sequence[TokenIds]) -> None:
         """Measure how both policies sample, with tokens of these prompts, before anything is.
 
@@ -62,12 +76,25 @@ class Policies:
             return
         with showing_adapter(self.model):
             self._sampler_of(self.model, None, self.known_way).settle(asked)
+        if not self.keeps_start:
+            return
         with self.reference() as model:
             if type(unwrapped(model)) is type(unwrapped(self.model)) and not adds_virtual_tokens(
                 self.model
             ):
                 self.known_start_way.way = self.known_way.way
             self._sampler_of(model, None, self.known_start_way).settle(asked)
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """While open, ranks that share the weights of the policies make the same passes.
+
+        See `lockstep`; every rank opens it, and does its share of the work in it.
+        """
+        with self.reference() as start:
+            stepped = lockstep(self.model, start)
+        with stepped:
+            yield
 
     def logprobs(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
@@ -94,6 +121,20 @@ class Policies:
         """The same under the start policy."""
         return [sum(row) for row in self.start_logprobs(prompts, completions)]
 
+    def divergence(
+        self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+    ) -> Divergence:
+        """How far the current policy is from the start policy at each completion's tokens."""
+        return exact_divergence(
+            self.model,
+            self.reference,
+            prompts,
+            completions,
+            layout=self.layout,
+            pad_token_id=self.pad_token_id,
+            autocast_dtype=self.autocast_dtype,
+        )
+
     def _score(
         self,
         model: torch.nn.Module,
@@ -112,11 +153,12 @@ class Policies:
     def sampler(self) -> Sampler:
         """Draws from the current policy as it is now: a copy does not follow later steps.
 
-        Raises SamplerError where another engine does not draw from this policy.
+        Weights that ranks share are not copied. Raises SamplerError where another engine does not
+        draw from this policy.
         """
         if self.make_sampler is not None:
             return self._made(self.make_sampler)
-        if self.copy_dtype is not None:
+        if self.copy_dtype is not None and not is_sharded(self.model):
             copied = half_precision_copy(self.model, self.copy_dtype)
             if copied is not None:
                 return self._sampler_of(copied, None, self.known_way)
@@ -130,7 +172,7 @@ class Policies:
         """
         if self.make_sampler is not None:
             return self._made_of_start(self.make_sampler)
-        if self.copy_dtype is not None:
+        if self.copy_dtype is not None and not is_sharded(self.model):
             with self.reference() as model:
                 copied = half_precision_copy(model, self.copy_dtype)
             if copied is not None:
@@ -177,15 +219,21 @@ class _WhileOpen:
 
     policies: Policies
 
+    @property
+    def hands_over(self) -> bool:
+        """`sample` takes `finished`."""
+        return True
+
     def sample(
         self,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         *,
         progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
     ) -> list[Sample]:
         """One `Sample` a request, in order."""
         with self.policies.reference() as model:
             policies = self.policies
             sampler = policies._sampler_of(model, policies.autocast_dtype, policies.known_start_way)
-            return sampler.sample(requests, params, progress=progress)
+            return sampler.sample(requests, params, progress=progress, finished=finished)

@@ -10,6 +10,7 @@ the tokens are not those of the transformers sampler.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,14 +18,14 @@ import httpx2
 
 from neat_align.errors import SamplerError, SamplerUnavailableError
 from neat_align.sampling.policy_now import PolicyNow
-from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import Finished, Sample, SampleRequest, SamplingParams
 from neat_align.sampling.vllm_client import ServedModel, VllmClient
 from neat_align.sampling.vllm_weights import VllmWeights
 
 
 @dataclass(frozen=True)
 class VllmSampler:
-    """A `Sampler` over one policy that a vLLM server has.
+    """A `Sampler` over one policy that a vLLM server has; it `HandsOver` what has ended.
 
     `model` is the name under which the server has it; `concurrency` requests are under way at once.
     """
@@ -34,6 +35,7 @@ class VllmSampler:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     concurrency: int = 64
+    hands_over: bool = True
 
     def sample(
         self,
@@ -41,22 +43,28 @@ class VllmSampler:
         params: SamplingParams,
         *,
         progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
     ) -> list[Sample]:
-        """One `Sample` a request, in order.
+        """One `Sample` a request, in order; about once a second what has ended is handed over.
 
         Raises SamplerError before anything is asked for a request that the server has no room for,
-        SamplerUnavailableError with what was finished, and CollapseError.
+        SamplerUnavailableError once all that has ended was handed over, and CollapseError.
         """
         self._check_lengths(requests, params)
         drawing = _Drawing(self, requests, params)
 
         def report() -> None:
-            if progress is not None and (finished := drawing.take_finished()):
-                progress(finished)
+            places = drawing.take_ended()
+            if places and finished is not None:
+                finished(places, [drawing.samples[i] for i in places])
+            if places and progress is not None:
+                progress(len(places))
 
         if requests:
-            self.client.run(drawing.all, most=self.concurrency, meanwhile=report)
-            report()
+            try:
+                self.client.run(drawing.all, most=self.concurrency, meanwhile=report)
+            finally:
+                report()
         return [drawing.samples[i] for i in range(len(requests))]
 
     def _check_lengths(self, requests: Sequence[SampleRequest], params: SamplingParams) -> None:
@@ -77,13 +85,11 @@ class _Drawing:
     requests: Sequence[SampleRequest]
     params: SamplingParams
     samples: dict[int, Sample] = field(default_factory=dict)
-    told: int = 0
+    ended: deque[int] = field(default_factory=deque)
 
-    def take_finished(self) -> int:
-        """How many have been finished since the last call; from any one thread."""
-        finished = len(self.samples)
-        new, self.told = finished - self.told, finished
-        return new
+    def take_ended(self) -> list[int]:
+        """The places of those that have ended since the last call; from another thread."""
+        return [self.ended.popleft() for _ in range(len(self.ended))]
 
     async def all(self, connections: httpx2.AsyncClient) -> None:
         slots = asyncio.Semaphore(self.sampler.concurrency)
@@ -95,9 +101,8 @@ class _Drawing:
             failure = failures.exceptions[0]
             if isinstance(failure, SamplerUnavailableError):
                 raise SamplerUnavailableError(
-                    f"{failure}; {len(self.samples)} of {len(self.requests)} completions of this "
-                    "batch were finished. See that it runs and start the run again",
-                    dict(self.samples),
+                    f"{failure}; {len(self.samples)} of the {len(self.requests)} completions that "
+                    "were asked for had ended. See that it runs, and start the run again"
                 ) from failure
             raise failure from failure.__cause__
 
@@ -111,6 +116,7 @@ class _Drawing:
                 self.params,
                 sampler.eos_token_ids,
             )
+            self.ended.append(i)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given
+from neat_align.trainer.memory_plan import settle_memory
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
@@ -98,6 +99,7 @@ class NEATTrainer(Trainer):
         told = (reward_funcs, judge_funcs, reward_processing_classes)
         scored_by = set_up_rewards(args, contrast, *told, lambda: self.state, eval_rewards)
         data = scorable_data(data, scored_by, args.on_bad_row)
+        settle_memory(args, setup, data)
         self.rounds = CurrentRoundDataset(args.groups_per_round(len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         with refused("Trainer refuses these settings", "Correct them"):
@@ -115,7 +117,6 @@ class NEATTrainer(Trainer):
         self.parts: TrainerParts = composed(
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
-            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             steps_per_round=lambda: self.steps_per_round,
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
@@ -177,7 +178,7 @@ class NEATTrainer(Trainer):
         return self.parts.engine.accumulate(model, inputs, num_items_in_batch)
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batch: MicroBatch, counts: LossCounts
+        self, model: torch.nn.Module, micro_batch: MicroBatch | None, counts: LossCounts
     ) -> Tensor:
         return super().training_step(model, {"micro_batch": micro_batch}, cast("Any", counts))
 
@@ -260,7 +261,7 @@ class NEATTrainer(Trainer):
             self.state.global_step,
             lambda: super(NEATTrainer, self)._save_checkpoint(model, trial),
             self.round_callback.resume_state,
-            required=required_files(self.args, sharded=self.parts.engine.sharded),
+            required=required_files(self.args, self.parts.sharding),
             best=self.state.best_model_checkpoint,
         )
 
@@ -285,8 +286,6 @@ class NEATTrainer(Trainer):
             is_start=self.state.global_step == 0,
             may_stop=not self.is_in_train,
         )
-        if self.is_in_train:  # what Trainer decides by it has to be one decision
-            evaluation = self.parts.ranks.from_rank_zero(evaluation)
         self.last_evaluation = evaluation
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in evaluation.summary().items()}
         self.log(dict(metrics))

@@ -1,4 +1,7 @@
-"""The round maker: rounds of groups from the current policy, made on rank 0 and read by all."""
+"""The round maker: rounds of groups from the current policy.
+
+Rank 0 leads, every rank does its share of the sampling and scoring, and all read the result.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
 from neat_align.sampling.policies import Policies
 from neat_align.sampling.protocol import SamplingParams
+from neat_align.trainer.shared_tools import lead_round
 
 
 def sampling_params(args: NEATConfig) -> SamplingParams:
@@ -141,28 +145,40 @@ class RoundMaker:
         where = f"in round {index + 1}; its finished answers and scores are kept"
         made = self._take_intact(index)
 
-        def work() -> None:
+        def find() -> None:
             nonlocal made
             made = finished_round(folder) if made is None else made
-            if made is not None:
-                return
-            with stage_reporter(callbacks, f"round {index + 1}") as progress:
-                made = make_round(
-                    self.rows,
-                    num_groups=self.num_groups,
-                    position=position,
-                    round_index=index,
-                    params=round_params(self.args),
-                    tools=self._tools(where, is_start=is_start, start_is_current=start_is_current),
-                    folder=folder,
-                    progress=progress,
-                )
 
-        self.ranks.run_on_rank_zero(work, where)
+        self.ranks.run_on_rank_zero(find, where)
+        if self.ranks.from_rank_zero(made is None):
+
+            def work(tools: RoundTools) -> None:
+                nonlocal made
+                made = self._make(index, position, tools, callbacks)
+
+            def tools() -> RoundTools:
+                return self._tools(where, is_start=is_start, start_is_current=start_is_current)
+
+            lead_round(self.ranks, tools, work, where, self.policies.in_step)
         # Rank 0 has made it, or read and checked it; each of the others does that for itself.
         made = read_round(folder) if made is None else made
         assert made is not None
         return made
+
+    def _make(
+        self, index: int, position: int, tools: RoundTools, callbacks: Sequence[TrainerCallback]
+    ) -> FinishedRound:
+        with stage_reporter(callbacks, f"round {index + 1}") as progress:
+            return make_round(
+                self.rows,
+                num_groups=self.num_groups,
+                position=position,
+                round_index=index,
+                params=round_params(self.args),
+                tools=tools,
+                folder=self.directory.round_folder(index),
+                progress=progress,
+            )
 
     def _take_intact(self, index: int) -> FinishedRound | None:
         """The round that was just checked, which need not be checked again; on rank 0 only."""
@@ -171,7 +187,9 @@ class RoundMaker:
 
     def _tools(self, where: str, *, is_start: bool, start_is_current: bool) -> RoundTools:
         policies, keep_reference = self.policies, is_start or self.args.needs_reference
-        start_logprobs = policies.start_logprobs if keep_reference else None
+        # Before the first step the model itself is the start policy, and may be the only one.
+        start = policies.start_logprobs if policies.keeps_start else policies.logprobs
+        start_logprobs = start if keep_reference else None
         # The same function twice: it runs once.
         both_are_one = is_start and start_is_current
         sampler = policies.sampler()

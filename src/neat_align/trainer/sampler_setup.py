@@ -99,7 +99,7 @@ def _vllm(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> VllmEngin
     )
     served = client.model()
     _check_room(args, setup, data, client.said, served.max_model_len)
-    return VllmEngine(client, weights, args.vllm_concurrency or args.generation_batch_size)
+    return VllmEngine(client, weights, args.vllm_concurrency)
 
 
 def _check_room(

@@ -1,0 +1,336 @@
+"""The tools of a round and of an evaluation, with their costly calls shared by all ranks.
+
+A share is whole prompts: equal prompts are drawn and scored together, and a reward function sees
+all completions of a prompt in one call. Shares cost about the same by tokens. No result depends on
+which rank computes it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from neat_align.evaluation.held_out import EvalTools
+from neat_align.modeling.kl import Divergence
+from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.skipped_rows import OnBadRow
+from neat_align.rewards.protocol import NamedReward, ScoredRows
+from neat_align.rewards.scoring import ScoreFunction
+from neat_align.rounds.params import LogprobFunction, RoundTools
+from neat_align.runs.ranks import Ranks
+from neat_align.runs.shared_calls import Functions, SharedCalls, Together
+from neat_align.runs.signals import interrupted
+from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+
+T = TypeVar("T")
+
+
+def deal(keys: Sequence[Hashable], costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Places of the items that each rank takes, in order: equal keys together, costs even.
+
+    The dearest key first, each to the rank that has the least so far.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        members.setdefault(key, []).append(place)
+    loads = [(0, rank) for rank in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    priced = [(sum(costs[place] for place in places), places) for places in members.values()]
+    for cost, places in sorted(priced, key=lambda group: -group[0]):
+        load, rank = heapq.heappop(loads)
+        shares[rank] += places
+        heapq.heappush(loads, (load + cost, rank))
+    return [sorted(share) for share in shares]
+
+
+def in_order(shares: Sequence[Sequence[int]], values: Sequence[Sequence[T] | None]) -> list[T]:
+    """The values of each share's places, put back into the order of the places."""
+    placed: dict[int, T] = {}
+    for share, own in zip(shares, values, strict=True):
+        placed.update(zip(share, own or (), strict=True))
+    return [placed[i] for i in range(len(placed))]
+
+
+# ---- one call each -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SharedSampler:
+    """Draws a share of the requests on each rank. `own` is rank 0's, which reports progress."""
+
+    calls: SharedCalls
+    name: str
+    own: Sampler
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Sample]:
+        """One `Sample` a request, in order."""
+        shares = deal(
+            [r.prompt_ids for r in requests],
+            [len(r.prompt_ids) + r.limit(params) for r in requests],
+            self.calls.ranks.count,
+        )
+        asked = [([requests[i] for i in share], params) if share else None for share in shares]
+        drawn = self.calls.ask(self.name, asked, partial(self.own.sample, progress=progress))
+        samples: list[Sample] = in_order(shares, drawn)
+        if progress is not None:
+            progress(len(requests) - len(shares[0]))
+        return samples
+
+
+def _asked(
+    calls: SharedCalls,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+) -> tuple[list[list[int]], list[Any]]:
+    """Each rank's share of these completions, and what the function gave for it."""
+    shares = deal(
+        [tuple(p) for p in prompts],
+        [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)],
+        calls.ranks.count,
+    )
+    return shares, calls.ask(
+        name,
+        [
+            ([prompts[i] for i in share], [completions[i] for i in share]) if share else None
+            for share in shares
+        ],
+    )
+
+
+def _shared_logprobs(
+    calls: SharedCalls,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+) -> list[tuple[float, ...]]:
+    return in_order(*_asked(calls, name, prompts, completions))
+
+
+def _shared_divergence(
+    calls: SharedCalls,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+) -> Divergence:
+    shares, found = _asked(calls, name, prompts, completions)
+    columns = {
+        field: tuple(in_order(shares, [None if d is None else getattr(d, field) for d in found]))
+        for field in ("kl", "entropy", "tokens")
+    }
+    return Divergence(**columns)
+
+
+def _shared_score(
+    calls: SharedCalls,
+    name: str,
+    known: Sequence[NamedReward],
+    rows: Sequence[PromptRow],
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    rewards: tuple[NamedReward, ...],
+    on_bad_row: OnBadRow = "error",
+) -> ScoredRows:
+    """`score_answers` in shares; `rewards` are among those that are `known` on every rank."""
+    shares = deal([row.id for row in rows], [1 + len(i) for i in ids], calls.ranks.count)
+    functions = [(reward.name, id(reward.function)) for reward in known]
+    places = tuple(
+        (functions.index((reward.name, id(reward.function))), reward.weight) for reward in rewards
+    )
+    found = calls.ask(
+        name,
+        [
+            (
+                [rows[i] for i in share],
+                [texts[i] for i in share],
+                [ids[i] for i in share],
+                places,
+                on_bad_row,
+            )
+            if share
+            else None
+            for share in shares
+        ],
+    )
+    return merged_scores(shares, found)
+
+
+def merged_scores(
+    shares: Sequence[Sequence[int]], found: Sequence[ScoredRows | None]
+) -> ScoredRows:
+    """The scores of all shares as those of one call; a column that a share lacks is None there."""
+    scored = [(share, s) for share, s in zip(shares, found, strict=True) if s is not None]
+    columns = dict.fromkeys(column for _, s in scored for column in s.extra)
+    metrics: dict[str, tuple[float, ...]] = {}
+    for _, s in scored:
+        for name, values in s.metrics.items():
+            metrics[name] = (*metrics.get(name, ()), *values)
+    places = [share for share, _ in scored]
+    left_out = [replace(left, row=share[left.row]) for share, s in scored for left in s.left_out]
+    return ScoredRows(
+        rewards=tuple(in_order(places, [s.rewards for _, s in scored])),
+        components=tuple(in_order(places, [s.components for _, s in scored])),
+        left_out=tuple(sorted(left_out, key=lambda left: left.row)),
+        metrics=metrics,
+        extra={
+            column: tuple(
+                in_order(places, [s.extra.get(column, (None,) * len(s.rewards)) for _, s in scored])
+            )
+            for column in columns
+        },
+    )
+
+
+# ---- all calls of a stretch of work --------------------------------------------------------------
+
+
+def _scoring(score: ScoreFunction, known: Sequence[NamedReward]) -> Callable[..., ScoredRows]:
+    """`score` with this rank's own reward functions, asked for by place and weight."""
+
+    def scored(
+        rows: Sequence[PromptRow],
+        texts: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        places: Sequence[tuple[int, float]],
+        on_bad_row: OnBadRow,
+    ) -> ScoredRows:
+        asked = tuple(replace(known[place], weight=weight) for place, weight in places)
+        return score(rows, texts, ids, asked, on_bad_row)
+
+    return scored
+
+
+def round_functions(tools: RoundTools) -> Functions:
+    """What a rank does for a round, by name."""
+    named: dict[str, Callable[..., Any] | None] = {
+        "sample": tools.sampler.sample,
+        "sample negatives": tools.negative_sampler.sample,
+        "policy": tools.policy_logprobs,
+        "reference": tools.ref_logprobs,
+        "start": tools.start_logprobs,
+        "score": _scoring(tools.score, tools.rewards),
+    }
+    return {name: function for name, function in named.items() if function is not None}
+
+
+def shared_round_tools(tools: RoundTools, calls: SharedCalls) -> RoundTools:
+    """A round's tools with its calls shared; a batch is so much larger. For rank 0."""
+    both_are_one = tools.sampler is tools.negative_sampler
+    sampler = SharedSampler(calls, "sample", tools.sampler)
+    # Where two of these are one function it runs once, so they stay one.
+    by_name = {
+        "policy": tools.policy_logprobs,
+        "reference": tools.ref_logprobs,
+        "start": tools.start_logprobs,
+    }
+    shared = _once_each(calls, by_name)
+    return replace(
+        tools,
+        sampler=sampler,
+        negative_sampler=sampler
+        if both_are_one
+        else SharedSampler(calls, "sample negatives", tools.negative_sampler),
+        policy_logprobs=shared["policy"],
+        ref_logprobs=shared["reference"],
+        start_logprobs=shared["start"],
+        score=partial(_shared_score, calls, "score", tools.rewards),
+        batch_size=tools.batch_size * calls.ranks.count,
+    )
+
+
+def _once_each(
+    calls: SharedCalls, by_name: Mapping[str, LogprobFunction | None]
+) -> dict[str, LogprobFunction | None]:
+    """Each function shared, under the first name that it has."""
+    shared: dict[LogprobFunction, LogprobFunction] = {}
+    for name, function in by_name.items():
+        if function is not None:
+            shared.setdefault(function, partial(_shared_logprobs, calls, name))
+    return {name: None if f is None else shared[f] for name, f in by_name.items()}
+
+
+def eval_functions(tools: EvalTools) -> Functions:
+    """What a rank does for an evaluation, by name."""
+    named: dict[str, Callable[..., Any] | None] = {
+        "sample": tools.sampler.sample,
+        "policy": tools.logprobs,
+        "divergence": tools.divergence,
+        "score": _scoring(tools.score, (*tools.rewards, *tools.judges)),
+    }
+    return {name: function for name, function in named.items() if function is not None}
+
+
+def shared_eval_tools(tools: EvalTools, calls: SharedCalls) -> EvalTools:
+    """An evaluation's tools with its calls shared. For rank 0."""
+    divergence = None
+    if tools.divergence is not None:
+        divergence = partial(_shared_divergence, calls, "divergence")
+    return replace(
+        tools,
+        sampler=SharedSampler(calls, "sample", tools.sampler),
+        logprobs=partial(_shared_logprobs, calls, "policy"),
+        divergence=divergence,
+        score=partial(_shared_score, calls, "score", (*tools.rewards, *tools.judges)),
+    )
+
+
+# ---- led by rank 0 -------------------------------------------------------------------------------
+
+Tools = TypeVar("Tools", RoundTools, EvalTools)
+
+
+def lead_round(
+    ranks: Ranks,
+    tools: Callable[[], RoundTools],
+    work: Callable[[RoundTools], None],
+    what: str,
+    together: Together = nullcontext,
+) -> None:
+    """Run `work` on rank 0 with tools whose calls all ranks share. Every rank calls this.
+
+    `tools` makes a rank's own; `what` says when it was; `together` is open on every rank during a
+    call. Raises as `SharedCalls.lead` does.
+    """
+    _lead(ranks, tools, (round_functions, shared_round_tools), work, what, together)
+
+
+def lead_evaluation(
+    ranks: Ranks,
+    tools: Callable[[], EvalTools],
+    work: Callable[[EvalTools], T],
+    what: str,
+    together: Together = nullcontext,
+) -> T:
+    """The same for an evaluation; gives every rank what `work` gave."""
+    found: list[T] = []
+    shared = (eval_functions, shared_eval_tools)
+    _lead(ranks, tools, shared, lambda t: found.append(work(t)), what, together)
+    return ranks.from_rank_zero(found[0] if found else cast("T", None))
+
+
+def _lead(
+    ranks: Ranks,
+    tools: Callable[[], Tools],
+    sharing: tuple[Callable[[Tools], Functions], Callable[[Tools, SharedCalls], Tools]],
+    work: Callable[[Tools], None],
+    what: str,
+    together: Together,
+) -> None:
+    made: list[Tools] = []
+    signal_number = ranks.run_on_all_ranks(lambda: made.append(tools()), what)
+    if signal_number:
+        raise interrupted(signal_number, what, show=False)
+    (own,) = made
+    functions, shared = sharing
+    calls = SharedCalls(ranks, functions(own), together)
+    calls.lead(lambda: work(own if ranks.count == 1 else shared(own, calls)), what)
