@@ -91,8 +91,10 @@ class Policies:
 
         See `lockstep`; every rank opens it, and does its share of the work in it.
         """
-        with self.reference() as start:
-            stepped = lockstep(self.model, start)
+        stepped = lockstep(self.model)
+        if self.keeps_start:
+            with self.reference() as start:
+                stepped = lockstep(self.model, start)
         with stepped:
             yield
 
