@@ -148,7 +148,7 @@ def test_the_estimate_is_within_15_percent_on_the_demos_model(
         "output_dir": str(tmp_path / "run"),
         "prompts_per_round": 4,
         "num_train_epochs": 2,
-        "max_completion_length": 48,
+        "max_completion_length": 24,  # nearly every answer is longer
         "per_device_train_batch_size": 4,
         "save_strategy": "no",
         "drift_prompts": 0,
@@ -160,8 +160,6 @@ def test_the_estimate_is_within_15_percent_on_the_demos_model(
         t = build_trainer(*options_from(options), [Phases(memory)])
     except ConfigError as error:
         pytest.skip(f"the demo's model is not here: {error}")
-    # Random answers, so that they are as long as the estimate takes them to be.
-    t.parts.policies.known_way.way = None
     estimate, marks = planned(t).estimate, measured(t, memory)
     print(json.dumps({"estimate": vars(estimate), "total": estimate.total, "measured": marks}))
     assert estimate.total == pytest.approx(max(marks.values()), rel=0.15)
