@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
@@ -92,7 +92,7 @@ def _on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
     model: Any = meta_model(config).to(dtype)
     model.config.name_or_path = name
     adapter = lora_config(script)
-    return model if adapter is None else get_peft_model(model, adapter)
+    return cast("torch.nn.Module", model if adapter is None else get_peft_model(model, adapter))
 
 
 def _data(
