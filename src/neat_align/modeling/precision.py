@@ -39,11 +39,11 @@ def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
 def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """No gradients, no dropout, and autocast when a type is given, while this is open.
 
-    Without one the model computes in its weights' own type (or `rounding.own_type`). The model's training flag is put back afterwards. The head is given contiguous states. A model
-    that keeps only some logits hands it a slice, and without gradients torch multiplies a
-    non-contiguous slice as a batch, with the head's weight expanded once a row: for 64 rows of a
-    49k-token vocabulary on a CPU that took 8 s and 3.4 GiB instead of 24 ms
-    (scripts/measure_head.py).
+    Without one the model computes in its weights' own type (or `rounding.own_type`). The model's
+    training flag is put back afterwards. The head is given contiguous states. A model that keeps
+    only some logits hands it a slice, and without gradients torch multiplies a non-contiguous slice
+    as a batch, with the head's weight expanded once a row: for 64 rows of a 49k-token vocabulary on
+    a CPU that took 8 s and 3.4 GiB instead of 24 ms (scripts/measure_head.py).
     """
     was_training = model.training
     model.eval()
