@@ -108,7 +108,7 @@ class _Model:
     def one_token_pass(self, *, off: bool) -> None:
         """A pass over one token, without a gradient, with the adapter on or off."""
         with self._switched(off=off):
-            one_token_pass(self.model, grad=False)
+            one_token_pass(self.model)
 
     @contextlib.contextmanager
     def _switched(self, *, off: bool) -> Iterator[None]:
@@ -179,13 +179,12 @@ class _Steps:
             self._is_idle = False
 
 
-def one_token_pass(model: torch.nn.Module, *, grad: bool) -> torch.Tensor:
-    """The logits of a row of one token, which gathers the weights that any other row gathers."""
+def one_token_pass(model: torch.nn.Module) -> None:
+    """A row of one token, without a gradient: it gathers the weights that any other row gathers."""
     device = next(model.parameters()).device
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
-    with torch.set_grad_enabled(grad):
-        logits: torch.Tensor = forward(model, input_ids=token, use_cache=False).logits
-    return logits
+    with torch.no_grad():
+        forward(model, input_ids=token, use_cache=False)
 
 
 @functools.cache
