@@ -100,6 +100,11 @@ if __name__ == "__main__":
     changes: dict[str, Any] = {}
     if "distil" in what:
         changes = {"distil_weight": 1.0, "distil_teacher": "current", "num_plain": 2}
+    # Room for two short groups, and not for a short and a long one.
+    is_padded = "padded" in what or "zero" in what
+    budget = {(False, False): 130, (False, True): 170, (True, False): 300, (True, True): 450}[
+        is_padded, "distil" in what
+    ]
     if "padded" in what:
         changes["prefix_sharing"] = "off"
     if "checkpointing" in what:
@@ -123,7 +128,7 @@ if __name__ == "__main__":
         num_train_epochs=3,
         per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=1,
-        max_tokens_per_micro_batch=130,
+        max_tokens_per_micro_batch=budget,
         max_grad_norm=0.0,
         kl_weight=0.1,
         learning_rate=1e-3,

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from neat_align.errors import NEATError, one_line
 from neat_align.modeling.outputs import forward
+from neat_align.modeling.packing import pack_rows
+from neat_align.modeling.shared_prefix import is_sharing
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -182,9 +184,12 @@ class _Steps:
 def one_token_pass(model: torch.nn.Module) -> None:
     """A row of one token, without a gradient: it gathers the weights that any other row gathers."""
     device = next(model.parameters()).device
-    token = torch.zeros((1, 1), dtype=torch.long, device=device)
+    rows = pack_rows([[0]], [[[0]]]).to(device)
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids}
+    if is_sharing(model):  # no other rows are taken then
+        inputs |= {"position_ids": rows.position_ids, "shared_prefix": rows.layout}
     with torch.no_grad():
-        forward(model, input_ids=token, use_cache=False)
+        forward(model, **inputs, use_cache=False)
 
 
 @functools.cache
