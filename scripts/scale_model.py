@@ -111,6 +111,7 @@ class Round:
     groups_per_step: int = 512
     micro_batch_tokens: int = 8_192
     scoring_passes: int = 2
+    checkpointing: bool = True
 
     @property
     def group_tokens(self) -> int:
@@ -177,12 +178,12 @@ def forward_flops(shape: Shape, work: Round) -> float:
     return 2 * matrices + shape.attention_flops(1) * attended
 
 
-def training_passes(trained: str) -> int:
+def training_passes(trained: str, *, checkpointing: bool) -> int:
     """Forward passes that a training step is worth.
 
     Forward, again for checkpointing, gradients of activations, and those of weights unless LoRA.
     """
-    return 4 if trained == "full" else 3
+    return 2 + checkpointing + (trained == "full")
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class Phase:
 def decode_step(
     shape: Shape, work: Round, machine: Machine, *, batch: float, split: int, weight_bytes: float
 ) -> dict[str, float]:
-    """Seconds of one token for each of `batch` sequences, a replica being `split` GPUs, by cause."""
+    """Seconds, by cause, of one token for each of `batch` sequences on `split` GPUs."""
     context = work.prompt + work.instruction + work.completion / 2
     reading = machine.bandwidth * machine.read * split
     cache = batch * context * shape.cache_width * machine.number_bytes
@@ -327,7 +328,8 @@ def gradient_seconds(trained: float, plan: Plan, machine: Machine, gpus: int) ->
 def training(shape: Shape, plan: Plan, work: Round, machine: Machine, gpus: int) -> Phase:
     """All optimizer steps of a round."""
     groups = math.ceil(min(work.groups_per_step, work.prompts) / gpus)
-    flops = groups * forward_flops(shape, work) * training_passes(plan.trained)
+    passes = training_passes(plan.trained, checkpointing=work.checkpointing)
+    flops = groups * forward_flops(shape, work) * passes
     trained = shape.weights * (1.0 if plan.trained == "full" else LORA_SHARE)
     # Weights are gathered forward and backward for each micro-batch, gradients added up once.
     micro_batches = math.ceil(groups * work.group_tokens / work.micro_batch_tokens)
