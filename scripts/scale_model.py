@@ -426,6 +426,22 @@ def bottleneck(found: Row) -> str:
     return f"{name}: {phases[name].bound}"
 
 
+def setting(found: Row) -> str:
+    """What to choose for the row, beyond how it is trained."""
+    waits = bottleneck(found)
+    if "network" in waits and found.plan.sharded == "all":
+        return "shards within a node where they fit; more groups a step"
+    if "network" in waits:
+        return "more groups a step (gradient_accumulation_steps)"
+    if "longest" in waits:
+        return "more prompts a round"
+    if not found.plan.own_engine:
+        return "a smaller model, or more GPUs"
+    if found.gpus == 1 and found.plan.trained == "lora":
+        return "sample in turn with training, the base shared"
+    return "larger micro-batches; more GPUs help in proportion"
+
+
 # ---- sampling ahead ------------------------------------------------------------------------------
 
 
@@ -488,8 +504,8 @@ def round_table(work: Round, machine: Machine) -> list[str]:
     """Time and memory of a round."""
     lines = [
         "| model | GPUs | trained | GB a GPU | sampling s | log-probs s | training s | sync s "
-        "| round s | sampling share | waits for |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| round s | sampling share | waits for | choose |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
         for gpus in GPUS:
@@ -498,7 +514,7 @@ def round_table(work: Round, machine: Machine) -> list[str]:
             lines.append(
                 f"| {shape.name} | {gpus} | {r.plan.name} | {r.bytes_used / GB:.0f} | "
                 f"{' | '.join(map(show, times))} | {r.sampling.seconds / r.seconds:.0%} | "
-                f"{bottleneck(r)} |"
+                f"{bottleneck(r)} | {setting(r)} |"
             )
     return lines
 
