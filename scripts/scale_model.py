@@ -165,6 +165,9 @@ PLANS = (
 TRAINED_BYTES = 16
 # LoRA r = 16 on every matrix of Llama 8B is 0.5 % of its weights.
 LORA_SHARE = 0.005
+# Of `sampling_in_place`: completions at once, and the host's time for one layer (assumed).
+IN_PLACE_BATCH = 64
+LAYER_SECONDS = 5e-4
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
@@ -296,6 +299,21 @@ def replica(
     raise ValueError(f"{shape.name} does not fit on {gpus} GPUs to sample from")
 
 
+def sampling_in_place(shape: Shape, plan: Plan, work: Round, machine: Machine, gpus: int) -> Phase:
+    """The same from the policy that trains, through transformers, which needs no second weights.
+
+    Batches of `IN_PLACE_BATCH` that wait for their longest, a kernel at a time; sharded weights are
+    gathered for every token.
+    """
+    here = math.ceil(work.prompts / gpus) * work.completions
+    batch = min(here, IN_PLACE_BATCH)
+    steps = math.ceil(here / batch) * work.longest
+    step = decode_step(shape, work, machine, batch=batch, split=1, weight_bytes=plan.frozen_bytes)
+    step["launching kernels"] = shape.layers * LAYER_SECONDS
+    step["gathering weights"] = gather_seconds(shape, plan, machine, gpus)
+    return Phase({cause: steps * s for cause, s in step.items()})
+
+
 def scoring(shape: Shape, plan: Plan, work: Round, machine: Machine, gpus: int) -> Phase:
     """Log-probabilities of the round's completions under the current and the start policy."""
     groups = math.ceil(work.prompts / gpus)
@@ -408,7 +426,7 @@ def row(shape: Shape, work: Round, machine: Machine, gpus: int, plan: Plan | Non
         gpus,
         plan,
         max(training_bytes(shape, plan, work, machine, gpus), sampled),
-        sampling(shape, plan, work, machine, gpus),
+        (sampling if plan.own_engine else sampling_in_place)(shape, plan, work, machine, gpus),
         scoring(shape, plan, work, machine, gpus),
         training(shape, plan, work, machine, gpus),
         syncing(shape, plan, machine, gpus),
@@ -539,6 +557,25 @@ def ahead_table(work: Round, machine: Machine) -> list[str]:
     return lines
 
 
+def engine_table(work: Round, machine: Machine) -> list[str]:
+    """Who samples: an engine of its own, or the policy that trains."""
+    lines = [
+        "| model | GPUs | trained | vLLM s | transformers s | times | waits for |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        for gpus in GPUS[:2]:
+            plan = plan_for(shape, work, machine, gpus)
+            engine = sampling(shape, plan, work, machine, gpus).seconds
+            told = f"{shape.name} | {gpus} | {plan.name} | {show(engine)}"
+            if not plan.own_engine:  # the engine's weights do not fit beside the policy
+                told = f"{shape.name} | {gpus} | {plan.name} | –"
+            here = sampling_in_place(shape, plan, work, machine, gpus)
+            times = f"{here.seconds / engine:.1f}x" if plan.own_engine else "–"
+            lines.append(f"| {told} | {show(here.seconds)} | {times} | {here.bound} |")
+    return lines
+
+
 def network_table(work: Round, machine: Machine) -> list[str]:
     """Rows that wait for the network: fewer steps in a round, or weights shared in a node only."""
     lines = [
@@ -610,6 +647,7 @@ def main() -> None:
         return
     tables: tuple[Callable[[Round, Machine], list[str]], ...] = (
         round_table,
+        engine_table,
         network_table,
         ahead_table,
         size_table,
