@@ -10,6 +10,7 @@ answers at once.
     demo.py           a small real model aligned in minutes
     train.py          a run from a recipe and options
     expand.py         the data stage alone
+    expand_ray.py     the data stage on Ray: its options, the cluster, what a worker is made of
     evaluate.py       held-out evaluation alone
     compare.py        methods x seeds
     compare_file.py   a comparison's YAML, what it begins as (like), the arguments over it
