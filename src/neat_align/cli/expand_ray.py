@@ -100,6 +100,9 @@ def cluster_address(options: RayOptions) -> str | None:
 def import_ray(*, address: str | None) -> Any:
     """The `ray` package. Raises ConfigError where it is not installed."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Its C++ part warns on every start of what Ray Data does with its own actors; what goes wrong
+    # is raised.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if address is None:
         # Ray's word for a cluster of one machine, which then has the address 127.0.0.1: else its
         # servers listen on every interface. It reads both when it is imported.

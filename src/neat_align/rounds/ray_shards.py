@@ -10,6 +10,7 @@ finished batch; a round that is taken up makes the missing shards only, on any n
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import threading
@@ -101,8 +102,7 @@ class RayShards:
             return
         import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
+        _quieten(ray.data.DataContext.get_current())
         # A block a shard: a worker is given one at a time.
         rows: Any = [{"job": pickle.dumps(_Job(shard))} for shard in shards]
         data = ray.data.from_items(rows, override_num_blocks=len(shards))
@@ -116,6 +116,14 @@ class RayShards:
             self._tell(job.shard, progress)
             yield job.shard.number
         raise NEATError("Ray ended before all shards were made: start it again to go on")
+
+
+def _quieten(context: Any) -> None:
+    """Ray Data tells of each execution, and draws bars; this run tells how far it is itself."""
+    context.enable_progress_bars = context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.ERROR)
 
 
 def _finished(shard: Shard) -> RolledOut | None:
