@@ -4,7 +4,7 @@
 
 The command itself: a file of conversations (130 words a row) is read and checked with the demo
 model's tokenizer and chat template, a round of all prompts is planned, sampled, filtered, rewarded,
-ranked and written, and the data set is written from it. A stub stands in for the sampler (four
+ranked and written, and the data set is written from it. A stub stands in for the sampler (two
 answers a prompt of 48 to 80 tokens, a function of the seed): the pipeline is what is measured, and a
 sampler's work is the same for every prompt. Log-probabilities are of a model with hardly any
 weights.
@@ -58,10 +58,11 @@ def expand(folder: Path, count: int) -> dict[str, float]:
     )
     config = NEATConfig(
         output_dir=str(folder / "run"),
-        num_positive=2,
-        num_negative=2,
+        num_positive=1,
+        num_negative=1,
         num_plain=0,
         use_human_completions=False,
+        kl_weight=0.0,  # no log-probabilities of the start policy: those are the model's work
         prompts_per_round=count,
         generation_batch_size=1024,
         max_completion_length=80,
@@ -144,9 +145,7 @@ def main() -> None:
         f"largest against smallest: {grown['mib_added']:.0f} MiB more at the peak"
     )
     result = {"runs": {str(size): run for size, run in runs.items()}, "growth": grown}
-    harness.save(
-        args.json, {"benchmark": "expand_size", "command": " ".join(sys.argv), **result}
-    )
+    harness.save(args.json, {"benchmark": "expand_size", "command": " ".join(sys.argv), **result})
 
 
 if __name__ == "__main__":

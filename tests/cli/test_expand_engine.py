@@ -246,6 +246,11 @@ def test_how_to_learn_is_no_part_of_what_is_sampled(place: Path, tmp_path: Path)
     same = key()
     assert key(learning_rate=1.0, per_device_train_batch_size=4, logging_steps=3) == same
     assert key(generation_batch_size=3) == same
-    for changes in ({"seed": 2}, {"temperature": 0.5}, {"bf16": True}, {"generation_copy": "never"}):
+    for changes in (
+        {"seed": 2},
+        {"temperature": 0.5},
+        {"bf16": True},
+        {"generation_copy": "never"},
+    ):
         assert key(**changes) != same, changes
     assert replace(script(place), holdout=1)  # rows are in the key by their content

@@ -151,7 +151,10 @@ def test_what_scoring_notes_is_kept_in_the_same_order(tmp_path: Path) -> None:
         log_extra("length", [len(ids) for ids in completion_ids])
         log_metric("share", len(completion_ids) / 10)
         found: list[Any] = list(scores(completion_ids))
-        return [Unscorable("is odd") if len(ids) == 3 else s for ids, s in zip(completion_ids, found, strict=True)]
+        return [
+            Unscorable("is odd") if len(ids) == 3 else s
+            for ids, s in zip(completion_ids, found, strict=True)
+        ]
 
     _, sharded = both(tmp_path, partial(tools, reward=noting, on_bad_row="skip"))
     assert sharded.metrics["removed/unscorable"] > 0
@@ -336,7 +339,9 @@ def test_scores_of_other_rewards_are_not_taken_up(made_shards: tuple[InTurn, lis
 def test_a_disk_that_is_not_shared_is_named(tmp_path: Path) -> None:
     part = slices_of()[0]
     shard = Shard(0, "k", replace(part, folder=tmp_path / "work"), 0, TWO, ("r",))
-    with pytest.raises(NEATError, match=r"has not what another worker .* on a disk that they share"):
+    with pytest.raises(
+        NEATError, match=r"has not what another worker .* on a disk that they share"
+    ):
         reward_shard(shard, tools())
 
 
