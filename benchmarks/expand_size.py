@@ -5,8 +5,8 @@
 The command itself: a file of conversations (130 words a row) is read and checked with the demo
 model's tokenizer and chat template, a round of all prompts is planned, sampled, filtered, rewarded,
 ranked and written, and the data set is written from it. A stub stands in for the sampler (two
-answers a prompt of 48 to 80 tokens, a function of the seed): the pipeline is what is measured, and a
-sampler's work is the same for every prompt. Log-probabilities are of a model with hardly any
+answers a prompt of 48 to 80 tokens, a function of the seed): the pipeline is what is measured, and
+a sampler's work is the same for every prompt. The model that the checks look at has hardly any
 weights.
 
 Each size runs in a process of its own, and so does the empty start that is taken off (512 prompts,

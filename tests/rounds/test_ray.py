@@ -225,7 +225,7 @@ def test_a_signal_stops_the_workers_and_says_how_to_go_on(tmp_path: Path) -> Non
         "    time.sleep(300)\n"
     )
     process = expand(tmp_path, "out.jsonl", "--engine", "ray", "--num_workers", "1")
-    until(lambda: (tmp_path / "asked").exists(), process)
+    until((tmp_path / "asked").exists, process)
     family = family_of(process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)

@@ -2,10 +2,11 @@
 
     shards ──► policy workers: sample, filter, log-probabilities ──► reward workers ──► this process
 
-A worker is an actor that loads its model once. It writes what it makes into the run directory, under
-the shard's key, and sends nothing back but that it is done. What is finished is told by these files
-alone (`shards`), never by Ray: a worker that dies is replaced and its shard goes on from the last
-finished batch; a round that is taken up makes the missing shards only, on any number of workers.
+A worker is an actor that loads its model once. It writes what it makes into the run directory,
+under the shard's key, and sends nothing back but that it is done. What is finished is told by these
+files alone (`shards`), never by Ray: a worker that dies is replaced and its shard goes on from the
+last finished batch; a round that is taken up makes the missing shards only, on any number of
+workers.
 """
 
 from __future__ import annotations
