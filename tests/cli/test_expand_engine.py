@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -105,12 +106,31 @@ def test_without_ray_its_installation_is_named(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, "")
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with pytest.raises(ConfigError, match=r"pip install 'neat-align\[ray\]'"):
         write_expansion(
             script(place), config(tmp_path / "run"), tmp_path / "o.jsonl", "ranked", RayOptions(1)
         )
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL"):
+        monkeypatch.setenv(name, "0")
+    with socket.socket() as nobody:  # has a port, and listens not
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        for options in (RayOptions(1, ray_address=address), RayOptions(1)):
+            if options.ray_address is None:
+                monkeypatch.setenv("RAY_ADDRESS", f"ray://{address}")
+            with pytest.raises(ConfigError, match=r"Ray cannot be reached \(.*correct ray_address"):
+                write_expansion(
+                    script(place), config(tmp_path / "run"), tmp_path / "o.jsonl", "ranked", options
+                )
 
 
 def test_processes_of_a_launcher_are_refused(place: Path, tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ interface, no dashboard is started, and nothing is reported to anybody.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from neat_align.config import NEATConfig
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # Rows that a worker's checks of the model look at: those that a trainer's look at.
 _LOOKED_AT = 2
+_ANSWER_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def cluster_address(options: RayOptions) -> str | None:
 
 
 def import_ray(*, address: str | None) -> Any:
-    """The `ray` package. Raises ConfigError where it is not installed."""
+    """The `ray` package, once nothing of it speaks or listens that was not asked for.
+
+    Raises ConfigError where it is not installed, or nobody answers at the address.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Its C++ part warns on every start of what Ray Data does with its own actors; what goes wrong
     # is raised.
@@ -110,15 +116,35 @@ def import_ray(*, address: str | None) -> Any:
         # Other users of the machine can reach the ports, and whoever may speak there runs code.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    else:
+        _check_answers(address)
     try:
-        import ray
-        import ray.data
+        importlib.import_module("ray.data")
+        return importlib.import_module("ray")
     except ImportError as error:
         raise ConfigError(
             f"engine is ray and Ray Data cannot be imported ({error}): pip install "
             "'neat-align[ray]'"
         ) from error
-    return ray
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nobody answers: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():  # "auto": Ray finds the cluster that was started here
+        return
+    try:
+        name = host.rpartition("//")[2].strip("[]")
+        socket.create_connection((name, int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(error) from error
+
+
+def _no_cluster(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"Ray cannot be reached ({one_line(error)}): correct ray_address (or RAY_ADDRESS), or "
+        "leave it out to run on this machine alone"
+    )
 
 
 @contextlib.contextmanager
@@ -132,7 +158,10 @@ def connected(options: RayOptions, *, has_rewards: bool) -> Iterator[None]:
             (options.num_reward_workers or 1) if has_rewards else 0
         )
         started |= {"address": "local", "num_cpus": needed, "include_dashboard": False}
-    ray.init(logging_level="ERROR", **started)
+    try:
+        ray.init(logging_level="ERROR", **started)
+    except (ConnectionError, ValueError) as error:
+        raise _no_cluster(error) from error
     try:
         _check_gpus(ray, options, is_local=address is None)
         yield
@@ -236,7 +265,7 @@ def config_values(config: NEATConfig) -> dict[str, Any]:
     """
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
     # transformers reads it as a mapping, and keeps it as an object.
-    values["accelerator_config"] = config.accelerator_config.to_dict()
+    values["accelerator_config"] = cast("Any", config.accelerator_config).to_dict()
     return values | {"hub_token": None}
 
 

@@ -11,6 +11,7 @@ workers.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pickle
 import queue
@@ -101,12 +102,11 @@ class RayShards:
         """Make these shards; their numbers, as they are finished."""
         if not shards:
             return
-        import ray.data
-
-        _quieten(ray.data.DataContext.get_current())
+        ray_data: Any = importlib.import_module("ray.data")  # an extra: not everybody has it
+        _quieten(ray_data.DataContext.get_current())
         # A block a shard: a worker is given one at a time.
         rows: Any = [{"job": pickle.dumps(_Job(shard))} for shard in shards]
-        data = ray.data.from_items(rows, override_num_blocks=len(shards))
+        data = ray_data.from_items(rows, override_num_blocks=len(shards))
         data = _stage(data, "policy", self.policy, len(shards))
         if self.rewards is not None:
             data = _stage(data, "rewards", self.rewards, len(shards))
@@ -133,11 +133,10 @@ def _finished(shard: Shard) -> RolledOut | None:
 
 def _stage(data: Any, stage: Stage, workers: Workers, shards: int) -> Any:
     """The data set with a stage of workers after it."""
-    from ray.data import ActorPoolStrategy
-
+    strategy: Any = importlib.import_module("ray.data").ActorPoolStrategy
     # Of a long shard, the next one must not wait behind it while another worker has none.
     size = min(workers.count, shards)
-    pool = ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+    pool = strategy(size=size, max_tasks_in_flight_per_actor=1)
     return data.map_batches(
         _Worker,
         fn_constructor_args=(stage, workers.make_tools, uuid.uuid4().hex),
