@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import small_rounds
+from crashes import Crash, crash_at_rename
 from neat_align.errors import NEATError, RewardError
-from neat_align.rewards.protocol import NamedReward, Unscorable
+from neat_align.rewards.protocol import Unscorable
 from neat_align.rounds import make_round as module
 from neat_align.rounds import ray_shards
 from neat_align.rounds.params import RoundParams, RoundProgress, RoundTools
@@ -207,10 +208,6 @@ def test_a_key_is_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-class Counted(Seeded):
-    """Answers that are counted by their seed."""
-
-
 def test_a_reward_that_fails_costs_no_sample_and_no_paid_score(tmp_path: Path) -> None:
     paid: list[int] = []
 
@@ -256,6 +253,46 @@ def test_either_engine_goes_on_with_what_the_other_has_left(tmp_path: Path) -> N
         assert files_of(tmp_path / first) == files_of(tmp_path / "whole")
         seeds = [r.seed for r in sampler.requests]
         assert len(seeds) == len(set(seeds))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_beside_any_rename_costs_one_batch_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, before: bool
+) -> None:
+    """Whichever process it was: a worker in one of its stages, or the one that leads."""
+    scored: list[int] = []
+
+    def counted(completion_ids: Sequence[Any], **_: Any) -> list[float]:
+        scored.append(len(completion_ids))
+        return scores(completion_ids)
+
+    def run(folder: Path, sampler: Seeded) -> None:
+        t = small_rounds.tools(sampler, reward=counted)
+        options = {"p": PARAMS, "data": rows(4), "slice_prompts": 2}
+        small_rounds.run(folder, t, slice_maker=InTurn(t, PARAMS), **options)
+
+    run(tmp_path / "whole", Seeded())
+    expected, point = files_of(tmp_path / "whole"), 0
+    answers, rewarded, batches = 4 * 3, sum(scored), {0, *scored}
+    while True:
+        point += 1
+        folder, sampler = tmp_path / str(point), Seeded()
+        scored.clear()
+        with monkeypatch.context() as patch:
+            crash_at_rename(patch, point, before=before)
+            try:
+                run(folder, sampler)
+            except Crash:
+                pass
+            else:
+                break
+        run(folder, sampler)
+        assert files_of(folder) == expected
+        twice = len(sampler.requests) - answers, sum(scored) - rewarded
+        assert twice[0] in (0, 6)  # a shard's answers are one batch here
+        assert twice[1] in batches
+        assert twice[0] * twice[1] == 0
+    assert point > 15
 
 
 @pytest.fixture
@@ -432,4 +469,3 @@ def test_a_request_to_stop_is_heard_while_nothing_arrives() -> None:
 def test_slices_of_both_makers_are_of_the_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SLICE_PROMPTS", 4)
     assert [len(part.rows) for part in slices_of(slice_prompts=None)] == [3, 3, 4, 3, 4]
-    assert NamedReward  # a reward's name and weight are in a slice's plan
