@@ -141,6 +141,7 @@ def build_trainer(
     eval_rewards: RewardSum | None = None,
     policy: str | None = None,
     trains: bool = True,
+    data: tuple[list[PromptRow], list[PromptRow]] | None = None,
 ) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling.
 
@@ -148,12 +149,13 @@ def build_trainer(
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
     Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
+    `data` are rows in the place of those that the script names, and held-out ones.
     """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
     skipped = SkippedRows()
-    rows, held_out = load_data(script, config.on_bad_row, skipped)
+    rows, held_out = data or load_data(script, config.on_bad_row, skipped)
     trains = trains and policy is None
     start = _model(script, trains=trains)
     tokenizer = load_tokenizer(
