@@ -111,6 +111,7 @@ class Round:
     groups_per_step: int = 512
     micro_batch_tokens: int = 8_192
     scoring_passes: int = 2
+    checkpointing: bool = True
 
     @property
     def group_tokens(self) -> int:
@@ -164,6 +165,9 @@ PLANS = (
 TRAINED_BYTES = 16
 # LoRA r = 16 on every matrix of Llama 8B is 0.5 % of its weights.
 LORA_SHARE = 0.005
+# Of `sampling_in_place`: completions at once, and the host's time for one layer (assumed).
+IN_PLACE_BATCH = 64
+LAYER_SECONDS = 5e-4
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
@@ -177,12 +181,12 @@ def forward_flops(shape: Shape, work: Round) -> float:
     return 2 * matrices + shape.attention_flops(1) * attended
 
 
-def training_passes(trained: str) -> int:
+def training_passes(trained: str, *, checkpointing: bool) -> int:
     """Forward passes that a training step is worth.
 
     Forward, again for checkpointing, gradients of activations, and those of weights unless LoRA.
     """
-    return 4 if trained == "full" else 3
+    return 2 + checkpointing + (trained == "full")
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -239,7 +243,7 @@ class Phase:
 def decode_step(
     shape: Shape, work: Round, machine: Machine, *, batch: float, split: int, weight_bytes: float
 ) -> dict[str, float]:
-    """Seconds of one token for each of `batch` sequences, a replica being `split` GPUs, by cause."""
+    """Seconds, by cause, of one token for each of `batch` sequences on `split` GPUs."""
     context = work.prompt + work.instruction + work.completion / 2
     reading = machine.bandwidth * machine.read * split
     cache = batch * context * shape.cache_width * machine.number_bytes
@@ -295,6 +299,21 @@ def replica(
     raise ValueError(f"{shape.name} does not fit on {gpus} GPUs to sample from")
 
 
+def sampling_in_place(shape: Shape, plan: Plan, work: Round, machine: Machine, gpus: int) -> Phase:
+    """The same from the policy that trains, through transformers, which needs no second weights.
+
+    Batches of `IN_PLACE_BATCH` that wait for their longest, a kernel at a time; sharded weights are
+    gathered for every token.
+    """
+    here = math.ceil(work.prompts / gpus) * work.completions
+    batch = min(here, IN_PLACE_BATCH)
+    steps = math.ceil(here / batch) * work.longest
+    step = decode_step(shape, work, machine, batch=batch, split=1, weight_bytes=plan.frozen_bytes)
+    step["launching kernels"] = shape.layers * LAYER_SECONDS
+    step["gathering weights"] = gather_seconds(shape, plan, machine, gpus)
+    return Phase({cause: steps * s for cause, s in step.items()})
+
+
 def scoring(shape: Shape, plan: Plan, work: Round, machine: Machine, gpus: int) -> Phase:
     """Log-probabilities of the round's completions under the current and the start policy."""
     groups = math.ceil(work.prompts / gpus)
@@ -327,7 +346,8 @@ def gradient_seconds(trained: float, plan: Plan, machine: Machine, gpus: int) ->
 def training(shape: Shape, plan: Plan, work: Round, machine: Machine, gpus: int) -> Phase:
     """All optimizer steps of a round."""
     groups = math.ceil(min(work.groups_per_step, work.prompts) / gpus)
-    flops = groups * forward_flops(shape, work) * training_passes(plan.trained)
+    passes = training_passes(plan.trained, checkpointing=work.checkpointing)
+    flops = groups * forward_flops(shape, work) * passes
     trained = shape.weights * (1.0 if plan.trained == "full" else LORA_SHARE)
     # Weights are gathered forward and backward for each micro-batch, gradients added up once.
     micro_batches = math.ceil(groups * work.group_tokens / work.micro_batch_tokens)
@@ -406,7 +426,7 @@ def row(shape: Shape, work: Round, machine: Machine, gpus: int, plan: Plan | Non
         gpus,
         plan,
         max(training_bytes(shape, plan, work, machine, gpus), sampled),
-        sampling(shape, plan, work, machine, gpus),
+        (sampling if plan.own_engine else sampling_in_place)(shape, plan, work, machine, gpus),
         scoring(shape, plan, work, machine, gpus),
         training(shape, plan, work, machine, gpus),
         syncing(shape, plan, machine, gpus),
@@ -422,6 +442,22 @@ def bottleneck(found: Row) -> str:
     }
     name = max(phases, key=lambda n: phases[n].seconds)
     return f"{name}: {phases[name].bound}"
+
+
+def setting(found: Row) -> str:
+    """What to choose for the row, beyond how it is trained."""
+    waits = bottleneck(found)
+    if "network" in waits and found.plan.sharded == "all":
+        return "shards within a node where they fit; more groups a step"
+    if "network" in waits:
+        return "more groups a step (gradient_accumulation_steps)"
+    if "longest" in waits:
+        return "more prompts a round"
+    if not found.plan.own_engine:
+        return "a smaller model, or more GPUs"
+    if found.gpus == 1 and found.plan.trained == "lora":
+        return "sample in turn with training, the base shared"
+    return "larger micro-batches; more GPUs help in proportion"
 
 
 # ---- sampling ahead ------------------------------------------------------------------------------
@@ -486,8 +522,8 @@ def round_table(work: Round, machine: Machine) -> list[str]:
     """Time and memory of a round."""
     lines = [
         "| model | GPUs | trained | GB a GPU | sampling s | log-probs s | training s | sync s "
-        "| round s | sampling share | waits for |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| round s | sampling share | waits for | choose |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
         for gpus in GPUS:
@@ -496,7 +532,7 @@ def round_table(work: Round, machine: Machine) -> list[str]:
             lines.append(
                 f"| {shape.name} | {gpus} | {r.plan.name} | {r.bytes_used / GB:.0f} | "
                 f"{' | '.join(map(show, times))} | {r.sampling.seconds / r.seconds:.0%} | "
-                f"{bottleneck(r)} |"
+                f"{bottleneck(r)} | {setting(r)} |"
             )
     return lines
 
@@ -518,6 +554,25 @@ def ahead_table(work: Round, machine: Machine) -> list[str]:
             lines.append(
                 f"| {shape.name} | {gpus} | {show(together.seconds)} | {' | '.join(told)} |"
             )
+    return lines
+
+
+def engine_table(work: Round, machine: Machine) -> list[str]:
+    """Who samples: an engine of its own, or the policy that trains."""
+    lines = [
+        "| model | GPUs | trained | vLLM s | transformers s | times | waits for |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        for gpus in GPUS[:2]:
+            plan = plan_for(shape, work, machine, gpus)
+            engine = sampling(shape, plan, work, machine, gpus).seconds
+            told = f"{shape.name} | {gpus} | {plan.name} | {show(engine)}"
+            if not plan.own_engine:  # the engine's weights do not fit beside the policy
+                told = f"{shape.name} | {gpus} | {plan.name} | –"
+            here = sampling_in_place(shape, plan, work, machine, gpus)
+            times = f"{here.seconds / engine:.1f}x" if plan.own_engine else "–"
+            lines.append(f"| {told} | {show(here.seconds)} | {times} | {here.bound} |")
     return lines
 
 
@@ -592,6 +647,7 @@ def main() -> None:
         return
     tables: tuple[Callable[[Round, Machine], list[str]], ...] = (
         round_table,
+        engine_table,
         network_table,
         ahead_table,
         size_table,

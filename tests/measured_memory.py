@@ -23,7 +23,7 @@ class TensorMemory(TorchDispatchMode):
         self.marks: dict[str, int] = {}
         self._sizes: dict[int, int] = {}
         for tensor in tensors:
-            self._see(tensor)
+            self.see(tensor)
 
     def __torch_dispatch__(
         self,
@@ -35,10 +35,11 @@ class TensorMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self.see(leaf)
         return out
 
-    def _see(self, tensor: Tensor) -> None:
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor that was there before."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:

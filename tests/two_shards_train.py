@@ -34,13 +34,23 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+# Every third prompt is long: processes cut their groups into other numbers of micro-batches.
+LONG = [
+    {"prompt": [{"role": "user", "content": row["prompt"][0]["content"] * (1 + 2 * (i % 3 == 0))}]}
+    for i, row in enumerate(ROWS)
+]
+
+
 class FirstGradients(TrainerCallback):
     """Every gradient of the first step, before it is clipped or used."""
 
     def __init__(self) -> None:
         self.found: dict[str, torch.Tensor] = {}
 
+        self.passes_added = 0
+
     def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.passes_added += t.parts.engine._passes_to_add
         if not self.found:
             self.found |= {
                 n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
@@ -90,6 +100,15 @@ if __name__ == "__main__":
     changes: dict[str, Any] = {}
     if "distil" in what:
         changes = {"distil_weight": 1.0, "distil_teacher": "current", "num_plain": 2}
+    # Room for two short groups, and not for a short and a long one.
+    is_padded = "padded" in what or "zero" in what
+    budget = {(False, False): 130, (False, True): 170, (True, False): 300, (True, True): 450}[
+        is_padded, "distil" in what
+    ]
+    if "padded" in what:
+        changes["prefix_sharing"] = "off"
+    if "checkpointing" in what:
+        changes["gradient_checkpointing"] = True
     if "zero" in what:
         neat_config.check_sharding = lambda c: None  # on a CPU
         changes["deepspeed"] = {
@@ -109,7 +128,7 @@ if __name__ == "__main__":
         num_train_epochs=3,
         per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=1,
-        max_tokens_per_micro_batch=150,
+        max_tokens_per_micro_batch=budget,
         max_grad_norm=0.0,
         kl_weight=0.1,
         learning_rate=1e-3,
@@ -119,15 +138,17 @@ if __name__ == "__main__":
     )
     if processes > 1 and "zero" not in what:
         use_fsdp2()
-    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).double()
+    model = tiny_model(
+        "gpt2" if "tied" in what else "llama", len(TOKENIZER), tokenizer=TOKENIZER
+    ).double()
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
     gradients = FirstGradients()
     t = NEATTrainer(
         model,
         failing if "fail" in what else count_e,
         args,
-        ROWS,
-        ROWS[:3],
+        LONG,
+        LONG[:3],
         processing_class=TOKENIZER,
         callbacks=[gradients, OnSecondProcess(what)],
         peft_config=lora if "lora" in what else None,
@@ -146,6 +167,7 @@ if __name__ == "__main__":
                 "sharding": t.parts.sharding,
                 "is_sharded": is_sharded(t.policy),
                 "reference_is_sharded": is_sharded(start),
+                "passes_added": gradients.passes_added,
                 "loss": output.training_loss,
             }
         (folder / f"facts-{RANK}.json").write_text(json.dumps(facts))

@@ -141,6 +141,7 @@ def build_trainer(
     eval_rewards: RewardSum | None = None,
     policy: str | None = None,
     trains: bool = True,
+    data: tuple[list[PromptRow], list[PromptRow]] | None = None,
 ) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling.
 
@@ -148,23 +149,15 @@ def build_trainer(
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
     Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
+    `data` are rows in the place of those that the script names, and held-out ones.
     """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
     skipped = SkippedRows()
-    rows, held_out = load_data(script, config.on_bad_row, skipped)
-    name = model_source(script.model_name_or_path)
+    rows, held_out = data or load_data(script, config.on_bad_row, skipped)
     trains = trains and policy is None
-    options = script.load_options
-    if trains and not script.use_peft:
-        options = options.where_all_weights_learn()
-    start = load_policy(
-        name,
-        options,
-        revision=script.model_revision,
-        trust_remote_code=script.trust_remote_code,
-    )
+    start = _model(script, trains=trains)
     tokenizer = load_tokenizer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
@@ -173,7 +166,7 @@ def build_trainer(
             config, start, tokenizer, conversational=is_conversational(rows)
         )
         rows, held_out = refilled(rows, held_out, usable)
-    model = start if policy is None else load_policy(policy, options)
+    model = start if policy is None else load_policy(policy, script.load_options)
     trainer = NEATTrainer(
         model if trains else frozen_if_half(model),
         script.reward_funcs or None,
@@ -189,6 +182,19 @@ def build_trainer(
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
+
+
+def _model(script: ScriptArguments, *, trains: bool) -> torch.nn.Module:
+    """The script's model; in fp32 where its own weights are trained."""
+    options = script.load_options
+    if trains and not script.use_peft:
+        options = options.where_all_weights_learn()
+    return load_policy(
+        model_source(script.model_name_or_path),
+        options,
+        revision=script.model_revision,
+        trust_remote_code=script.trust_remote_code,
+    )
 
 
 def _usable_to_evaluate(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
@@ -20,7 +20,7 @@ from neat_align.modeling.adapters import LOAD_ERRORS, read_adapter
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.load_options import LoadOptions
 from neat_align.modeling.loading import load_tokenizer
-from neat_align.modeling.memory_estimate import meta_model
+from neat_align.modeling.model_shape import meta_model
 from neat_align.modeling.requirements import check_causal
 from neat_align.pipeline import load_data, lora_config
 from neat_align.prompts.rows import is_conversational
@@ -64,11 +64,9 @@ def dry_run(script: ScriptArguments, args: NEATConfig) -> list[str]:
 def _with_checkpointing(args: NEATConfig, memory: MemoryPlan) -> list[str]:
     """The table as the run would settle it, and what would help where it does not fit."""
     lines: list[str] = []
-    less = memory.with_checkpointing()
-    helps = less.estimate.total < 0.95 * memory.estimate.total
-    if args.activation_checkpointing is None and not memory.fits and helps:
+    if args.activation_checkpointing is None and memory.wants_checkpointing:
         lines.append("activation checkpointing would be on: without it there is no room")
-        memory = less
+        memory = memory.with_checkpointing()
     lines = [*memory.lines(), *lines]
     if not memory.fits:
         lines.append(f"it does not fit: {memory.advice()}")
@@ -94,7 +92,7 @@ def _on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
     model: Any = meta_model(config).to(dtype)
     model.config.name_or_path = name
     adapter = lora_config(script)
-    return model if adapter is None else get_peft_model(model, adapter)
+    return cast("torch.nn.Module", model if adapter is None else get_peft_model(model, adapter))
 
 
 def _data(

@@ -60,21 +60,12 @@ CutOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option(help="Type of the model's weights: float32, bfloat16, float16 or auto.")
 ]
-AttentionOption = Annotated[
-    str | None, typer.Option(help="Attention of the model: eager, sdpa, flash_attention_2, …")
-]
-BitsOption = Annotated[
-    bool,
-    typer.Option("--load_in_4bit", help="Hold the weights in 4 bits (bitsandbytes and CUDA)."),
-]
 
 
 def probe(
     bank: BankOption,
     model: Annotated[str, typer.Option(help="A hub name, a folder, or demo.")],
     dtype: DtypeOption = "float32",
-    attn_implementation: AttentionOption = None,
-    load_in_4bit: BitsOption = False,
     dataset_name: DataOption = "demo",
     as_conversations: ConversationsOption = False,
     reward: RewardOption = "vader",
@@ -104,8 +95,6 @@ def probe(
         bank=bank,
         model=model,
         dtype=dtype,
-        attn_implementation=attn_implementation,
-        load_in_4bit=load_in_4bit,
         dataset_name=dataset_name,
         as_conversations=as_conversations,
         reward=reward,

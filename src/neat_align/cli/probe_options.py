@@ -44,8 +44,6 @@ class ProbeSettings:
     pairs: int | None = None
     min_p: float | None = None
     dtype: str = "float32"
-    attn_implementation: str | None = None
-    load_in_4bit: bool = False
 
     @property
     def num_pairs(self) -> int:
@@ -60,10 +58,10 @@ class ProbeSettings:
     @property
     def load_options(self) -> LoadOptions:
         """How the model is loaded."""
-        return LoadOptions(self.dtype, self.attn_implementation, self.load_in_4bit)
+        return LoadOptions(self.dtype)
 
     def __post_init__(self) -> None:
-        LoadOptions(self.dtype, self.attn_implementation, self.load_in_4bit)  # refuses other values
+        LoadOptions(self.dtype)  # refuses other values
         if self.placement not in (*PLACEMENTS, "all"):
             raise ConfigError(
                 f"placement is {self.placement!r}; it must be one of {', '.join(PLACEMENTS)}, or "

@@ -293,7 +293,7 @@ class NEATConfig(SamplerOptions, ObjectiveOptions):
 
     @property
     def samples_from_copy(self) -> bool:
-        """Whether completions are sampled from a copy in the type of autocast, where there is one."""
+        """Whether completions are sampled from a copy in autocast's type, where there is one."""
         on_cpu = bool(self.device.type == "cpu")
         copies = self.generation_copy == "always" or (self.generation_copy == "auto" and on_cpu)
         return copies and self.sampler == "transformers"

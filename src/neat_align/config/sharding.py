@@ -217,7 +217,7 @@ def _check_deepspeed(c: Any) -> None:
             "accelerator, from where every sampled token would fetch all of them: remove it "
             "(offload_optimizer may stay)"
         )
-    if _zero_stage(settings) == "3" and not _gathers_to_save(zero):
+    if _zero_stage(settings) == "3" and not _gathers_to_save(zero or {}):
         raise ConfigError(
             f"{source} asks for ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, so "
             "no checkpoint would hold a model that can be loaded, and the last one would be "

@@ -41,9 +41,9 @@ from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
 from neat_align.learning.step_metrics import StepMetrics, sum_dtype
 from neat_align.learning.teacher_rows import TeacherRows, teacher_rows
 from neat_align.modeling.head_inputs import head_inputs
-from neat_align.modeling.lockstep import lockstep, one_token_pass
-from neat_align.modeling.logprobs import logprobs_of
-from neat_align.modeling.packing import Layout, fill_budget, tokens_in
+from neat_align.modeling.lockstep import lockstep
+from neat_align.modeling.logprobs import completion_logprobs, logprobs_of
+from neat_align.modeling.packing import Layout, fill_budget, rows_in_layout, tokens_in
 from neat_align.modeling.precision import autocast
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.shared_prefix import sharing_prefixes
@@ -220,7 +220,7 @@ class StepEngine:
         for i, micro_batch in enumerate(micro_batches):
             with contextlib.ExitStack() as opened:
                 opened.enter_context(self._exchange(model, is_last=i + 1 == len(micro_batches)))
-                if self.layout == "packed" and micro_batch is not None:
+                if self.layout == "packed":
                     # Over the backward pass too: gradient checkpointing runs the attention again.
                     opened.enter_context(sharing_prefixes(model))
                 losses.append(self.forward_backward(model, micro_batch, counts))
@@ -310,8 +310,7 @@ class StepEngine:
         checked stays there until the end of the step.
         """
         if micro_batch is None:
-            with self._in_step(model), autocast(self.device.type, autocast_dtype):
-                return one_token_pass(model, grad=True).sum() * 0
+            return self._loss_of_nothing(model, autocast_dtype)
         counts = self.count([micro_batch]) if counts is None else counts
         # Accelerate puts autocast around the model; packed rows run the head outside of it.
         p, rows = self.objective, micro_batch.rows
@@ -342,6 +341,16 @@ class StepEngine:
         self.metrics.add(step_facts(micro_batch, logps, terms, p))
         # Ranks average their gradients; the counts are global, so the shares have to be summed.
         return cast("Tensor", loss * self.args.world_size)
+
+    def _loss_of_nothing(
+        self, model: torch.nn.Module, autocast_dtype: torch.dtype | None
+    ) -> Tensor:
+        """0, from a completion of one token that goes the way of any other: ranks exchange weights
+        and gradients in the order in which a pass uses them.
+        """
+        rows = rows_in_layout([[0]], [[[0]]], self.layout, self.pad_token_id).to(self.device)
+        with self._in_step(model), autocast(self.device.type, autocast_dtype):
+            return completion_logprobs(model, rows).sum() * 0
 
     def _in_step(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
         """Ranks make as many passes of the teacher as the one with the most, before any goes back.

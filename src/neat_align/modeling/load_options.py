@@ -59,7 +59,7 @@ class LoadOptions:
     @property
     def torch_dtype(self) -> torch.dtype | str:
         """What transformers' `from_pretrained` takes as `dtype`."""
-        return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
 
     def where_all_weights_learn(self) -> LoadOptions:
         """The same for a model whose own weights are trained: in fp32.
@@ -94,12 +94,13 @@ class LoadOptions:
         from accelerate import PartialState
         from transformers import BitsAndBytesConfig
 
+        ranks: Any = PartialState()
         computing = torch.float16 if self.dtype == "float16" else torch.bfloat16
         return {
             "quantization_config": BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computing
             ),
-            "device_map": {"": PartialState().local_process_index},
+            "device_map": {"": ranks.local_process_index},
         }
 
 

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from neat_align.errors import NEATError, one_line
 from neat_align.modeling.outputs import forward
+from neat_align.modeling.packing import pack_rows
+from neat_align.modeling.shared_prefix import is_sharing
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -36,8 +38,9 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def class_of(module: torch.nn.Module) -> type[torch.nn.Module]:
     """A module's class, which FSDP2 hides behind one that it derives from it."""
-    kind = type(module)
-    return kind.__mro__[kind._orig_cls_mro_index] if isinstance(module, FSDPModule) else kind
+    kind: Any = type(module)
+    own = kind.__mro__[kind._orig_cls_mro_index] if isinstance(module, FSDPModule) else kind
+    return cast("type[torch.nn.Module]", own)
 
 
 @contextlib.contextmanager
@@ -108,7 +111,7 @@ class _Model:
     def one_token_pass(self, *, off: bool) -> None:
         """A pass over one token, without a gradient, with the adapter on or off."""
         with self._switched(off=off):
-            one_token_pass(self.model, grad=False)
+            one_token_pass(self.model)
 
     @contextlib.contextmanager
     def _switched(self, *, off: bool) -> Iterator[None]:
@@ -179,13 +182,15 @@ class _Steps:
             self._is_idle = False
 
 
-def one_token_pass(model: torch.nn.Module, *, grad: bool) -> torch.Tensor:
-    """The logits of a row of one token, which gathers the weights that any other row gathers."""
+def one_token_pass(model: torch.nn.Module) -> None:
+    """A row of one token, without a gradient: it gathers the weights that any other row gathers."""
     device = next(model.parameters()).device
-    token = torch.zeros((1, 1), dtype=torch.long, device=device)
-    with torch.set_grad_enabled(grad):
-        logits: torch.Tensor = forward(model, input_ids=token, use_cache=False).logits
-    return logits
+    rows = pack_rows([[0]], [[[0]]]).to(device)
+    inputs: dict[str, Any] = {"input_ids": rows.input_ids}
+    if is_sharing(model):  # no other rows are taken then
+        inputs |= {"position_ids": rows.position_ids, "shared_prefix": rows.layout}
+    with torch.no_grad():
+        forward(model, **inputs, use_cache=False)
 
 
 @functools.cache

@@ -102,8 +102,8 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
 def _copy(model: Any, autocast_dtype: torch.dtype | None) -> Reference:
     start = _copied(model).requires_grad_(False).eval()
     # With virtual tokens it is measured how the copy samples, in its weights' own type.
-    narrows = autocast_dtype is not None and not adds_virtual_tokens(start)
-    if narrows and not held_in(start, autocast_dtype):
+    narrow = None if adds_virtual_tokens(start) else autocast_dtype
+    if narrow is not None and not held_in(start, narrow):
         start = _copied(model)  # what was cast cannot be put back
     return _frozen(start, model)
 

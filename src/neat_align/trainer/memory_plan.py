@@ -22,11 +22,13 @@ from neat_align.modeling.memory_estimate import (
     GIB,
     NF4_BYTES,
     MemoryEstimate,
-    ModelShape,
     RunShape,
     Sharding,
-    bytes_of_weights,
     estimate_memory,
+)
+from neat_align.modeling.model_shape import (
+    ModelShape,
+    bytes_of_weights,
     shape_of,
     shape_of_model,
 )
@@ -74,6 +76,15 @@ class MemoryPlan:
     def with_checkpointing(self) -> MemoryPlan:
         """The same with activations that are computed again."""
         return replace(self, run=replace(self.run, checkpointing=True))
+
+    @property
+    def wants_checkpointing(self) -> bool:
+        """Whether the run would need less, and has not enough room. Weights that the ranks divide
+        have a checkpointing of their own (FSDP's), which is asked for by name.
+        """
+        if self.fits or self.run.checkpointing or self.run.sharding == "weights":
+            return False
+        return self.with_checkpointing().estimate.total < 0.95 * self.estimate.total
 
     def lines(self) -> list[str]:
         """The estimate as a table."""
@@ -164,47 +175,46 @@ def plan_memory(
     return MemoryPlan(shape, replace(run, accumulates=more), args.device, room)
 
 
-def settle_memory(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> None:
+def settle_memory(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> TrainingData:
     """Decide about checkpointing where nobody has, and warn where memory will not be enough.
 
-    Before Trainer takes the model to its device. Every rank calls it; rank 0 decides.
+    Before Trainer takes the model to its device. Every rank calls it; rank 0 decides. Gives `data`.
     """
     model = setup.model
-    if not is_trained(model) or not isinstance(unwrapped(model), PreTrainedModel):
-        _set_checkpointing(args, value=bool(args.activation_checkpointing))
-        return
-    plan = plan_memory(
-        args,
-        model,
-        data.rows,
-        data.prompt_lengths,
-        evaluates=bool(data.eval_rows),
-        reference_given=setup.reference_given,
-    )
-    plan = replace(plan, room=_room_with(plan, model))
-    if not plan.shape.parameters:  # DeepSpeed's ZeRO-3 holds them elsewhere
-        _set_checkpointing(args, value=bool(args.activation_checkpointing))
-        return
+    wants, plan = False, None
+    if is_trained(model) and isinstance(unwrapped(model), PreTrainedModel):
+        plan = plan_memory(
+            args,
+            model,
+            data.rows,
+            data.prompt_lengths,
+            evaluates=bool(data.eval_rows),
+            reference_given=setup.reference_given,
+        )
+        plan = replace(plan, room=_room_with(plan, model))
     if args.activation_checkpointing is None:
-        less = plan.with_checkpointing()
-        may = unwrapped(model).supports_gradient_checkpointing and plan.run.sharding != "weights"
-        wants = may and not plan.fits and less.estimate.total < 0.95 * plan.estimate.total
+        if plan is not None and unwrapped(model).supports_gradient_checkpointing:
+            wants = plan.wants_checkpointing
         wants = _as_on_rank_zero(args, value=wants)
-        _set_checkpointing(args, value=wants)
-        if wants:
-            _say(
-                args,
-                f"activation checkpointing is on: the run would take about {_gib(plan)} without "
-                f"it, {_gib(less)} with it, and {_room(plan)} is free "
-                "(activation_checkpointing: false leaves it off)",
-            )
-            plan = less
+        args.activation_checkpointing = args.gradient_checkpointing = wants
+    if plan is None:
+        return data
+    if wants:
+        less = plan.with_checkpointing()
+        _say(
+            args,
+            f"activation checkpointing is on: the run would take about {_gib(plan)} without it, "
+            f"{_gib(less)} with it, and {_room(plan)} is free (activation_checkpointing: false "
+            "leaves it off)",
+        )
+        plan = less
     if not plan.fits:
         _say(
             args,
             f"this run is estimated to take {_gib(plan)} on {plan.device}, and {_room(plan)} is "
             f"free: {plan.advice()} (neat-align train --dry-run shows the estimate)",
         )
+    return data
 
 
 def _say(args: NEATConfig, text: str) -> None:
@@ -218,10 +228,6 @@ def _gib(plan: MemoryPlan) -> str:
 
 def _room(plan: MemoryPlan) -> str:
     return f"{(plan.room or 0) / GIB:.1f} GiB"
-
-
-def _set_checkpointing(args: Any, *, value: bool) -> None:
-    args.activation_checkpointing = args.gradient_checkpointing = value
 
 
 def _as_on_rank_zero(args: NEATConfig, *, value: bool) -> bool:

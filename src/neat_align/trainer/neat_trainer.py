@@ -98,8 +98,7 @@ class NEATTrainer(Trainer):
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         told = (reward_funcs, judge_funcs, reward_processing_classes)
         scored_by = set_up_rewards(args, contrast, *told, lambda: self.state, eval_rewards)
-        data = scorable_data(data, scored_by, args.on_bad_row)
-        settle_memory(args, setup, data)
+        data = settle_memory(args, setup, scorable_data(data, scored_by, args.on_bad_row))
         self.rounds = CurrentRoundDataset(args.groups_per_round(len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         with refused("Trainer refuses these settings", "Correct them"):

@@ -185,6 +185,11 @@ class RoundMaker:
         checked, self._intact = self._intact, None
         return checked[1] if checked is not None and checked[0] == index else None
 
+    def start_tools(self) -> RoundTools:
+        """Who makes the first round: for workers that make parts of it elsewhere."""
+        where = "in a part of the round; its finished answers and scores are kept"
+        return self._tools(where, is_start=True, start_is_current=True)
+
     def _tools(self, where: str, *, is_start: bool, start_is_current: bool) -> RoundTools:
         policies, keep_reference = self.policies, is_start or self.args.needs_reference
         # Before the first step the model itself is the start policy, and may be the only one.

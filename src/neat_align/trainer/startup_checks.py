@@ -105,7 +105,7 @@ def rehearse(trainer: Trainer, total_steps: int) -> None:
         _check_activation_checkpointing(trainer.model, args)
         if args.torch_compile:
             _check_compiler(args)
-        if not is_trained(trainer.model):
+        if not is_trained(cast("torch.nn.Module", trainer.model)):
             return  # it is evaluated or sampled from
         if not trainer.is_deepspeed_enabled:  # its own configuration may name another optimizer
             rates = _check_optimizer(trainer, args)
