@@ -23,6 +23,7 @@ from neat_align import (
     SamplerUnavailableError,
     SamplingParams,
 )
+from neat_align.network import event_loop
 from neat_align.network.client import RetryPolicy
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from neat_align.sampling.vllm_client import VllmClient
@@ -103,8 +104,11 @@ def test_the_start_policy_is_the_servers_base(tmp_path: Path) -> None:
     assert len(set(asked)) == 3
 
 
-def test_a_server_that_dies_costs_no_finished_completion(tmp_path: Path) -> None:
+def test_a_server_that_dies_costs_no_finished_completion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the second round, with 9 of 16 completions finished; then it is started again."""
+    monkeypatch.setattr(event_loop, "_LOOK_EVERY", 0.01)  # handed over one by one, stored by two
     with stand_in() as server:
         whole = trainer(tmp_path / "whole", **asking(server.url))
         whole.train()

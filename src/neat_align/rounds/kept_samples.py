@@ -11,7 +11,8 @@ from neat_align.rounds.scoring_stage import refuse_non_finite
 from neat_align.sampling.protocol import Sample
 
 # Samples that were handed over are stored when they are at least this share of a batch: a file and
-# its flush to the disk take some milliseconds. A kill costs these, and what is being drawn.
+# its flush to the disk take some milliseconds. A kill costs these, and what is being drawn; an error
+# only that.
 STORED_AT = 0.25
 
 
@@ -56,9 +57,13 @@ class KeptSamples:
             [self._prompts[i] for i in drawn],
             [s.logprob for s in drawn.values()],
         )
+        self.store()
+        return {self._numbers[i]: sample for i, sample in drawn.items()}
+
+    def store(self) -> None:
+        """Store what was handed over and is not stored yet."""
         if self._unstored:
             self._write()
-        return {self._numbers[i]: sample for i, sample in drawn.items()}
 
     def _take(self, places: Sequence[int], samples: Sequence[Sample]) -> None:
         taken = {i: self._whole(self._numbers[i], s) for i, s in zip(places, samples, strict=True)}

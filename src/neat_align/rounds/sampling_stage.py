@@ -140,6 +140,8 @@ def draw_samples(
                 drawn = sampler.sample(requests, params.sampling, progress=report)
         except CollapseError as error:
             raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
+        finally:  # also where a sampler's server is gone
+            kept.store()
         samples.update(kept.all_of(drawn))
     return samples
 
