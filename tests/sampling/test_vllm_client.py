@@ -129,8 +129,10 @@ def test_a_server_that_wants_a_token_says_which(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_proxies_and_redirects_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     with StandIn(servable_model()) as server:
         assert VllmClient(server.url, timeout=5.0).model().name == "base"
         server.before = lambda _: (307, {})

@@ -11,8 +11,8 @@ from neat_align.rounds.scoring_stage import refuse_non_finite
 from neat_align.sampling.protocol import Sample
 
 # Samples that were handed over are stored when they are at least this share of a batch: a file and
-# its flush to the disk take some milliseconds. A kill costs these, and what is being drawn; an error
-# only that.
+# its flush to the disk take some milliseconds. A kill costs these, and what is being drawn; an
+# error only that.
 STORED_AT = 0.25
 
 
