@@ -58,12 +58,12 @@ COMPUTE = torch.bfloat16
 def run_probe(
     settings: ProbeSettings,
     output: Path | None,
-    console: Console,
+    console: Console | None = None,
     *,
     disable_progress: bool = False,
 ) -> Probe:
     """Probe, print the result, and write it to `output` as JSON where one is given."""
-    started = time.monotonic()
+    console, started = console or Console(), time.monotonic()
     if output is not None and output.suffix != ".json":
         raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
     bank = load_bank(settings.bank)
@@ -162,8 +162,9 @@ def _with_room(
     return kept
 
 
-def say_skipped(skipped: SkippedRows, output: Path | None, console: Console) -> None:
+def say_skipped(skipped: SkippedRows, output: Path | None) -> None:
     """Say which rows were left out; beside a file of numbers, all of them are listed."""
+    console = Console()
     if output is not None and skipped.count:
         skipped.write(output.parent, f"{output.stem}-{SKIPPED_FILE}")
         return
