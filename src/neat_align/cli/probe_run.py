@@ -162,9 +162,8 @@ def _with_room(
     return kept
 
 
-def say_skipped(skipped: SkippedRows, output: Path | None) -> None:
+def say_skipped(skipped: SkippedRows, output: Path | None, console: Console) -> None:
     """Say which rows were left out; beside a file of numbers, all of them are listed."""
-    console = Console()
     if output is not None and skipped.count:
         skipped.write(output.parent, f"{output.stem}-{SKIPPED_FILE}")
         return
