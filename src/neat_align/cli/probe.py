@@ -86,8 +86,6 @@ def probe(
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
     quiet()
-    from rich.console import Console
-
     from neat_align.cli.probe_options import ProbeSettings
     from neat_align.cli.probe_run import run_probe
 
@@ -112,4 +110,4 @@ def probe(
         pairs=pairs,
         min_p=min_p,
     )
-    run_probe(settings, output, Console())
+    run_probe(settings, output)

@@ -40,7 +40,7 @@ from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.sampler_setup import GivenSampler
-from neat_align.trainer.setup import keep_one_progress_bar, read_data, set_up_policy
+from neat_align.trainer.setup import read_data, set_up_policy
 from neat_align.trainer.startup_checks import refused, rehearse
 
 
@@ -120,7 +120,7 @@ class NEATTrainer(Trainer):
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
         rehearse(self, self.parts.plan.optimizer_steps)
-        keep_one_progress_bar(self)
+        given.keep_one_progress_bar(self)
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
     def _sum_logprobs(self, *rows: Any) -> list[float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from neat_align.config import NEATConfig
 from neat_align.config.sharding import Sharding
@@ -128,14 +128,6 @@ def _check_settings(
             "callbacks=neat_align.terminal_callbacks(args), as the command line does, or one with "
             "on_round_made of your own"
         )
-
-
-def keep_one_progress_bar(trainer: Trainer) -> None:
-    """A progress bar that was given stands in the place of Trainer's own."""
-    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
-    own = [c for c in bars if type(c) is ProgressCallback]
-    if own and len(bars) > len(own):
-        trainer.remove_callback(own[0])
 
 
 def read_data(
