@@ -217,7 +217,7 @@ def _check_deepspeed(c: Any) -> None:
             "accelerator, from where every sampled token would fetch all of them: remove it "
             "(offload_optimizer may stay)"
         )
-    if _zero_stage(settings) == "3" and not _gathers_to_save(zero):
+    if _zero_stage(settings) == "3" and not _gathers_to_save(settings):
         raise ConfigError(
             f"{source} asks for ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, so "
             "no checkpoint would hold a model that can be loaded, and the last one would be "
@@ -237,7 +237,8 @@ def _zero_stage(settings: Mapping[str, Any]) -> str:
     return stage
 
 
-def _gathers_to_save(zero: Mapping[str, Any]) -> bool:
+def _gathers_to_save(settings: Mapping[str, Any]) -> bool:
+    zero = settings["zero_optimization"]
     if "stage3_gather_16bit_weights_on_model_save" in zero:
         return _says_true(zero["stage3_gather_16bit_weights_on_model_save"])
     return _is_true("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")

@@ -7,6 +7,7 @@ that is switched off needs none of this: it is the policy itself.
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ def _divide_as_fsdp2(start: torch.nn.Module, accelerator: Accelerator) -> None:
 
 def _divide_as_zero3(start: torch.nn.Module, accelerator: Accelerator) -> None:
     """An engine without an optimizer, as TRL's `prepare_deepspeed` makes it."""
-    import deepspeed
-
+    deepspeed: Any = importlib.import_module("deepspeed")
     settings: dict[str, Any] = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     settings.pop("optimizer", None)
     settings.pop("scheduler", None)
