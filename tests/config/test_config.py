@@ -174,7 +174,7 @@ def test_every_option_of_transformers_is_honoured_or_refused() -> None:
     assert sorted(set(decided) - set(there)) == [], "options that transformers no longer has"
     assert len(decided) == len(set(decided))
     assert set(REFUSED) == set(IGNORED)
-    assert set(SCRIPT_OPTIONS) | {"do_eval"} == set(IN_SCRIPTS)
+    assert set(SCRIPT_OPTIONS) | {"do_eval"} == {*IN_SCRIPTS, "model_init_kwargs"}
 
 
 @pytest.mark.parametrize("name", IGNORED)
@@ -195,9 +195,9 @@ def test_a_refused_option_is_named_with_its_line_of_the_recipe(tmp_path: Path) -
     parse_options(["--output_dir", str(tmp_path / "run")], recipe)
 
 
-@pytest.mark.parametrize("name", IN_SCRIPTS)
+@pytest.mark.parametrize("name", [*IN_SCRIPTS, "model_init_kwargs"])
 def test_options_of_users_scripts_are_refused_by_the_commands_only(name: str) -> None:
-    args = config(**{name: IN_SCRIPTS[name]})
+    args = config(**{name: {**IN_SCRIPTS, "model_init_kwargs": {"dtype": "float32"}}[name]})
     with pytest.raises(ConfigError, match=f"^{name} is read by nothing"):
         build_trainer(ScriptArguments(model_name_or_path="demo"), args)
 

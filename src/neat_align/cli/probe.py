@@ -57,11 +57,15 @@ CutOption = Annotated[
         "0.05 by default, 0 moves all."
     ),
 ]
+DtypeOption = Annotated[
+    str, typer.Option(help="Type of the model's weights: float32, bfloat16, float16 or auto.")
+]
 
 
 def probe(
     bank: BankOption,
     model: Annotated[str, typer.Option(help="A hub name, a folder, or demo.")],
+    dtype: DtypeOption = "float32",
     dataset_name: DataOption = "demo",
     as_conversations: ConversationsOption = False,
     reward: RewardOption = "vader",
@@ -82,14 +86,13 @@ def probe(
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
     quiet()
-    from rich.console import Console
-
     from neat_align.cli.probe_options import ProbeSettings
     from neat_align.cli.probe_run import run_probe
 
     settings = ProbeSettings(
         bank=bank,
         model=model,
+        dtype=dtype,
         dataset_name=dataset_name,
         as_conversations=as_conversations,
         reward=reward,
@@ -107,4 +110,4 @@ def probe(
         pairs=pairs,
         min_p=min_p,
     )
-    run_probe(settings, output, Console())
+    run_probe(settings, output)

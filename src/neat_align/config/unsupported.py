@@ -76,6 +76,8 @@ SCRIPT_OPTIONS: Mapping[str, str] = {
     "do_train": "is read by nothing: `neat-align train` trains, and the other commands do not; "
     "leave it out",
     "do_predict": "is read by nothing; leave it out",
+    "model_init_kwargs": "is read by nothing: it is for a script that passes a model's name to "
+    "NEATTrainer; use dtype, attn_implementation, load_in_4bit, model_revision, trust_remote_code",
 }
 
 # These step inside of the backward pass: the weights would change at every micro-batch.

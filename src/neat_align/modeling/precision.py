@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from neat_align.errors import one_line
 from neat_align.modeling.lockstep import is_sharded
@@ -19,9 +20,14 @@ from neat_align.modeling.merging import (
     merged,
     probed_tokens,
 )
+from neat_align.modeling.outputs import forward
+from neat_align.modeling.rounding import own_type
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
+from neat_align.modeling.text_config import text_config
 
 logger = logging.getLogger(__name__)
+# Tokens on which a model is compared with itself in another type.
+_PROBED = 16
 
 
 def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
@@ -33,11 +39,11 @@ def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
 def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """No gradients, no dropout, and autocast when a type is given, while this is open.
 
-    The model's training flag is put back afterwards. The head is given contiguous states. A model
-    that keeps only some logits hands it a slice, and without gradients torch multiplies a
-    non-contiguous slice as a batch, with the head's weight expanded once a row: for 64 rows of a
-    49k-token vocabulary on a CPU that took 8 s and 3.4 GiB instead of 24 ms
-    (scripts/measure_head.py).
+    Without one the model computes in its weights' own type (or `rounding.own_type`). The model's
+    training flag is put back afterwards. The head is given contiguous states. A model that keeps
+    only some logits hands it a slice, and without gradients torch multiplies a non-contiguous slice
+    as a batch, with the head's weight expanded once a row: for 64 rows of a 49k-token vocabulary on
+    a CPU that took 8 s and 3.4 GiB instead of 24 ms (scripts/measure_head.py).
     """
     was_training = model.training
     model.eval()
@@ -47,7 +53,7 @@ def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Ite
         lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])
     )
     try:
-        with torch.no_grad(), autocast(device, autocast_dtype):
+        with torch.no_grad(), autocast(device, autocast_dtype or own_type(model)):
             yield
     finally:
         contiguous.remove()
@@ -100,22 +106,74 @@ def frozen_casts(head: torch.nn.Module, device: torch.device) -> dict[str, torch
     }
 
 
+def held_in(model: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Hold a frozen model's linear layers in autocast's type; False where it says something else
+    then: it has to be loaded again.
+
+    autocast casts these weights in every pass, so that logits under autocast are the same to the
+    bit, for half the memory. What is added up or scaled in fp32 (embeddings, norms) stays fp32, and
+    so does a head that shares the embeddings' weight. The logits of a few tokens are compared: a
+    model's own code may read such a weight otherwise.
+    """
+    try:
+        tokens = torch.arange(_PROBED) % text_config(unwrapped(model).config).vocab_size
+        expected = _autocast_logits(model, tokens, dtype)
+        for parameter in linear_weights(model):
+            if parameter.dtype == torch.float32:
+                parameter.data = parameter.data.to(dtype)
+        return torch.equal(_autocast_logits(model, tokens, dtype), expected)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        logger.warning(
+            "the copy of the start policy keeps fp32 weights: %s cannot be run on token ids alone "
+            "in %s (%s)",
+            type(unwrapped(model)).__name__,
+            dtype,
+            one_line(error, 100),
+        )
+        return False
+
+
+def linear_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Weights and biases that only linear layers read, each once: those that autocast casts."""
+    owners: dict[int, list[bool]] = {}
+    found: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        is_linear = type(module) in (torch.nn.Linear, Conv1D)
+        for parameter in module.parameters(recurse=False):
+            found[id(parameter)] = parameter
+            owners.setdefault(id(parameter), []).append(is_linear)
+    return [found[key] for key, linear in owners.items() if all(linear)]
+
+
+def _autocast_logits(
+    model: torch.nn.Module, tokens: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    device = next(model.parameters()).device
+    with inference(model, dtype):
+        given = forward(model, input_ids=tokens[None].to(device), use_cache=False)
+    return cast("torch.Tensor", given["logits"])
+
+
 def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module | None:
     """A frozen copy of a policy in `dtype`, adapters merged, for sampling only.
 
     On a CPU autocast converts activations back and forth and runs an adapter as two more layers; a
     merged half-precision copy samples faster for half the weights' memory. It is the same policy up
     to rounding: an adapter that cannot be merged, or would be another one merged, stays an adapter
-    (said once). None where the model cannot be copied: sample from the policy itself then.
+    (said once). Frozen weights that are in `dtype` already are not copied, and an adapter on such
+    stays one: merging would round it, and need them once more. None where the model cannot be
+    copied: sample from the policy itself then.
     """
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
 
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     try:
-        copied = _copy(inner)
-        if isinstance(copied, PeftModel):
-            copied = _without_adapter(inner, copied)
+        copied = _merged_copy(inner, dtype) if isinstance(inner, PeftModel) else None
+        if copied is None:
+            copied = _copy(inner, _converted(inner, dtype))
         _to_type(copied, dtype)
         # Some models and adapters keep buffers that they compute with in fp32, and then fail.
         adapter_logprobs(copied, torch.zeros(4, dtype=torch.long))
@@ -142,24 +200,66 @@ def _to_type(model: torch.nn.Module, dtype: torch.dtype) -> None:
         vars(model)["base_model_torch_dtype"] = dtype
 
 
-def _copy(inner: torch.nn.Module) -> torch.nn.Module:
+def _copy(inner: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Module:
+    """A copy, with `known` objects in the place of those of these ids."""
     from accelerate.utils import extract_model_from_parallel
 
     # Without accelerate's wrapper, which would put autocast around it.
-    copied: Any = extract_model_from_parallel(copy.deepcopy(inner), keep_fp32_wrapper=False)
+    copied: Any = extract_model_from_parallel(copy.deepcopy(inner, known), keep_fp32_wrapper=False)
+    # accelerate leaves a bound method behind. The model would hold itself, and a copy stay in
+    # memory through the training that follows, until Python looks for such circles.
+    before = vars(inner).get("_original_forward")
+    if getattr(before, "__func__", None) is type(copied).forward:
+        del copied.forward
     return cast("torch.nn.Module", copied)
 
 
-def _without_adapter(inner: torch.nn.Module, copied: torch.nn.Module) -> torch.nn.Module:
-    """The copy with its adapter merged, else another copy as it is."""
-    if adds_virtual_tokens(copied):
+def _converted(inner: torch.nn.Module, dtype: torch.dtype) -> dict[int, Any]:
+    """What a copy in `dtype` has in the place of each parameter, by its id.
+
+    So the weights are never there twice in their own type. Those that do not change, in type or by
+    training, are the copy's, too.
+    """
+    known: dict[int, Any] = {}
+    for parameter in inner.parameters():
+        if not parameter.requires_grad and parameter.dtype == dtype:
+            known[id(parameter)] = parameter
+        elif type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
+            data = parameter.detach().to(dtype, copy=True)
+            known[id(parameter)] = torch.nn.Parameter(data, requires_grad=False)
+    return known
+
+
+def _merged_copy(inner: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module | None:
+    """A copy in the weights' own types with its adapter merged, or left out where it is off; None
+    where the adapter stays.
+
+    That merging changes nothing else is seen only before the weights are rounded. A part of the
+    weights has to be there once more until then.
+    """
+    if adds_virtual_tokens(inner):
         _say_once(_unmerged(inner, "it adds virtual tokens"))
-        return copied
+        return None
+    is_on, adapted = _adapted(inner)
+    if is_on and adapted == {dtype} and dtype.itemsize < torch.float32.itemsize:
+        return None
+    # An adapter that is off is left out, which is the same in any type.
+    copied = _copy(inner, {} if is_on else _converted(inner, dtype))
     try:
         return merged(copied, adapter_logprobs(copied, probed_tokens(copied)))
     except CannotMergeError as error:
         _say_once(_unmerged(inner, str(error)))
-    return _copy(inner)
+    return None
+
+
+def _adapted(inner: torch.nn.Module) -> tuple[bool, set[torch.dtype | None]]:
+    """Whether an adapter is on, and the types of what it adapts; None stands for what learns."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in inner.modules() if isinstance(m, BaseTunerLayer)]
+    adapted = [p for layer in layers for p in layer.get_base_layer().parameters()]
+    is_on = not all(layer.disable_adapters for layer in layers)
+    return is_on, {None if p.requires_grad else p.dtype for p in adapted}
 
 
 def _unmerged(inner: torch.nn.Module, reason: str) -> str:

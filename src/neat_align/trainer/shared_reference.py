@@ -46,7 +46,7 @@ def _divide_as_fsdp2(start: torch.nn.Module, accelerator: Accelerator) -> None:
 
 def _divide_as_zero3(start: torch.nn.Module, accelerator: Accelerator) -> None:
     """An engine without an optimizer, as TRL's `prepare_deepspeed` makes it."""
-    deepspeed: Any = importlib.import_module("deepspeed")
+    deepspeed: Any = importlib.import_module("deepspeed")  # not everybody has it
     settings: dict[str, Any] = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     settings.pop("optimizer", None)
     settings.pop("scheduler", None)
