@@ -38,7 +38,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def class_of(module: torch.nn.Module) -> type[torch.nn.Module]:
     """A module's class, which FSDP2 hides behind one that it derives from it."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    own = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    return cast("type[torch.nn.Module]", own)
 
 
 @contextlib.contextmanager
