@@ -195,7 +195,7 @@ def _check_deepspeed(c: Any) -> None:
     if not given and _is_true("ACCELERATE_USE_DEEPSPEED"):
         source = "the environment (accelerate launch sets it)"
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        given = {"zero_optimization": {"stage": "auto"}} if file == "none" else file
+        given = _launched_zero() if file == "none" else file
     if not given or not isinstance(given, str | Mapping):  # `check_kinds` refuses what is neither
         return
     settings = _read_object(given, source)
@@ -227,6 +227,12 @@ def _check_deepspeed(c: Any) -> None:
     if _zero_stage(settings) == "3":
         _check_no_copy(c, f"{source} asks for DeepSpeed")
     _check_even(c, f"{source} asks for DeepSpeed")
+
+
+def _launched_zero() -> dict[str, Any]:
+    """What `accelerate launch` asks for without a file of DeepSpeed's settings."""
+    device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    return {"zero_optimization": {"stage": "auto", "offload_param": {"device": device}}}
 
 
 def _zero_stage(settings: Mapping[str, Any]) -> str:
