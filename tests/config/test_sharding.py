@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.parallelism_config import ParallelismConfig
 
+import neat_align
 from neat_align import NEATConfig
 from neat_align.config.sharding import check_sharding
 from neat_align.errors import ConfigError
@@ -237,3 +239,35 @@ def test_deepspeed_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false")
     with pytest.raises(ConfigError, match=r"^the environment .* ZeRO stage 3 without"):
         check_sharding(asked())
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+    with pytest.raises(ConfigError, match=r"zero_optimization\.offload_param, which keeps the wei"):
+        check_sharding(asked())
+
+
+# ---- the launch configurations that come with the recipes ----------------------------------------
+
+CONFIGURATIONS = sorted(
+    (Path(neat_align.__file__).parent / "cli/recipes/accelerate").glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=[f.stem for f in CONFIGURATIONS])
+def test_shipped_launch_configurations_are_let_through(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the variables that `accelerate launch` makes of them."""
+    settings = yaml.safe_load(file.read_text())
+    fsdp, zero = settings.get("fsdp_config"), settings.get("deepspeed_config")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    if fsdp:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        for name, value in fsdp.items():
+            monkeypatch.setenv(
+                name.upper(), str(value).lower() if value in (True, False) else str(value)
+            )
+    if zero:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        for name, value in zero.items():
+            monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name.upper()}", str(value).lower())
+    check_sharding(asked())

@@ -30,6 +30,12 @@ def facts(folder: Path, rank: int = 0) -> dict[str, Any]:
     return found
 
 
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What was logged of each step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
 def assert_close(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], limit: float
 ) -> None:
@@ -95,7 +101,9 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path, what: str, mes
 def test_zero_3_trains_what_one_process_trains(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DeepSpeed keeps gradients in fp32, and AdamW's first steps are signs: weights loosely."""
+    """DeepSpeed keeps gradients in fp32, and AdamW's first steps are signs: weights loosely, and no
+    round but the first two, before such a sign has moved an answer.
+    """
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     one, two = tmp_path / "one", tmp_path / "two"
     launch(SCRIPT, one, what, processes=1)
@@ -103,13 +111,14 @@ def test_zero_3_trains_what_one_process_trains(
     assert facts(two)["sharding"] == "zero3"
     assert facts(two)["is_sharded"]
     assert facts(two)["reference_is_sharded"]
-    assert facts(two)["loss"] == pytest.approx(facts(one)["loss"], rel=1e-5)
+    for alone, together in zip(steps(one)[:2], steps(two)[:2], strict=True):
+        for number in ("loss", "grad_norm", "loss/ranking", "loss/lm", "loss/distil"):
+            assert together[number] == pytest.approx(alone[number], rel=1e-4, abs=1e-6), number
     name = "adapter_model.safetensors" if "lora" in what else "model.safetensors"
-    for step in (1, 3):
-        alone, together = (load_file(f / f"checkpoint-{step}" / name) for f in (one, two))
-        assert alone.keys() == together.keys()
-        for weight, value in alone.items():
-            torch.testing.assert_close(together[weight], value, rtol=0, atol=1e-3)
+    first, second = (load_file(folder / "checkpoint-1" / name) for folder in (one, two))
+    assert first.keys() == second.keys()
+    for weight, value in first.items():
+        torch.testing.assert_close(second[weight], value, rtol=0, atol=5e-4)
     files = json.loads((two / "checkpoint-3" / "COMPLETE.json").read_text())["files"]
     for rank in (0, 1):
         assert f"global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" in files

@@ -195,7 +195,7 @@ def _check_deepspeed(c: Any) -> None:
     if not given and _is_true("ACCELERATE_USE_DEEPSPEED"):
         source = "the environment (accelerate launch sets it)"
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        given = {"zero_optimization": {"stage": "auto"}} if file == "none" else file
+        given = _launched_zero() if file == "none" else file
     if not given or not isinstance(given, str | Mapping):  # `check_kinds` refuses what is neither
         return
     settings = _read_object(given, source)
@@ -217,7 +217,7 @@ def _check_deepspeed(c: Any) -> None:
             "accelerator, from where every sampled token would fetch all of them: remove it "
             "(offload_optimizer may stay)"
         )
-    if _zero_stage(settings) == "3" and not _gathers_to_save(zero or {}):
+    if _zero_stage(settings) == "3" and not _gathers_to_save(settings):
         raise ConfigError(
             f"{source} asks for ZeRO stage 3 without stage3_gather_16bit_weights_on_model_save, so "
             "no checkpoint would hold a model that can be loaded, and the last one would be "
@@ -229,6 +229,12 @@ def _check_deepspeed(c: Any) -> None:
     _check_even(c, f"{source} asks for DeepSpeed")
 
 
+def _launched_zero() -> dict[str, Any]:
+    """What `accelerate launch` asks for without a file of DeepSpeed's settings."""
+    device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    return {"zero_optimization": {"stage": "auto", "offload_param": {"device": device}}}
+
+
 def _zero_stage(settings: Mapping[str, Any]) -> str:
     zero = settings.get("zero_optimization")
     stage = str(zero.get("stage", 0)) if isinstance(zero, Mapping) else "0"
@@ -237,7 +243,8 @@ def _zero_stage(settings: Mapping[str, Any]) -> str:
     return stage
 
 
-def _gathers_to_save(zero: Mapping[str, Any]) -> bool:
+def _gathers_to_save(settings: Mapping[str, Any]) -> bool:
+    zero = settings["zero_optimization"]
     if "stage3_gather_16bit_weights_on_model_save" in zero:
         return _says_true(zero["stage3_gather_16bit_weights_on_model_save"])
     return _is_true("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")

@@ -38,8 +38,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def class_of(module: torch.nn.Module) -> type[torch.nn.Module]:
     """A module's class, which FSDP2 hides behind one that it derives from it."""
-    kind: Any = type(module)
-    own = kind.__mro__[kind._orig_cls_mro_index] if isinstance(module, FSDPModule) else kind
+    own = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
     return cast("type[torch.nn.Module]", own)
 
 

@@ -331,6 +331,11 @@ def _zero_files(ranks: Iterable[int]) -> list[str]:
     return ["latest", "scheduler.pt", "global_step*/*_model_states.pt", *parts]
 
 
+def _zero_3_files(ranks: Iterable[int]) -> list[str]:
+    weights = [f"global_step*/*zero_pp_rank_{rank}_mp_rank_*_model_states.pt" for rank in ranks]
+    return [*_zero_files(ranks), *weights]
+
+
 # What Trainer writes of weights, optimizer and schedule, beside the model that can be loaded.
 _TRAINED_STATE: Mapping[Sharding, Callable[[Iterable[int]], Sequence[str]]] = {
     "none": lambda _: ["optimizer.pt", "scheduler.pt"],
@@ -338,5 +343,5 @@ _TRAINED_STATE: Mapping[Sharding, Callable[[Iterable[int]], Sequence[str]]] = {
     "zero0": lambda _: ["latest", "global_step*/*_model_states.pt"],
     "zero1": _zero_files,
     "zero2": _zero_files,
-    "zero3": _zero_files,
+    "zero3": _zero_3_files,
 }
