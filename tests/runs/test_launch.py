@@ -168,31 +168,31 @@ def test_a_process_is_answered_under_its_own_name_only(monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    met = [meeting(monkeypatch) for _ in range(3)]
-    assert [start for start, _ in met] == [1, 2, 3]
+    met = [meeting(monkeypatch, first_is_late=late) for late in (False, True, False, True)]
+    assert [start for start, _ in met] == [1, 2, 3, 4]
     assert met[0][1] == 0  # the first start leaves everything as it is
     assert all(port not in (0, server.port) for _, port in met[1:])
     shared = PrefixStore("neat-align", server)
-    assert shared.check(["thanks-3-1"])
+    assert shared.check(["thanks-4-1"])
 
 
-def meeting(monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def meeting(monkeypatch: pytest.MonkeyPatch, *, first_is_late: bool) -> tuple[int, int]:
     """Both processes of one start; what each of them learns is the same."""
-    server = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
-    shared = PrefixStore("neat-align", server)
-    found: dict[int, tuple[int, int]] = {}
 
-    def first() -> None:
-        found[0] = launch._gather_all(shared)
+    def store() -> PrefixStore:
+        port = int(os.environ["MASTER_PORT"])
+        return PrefixStore("neat-align", TCPStore("127.0.0.1", port, is_master=False))
 
-    thread = threading.Thread(target=first)
-    thread.start()
-    time.sleep(0.1)  # long enough to have answered a dead process
-    other = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
     monkeypatch.setenv("RANK", "1")
-    found[1] = launch._report(PrefixStore("neat-align", other))
-    monkeypatch.setenv("RANK", "0")
-    thread.join(timeout=20)
+    work = [lambda: launch._gather_all(store()), lambda: launch._report(store())]
+    found: list[tuple[int, int]] = []
+    threads = [threading.Thread(target=lambda w=w: found.append(w()), daemon=True) for w in work]
+    for thread in reversed(threads) if first_is_late else threads:
+        thread.start()
+        time.sleep(0.1)  # long enough to read, or to answer, what a dead process left
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(found) == 2
     assert found[0] == found[1]
     return found[0]
 
