@@ -9,17 +9,23 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed import PrefixStore, TCPStore
 
-from neat_align.errors import ConfigError
+from neat_align.cli.processes import check_alone, say_once
+from neat_align.cli.progress import terminal_callbacks
+from neat_align.errors import ConfigError, NEATError
 from neat_align.pipeline import _goes_on
 from neat_align.runs import launch
 from neat_align.script_arguments import ScriptArguments
+from small_trainer import config
 from tiny import save_tiny
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -113,6 +119,90 @@ def test_auto_resume_begins_a_run_or_goes_on_with_it(tmp_path: Path) -> None:
         _goes_on(script, other)
     with pytest.raises(ConfigError, match="resume asks for a run that is there"):
         ScriptArguments(auto_resume=True, resume=True)
+
+
+@pytest.mark.parametrize("command", ["expand", "compare", "demo", "probe", "inspect"])
+def test_a_command_for_one_process_refuses_several(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_alone([command])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=f"`neat-align {command}` works in one process .* 4, "):
+        check_alone(["--version", command, "--config", "train"])
+    for works in (["train"], ["evaluate"], ["--help"], []):
+        check_alone(works)
+
+
+class Replica:
+    """A configuration as the second process has it."""
+
+    process_index = 1
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.args, name)
+
+
+def test_only_the_first_process_shows_a_run(tmp_path: Path) -> None:
+    shown = config(tmp_path, disable_tqdm=False, log_completions=True)
+    assert len(terminal_callbacks(shown)) == 4
+    assert terminal_callbacks(Replica(shown)) == []
+
+
+def test_without_a_store_to_ask_every_process_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """srun, mpirun: nobody may keep an error to himself."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch.store.cache_clear()
+    say_once("error: it broke")
+    assert capsys.readouterr().err == "error: it broke\n"
+
+
+def test_a_process_is_answered_under_its_own_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start whose store holds the names, answers and thanks of a dead one."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    met = [meeting(monkeypatch, first_is_late=late) for late in (False, True, False, True)]
+    assert [start for start, _ in met] == [1, 2, 3, 4]
+    assert met[0][1] == 0  # the first start leaves everything as it is
+    assert all(port not in (0, server.port) for _, port in met[1:])
+    shared = PrefixStore("neat-align", server)
+    assert shared.check(["thanks-4-1"])
+
+
+def meeting(monkeypatch: pytest.MonkeyPatch, *, first_is_late: bool) -> tuple[int, int]:
+    """Both processes of one start; what each of them learns is the same."""
+
+    def store() -> PrefixStore:
+        port = int(os.environ["MASTER_PORT"])
+        return PrefixStore("neat-align", TCPStore("127.0.0.1", port, is_master=False))
+
+    monkeypatch.setenv("RANK", "1")
+    work = [lambda: launch._gather_all(store()), lambda: launch._report(store())]
+    found: list[tuple[int, int]] = []
+    threads = [threading.Thread(target=lambda w=w: found.append(w()), daemon=True) for w in work]
+    for thread in reversed(threads) if first_is_late else threads:
+        thread.start()
+        time.sleep(0.1)  # long enough to read, or to answer, what a dead process left
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(found) == 2
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_a_process_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(launch, "_MEETING_TIMEOUT", timedelta(seconds=0.1))
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(NEATError, match=r"2 of 3 processes were not heard of .* rank 1\)"):
+        launch._gather_all(PrefixStore("neat-align", server))
 
 
 # ---- slow: under torchrun ------------------------------------------------------------------------
