@@ -90,7 +90,7 @@ def measure(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name, stub_sampler():
         found = expand(Path(name), count)
         written = pq.read_metadata(Path(name) / "out.parquet").num_rows
-    if written != count:
+    if not 0.999 * count <= written <= count:  # few draw the same answer twice, and have no pair
         raise ConfigError(f"{count} prompts were given, and {written} rows were written")
     return found
 
@@ -126,7 +126,10 @@ def main() -> None:
         print(json.dumps(measure(args.one)))
         return
     sizes = (EMPTY, *args.sizes)
-    runs = {size: harness.in_own_process(["--one", str(size)]) for size in sizes}
+    runs = {}
+    for size in sizes:
+        runs[size] = harness.in_own_process(["--one", str(size)])
+        print(f"{size:,} prompts: {runs[size]}", flush=True)
     grown = growth(runs)
     rows = [
         [
