@@ -170,6 +170,8 @@ def test_a_configuration_is_made_again_from_its_values(tmp_path: Path) -> None:
     values = pickle.loads(pickle.dumps(config_values(args)))
     assert NEATConfig(**values).to_dict() == args.to_dict()
     assert on_the_cpu(args).use_cpu is True
+    setup = WorkerSetup(ScriptArguments(), values, ())
+    assert [setup.on(gpus).config["use_cpu"] for gpus in (0, 0.5, 1)] == [True, None, None]
     secret = config_values(config(tmp_path, hub_token="hf_secret"))
     assert "hf_secret" not in str(secret)
 
