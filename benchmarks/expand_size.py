@@ -10,8 +10,8 @@ a sampler's work is the same for every prompt. The model that the checks look at
 weights.
 
 Each size runs in a process of its own, and so does the empty start that is taken off (512 prompts,
-one slice). CPU seconds, since wall seconds say as much about the machine's other work. Memory is the
-resident set when the last slice is sampled; its peak is that of the checks of the model at the
+one slice). CPU seconds, since wall seconds say as much about the machine's other work. Memory is
+the resident set when the last slice is sampled; its peak is that of the checks of the model at the
 start, which differs by 100 MiB and more between runs of one size.
 """
 
