@@ -50,8 +50,19 @@ class Logged(small_rounds.Seeded):
         progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
         log(self.folder, "sample", os.getpid(), *(r.seed for r in requests))
+        self.meet()
         time.sleep(SECONDS)
         return super().sample(requests, params, progress=progress)
+
+    def meet(self) -> None:
+        """Wait for the other worker, which on a busy machine is there much later."""
+        deadline = time.monotonic() + 60
+        while len(self.workers()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def workers(self) -> set[str]:
+        lines = (self.folder / "log").read_text(encoding="utf-8").splitlines()
+        return {line.split()[1] for line in lines if line.startswith("sample ")}
 
 
 def logged_scores(completion_ids: Sequence[Sequence[int]], folder: Path, **_: Any) -> list[float]:

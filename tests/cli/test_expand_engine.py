@@ -106,8 +106,9 @@ def test_without_ray_its_installation_is_named(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "RAY_AUTH_MODE"):
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "RAY_ENABLE_AUTO_CONNECT"):
         monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     with pytest.raises(ConfigError, match=r"pip install 'neat-align\[ray\]'"):
@@ -119,7 +120,7 @@ def test_without_ray_its_installation_is_named(
 def test_a_cluster_that_does_not_answer_is_told_at_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL"):
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "RAY_ENABLE_AUTO_CONNECT"):
         monkeypatch.setenv(name, "0")
     with socket.socket() as nobody:  # has a port, and listens not
         nobody.bind(("127.0.0.1", 0))
@@ -170,6 +171,8 @@ def test_a_configuration_is_made_again_from_its_values(tmp_path: Path) -> None:
     values = pickle.loads(pickle.dumps(config_values(args)))
     assert NEATConfig(**values).to_dict() == args.to_dict()
     assert on_the_cpu(args).use_cpu is True
+    setup = WorkerSetup(ScriptArguments(), values, ())
+    assert [setup.on(gpus).config["use_cpu"] for gpus in (0, 0.5, 1)] == [True, None, None]
     secret = config_values(config(tmp_path, hub_token="hf_secret"))
     assert "hf_secret" not in str(secret)
 

@@ -106,6 +106,8 @@ def import_ray(*, address: str | None) -> Any:
     Raises ConfigError where it is not installed, or nobody answers at the address.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Whoever is still at work in a thread when Ray is shut down would start a second one.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     # Its C++ part warns on every start of what Ray Data does with its own actors; what goes wrong
     # is raised.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
