@@ -130,7 +130,7 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path: Path, 
         max_completion_length=64,
         prompts_per_round=4,
         num_train_epochs=2,  # in the second, the optimizer's state is there while it samples
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         **options,
     )
     estimate, marks = planned(t).estimate, measured(t, memory)
