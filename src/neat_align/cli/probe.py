@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from neat_align.cli.console import quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BankOption = Annotated[
     str, typer.Option(help="Name of a shipped bank, or path of a YAML file with pairs.")
@@ -86,8 +89,6 @@ def probe(
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
     quiet()
-    from rich.console import Console
-
     from neat_align.cli.probe_options import ProbeSettings
     from neat_align.cli.probe_run import run_probe
 
@@ -112,4 +113,10 @@ def probe(
         pairs=pairs,
         min_p=min_p,
     )
-    run_probe(settings, output, Console())
+    run_probe(settings, output, _console())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
