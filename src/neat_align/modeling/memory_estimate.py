@@ -192,15 +192,15 @@ def _kept(shape: ModelShape, run: RunShape) -> float:
     casts = run.compute_bytes * shape.linear if run.casts else 0.0
     if not run.checkpointing:
         return ends + casts + shape.layers * _layer(shape, run)
-    inputs = shape.layers * tokens * shape.hidden * min(4.0, run.other_bytes)
-    # autocast keeps the casts of weights that learn to the end of the forward pass.
-    return ends + inputs + (casts if run.trained is None else 0.0)
+    return ends + shape.layers * tokens * shape.hidden * min(4.0, run.other_bytes)
 
 
 def _again(shape: ModelShape, run: RunShape) -> float:
     """What one layer takes while its gradient is computed, by itself or once more."""
-    casts = run.compute_bytes * shape.linear / shape.layers if run.casts else 0.0
-    return _layer(shape, run) + casts
+    casts = run.compute_bytes * shape.linear if run.casts else 0.0
+    again = _layer(shape, run) + casts / shape.layers
+    # autocast keeps the casts of weights that learn to the end of the forward pass.
+    return max(again, casts) if run.checkpointing and run.trained is None else again
 
 
 def _layer(shape: ModelShape, run: RunShape) -> float:
