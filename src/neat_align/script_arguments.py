@@ -108,6 +108,19 @@ class ScriptArguments:
     resume: bool = option(
         False, "Go on with the run in output_dir from its newest complete checkpoint."
     )
+    auto_resume: bool = option(
+        False,
+        "Go on with the run in output_dir where there is one, else begin it: for schedulers that "
+        "start the same command again. (torchrun's own restarts need no option.)",
+        only_with=(
+            OnlyWith(
+                "resume",
+                "resume asks for a run that is there, auto_resume goes on with one or begins it: "
+                "give one of them",
+                none_of=(True,),
+            ),
+        ),
+    )
 
     def __post_init__(self) -> None:
         read_numbers(self)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neat_align.errors import ConfigError
+from neat_align.config.sharding import Sharding
+from neat_align.errors import ConfigError, SaveError
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import checksums_of, read_json, sha256_of, write_json
 from neat_align.runs.checkpoints import MARKER, checkpoint_to_resume, is_complete, mark_complete
+from neat_align.runs.run_directory import required_files
 from small_trainer import ROWS, StopAt, trainer
 
 
@@ -191,3 +194,51 @@ def test_the_number_of_processes_does_not_change_within_a_round(tmp_path: Path) 
     assert "checkpoint-2 is in the middle of a round of 4 steps" in str(error.value)
     trainer(tmp_path, **settings, allow_changes=True).train(resume_from_checkpoint=True)
     assert read_json(tmp_path / "run.json")["changes"][0]["from_step"] == 2
+
+
+# ---- weights that processes divide ---------------------------------------------------------------
+
+WRITTEN: dict[Sharding, tuple[str, ...]] = {
+    "none": ("optimizer.pt", "scheduler.pt"),
+    "fsdp2": ("pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt"),
+    "zero0": ("latest", "scheduler.pt", "global_step2/mp_rank_00_model_states.pt"),
+    "zero2": (
+        "latest",
+        "scheduler.pt",
+        "global_step2/mp_rank_00_model_states.pt",
+        "global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    ),
+    "zero3": (
+        "latest",
+        "scheduler.pt",
+        *(
+            f"global_step2/zero_pp_rank_{rank}_mp_rank_00_{part}_states.pt"
+            for rank in (0, 1)
+            for part in ("model", "optim")
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("sharding", list(WRITTEN))
+def test_a_checkpoint_is_complete_with_the_files_of_every_process_and_not_without(
+    tmp_path: Path, sharding: Sharding
+) -> None:
+    """Names as accelerate 1.15 and DeepSpeed 0.19 write them on two processes."""
+    args: Any = SimpleNamespace(save_only_model=False, world_size=2)
+    names = (*WRITTEN[sharding], "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    required = required_files(args, sharding)
+    mark_complete(tmp_path, required=required)
+    assert is_complete(tmp_path)
+    for name in names:
+        if sharding == "zero0" and name == "scheduler.pt":
+            continue  # written where the schedule is not DeepSpeed's own
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).unlink()
+        with pytest.raises(SaveError, match="was saved without"):
+            mark_complete(tmp_path, required=required)
+        (tmp_path / name).write_text(text)

@@ -107,12 +107,14 @@ def test_finished_batches_are_neither_sampled_nor_scored_again(
     scored: list[str] = []
     sample = TransformersSampler.sample
 
-    def counting(self: Any, requests: Any, params: Any, **kwargs: Any) -> Any:
-        drawn = sample(self, requests, params, **kwargs)
-        sampled.extend(r.seed for r in requests)
-        if len(sampled) == 12:  # the second batch was drawn, but never written
-            raise Crash
-        return drawn
+    def counting(self: Any, requests: Any, params: Any, finished: Any, **kwargs: Any) -> Any:
+        def told(places: Sequence[int], samples: Any) -> None:
+            sampled.extend(requests[i].seed for i in places)
+            if len(sampled) == 12:  # the second batch was drawn, but never written
+                raise Crash
+            finished(places, samples)
+
+        return sample(self, requests, params, finished=told, **kwargs)
 
     def reward(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
         if len(scored) == 6:
@@ -200,12 +202,18 @@ def test_sigterm_in_any_stage_ends_with_a_complete_checkpoint(
     sample, calls = TransformersSampler.sample, 0
 
     def signalling(self: Any, requests: Any, params: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        drawn = sample(self, requests, params, **kwargs)
-        calls += len(requests) > 2  # not the two answers that measure drift
-        if event == "sample" and calls == nth and len(requests) > 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return drawn
+        finished = kwargs.pop("finished", None)  # a round's: not the answers that measure drift
+        if finished is None:
+            return sample(self, requests, params, **kwargs)
+
+        def told(places: Sequence[int], samples: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if event == "sample" and calls == nth:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finished(places, samples)
+
+        return sample(self, requests, params, finished=told, **kwargs)
 
     def reward(prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> list[float]:
         if event == "score":
@@ -545,15 +553,15 @@ def test_a_group_that_does_not_fit_alone_says_what_to_change(
 def test_out_of_memory_while_sampling_halves_the_batch_once_and_for_all(
     tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    decode, sizes = TransformersSampler._decode, list[int]()
+    draw, sizes = TransformersSampler.draw, list[int]()
 
-    def tight(self: Any, requests: Sequence[Any], params: Any) -> Any:
-        sizes.append(len(requests))
-        if len(requests) > 3:
+    def tight(self: Any, requests: Any, params: Any, places: int, *rest: Any) -> Any:
+        sizes.append(places)
+        if places > 3:
             raise torch.OutOfMemoryError("injected")
-        return decode(self, requests, params)
+        return draw(self, requests, params, places, *rest)
 
-    monkeypatch.setattr(TransformersSampler, "_decode", tight)
+    monkeypatch.setattr(TransformersSampler, "draw", tight)
     with caplog.at_level(logging.WARNING):
         small(tmp_path).train()
     assert sum(n > 3 for n in sizes) == 1

@@ -225,6 +225,23 @@ def test_every_token_after_the_first_is_read_alone(monkeypatch: pytest.MonkeyPat
     assert read == [(3, 9), (12, 11), *[(3, 1), (12, 1)] * 3]
 
 
+def test_the_prompts_are_made_a_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", VOCAB)
+    made: list[int] = []
+    padded = contrast_decoding.left_padded
+
+    def counted(prompts: Any, *rest: Any) -> Any:
+        made.append(len(prompts))
+        return padded(prompts, *rest)
+
+    monkeypatch.setattr(contrast_decoding, "left_padded", counted)
+    processor = ContrastLogitsProcessor(model, PROMPTS, PAIRS)
+    first = answers(generate(model, processor, max_new_tokens=5), WIDTH)
+    processor.inputs()["input_ids"].fill_(1)  # the caller's own
+    assert answers(generate(model, processor, max_new_tokens=5), WIDTH) == first
+    assert made == [3]
+
+
 def test_a_processor_serves_many_calls() -> None:
     model = tiny_model("qwen2", VOCAB)
     processor = ContrastLogitsProcessor(model, PROMPTS, PAIRS)

@@ -143,7 +143,7 @@ LATE = [
     ),
     ({"tf32": True}, "tf32"),
     ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed is set and the package is not"),
-    ({"fsdp": "full_shard"}, "fsdp is set: it divides the weights"),
+    ({"fsdp": "full_shard"}, "fsdp is set and the run is on a CPU: accelerate would"),
     # ---- the loop ----
     ({"train_sampling_strategy": "group_by_length"}, "it must be one of random, sequential"),
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; it must be 1 or more"),

@@ -32,6 +32,8 @@ def evaluate_held_out(script: ScriptArguments, config: NEATConfig) -> None:
     with trainer.writing():
         metrics = trainer.evaluate()
     assert trainer.last_evaluation is not None
+    if not trainer.parts.ranks.is_rank_zero:
+        return
     path = trainer.output_dir / "evaluation.json"
     write_json(path, trainer.last_evaluation.to_json())
     width = max(map(len, metrics))

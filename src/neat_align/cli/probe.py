@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from neat_align.cli.console import quiet
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 BankOption = Annotated[
     str, typer.Option(help="Name of a shipped bank, or path of a YAML file with pairs.")
@@ -113,10 +110,4 @@ def probe(
         pairs=pairs,
         min_p=min_p,
     )
-    run_probe(settings, output, _console())
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
+    run_probe(settings, output)

@@ -58,12 +58,12 @@ COMPUTE = torch.bfloat16
 def run_probe(
     settings: ProbeSettings,
     output: Path | None,
-    console: Console,
+    console: Console | None = None,
     *,
     disable_progress: bool = False,
 ) -> Probe:
     """Probe, print the result, and write it to `output` as JSON where one is given."""
-    started = time.monotonic()
+    console, started = console or Console(), time.monotonic()
     if output is not None and output.suffix != ".json":
         raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
     bank = load_bank(settings.bank)

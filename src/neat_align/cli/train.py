@@ -38,4 +38,5 @@ def train(
         print("\n".join(planned(script, args)))
         return
     result = run_training(script, args, callbacks=terminal_callbacks(args))
-    print_result(result, Path(str(args.output_dir)))
+    if args.process_index == 0:
+        print_result(result, Path(str(args.output_dir)))

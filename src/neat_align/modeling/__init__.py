@@ -22,6 +22,7 @@ shared_prefix.py  attention in which the completions of a group share one prompt
 chunked_head.py   log-probabilities of chosen tokens without holding the logits
 chunked_values.py what needs a token's whole distribution, chunk by chunk
 head_inputs.py    a model cut in front of its head: logits a chunk at a time
+lockstep.py       ranks that share a model's weights make the same forward passes
 logprobs.py       model and rows in, per-token log-probabilities out
 contrast.py       the contrast of two instructions at every token, as a distribution
 kl.py             exact KL to the start policy, and entropy

@@ -13,6 +13,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from neat_align.errors import one_line
+from neat_align.modeling.lockstep import is_sharded
 from neat_align.modeling.merging import (
     CannotMergeError,
     adapter_logprobs,
@@ -65,8 +66,12 @@ def casting_once(module: torch.nn.Module) -> Iterator[None]:
 
     Only inside of `inference`. autocast keeps the cast of a weight that requires a gradient, and
     where no gradients are recorded nothing else reads that flag; so the numbers are the same. The
-    casts take half the weights' memory until autocast is closed.
+    casts take half the weights' memory until autocast is closed. Weights that ranks hold parts of
+    are left alone: they are gathered anew in every pass, and kept casts would be all of them.
     """
+    if is_sharded(module):
+        yield
+        return
     frozen = [p for p in module.parameters() if p.dtype is torch.float32 and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -157,16 +162,18 @@ def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.
     On a CPU autocast converts activations back and forth and runs an adapter as two more layers; a
     merged half-precision copy samples faster for half the weights' memory. It is the same policy up
     to rounding: an adapter that cannot be merged, or would be another one merged, stays an adapter
-    (said once). None where the model cannot be copied: sample from the policy itself then.
+    (said once). Frozen weights that are in `dtype` already are not copied, and an adapter on such
+    stays one: merging would round it, and need them once more. None where the model cannot be
+    copied: sample from the policy itself then.
     """
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
 
     inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     try:
-        copied = _copy(inner)
-        if isinstance(copied, PeftModel):
-            copied = _without_adapter(inner, copied)
+        copied = _merged_copy(inner, dtype) if isinstance(inner, PeftModel) else None
+        if copied is None:
+            copied = _copy(inner, _converted(inner, dtype))
         _to_type(copied, dtype)
         # Some models and adapters keep buffers that they compute with in fp32, and then fail.
         adapter_logprobs(copied, torch.zeros(4, dtype=torch.long))
@@ -193,11 +200,12 @@ def _to_type(model: torch.nn.Module, dtype: torch.dtype) -> None:
         vars(model)["base_model_torch_dtype"] = dtype
 
 
-def _copy(inner: torch.nn.Module) -> torch.nn.Module:
+def _copy(inner: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Module:
+    """A copy, with `known` objects in the place of those of these ids."""
     from accelerate.utils import extract_model_from_parallel
 
     # Without accelerate's wrapper, which would put autocast around it.
-    copied: Any = extract_model_from_parallel(copy.deepcopy(inner), keep_fp32_wrapper=False)
+    copied: Any = extract_model_from_parallel(copy.deepcopy(inner, known), keep_fp32_wrapper=False)
     # accelerate leaves a bound method behind. The model would hold itself, and a copy stay in
     # memory through the training that follows, until Python looks for such circles.
     before = vars(inner).get("_original_forward")
@@ -206,16 +214,52 @@ def _copy(inner: torch.nn.Module) -> torch.nn.Module:
     return cast("torch.nn.Module", copied)
 
 
-def _without_adapter(inner: torch.nn.Module, copied: torch.nn.Module) -> torch.nn.Module:
-    """The copy with its adapter merged, else another copy as it is."""
-    if adds_virtual_tokens(copied):
+def _converted(inner: torch.nn.Module, dtype: torch.dtype) -> dict[int, Any]:
+    """What a copy in `dtype` has in the place of each parameter, by its id.
+
+    So the weights are never there twice in their own type. Those that do not change, in type or by
+    training, are the copy's, too.
+    """
+    known: dict[int, Any] = {}
+    for parameter in inner.parameters():
+        if not parameter.requires_grad and parameter.dtype == dtype:
+            known[id(parameter)] = parameter
+        elif type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
+            data = parameter.detach().to(dtype, copy=True)
+            known[id(parameter)] = torch.nn.Parameter(data, requires_grad=False)
+    return known
+
+
+def _merged_copy(inner: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module | None:
+    """A copy in the weights' own types with its adapter merged, or left out where it is off; None
+    where the adapter stays.
+
+    That merging changes nothing else is seen only before the weights are rounded. A part of the
+    weights has to be there once more until then.
+    """
+    if adds_virtual_tokens(inner):
         _say_once(_unmerged(inner, "it adds virtual tokens"))
-        return copied
+        return None
+    is_on, adapted = _adapted(inner)
+    if is_on and adapted == {dtype} and dtype.itemsize < torch.float32.itemsize:
+        return None
+    # An adapter that is off is left out, which is the same in any type.
+    copied = _copy(inner, {} if is_on else _converted(inner, dtype))
     try:
         return merged(copied, adapter_logprobs(copied, probed_tokens(copied)))
     except CannotMergeError as error:
         _say_once(_unmerged(inner, str(error)))
-    return _copy(inner)
+    return None
+
+
+def _adapted(inner: torch.nn.Module) -> tuple[bool, set[torch.dtype | None]]:
+    """Whether an adapter is on, and the types of what it adapts; None stands for what learns."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in inner.modules() if isinstance(m, BaseTunerLayer)]
+    adapted = [p for layer in layers for p in layer.get_base_layer().parameters()]
+    is_on = not all(layer.disable_adapters for layer in layers)
+    return is_on, {None if p.requires_grad else p.dtype for p in adapted}
 
 
 def _unmerged(inner: torch.nn.Module, reason: str) -> str:

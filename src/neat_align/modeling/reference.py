@@ -145,7 +145,9 @@ def _frozen(start: torch.nn.Module, trained: torch.nn.Module) -> Reference:
 
     @contextlib.contextmanager
     def frozen() -> Iterator[torch.nn.Module]:
-        start.to(next(trained.parameters()).device)
+        device = next(trained.parameters()).device
+        if next(start.parameters()).device != device:  # a model in parts may not be moved
+            start.to(device)
         yield start
 
     return frozen

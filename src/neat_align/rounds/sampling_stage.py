@@ -19,12 +19,16 @@ from neat_align.prompts.seeds import completion_seed, draw_pair, draw_pairs
 from neat_align.rounds.branching import Branch, answer_to_branch, branch
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.human_answers import human_completions
+from neat_align.rounds.kept_samples import KeptSamples
 from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
-from neat_align.rounds.scoring_stage import instructed_logprobs, refuse_non_finite
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest
+from neat_align.rounds.scoring_stage import instructed_logprobs
+from neat_align.sampling.protocol import HandsOver, Sample, Sampler, SampleRequest
 
 T = TypeVar("T")
+# How many batches a sampler is asked for at once that fills places again as completions end: at the
+# end of a call its places run empty, which so is an eighth of what it would be batch by batch.
+BATCHES_A_CALL = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,29 +107,42 @@ def draw_samples(
     """A sample for each planned completion, by its number: stored already, or drawn and stored.
 
     The sample of a completion that branches is the whole of it, with the tokens that are kept.
-    Drawn in batches of at most `tools.batch_size`; `tools.between_batches` is called before each.
+    A sampler is asked for at most `tools.batch_size` at a time, and for `BATCHES_A_CALL` times as
+    many if it hands over what has ended: that is stored as it comes (`KeptSamples`).
+    `tools.between_batches` is called before each call and after what was handed over is stored.
     """
     samples = store.read_samples(set(planned))
     samples = {n: s for n, s in samples.items() if _continues(s, planned[n].branch)}
     report(len(samples))
-    # Prompts of one length stand together, and equal ones meet in a batch; within a batch the
+    hands_over = isinstance(sampler, HandsOver) and sampler.hands_over
+    most = tools.batch_size * (BATCHES_A_CALL if hands_over else 1)
+    # Prompts of one length stand together, and equal ones meet in a batch; within a call the
     # sampler orders them itself.
     order = sorted(planned, key=lambda n: _longest_first(planned[n].request))
-    for _, batch in even_batches(order, tools.batch_size):
+    for _, batch in even_batches(order, most):
         missing = sorted(n for n in batch if n not in samples)
         if not missing:
             continue
         tools.between_batches()
-        prompts = [planned[n].prompt_id for n in missing]
         requests = [planned[n].request for n in missing]
+        prompts = [planned[n].prompt_id for n in missing]
+
+        def whole(n: int, sample: Sample) -> Sample:
+            return _whole(planned[n], sample)
+
+        kept = KeptSamples(missing, prompts, whole, store, tools)
         try:
-            batch_samples = sampler.sample(requests, params.sampling, progress=report)
+            if isinstance(sampler, HandsOver) and sampler.hands_over:
+                drawn = sampler.sample(
+                    requests, params.sampling, progress=report, finished=kept.finished
+                )
+            else:
+                drawn = sampler.sample(requests, params.sampling, progress=report)
         except CollapseError as error:
             raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
-        batch_samples = [_whole(planned[n], s) for n, s in zip(missing, batch_samples, strict=True)]
-        refuse_non_finite("log-probability", prompts, [s.logprob for s in batch_samples])
-        store.write_samples(missing, batch_samples)
-        samples.update(zip(missing, batch_samples, strict=True))
+        finally:  # also where a sampler's server is gone
+            kept.store()
+        samples.update(kept.all_of(drawn))
     return samples
 
 

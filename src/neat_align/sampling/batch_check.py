@@ -35,8 +35,10 @@ _IN_WORDS = {
     "one_row": "completions are sampled one at a time",
     "whole": "completions are sampled without a cache, each token from a pass over its whole row",
 }
-# Tokens of the prompts.
-_LENGTHS = (12, 12, 3)
+# Tokens of the prompts, and what their completions may have. The last one gets the place of the
+# first, which is short, and so comes beside rows that are on their way.
+_LENGTHS, _LIMITS = (12, 12, 3, 2), (2, None, None, None)
+PLACES = 3
 _NEW_TOKENS = 4
 # In exact numbers a high temperature draws unlikely tokens, where computations that differ are far
 # apart; in half precision those are the ones that rounding moves most.
@@ -61,7 +63,8 @@ def choose_way(
     prompts: Sequence[tuple[int, ...]],
     autocast_dtype: torch.dtype | None,
 ) -> SamplingWay:
-    """The fastest way in which `draw` says what the model says of each row alone.
+    """The fastest way in which `draw`, with `PLACES` places, says what the model says of each row
+    alone.
 
     A warning names the model where it is not the first. Raises ConfigError where there is none.
     """
@@ -121,13 +124,13 @@ def _nats(difference: float) -> str:
 
 
 def _requests(prompts: Sequence[tuple[int, ...]]) -> list[SampleRequest]:
-    """Two prompts of one length and a shorter one, from the tokens of real ones."""
+    """Two prompts of one length and two shorter ones, from the tokens of real ones."""
     tokens = [token for prompt in prompts for token in prompt]
     tokens = tokens * -(-2 * max(_LENGTHS) // len(tokens))
-    starts = (0, len(tokens) - _LENGTHS[1], (len(tokens) - _LENGTHS[2]) // 2)
+    spread = (0, len(tokens) - _LENGTHS[1], (len(tokens) - _LENGTHS[2]) // 2, 1)
     return [
-        SampleRequest(tuple(tokens[start : start + length]), seed)
-        for seed, (start, length) in enumerate(zip(starts, _LENGTHS, strict=True))
+        SampleRequest(tuple(tokens[start : start + length]), seed, limit)
+        for seed, (start, length, limit) in enumerate(zip(spread, _LENGTHS, _LIMITS, strict=True))
     ]
 
 

@@ -139,6 +139,7 @@ class ContrastLogitsProcessor(LogitsProcessor):
             )
         self._longest = max(len(ids) for row in self._contexts for ids in row)
         self._limit = context_of(model)
+        self._padded: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -148,9 +149,16 @@ class ContrastLogitsProcessor(LogitsProcessor):
 
     def inputs(self) -> dict[str, Int[Tensor, "rows width"]]:
         """`input_ids` and `attention_mask` of the prompts for `generate`, on the model's device."""
-        device = next(self.model.parameters()).device
-        input_ids, mask = left_padded(self.prompts, self.pad_token_id, device)
-        return {"input_ids": input_ids, "attention_mask": mask}
+        input_ids, mask = self._padded_prompts(next(self.model.parameters()).device)
+        return {"input_ids": input_ids.clone(), "attention_mask": mask.clone()}
+
+    def _padded_prompts(
+        self, device: torch.device
+    ) -> tuple[Int[Tensor, "rows width"], Int[Tensor, "rows width"]]:
+        """The prompts padded on the left, and their mask; made once, not for every token."""
+        if self._padded is None or self._padded[0].device != device:
+            self._padded = left_padded(self.prompts, self.pad_token_id, device)
+        return self._padded
 
     def __call__(
         self, input_ids: Int[Tensor, "rows tokens"], scores: Float[Tensor, "rows vocab"]
@@ -187,7 +195,7 @@ class ContrastLogitsProcessor(LogitsProcessor):
                 f"generate has {count} rows, and the contrast was made for {len(self.prompts)} "
                 "prompts: give it those, in their order, or make a processor for these"
             )
-        expected, mask = left_padded(self.prompts, self.pad_token_id, input_ids.device)
+        expected, mask = self._padded_prompts(input_ids.device)
         each, width = count // len(self.prompts), expected.shape[1]
         expected, hidden = (rows.repeat_interleave(each, 0) for rows in (expected, mask == 0))
         # The first place is where the longest prompt has no padding; others come of rows that were

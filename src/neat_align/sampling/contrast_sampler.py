@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neat_align.modeling.lockstep import lockstep
 from neat_align.prompts.instruction_banks import InstructionPair
 from neat_align.prompts.row_prompts import InstructedPairs, instructed_pairs, row_prompt_ids
 from neat_align.prompts.rows import PromptRow
 from neat_align.sampling.contrast_decoding import Contrast, contrasted
-from neat_align.sampling.drawing import draw_tokens
+from neat_align.sampling.drawing import Combined, Drawn, RowReader
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
+from neat_align.sampling.shares import Done, Told
 from neat_align.sampling.token_rows import keeps_keys, read_rows
 from neat_align.sampling.transformers_sampler import BatchLimit, TransformersSampler
 
@@ -64,8 +66,15 @@ class ContrastSampler:
         progress: Callable[[int], None] | None = None,
     ) -> list[ContrastSample]:
         """The same. Raises ValueError for a prompt without pairs, and what `sampler` raises."""
-        if not requests:
-            return []
+        with lockstep(self.sampler.model):
+            return self._drawn(requests, params, progress) if requests else []
+
+    def _drawn(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        progress: Callable[[int], None] | None,
+    ) -> list[ContrastSample]:
         rows_each = self._rows_each(requests)
         fast = self.sampler.settle([r.prompt_ids for r in requests]) == "together" and keeps_keys(
             self.sampler.model
@@ -77,7 +86,8 @@ class ContrastSampler:
         )
         size = max(1, self.sampler.batch_size // rows_each)
         sampler = replace(self.sampler, batch_size=size, batch_limit=self.batch_limit)
-        return sampler.in_batches([order], self._draw_batch, requests, params, progress, fast=fast)
+        told = Told(progress, None)
+        return sampler.in_groups([order], self._draw_share, requests, params, told, fast=fast)
 
     def _rows_each(self, requests: Sequence[SampleRequest]) -> int:
         """Rows that every request reads."""
@@ -98,39 +108,41 @@ class ContrastSampler:
         pairs = self.pairs[request.prompt_ids]
         return [request.prompt_ids, *(ids for pair in pairs for ids in pair)]
 
-    def _draw_batch(
-        self, requests: Sequence[SampleRequest], params: SamplingParams
-    ) -> list[ContrastSample]:
+    def _draw_share(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        places: int,
+        done: Done[ContrastSample],
+    ) -> None:
         base = self.sampler
-        rows = read_rows(
-            base.model,
-            [ids for request in requests for ids in self._rows(request)],
-            base.pad_token_id,
-            base.settle([r.prompt_ids for r in requests]),
-        )
-        drawing = base.drawing(requests, params)
         rows_each = self._rows_each(requests)
-        divergences = torch.zeros_like(drawing.numbers)
+        way = base.settle([r.prompt_ids for r in requests])
 
-        def combined(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "requests vocab"]:
+        def combine(logits: Float[Tensor, "rows vocab"]) -> Combined:
             by_request = logits.view(-1, rows_each, logits.shape[-1])
             start = by_request[:, 0].float().log_softmax(-1)
             log_q = contrasted(start, by_request[:, 1:], self.contrast)
-            divergences[drawing.rows, drawing.step] = _kl(log_q, start)
-            return log_q
+            return Combined(log_q, _kl(log_q, start))
 
-        looks = base.looks()
-        draw_tokens(drawing, rows, params, look_every=looks, rows_each=rows_each, combined=combined)
-        samples = base.samples(requests, params, drawing)
-        return [
-            ContrastSample(
-                token_ids=sample.token_ids,
-                finish_reason=sample.finish_reason,
-                logprob=sample.logprob,
-                kl=sum(of_row[: len(sample.token_ids)]),
-            )
-            for sample, of_row in zip(samples, divergences.tolist(), strict=True)
-        ]
+        def finished(drawn: Sequence[Drawn]) -> None:
+            samples = [base.sample_of(d, requests, params) for d in drawn]
+            both = zip(samples, drawn, strict=True)
+            done([d.request for d in drawn], [_with_kl(s, d.noted) for s, d in both])
+
+        reader = RowReader(
+            self._rows, lambda rows: read_rows(base.model, rows, base.pad_token_id, way), combine
+        )
+        base.draw(requests, params, places, reader, finished)
+
+
+def _with_kl(sample: Sample, divergences: list[float]) -> ContrastSample:
+    return ContrastSample(
+        token_ids=sample.token_ids,
+        finish_reason=sample.finish_reason,
+        logprob=sample.logprob,
+        kl=sum(divergences[: len(sample.token_ids)]),
+    )
 
 
 def contexts_of(

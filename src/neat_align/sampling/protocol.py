@@ -55,6 +55,10 @@ class SamplingParams:
     top_k: int = 0
 
 
+# Told which requests, by their place among those that were asked for, have which samples.
+Finished: TypeAlias = Callable[[Sequence[int], Sequence[Sample]], None]
+
+
 @runtime_checkable
 class Sampler(Protocol):
     """Draws completions. The result depends on each request alone, not on its batch or place."""
@@ -69,5 +73,32 @@ class Sampler(Protocol):
         """One `Sample` a request, in order.
 
         `progress` is called with the number of completions just finished.
+        """
+        ...
+
+
+@runtime_checkable
+class HandsOver(Protocol):
+    """A `Sampler` that hands completions over as they end: it may be asked for many at once, and
+    when it is interrupted they are not lost.
+    """
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether it does so now: one that only wraps another asks that one."""
+        ...
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
+    ) -> list[Sample]:
+        """As `Sampler.sample`.
+
+        `finished` is called for every completion once, with as many as have just ended; `progress`
+        is called after it. What it raises ends the draw.
         """
         ...

@@ -34,12 +34,18 @@ class TokenRows(Protocol):
         """Go on with these rows, in this order; `logits` are theirs after the next `advance`."""
         ...
 
+    def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """More rows, after those that are there; `logits` are of all."""
+        ...
+
 
 class CachedRows:
-    """Rows whose keys and values are kept, padded on the left.
+    """Rows whose keys and values are kept, padded on the left: all end in the last column.
 
-    Equal rows are read once. Not `padded`: rows of one length, for models that are given neither
-    mask nor positions. Only for models of which `keeps_keys` is true, inside of `inference`.
+    So rows of any lengths can join and leave, and the cache is as wide as the longest of those that
+    are there. Equal rows that come together are read once. Not `padded`: rows of one length, for
+    models that are given neither mask nor positions; none can be added. Only for models of which
+    `keeps_keys` is true, inside of `inference`.
     """
 
     def __init__(
@@ -56,32 +62,59 @@ class CachedRows:
         at = {prompt: i for i, prompt in enumerate(distinct)}
         which = torch.tensor([at[prompt] for prompt in prompts], device=device)
         input_ids, mask = left_padded(distinct, pad_token_id, device)
-        self._padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+        self._lengths = [len(distinct[at[prompt]]) for prompt in prompts]
         self._cache = DynamicCache(config=unwrapped(model).config)
         self._mask = mask
+        self._pad_token_id = pad_token_id
+        self._positions = mask.sum(-1)
         logits = self._forward(input_ids, (mask.cumsum(-1) - 1).clamp(min=0))
         self.logits: Float[Tensor, "rows vocab"] = logits[which]
-        self._cache.batch_select_indices(which)
-        self._mask = mask[which]
-        self._positions = self._mask.sum(-1)
+        self._select(which, self._width)
+
+    @property
+    def _width(self) -> int:
+        """Columns of the cache."""
+        return int(self._mask.shape[1])
 
     def advance(self, tokens: Int[Tensor, " rows"]) -> None:
         """One more token for every row."""
+        positions = self._positions
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        self.logits = self._forward(tokens[:, None], self._positions[:, None])
-        self._positions = self._positions + 1
+        self._lengths = [length + 1 for length in self._lengths]
+        self.logits = self._forward(tokens[:, None], positions[:, None])
+        self._positions = positions + 1
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; `logits` are theirs after the next `advance`."""
-        stay = torch.tensor(rows, device=self._mask.device)
-        self._mask, self._positions = self._mask[stay], self._positions[stay]
-        self._cache.batch_select_indices(stay)
-        self._padding = [self._padding[i] for i in rows]
+        self._lengths = [self._lengths[i] for i in rows]
+        # Columns in which nobody is left go, too.
+        self._select(torch.tensor(rows, device=self._mask.device), max(self._lengths))
+
+    def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """More rows, after those that are there; `logits` are of all."""
+        if not self._padded:
+            raise ValueError("rows without a mask have one length, and none can be added")
+        added = CachedRows(self._model, prompts, self._pad_token_id)
+        width = max(self._width, added._width)
+        for mine, theirs in zip(self._cache.layers, added._cache.layers, strict=True):
+            _join(cast("DynamicLayer", mine), cast("DynamicLayer", theirs), width)
+        self._mask = torch.cat([_widened(m, width, dim=1) for m in (self._mask, added._mask)])
+        self._positions = torch.cat([self._positions, added._positions])
+        self._lengths += added._lengths
+        self.logits = torch.cat([self.logits, added.logits])
+
+    def _select(self, rows: Int[Tensor, " stay"], width: int) -> None:
+        """Go on with these rows and the last `width` columns."""
+        for layer in self._cache.layers:
+            _narrow(cast("DynamicLayer", layer), rows, width)
+        self._mask = self._mask[rows, self._width - width :]
+        self._positions = self._mask.sum(-1)
 
     def _forward(
         self, input_ids: Int[Tensor, "rows new"], positions: Int[Tensor, "rows new"]
     ) -> Float[Tensor, "rows vocab"]:
-        with masks_from(KnownPadding(is_there=any(self._padding)), also=(ATTENTION,)):
+        padding = KnownPadding(is_there=min(self._lengths) < self._width)
+        with masks_from(padding, also=(ATTENTION,)):
             output = forward(
                 self._model,
                 input_ids=input_ids,
@@ -117,6 +150,12 @@ class RecomputedRows:
         """Go on with these rows, in this order; `logits` are theirs after the next `advance`."""
         self._rows = [self._rows[i] for i in rows]
 
+    def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """More rows, after those that are there; `logits` are of all."""
+        added = RecomputedRows(self._model, prompts, alone=self._alone)
+        self._rows += added._rows
+        self.logits = torch.cat([self.logits, added.logits])
+
     def _read(self) -> Float[Tensor, "rows vocab"]:
         device = next(self._model.parameters()).device
         distinct = list(dict.fromkeys(self._rows))
@@ -144,6 +183,48 @@ def keeps_keys(model: torch.nn.Module) -> bool:
         return False
     layers = DynamicCache(config=unwrapped(model).config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _narrow(layer: DynamicLayer, rows: Int[Tensor, " stay"], width: int) -> None:
+    """Leave these rows of a layer's cache, and the last `width` columns."""
+    if not layer.is_initialized:
+        return  # the layer uses another one's keys
+    assert layer.keys is not None
+    assert layer.values is not None
+    kept = _columns(layer, width)
+    layer.keys = layer.keys[rows, :, layer.keys.shape[2] - kept :]
+    layer.values = layer.values[rows, :, layer.values.shape[2] - kept :]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = width
+
+
+def _join(layer: DynamicLayer, added: DynamicLayer, width: int) -> None:
+    """Put the rows of `added` after a layer's own, both padded on the left to `width` columns."""
+    if not layer.is_initialized:
+        return
+    assert layer.keys is not None
+    assert layer.values is not None
+    assert added.keys is not None
+    assert added.values is not None
+    kept = _columns(layer, width)
+    layer.keys = torch.cat([_widened(k, kept, dim=2) for k in (layer.keys, added.keys)])
+    layer.values = torch.cat([_widened(v, kept, dim=2) for v in (layer.values, added.values)])
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = width
+    added.keys = added.values = None  # a layer's memory at a time
+
+
+def _columns(layer: DynamicLayer, width: int) -> int:
+    """How many of the last `width` columns a layer keeps."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return min(width, layer.sliding_window - 1)
+    return width
+
+
+def _widened(table: Tensor, width: int, *, dim: int) -> Tensor:
+    """Zeros in front along `dim`, until there are `width`."""
+    missing = width - table.shape[dim]
+    return torch.nn.functional.pad(table, (0, 0) * (table.ndim - 1 - dim) + (missing, 0))
 
 
 def left_padded(

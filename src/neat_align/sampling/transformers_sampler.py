@@ -1,42 +1,57 @@
 """Sampling from a transformers model, each completion from its own random numbers (`draw`).
 
-Requests are sorted by length and drawn `batch_size` at a time, left-padded; a model whose numbers
-are others then gets prompts of one length (`batch_check`). A prompt that several completions of a
-batch share goes through the model once; the cache is then copied to each of them. Completions that
-have ended leave the batch. transformers' own `generate` does neither (and its continuous batching
-draws from one random stream for all), so the decode loop is written out here; a model that keeps
-more than keys and values is drawn with `generate`.
+Requests are sorted by length and drawn `batch_size` beside each other, left-padded; a model whose
+numbers are others then gets prompts of one length (`batch_check`). A prompt that several
+completions share goes through the model once; the cache is then copied to each of them. A
+completion that has ended gives its place to the next request (`drawing`). transformers' own
+`generate` does neither (and its continuous batching draws from one random stream for all), so the
+decode loop is written out here; a model that keeps more than keys and values is drawn with
+`generate`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from neat_align.modeling.head_inputs import completion_logits
 from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.requirements import context_of
-from neat_align.modeling.shared_prefix import unwrapped
-from neat_align.sampling.batch_check import KnownWay, SamplingWay, choose_way
+from neat_align.sampling.batch_check import PLACES, KnownWay, SamplingWay, choose_way
+from neat_align.sampling.by_generate import DrawnToken, greedy, no_own_generation_config
 from neat_align.sampling.decode_attention import fast_decoding
 from neat_align.sampling.draw import check_drawn, draw, uniforms
-from neat_align.sampling.drawing import Drawing, DrawnToken, draw_tokens
-from neat_align.sampling.protocol import FinishReason, Sample, SampleRequest, SamplingParams
+from neat_align.sampling.drawing import (
+    Drawing,
+    Drawn,
+    RowReader,
+    Waiting,
+    draw_tokens,
+)
+from neat_align.sampling.protocol import (
+    Finished,
+    FinishReason,
+    Sample,
+    SampleRequest,
+    SamplingParams,
+)
+from neat_align.sampling.shares import D, Done, DrawShare, Told, in_batches
 from neat_align.sampling.token_rows import CachedRows, keeps_keys, left_padded
 
 logger = logging.getLogger(__name__)
-Drawn = TypeVar("Drawn", bound=Sample)
 # Tokens between two looks at which completions have ended. On a GPU the CPU waits at each look for
 # all that it has asked for; on a CPU there is nothing to wait for.
 LOOK_EVERY = 8
@@ -74,21 +89,29 @@ class TransformersSampler:
     look_every: int | None = None
     known_way: KnownWay = field(default_factory=KnownWay)
 
+    @property
+    def hands_over(self) -> bool:
+        """`sample` takes `finished`."""
+        return True
+
     def sample(
         self,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         *,
         progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
     ) -> list[Sample]:
         """One `Sample` a request, in the order of the requests.
 
-        Raises ConfigError for a model that no way of sampling draws from rightly.
+        Where ranks hold parts of the model, each of them calls this with its share, which may be
+        empty. Raises ConfigError for a model that no way of sampling draws from rightly.
         """
-        if not requests:
-            return []
-        way = self.settle([r.prompt_ids for r in requests])
-        return self._sample_in(way, requests, params, progress)
+        with lockstep(self.model):
+            if not requests:
+                return []
+            way = self.settle([r.prompt_ids for r in requests])
+            return self._sample_in(way, requests, params, progress, finished)
 
     def settle(self, prompts: Sequence[tuple[int, ...]]) -> SamplingWay:
         """Which prompts are drawn together: measured once, on tiny rows from tokens of `prompts`.
@@ -96,7 +119,7 @@ class TransformersSampler:
         Raises ConfigError.
         """
         if self.known_way.way is None:
-            endless = replace(self, eos_token_ids=())
+            endless = replace(self, eos_token_ids=(), batch_size=PLACES)
             self.known_way.way = choose_way(
                 self.model, endless._sample_in, prompts, self.autocast_dtype
             )
@@ -108,6 +131,7 @@ class TransformersSampler:
         requests: Sequence[SampleRequest],
         params: SamplingParams,
         progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
     ) -> list[Sample]:
         # Equal prompts stand together, so that they meet in a batch.
         order = sorted(
@@ -117,29 +141,34 @@ class TransformersSampler:
         lengths = groupby(order, key=lambda i: len(requests[i].prompt_ids))
         groups = [order] if way == "together" else [list(group) for _, group in lengths]
         cached = keeps_keys(self.model) and way != "whole"
-        draw_batch = self._whole if way == "whole" else self._generate
+        # `generate` calls the model below an adapter, where no rank could wait for the others.
+        whole = way == "whole" or is_sharded(self.model)
+        draw_share = in_batches(self._whole if whole else self._generate)
         if cached:
-            draw_batch = self._decode if way == "together" else self._decode_one_length
+            draw_share = (
+                self._refilled if way == "together" else in_batches(self._decode_one_length)
+            )
         size = 1 if way == "one_row" else self.batch_size
         sampler = replace(self, batch_size=size)
-        return sampler.in_batches(groups, draw_batch, requests, params, progress, fast=cached)
+        told = Told(progress, finished)
+        return sampler.in_groups(groups, draw_share, requests, params, told, fast=cached)
 
-    def in_batches(
+    def in_groups(
         self,
         groups: Sequence[Sequence[int]],
-        draw_batch: Callable[[Sequence[SampleRequest], SamplingParams], list[Drawn]],
+        draw_share: DrawShare[D],
         requests: Sequence[SampleRequest],
         params: SamplingParams,
-        progress: Callable[[int], None] | None,
+        told: Told,
         *,
         fast: bool,
-    ) -> list[Drawn]:
-        """What `draw_batch` draws of each request, in the order of the requests.
+    ) -> list[D]:
+        """What `draw_share` draws of each request, in the order of the requests.
 
-        `groups` are indices of requests that may be drawn together, `batch_size` at a time or as
-        many as memory has room for. `fast` decodes with `decode_attention`, for cached rows.
+        `groups` are indices of requests that may be drawn together, `batch_size` at once or as many
+        as memory has room for. `fast` decodes with `decode_attention`, for cached rows.
         """
-        samples: dict[int, Drawn] = {}
+        samples: dict[int, D] = {}
         with (
             inference(self.model, self.autocast_dtype),
             plain_outputs(self.model),
@@ -147,51 +176,41 @@ class TransformersSampler:
             fast_decoding(self.model) if fast else contextlib.nullcontext(),
         ):
             for group in groups:
-                size = self._batch_size(len(group))
-                start = 0
-                while start < len(group):
-                    batch = group[start : start + min(size, self.batch_limit.limit or size)]
-                    fitted = self._in_memory(draw_batch, [requests[i] for i in batch], params)
-                    if fitted is None:
+                while left := [i for i in group if i not in samples]:
+                    done = told.and_kept(samples, left)
+                    places = min(self.batch_size, self.batch_limit.limit or len(left), len(left))
+                    draw = partial(draw_share, [requests[i] for i in left], params, places, done)
+                    if not self._in_memory(draw, places):
                         casts.close()
-                        continue  # with fewer at once, or with nothing kept beside the weights
-                    samples.update(zip(batch, fitted, strict=True))
-                    start += len(batch)
-                    if progress is not None:
-                        progress(len(batch))
+                        # And on with fewer at once, or with nothing kept beside the weights.
         return [samples[i] for i in range(len(requests))]
 
-    def _batch_size(self, count: int) -> int:
-        """As few batches as `batch_size` allows, of like size.
+    def _in_memory(self, draw: Callable[[], None], places: int) -> bool:
+        """Whether all was drawn: False when memory ran out and less of it will be asked for.
 
-        A small last one would cost nearly as much as a full one.
-        """
-        return -(-count // max(1, -(-count // self.batch_size)))
-
-    def _in_memory(
-        self,
-        draw_batch: Callable[[Sequence[SampleRequest], SamplingParams], list[Drawn]],
-        requests: Sequence[SampleRequest],
-        params: SamplingParams,
-    ) -> list[Drawn] | None:
-        """The batch's samples, or None when memory ran out and less of it will be asked for.
-
-        First the casts of frozen weights are given up, then half of the batch. A completion alone
+        First the casts of frozen weights are given up, then half of the places. A completion alone
         raises as it did.
         """
         try:
-            return draw_batch(requests, params)
-        except torch.OutOfMemoryError:
+            draw()
+            return True
+        except torch.OutOfMemoryError as error:
+            if is_sharded(self.model):
+                error.add_note(
+                    "The batch is not halved where processes share a model's weights, since the "
+                    "others wait in the pass that ran out of memory: lower generation_batch_size"
+                )
+                raise
             if self._keeps_casts:
                 self.batch_limit.keeps_casts = False
-            elif len(requests) == 1:
+            elif places == 1:
                 raise
             else:
-                self._halve(len(requests))
+                self._halve(places)
         # Outside of the except block: the exception would keep the failed batch's tensors alive.
         torch.clear_autocast_cache()
         clear_device_cache(garbage_collection=True)
-        return None
+        return False
 
     @property
     def _keeps_casts(self) -> bool:
@@ -219,38 +238,69 @@ class TransformersSampler:
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         return self.look_every or (1 if on_cpu else LOOK_EVERY)
 
+    def _refilled(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        places: int,
+        done: Done[Sample],
+    ) -> None:
+        """With a cache of keys and values; places are filled again when completions end."""
+
+        def finished(drawn: Sequence[Drawn]) -> None:
+            done([d.request for d in drawn], [self.sample_of(d, requests, params) for d in drawn])
+
+        self.draw(requests, params, places, self._reader(padded=True), finished)
+
     def _decode_one_length(
         self, requests: Sequence[SampleRequest], params: SamplingParams
     ) -> list[Sample]:
         return self._decode(requests, params, padded=False)
 
     def _decode(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, *, padded: bool = True
+    ) -> list[Sample]:
+        """All at once; not `padded`: prompts of one length, of which nothing is masked."""
+        samples: dict[int, Sample] = {}
+
+        def finished(drawn: Sequence[Drawn]) -> None:
+            samples.update({d.request: self.sample_of(d, requests, params) for d in drawn})
+
+        self.draw(requests, params, len(requests), self._reader(padded=padded), finished)
+        return [samples[i] for i in range(len(requests))]
+
+    def _reader(self, *, padded: bool) -> RowReader:
+        """One row a request, kept as keys and values."""
+        return RowReader(
+            lambda request: [request.prompt_ids],
+            lambda rows: CachedRows(self.model, rows, self.pad_token_id, padded=padded),
+        )
+
+    def draw(
         self,
         requests: Sequence[SampleRequest],
         params: SamplingParams,
-        *,
-        padded: bool = True,
-    ) -> list[Sample]:
-        """With a cache of keys and values; not `padded`: prompts of one length, nothing masked."""
-        prompts = [r.prompt_ids for r in requests]
-        rows = CachedRows(self.model, prompts, self.pad_token_id, padded=padded)
-        drawing = self.drawing(requests, params)
-        draw_tokens(drawing, rows, params, look_every=self.looks())
-        return self.samples(requests, params, drawing)
-
-    def drawing(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Drawing:
-        """The tokens of these requests, none of them drawn."""
+        places: int,
+        reader: RowReader,
+        finished: Callable[[list[Drawn]], None],
+    ) -> None:
+        """Draw the tokens of requests, so many at once, and tell of those that have ended."""
         device = next(self.model.parameters()).device
-        numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
         ends = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
-        return Drawing(numbers, ends, [r.limit(params) for r in requests])
+        draw_tokens(
+            Waiting(requests, places),
+            Drawing(ends, params),
+            reader,
+            look_every=self.looks(),
+            finished=finished,
+        )
 
-    def samples(
-        self, requests: Sequence[SampleRequest], params: SamplingParams, drawing: Drawing
-    ) -> list[Sample]:
-        """What was drawn, up to each end token. Raises CollapseError."""
-        tokens, logprobs = drawing.tokens.tolist(), drawing.logprobs.tolist()
-        return self._samples(requests, params, tokens, logprobs)
+    def sample_of(
+        self, drawn: Drawn, requests: Sequence[SampleRequest], params: SamplingParams
+    ) -> Sample:
+        """What was drawn, up to its end token and its limit. Raises CollapseError."""
+        limit = requests[drawn.request].limit(params)
+        return self._sample(drawn.tokens[:limit], drawn.logprobs[:limit])
 
     def _generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
         """With `generate`, which draws all rows of a call to one length.
@@ -286,11 +336,11 @@ class TransformersSampler:
         )
         known = KnownPadding(is_there=len({len(r.prompt_ids) for r in requests}) > 1)
         longest = replace(params, max_new_tokens=max(r.limit(params) for r in requests))
-        with _no_own_generation_config(self.model), masks_from(known):
+        with no_own_generation_config(self.model), masks_from(known):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                generation_config=_greedy(longest, self.eos_token_ids, self.pad_token_id),
+                generation_config=greedy(longest, self.eos_token_ids, self.pad_token_id),
                 logits_processor=LogitsProcessorList([processor]),
             )
         logprobs = torch.stack(processor.logprobs, dim=1).tolist()
@@ -340,30 +390,3 @@ class TransformersSampler:
         check_drawn(logprobs[:length])
         finish_reason: FinishReason = "length" if end is None else "stop"
         return Sample(tuple(tokens[:length]), finish_reason, sum(logprobs[:length]))
-
-
-@contextlib.contextmanager
-def _no_own_generation_config(model: Any) -> Iterator[None]:
-    """While open, the model's own generation_config is empty: only the request shapes the draw.
-
-    `generate` fills what is unset from it (repetition penalties, suppressed tokens, …).
-    """
-    base = unwrapped(model)
-    own = base.generation_config
-    base.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
-def _greedy(
-    params: SamplingParams, eos_token_ids: tuple[int, ...], pad_token_id: int
-) -> GenerationConfig:
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=params.max_new_tokens,
-        eos_token_id=list(eos_token_ids) or None,
-        pad_token_id=pad_token_id,
-        use_cache=True,
-    )

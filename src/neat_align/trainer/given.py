@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from transformers import ProgressCallback, Trainer
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
@@ -66,3 +67,11 @@ refused_push_to_hub = _not_here(
     "would upload the whole run directory, and rounds/ holds text that was written to be harmful: "
     "use policy.push_to_hub(…) and processing_class.push_to_hub(…)",
 )
+
+
+def keep_one_progress_bar(trainer: Trainer) -> None:
+    """A progress bar that was given stands in the place of Trainer's own."""
+    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
+    own = [c for c in bars if type(c) is ProgressCallback]
+    if own and len(bars) > len(own):
+        trainer.remove_callback(own[0])

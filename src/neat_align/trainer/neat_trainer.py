@@ -14,6 +14,7 @@ instead of computing a loss.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -38,7 +39,8 @@ from neat_align.trainer.memory_plan import settle_memory
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
-from neat_align.trainer.setup import keep_one_progress_bar, read_data, set_up_policy
+from neat_align.trainer.sampler_setup import GivenSampler
+from neat_align.trainer.setup import read_data, set_up_policy
 from neat_align.trainer.startup_checks import refused, rehearse
 
 
@@ -63,6 +65,7 @@ class NEATTrainer(Trainer):
             switched off, else a frozen copy of `model`.
         judge_funcs: rewards that evaluation reports and training never sees.
         eval_rewards: what evaluation reports as the reward; None: what is trained on.
+        sampler: another engine: a `Sampler`, or a function of a `PolicyNow` that gives one.
     """
 
     # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
@@ -87,6 +90,7 @@ class NEATTrainer(Trainer):
         ref_model: str | PreTrainedModel | torch.nn.Module | None = None,
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         eval_rewards: RewardSum | None = None,
+        sampler: GivenSampler = None,
     ) -> None:
         args = given.as_config(args)
         data = read_data(args, train_dataset, eval_dataset, callbacks or ())
@@ -108,19 +112,15 @@ class NEATTrainer(Trainer):
                 callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
                 optimizers=given.checked_optimizers(optimizers, setup.model),
             )
-        self.parts: TrainerParts = compose(
-            args,
-            data,
-            setup,
-            scored_by,
+        composed = functools.partial(compose, args, data, setup, scored_by, sampler=sampler)
+        self.parts: TrainerParts = composed(
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
-            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             steps_per_round=lambda: self.steps_per_round,
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
         rehearse(self, self.parts.plan.optimizer_steps)
-        keep_one_progress_bar(self)
+        given.keep_one_progress_bar(self)
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
     def _sum_logprobs(self, *rows: Any) -> list[float]:
@@ -177,7 +177,7 @@ class NEATTrainer(Trainer):
         return self.parts.engine.accumulate(model, inputs, num_items_in_batch)
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batch: MicroBatch, counts: LossCounts
+        self, model: torch.nn.Module, micro_batch: MicroBatch | None, counts: LossCounts
     ) -> Tensor:
         return super().training_step(model, {"micro_batch": micro_batch}, cast("Any", counts))
 
@@ -260,7 +260,7 @@ class NEATTrainer(Trainer):
             self.state.global_step,
             lambda: super(NEATTrainer, self)._save_checkpoint(model, trial),
             self.round_callback.resume_state,
-            required=required_files(self.args, sharded=self.parts.engine.sharded),
+            required=required_files(self.args, self.parts.sharding),
             best=self.state.best_model_checkpoint,
         )
 

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import TrainerCallback, TrainerState
 
 from neat_align.config import NEATConfig
+from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError
 from neat_align.evaluation.drift_monitor import DriftMonitor, Facts
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
@@ -22,6 +23,7 @@ from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.learning.step_metrics import sum_dtype
 from neat_align.modeling.load_options import held_as
+from neat_align.modeling.lockstep import class_of
 from neat_align.modeling.packing import Layout
 from neat_align.modeling.requirements import check_learns, context_of
 from neat_align.prompts.rendering import eos_token_ids
@@ -37,6 +39,7 @@ from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
 from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
+from neat_align.trainer.sampler_setup import GivenSampler, sampler_maker
 from neat_align.trainer.setup import (
     PolicySetup,
     TrainingData,
@@ -65,6 +68,7 @@ class TrainerParts:
     directory: RunDirectory
     policies: Policies
     engine: StepEngine
+    sharding: Sharding
     round_maker: RoundMaker
     alarms: Alarms
 
@@ -78,7 +82,8 @@ class TrainerParts:
         def tools() -> EvalTools:
             return replace(self.eval_tools(with_reference=True), rewards=(), judges=())
 
-        return lead_evaluation(self.ranks, tools, measure, "while drift was measured")
+        where, in_step = "while drift was measured", self.policies.in_step
+        return lead_evaluation(self.ranks, tools, measure, where, in_step)
 
     def eval_tools(self, *, with_reference: bool) -> EvalTools:
         """Who samples and judges in an evaluation of the current policy."""
@@ -144,6 +149,7 @@ class TrainerParts:
                 lambda: self.eval_tools(with_reference=not is_start),
                 evaluate,
                 "in an evaluation",
+                self.policies.in_step,
             )
 
     def _check_without_start(self) -> None:
@@ -252,7 +258,7 @@ class TrainerParts:
         return run_key(
             self.args,
             {
-                "model": type(setup.model).__name__,
+                "model": class_of(setup.model).__name__,
                 "start weights": setup.start_fingerprint,
                 **held_as(setup.model),
                 "tokenizer": text_fingerprint(template),
@@ -280,17 +286,17 @@ def compose(
     *,
     accelerator: Accelerator,
     forward_backward: ForwardBackward,
-    sharded: bool,
     steps_per_round: Callable[[], int],
     on_open: Callable[[int], None],
+    sampler: GivenSampler = None,
 ) -> TrainerParts:
-    """The parts, once Trainer has made the accelerator; `sharded`: ranks hold parts of weights."""
+    """The parts, once Trainer has made the accelerator."""
     _check_followed(args, data, scored_by)
-    folder = Path(str(args.output_dir))
-    ranks = Ranks(accelerator, StopRequest(), timeout=args.ddp_timeout, folder=folder)
+    ranks = _ranks(args, accelerator)
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
-    layout = layout_for(args, setup, data, sharded=sharded)
-    policies = _policies(args, setup, data, layout)
+    sharding = sharding_of(accelerator)
+    layout = layout_for(args, setup, data, sharding)
+    policies = _policies(args, setup, data, layout, (sampler, sharding))
     return TrainerParts(
         args=args,
         data=data,
@@ -306,8 +312,9 @@ def compose(
             layout=layout,
             pad_token_id=policies.pad_token_id,
             reference=setup.reference,
-            sharded=sharded,
+            sharded=sharding != "none",
         ),
+        sharding=sharding,
         round_maker=RoundMaker(
             args,
             data.rows,
@@ -323,6 +330,18 @@ def compose(
     )
 
 
+def _ranks(args: NEATConfig, accelerator: Accelerator) -> Ranks:
+    folder = Path(str(args.output_dir))
+    return Ranks(accelerator, StopRequest(), timeout=args.ddp_timeout, folder=folder)
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding:
+    """How accelerate divides the run between processes."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return cast("Sharding", f"zero{accelerator.state.deepspeed_plugin.zero_stage}")
+    return "fsdp2" if accelerator.is_fsdp2 else "none"
+
+
 def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) -> None:
     judges = [judge.name for judge in scored_by.judges]
     names = metric_names(
@@ -334,8 +353,15 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
     check_followed_metric(args, names)
 
 
-def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: Layout) -> Policies:
+def _policies(
+    args: NEATConfig,
+    setup: PolicySetup,
+    data: TrainingData,
+    layout: Layout,
+    engine: tuple[GivenSampler, Sharding],
+) -> Policies:
     dtype = autocast_dtype(args)
+    sampler, sharding = engine
     policies = Policies(
         model=setup.model,
         reference=setup.reference,
@@ -350,6 +376,8 @@ def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: 
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,
         copy_dtype=dtype if args.samples_from_copy else None,
+        make_sampler=sampler_maker(args, setup, data, sampler, sharded=sharding != "none"),
+        tolerance=args.sampler_tolerance,
     )
     policies.settle_sampling(first_prompts(setup, data))
     return policies

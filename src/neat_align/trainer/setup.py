@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from neat_align.config import NEATConfig
+from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError, DataError
+from neat_align.modeling.head_inputs import head_of, linear_head
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.load_options import held_like, read_load_options
 from neat_align.modeling.loading import load_policy, load_tokenizer
@@ -126,14 +128,6 @@ def _check_settings(
             "callbacks=neat_align.terminal_callbacks(args), as the command line does, or one with "
             "on_round_made of your own"
         )
-
-
-def keep_one_progress_bar(trainer: Trainer) -> None:
-    """A progress bar that was given stands in the place of Trainer's own."""
-    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
-    own = [c for c in bars if type(c) is ProgressCallback]
-    if own and len(bars) > len(own):
-        trainer.remove_callback(own[0])
 
 
 def read_data(
@@ -344,7 +338,7 @@ def _check_pairs(args: NEATConfig, bank: InstructionBank) -> None:
 
 
 def layout_for(
-    args: NEATConfig, setup: PolicySetup, data: TrainingData, *, sharded: bool
+    args: NEATConfig, setup: PolicySetup, data: TrainingData, sharding: Sharding
 ) -> Layout:
     """Packed rows where the model, and a start policy that was given, get the same numbers so.
 
@@ -352,11 +346,16 @@ def layout_for(
     ConfigError for a model that says something else of a row in training, or each time.
     """
     may_pack = args.prefix_sharing != "off"
-    if may_pack and (sharded or args.n_gpu > 1 or args.ddp_static_graph):
+    if may_pack and (sharding.startswith("zero") or args.n_gpu > 1 or args.ddp_static_graph):
         logger.warning(
             "prompts are not shared between completions under DeepSpeed, DataParallel and "
-            "ddp_static_graph: padded rows are used, and under the first "
-            "max_tokens_per_micro_batch does not cut"
+            "ddp_static_graph: padded rows are used"
+        )
+        may_pack = False
+    if may_pack and sharding == "fsdp2" and linear_head(head_of(setup.model)) is None:
+        logger.warning(
+            "prompts are not shared between completions under FSDP where the model's head is no "
+            "plain linear layer (an adapter on it, a quantised one): padded rows are used"
         )
         may_pack = False
     if adds_auxiliary_loss(setup.model):
