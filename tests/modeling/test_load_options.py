@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import small_trainer
 from neat_align import NEATConfig, NEATTrainer
@@ -130,8 +132,9 @@ def test_an_attention_that_cannot_be_had_is_named(tmp_path: Path) -> None:
 # ---- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", ["bfloat16", "float16", "auto"])
-@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "bf16"), [("bfloat16", True), ("float16", False), ("auto", True)]
+)
 def test_under_an_adapter_the_base_is_half_and_the_adapter_learns_in_fp32(
     tmp_path: Path, asked: str, bf16: bool
 ) -> None:
@@ -176,7 +179,7 @@ def test_a_run_does_not_go_on_with_weights_of_another_type_or_another_attention(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager"])  # sdpa is what all other tests have
 def test_prompts_are_shared_whatever_the_models_own_attention_is(
     tmp_path: Path, family: str, attention: str
 ) -> None:
@@ -274,3 +277,57 @@ def test_an_adapters_folder_is_merged_into_a_base_in_bf16(tmp_path: Path) -> Non
     with torch.no_grad():
         apart = (exact(ids).logits.log_softmax(-1) - half(ids).logits.float().log_softmax(-1)).abs()
     assert apart.mean() < 0.1
+
+
+# ---- an attention that knows half precision only -------------------------------------------------
+
+
+@pytest.fixture
+def no_fp32_attention(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Stands in for FlashAttention's kernels, which are for GPUs: it refuses fp32 as they do."""
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **others: Any,
+    ) -> Any:
+        if torch.is_autocast_enabled("cpu"):  # as transformers' function in front of the kernel
+            query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
+        if query.dtype == torch.float32:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        rows, _, queries, _ = query.shape
+        keys = key.shape[2]
+        seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        mask = seen.expand(rows, 1, queries, keys)
+        if attention_mask is not None:  # which rows are padded where, as the kernels take it
+            mask = mask & attention_mask[:, None, None, -keys:].bool()
+        mask = mask | ~mask.any(-1, keepdim=True)
+        return sdpa_attention_forward(module, query, key, value, mask, **others)
+
+    name = "flash_attention_2"
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, attend)
+    return name
+
+
+@pytest.mark.parametrize("sharing", ["auto", "off"])
+def test_fp32_weights_under_flash_attention_compute_in_bf16_also_in_the_checks(
+    tmp_path: Path, no_fp32_attention: str, sharing: str
+) -> None:
+    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER)
+    model.config._attn_implementation = no_fp32_attention
+    t = small_trainer.trainer(tmp_path / "run", model=model, bf16=True, prefix_sharing=sharing)
+    assert t.parts.policies.layout == ("packed" if sharing == "auto" else "padded")
+    t.train()
+    assert held_as(t.policy) == {"weights": ["float32"], "attention": no_fp32_attention}
+
+
+def test_flash_attention_without_autocast_is_refused(
+    tmp_path: Path, no_fp32_attention: str
+) -> None:
+    model = tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER)
+    model.config._attn_implementation = no_fp32_attention
+    with pytest.raises(ConfigError, match=r"know bf16 and fp16 only, and bf16 and fp16 are false"):
+        small_trainer.trainer(tmp_path, model=model)

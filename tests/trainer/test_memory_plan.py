@@ -109,7 +109,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each kind always, the others with the slow tests.
+QUICK = ("all weights", "an adapter, checkpointing")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path: Path, case: str) -> None:
     options = {**CASES[case]}
     if options.pop("adapter", False):
@@ -122,8 +128,9 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(tmp_path: Path, 
         save_strategy="no",
         use_human_completions=False,
         max_completion_length=64,
+        prompts_per_round=4,
         num_train_epochs=2,  # in the second, the optimizer's state is there while it samples
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         **options,
     )
     estimate, marks = planned(t).estimate, measured(t, memory)

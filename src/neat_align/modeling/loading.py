@@ -121,9 +121,7 @@ def _load_model(
     except ConfigError:
         raise
     except LOAD_ERRORS as error:
-        refused = _refused_attention(options, error)
-        if refused is not None:
-            raise ConfigError(f"{refused} for the model {name}") from error
+        _check_attention(options, name, error)
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -188,17 +186,16 @@ def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:
                 )
 
 
-def _refused_attention(options: LoadOptions, error: BaseException) -> str | None:
-    """What transformers said of the attention that was asked for; None where it is not that."""
+def _check_attention(options: LoadOptions, name: str, error: BaseException) -> None:
+    """Raise ConfigError where the attention that was asked for is what loading failed over."""
     asked = options.attn_implementation
     said = one_line(error, 300)
     words = ("attention", "Attention", "attn", "flash", "kernels", asked)
-    if asked is None or not any(word in said for word in words if word):
-        return None
-    return (
-        f"attn_implementation is {asked}, which cannot be used ({said}): install what it needs, or "
-        "leave it out"
-    )
+    if asked is not None and any(word in said for word in words if word):
+        raise ConfigError(
+            f"attn_implementation is {asked}, which cannot be used for the model {name} ({said}): "
+            "install what it needs, or leave it out"
+        ) from error
 
 
 def _advice(name: str, error: BaseException) -> str:

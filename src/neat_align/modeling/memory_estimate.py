@@ -141,16 +141,16 @@ def estimate_memory(shape: ModelShape, run: RunShape) -> MemoryEstimate:
     if run.world_size > 1 and run.sharding == "none":
         gradients *= 2  # DDP's buckets
     divided = 1 if run.sharding == "none" else run.world_size
-    activations, logits = _kept(shape, run), _head(shape, run)
+    kept, again, logits = _kept(shape, run), _again(shape, run), _head(shape, run)
     return MemoryEstimate(
         weights=_weights(shape, run) / whole + _gathered(shape, run),
         gradients=gradients,
         optimizer=run.optimizer_bytes * trained / divided,
         reference=_reference(shape, run) / whole,
-        activations=activations,
+        activations=kept + (again if run.checkpointing else 0),
         logits=logits,
         sampling=_sampling(shape, run),
-        in_step=_in_step(shape, run, gradients, activations, logits),
+        in_step=_in_step(shape, run, gradients, kept, again, logits),
     )
 
 
@@ -190,13 +190,17 @@ def _kept(shape: ModelShape, run: RunShape) -> float:
     ends = tokens * shape.hidden * (8 if run.trained is None else 4)
     ends += completion * shape.hidden * 4  # states in front of the head
     casts = run.compute_bytes * shape.linear if run.casts else 0.0
-    layer = _layer(shape, run)
     if not run.checkpointing:
-        return ends + casts + shape.layers * layer
-    inputs = shape.layers * tokens * shape.hidden * min(4.0, run.other_bytes)
-    again = layer + casts / shape.layers
+        return ends + casts + shape.layers * _layer(shape, run)
+    return ends + shape.layers * tokens * shape.hidden * min(4.0, run.other_bytes)
+
+
+def _again(shape: ModelShape, run: RunShape) -> float:
+    """What one layer takes while its gradient is computed, by itself or once more."""
+    casts = run.compute_bytes * shape.linear if run.casts else 0.0
+    again = _layer(shape, run) + casts / shape.layers
     # autocast keeps the casts of weights that learn to the end of the forward pass.
-    return ends + inputs + max(again, casts if run.trained is None else 0.0)
+    return max(again, casts) if run.checkpointing and run.trained is None else again
 
 
 def _layer(shape: ModelShape, run: RunShape) -> float:
@@ -240,18 +244,19 @@ def _head(shape: ModelShape, run: RunShape) -> float:
 
 
 def _in_step(
-    shape: ModelShape, run: RunShape, gradients: float, activations: float, logits: float
+    shape: ModelShape, run: RunShape, gradients: float, kept: float, again: float, logits: float
 ) -> float:
     """The most that activations and gradients take together.
 
     The backward pass begins with the head, whose gradient is the first, and ends with the
-    embeddings', which is a table of its own before it is added up.
+    embeddings', which is a table of its own before it is added up. With checkpointing the logits
+    are gone when the first layer is computed again.
     """
     of_head = 4.0 * shape.head if run.trained is None else 0.0
+    at_start = kept + of_head + (max(logits, again) if run.checkpointing else logits)
     if run.accumulates:
-        return activations + logits + of_head + gradients
-    at_end = gradients + of_head + _layer(shape, run)
-    return max(activations + logits + of_head, at_end)
+        return at_start + gradients
+    return max(at_start, gradients + of_head + again)
 
 
 # ---- making a round ------------------------------------------------------------------------------
@@ -266,7 +271,9 @@ def _sampling(shape: ModelShape, run: RunShape) -> float:
     cache = rows * kept * 2 * shape.key_width * shape.layers * c
     growing = cache / shape.layers  # a layer's cache is made anew with one token more
     logits = rows * shape.vocabulary * 4 * 3
-    width = 3 * shape.intermediate * c + 3 * shape.hidden * 4
+    # An adapter computes the layer's output twice, and adds them.
+    wide = 3 if run.trained is None else 5
+    width = wide * shape.intermediate * c + 3 * shape.hidden * 4
     drawing = copied + cache + max(growing + logits, rows * run.prompt_tokens * width)
     return float(max(copying, drawing, copied + _scoring(shape, run, width)))
 

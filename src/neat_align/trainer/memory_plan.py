@@ -23,7 +23,6 @@ from neat_align.modeling.memory_estimate import (
     NF4_BYTES,
     MemoryEstimate,
     RunShape,
-    Sharding,
     estimate_memory,
 )
 from neat_align.modeling.model_shape import (
@@ -36,6 +35,7 @@ from neat_align.modeling.requirements import is_trained
 from neat_align.modeling.shared_prefix import unwrapped, why_not_packed
 from neat_align.prompts.rows import PromptRow
 from neat_align.trainer.setup import PolicySetup, TrainingData, autocast_dtype
+from neat_align.trainer.startup_checks import sharding_of
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def plan_memory(
         sampling_copy=dtype is not None and args.samples_from_copy,
         chunk_logits=CPU_CHUNK_LOGITS if on_cpu else GPU_CHUNK_LOGITS,
         world_size=args.world_size,
-        sharding=_sharding(args),
+        sharding=sharding_of(args),
     )
     more = args.gradient_accumulation_steps > 1
     more |= run.groups * run.group_tokens > run.micro_batch_tokens and run.groups > 1
@@ -269,15 +269,6 @@ def _completions(args: NEATConfig, rows: Sequence[PromptRow]) -> int:
 def _optimizer_bytes(args: Any) -> float:
     name = str(getattr(args.optim, "value", args.optim))
     return next((size for part, size in _OPTIMIZERS if part in name), ADAMW_BYTES)
-
-
-def _sharding(args: Any) -> Sharding:
-    """What the ranks divide between them."""
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        return "weights"
-    plugin = args.deepspeed_plugin
-    stages: dict[int, Sharding] = {1: "optimizer", 2: "gradients", 3: "weights"}
-    return "none" if plugin is None else stages.get(plugin.zero_stage, "none")
 
 
 def _local_processes() -> int:

@@ -60,7 +60,7 @@ from neat_align.prompts.template_check import check_rendering, check_template
 from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import fingerprint, weights_fingerprint
-from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
+from neat_align.trainer.startup_checks import check_evaluates, check_output_dir, sharding_of
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,8 @@ def set_up_policy(
         peft_config,
         ref_model,
         keep=args.needs_start_policy(evaluates=evaluates),
-        autocast_dtype=autocast_dtype(args),
+        # Weights that are divided have to be of one type.
+        autocast_dtype=None if sharding_of(args) == "weights" else autocast_dtype(args),
     )
     check_context(policy, args.max_prompt_length, args.max_completion_length)
     models = [policy, ref_model] if isinstance(ref_model, torch.nn.Module) else [policy]
