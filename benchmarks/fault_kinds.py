@@ -39,7 +39,8 @@ TIMES = ("runtime", "per_second")
 class Bench:
     """What tries share.
 
-    The unbroken run and its events, a run that was stopped after its third step, a free port.
+    The unbroken run and its events, a run that was stopped after its third step, a free port. Runs
+    have so many `processes`; faults strike the one of this `rank`, whose events these are.
     """
 
     base: Path
@@ -50,6 +51,8 @@ class Bench:
     port: int
     whole_http: dict[str, Any]
     seed: int
+    processes: int = 1
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,16 @@ def last_line(text: str) -> str:
     return lines[-1][:300] if lines else "it said nothing"
 
 
+def run(b: Bench, folder: Path, **how: Any) -> fp.Ended:
+    """A run of the bench's processes."""
+    return fp.run(b.base, folder, processes=b.processes, rank=b.rank, **how)
+
+
 def go_on(folder: Path, b: Bench, server: fp.Server | None = None) -> str | None:
     """Resume the run, or start it where nothing had begun, and compare. What is lost, or None."""
-    ended = fp.run(b.base, folder, resume=True, server=server)
+    ended = run(b, folder, resume=True, server=server)
     if ended.code == 2 and NO_RUN_YET in ended.said:
-        ended = fp.run(b.base, folder, resume=False, server=server)
+        ended = run(b, folder, resume=False, server=server)
     if ended.code != 0:
         return f"resumed, it ended with {ended.code}: {last_line(ended.said)}"
     return difference(b.whole if server is None else b.whole_http, folder)
@@ -128,7 +136,7 @@ def broken(
 
     Then go on, and compare.
     """
-    ended = fp.run(b.base, folder, resume=False, action=action, server=server, before=before)
+    ended = run(b, folder, resume=False, action=action, server=server, before=before)
     if ended.code not in codes:
         return f"it ended with {ended.code}, not {list(codes)}: {last_line(ended.said)}"
     if ended.code == 0:
@@ -204,8 +212,8 @@ def kills(b: Bench, fast: bool) -> Iterator[Try]:
 
 def twice(folder: Path, b: Bench, first: int, second: int) -> str | None:
     """Kill, resume, kill, resume."""
-    fp.run(b.base, folder, resume=False, action=fp.kill(first))
-    ended = fp.run(b.base, folder, resume=any(folder.glob("run*")), action=fp.kill(second))
+    run(b, folder, resume=False, action=fp.kill(first))
+    ended = run(b, folder, resume=any(folder.glob("run*")), action=fp.kill(second))
     if ended.code not in (-9, 0):
         return f"resumed, it ended with {ended.code}: {last_line(ended.said)}"
     return difference(b.whole, folder) if ended.code == 0 else go_on(folder, b)
@@ -444,7 +452,7 @@ def second(folder: Path, b: Bench, at: int) -> str | None:
     os.waitpid(first, os.WUNTRACED)
     log = folder.with_suffix(".log")
     log.rename(log.with_suffix(".first"))
-    intruder = fp.run(b.base, folder, resume=True)
+    intruder = run(b, folder, resume=True)
     os.kill(first, signal.SIGCONT)
     ended = fp.wait(first, folder)
     if intruder.code != 2 or f"being written by process {first}" not in intruder.said:
@@ -453,3 +461,5 @@ def second(folder: Path, b: Bench, at: int) -> str | None:
 
 
 FAULTS = (kills, signals, full_disks, damages, servers, not_finite, two_writers)
+# Those that a run of several processes has, too; the others are rank 0's alone.
+FAULTS_OF_SEVERAL = (kills, signals, full_disks, not_finite)

@@ -4,7 +4,8 @@ Events are counted in the order in which they happen, and a run without a fault 
 ones: a file opened for writing, synced, renamed, deleted or cut inside the run directory, a save of
 torch or safetensors (before and after it), a forward pass, a reward's call, an optimizer step. A
 fault is an action at the n-th of them. Processes are forked from one that has imported everything,
-so that a run costs a second.
+so that a run costs a second. A run of several processes has a fault in one of them; when one ends
+badly, the others are ended, as torchrun does.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers.modeling_utils
@@ -68,6 +71,8 @@ OPTIONS: dict[str, Any] = {
     "report_to": "none",
     "seed": 1,
 }
+# How long the other processes of a run have to end by themselves, in seconds.
+GRACE = 3.0
 LOADING, OPENING, SAVING, BETWEEN = (
     "while it loads",
     "while it opens the run",
@@ -318,17 +323,96 @@ def start(
     server: Server | None = None,
     before: Callable[[], None] = lambda: None,
     after: Callable[[], None] = lambda: None,
+    processes: int = 1,
+    rank: int = 0,
 ) -> int:
     """Fork a process that runs `neat-align train` into `folder`; gives its id.
 
-    `before` is called in it first, `after` last.
+    `before` is called in it first, `after` last. With several `processes` it is their launcher,
+    and `action`, `before` and `after` are for the one of that rank.
     """
-    log = folder.with_suffix(".log")
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
-    if child:
-        return child
+    if not child:
+        if processes > 1:
+            _launch(base, folder, processes, rank, resume, action, server, before, after)
+        _be_a_rank(base, folder, 0, resume, action, server, before, after)
+    return child
+
+
+def _launch(
+    base: Path,
+    folder: Path,
+    processes: int,
+    rank: int,
+    resume: bool,
+    *how: Any,
+) -> NoReturn:
+    """Be the launcher of so many processes; `how` is for the one of that rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks: dict[int, int] = {}
+    for r in range(processes):
+        own = os.fork()
+        if not own:
+            os.environ |= {
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            well = (nothing, None, lambda: None, lambda: None)
+            _be_a_rank(base, folder, r, resume, *(how if r == rank else well))
+        ranks[own] = r
+    _end_as(_watch(ranks))
+
+
+def _watch(ranks: dict[int, int]) -> int:
+    """Wait for processes; the first bad end ends all. Gives its code (minus a signal's number)."""
+    worst, until = 0, float("inf")
+    while ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            ranks.pop(pid)
+            code = os.waitstatus_to_exitcode(status)
+            if code and not worst:
+                worst, until = code, time.monotonic() + GRACE
+                for other in ranks:
+                    os.kill(other, signal.SIGTERM)
+            continue
+        if time.monotonic() > until:
+            until = float("inf")
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.02)
+    return worst
+
+
+def _end_as(code: int) -> NoReturn:
+    """End as another process did."""
+    if code < 0:
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _be_a_rank(
+    base: Path,
+    folder: Path,
+    rank: int,
+    resume: bool,
+    action: Action,
+    server: Server | None,
+    before: Callable[[], None],
+    after: Callable[[], None],
+) -> NoReturn:
+    """Run, and end this process."""
+    log = _log_of(folder, rank)
     code = 3
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -358,8 +442,14 @@ def _train(
         "dataset_name": str(base / "data.jsonl"),
         "output_dir": str(folder),
     }
+    shares: dict[str, Any] = {}
+    if "WORLD_SIZE" in os.environ:  # the same steps, in as many shares
+        shares = {
+            "gradient_accumulation_steps": 2 // int(os.environ["WORLD_SIZE"]),
+            "ddp_backend": "gloo",
+        }
     settings, config = options_from(
-        {**OPTIONS, **names, "reward_funcs": [reward], "resume": resume}
+        {**OPTIONS, **shares, **names, "reward_funcs": [reward], "resume": resume}
     )
     EVENTS.folder = str(folder) + os.sep
     EVENTS.action = action
@@ -381,11 +471,15 @@ def _train(
         return 2
 
 
+def _log_of(folder: Path, rank: int) -> Path:
+    return folder.with_suffix(f".log{rank}" if rank else ".log")
+
+
 def wait(child: int, folder: Path) -> Ended:
     """Wait for a process to end."""
     _, status, used = os.wait4(child, 0)
-    log = folder.with_suffix(".log")
-    said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    logs = sorted(folder.parent.glob(f"{folder.name}.log*"))
+    said = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
     return Ended(os.waitstatus_to_exitcode(status), said, used.ru_utime + used.ru_stime)
 
 

@@ -2,7 +2,7 @@
 
 Then it is compared with the run that nobody broke.
 
-    python benchmarks/faults.py --json OUT [--fast] [--jobs N] [--only WORDS]
+    python benchmarks/faults.py --json OUT [--fast] [--jobs N] [--only WORDS] [--processes N]
 
 A try is lost when the run cannot be gone on with, when the fault is not noticed where it has to be,
 or when anything that the finished run holds differs from the unbroken run's: the weights (bytes of
@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,16 @@ from typing import Any
 import fault_points as fp
 import harness
 import torch
-from fault_kinds import FAULTS, STOPPED_AFTER, Bench, Try, contents, difference, last_line
+from fault_kinds import (
+    FAULTS,
+    FAULTS_OF_SEVERAL,
+    STOPPED_AFTER,
+    Bench,
+    Try,
+    contents,
+    difference,
+    last_line,
+)
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from reward_server import by_length
@@ -46,40 +55,45 @@ IMPORTED_LATE = ("datasets", "jinja2", "neat_align", "pandas", "pyarrow", "trans
 NOT_TRIED = "not tried"
 
 
-def make_bench(base: Path, seed: int, fast: bool) -> Bench:
-    """The runs that tries are compared with, and start from."""
+def make_benches(base: Path, seed: int, fast: bool, processes: int) -> list[Bench]:
+    """The runs that tries are compared with, and start from; a bench for each rank to strike."""
     fp.prepare(base)
     fp.install()
-    events_file, modules = base / "events.jsonl", base / "modules.json"
-    for name in ("first", "whole"):
-        # The first run tells what it imported, so that all that follow find it in place; two say
-        # whether runs are alike.
-        if fast and name == "first":
-            continue
-        action, after = fp.record(events_file), partial(write_modules, modules)
-        ended = fp.run(base, base / name, resume=False, action=action, after=after)
-        check(ended)
-        for module in json.loads(modules.read_text(encoding="utf-8")):
-            if module not in sys.modules and module.split(".")[0] in IMPORTED_LATE:
-                importlib.import_module(module)
-    events = [
-        fp.Event(*json.loads(line)) for line in events_file.read_text(encoding="utf-8").splitlines()
-    ]
+    modules = base / "modules.json"
+    names = ["whole"] if fast and processes == 1 else ["first", "whole"]
+    events: list[list[fp.Event]] = []
+    for rank in range(processes):
+        events_file = base / f"events-{rank}.jsonl"
+        for name in names if rank == 0 else ["whole-again"]:
+            # The first run tells what it imported, so that all that follow find it in place; two
+            # say whether runs are alike.
+            action, after = fp.record(events_file), partial(write_modules, modules)
+            how: dict[str, Any] = {"action": action, "after": after, "rank": rank}
+            ended = fp.run(base, base / name, resume=False, processes=processes, **how)
+            check(ended)
+            for module in json.loads(modules.read_text(encoding="utf-8")):
+                if module not in sys.modules and module.split(".")[0] in IMPORTED_LATE:
+                    importlib.import_module(module)
+        lines = events_file.read_text(encoding="utf-8").splitlines()
+        events.append([fp.Event(*json.loads(line)) for line in lines])
     found = contents(base / "whole")
-    differs = None if fast else difference(found, base / "first")
+    differs = difference(found, base / names[0])
     if differs is not None:
         raise SystemExit(
             f"two runs without a fault are not the same, so nothing can be compared: {differs}"
         )
     half = base / "half"
     saves = [
-        n for n, e in enumerate(events, start=1) if e.stage == fp.SAVING and e.kind == "torch.save"
+        n
+        for n, e in enumerate(events[0], start=1)
+        if e.stage == fp.SAVING and e.kind == "torch.save"
     ]
     stopped = fp.run(
         base,
         half,
         resume=False,
         action=fp.send(saves[len(saves) * (STOPPED_AFTER - 1) // 4], SIGTERM),
+        processes=processes,
     )
     if stopped.code != 143 or not (half / f"checkpoint-{STOPPED_AFTER}").is_dir():
         raise SystemExit(
@@ -90,10 +104,13 @@ def make_bench(base: Path, seed: int, fast: bool) -> Bench:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     whole_http: dict[str, Any] = {}
-    if not fast:
+    if not fast and processes == 1:
         check(fp.run(base, base / "http", resume=False, server=fp.Server(port, by_length)))
         whole_http = contents(base / "http")
-    return Bench(base, found, events, ended.cpu_seconds, half, port, whole_http, seed)
+    return [
+        Bench(base, found, own, ended.cpu_seconds, half, port, whole_http, seed, processes, rank)
+        for rank, own in enumerate(events)
+    ]
 
 
 def write_modules(path: Path) -> None:
@@ -179,6 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which points are drawn")
     parser.add_argument("--fast", action="store_true", help="a few tries of each kind")
     parser.add_argument("--jobs", type=int, default=1, help="tries at a time")
+    parser.add_argument("--processes", type=int, default=1, help="of every run: 1 or 2")
     parser.add_argument(
         "--only", default="", help="only the faults whose words these are (a regular expression)"
     )
@@ -197,8 +215,16 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="neat-align-faults-") as folder:
-        b = make_bench(Path(folder).resolve(), a.seed, a.fast)
-        planned = [t for fault in FAULTS for t in fault(b, a.fast) if re.search(a.only, t.fault)]
+        benches = make_benches(Path(folder).resolve(), a.seed, a.fast, a.processes)
+        b = benches[0]
+        faults = FAULTS if a.processes == 1 else FAULTS_OF_SEVERAL
+        planned = [
+            t
+            for bench in benches
+            for fault in faults
+            for t in in_rank(bench, fault(bench, a.fast))
+            if re.search(a.only, t.fault)
+        ]
         until = started + 60 * a.minutes
         # In any order: cut short, it has still seen some of each.
         tries = [
@@ -222,6 +248,7 @@ def main() -> None:
     ]
     facts = {
         "seed": a.seed,
+        "processes": a.processes,
         "events": len(b.events),
         "planned": len(tries),
         "tried": len(ended),
@@ -229,6 +256,13 @@ def main() -> None:
     }
     harness.save(a.json, {**facts, "rows": rows, "lost": lost})
     sys.exit(1 if lost or not ended else 0)
+
+
+def in_rank(b: Bench, tries: Iterable[Try]) -> Iterator[Try]:
+    """The tries, with the process that is struck in their names, where there are several."""
+    for t in tries:
+        where = f"{t.fault}, in process {b.rank} of {b.processes}"
+        yield t if b.processes == 1 else replace(t, fault=where)
 
 
 def until_then(work: Callable[[Path], str | None], until: float) -> Callable[[Path], str | None]:

@@ -76,7 +76,7 @@ def trl_side(args: argparse.Namespace, tokenizer: Any, texts: list[str]) -> Call
         lambda completions, **_: [0.0] * len(completions),
         settings,
         rows,
-        tokenizer,
+        processing_class=tokenizer,
     )
     # What `train` does before its first step: autocast goes around the model.
     trainer.model_wrapped = trainer.model = trainer.accelerator.prepare(trainer.model)

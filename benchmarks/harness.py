@@ -26,44 +26,83 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from neat_align.files.provenance import commit, cpu_name, versions
-from neat_align.modeling.demo_model import demo_model_path
+from neat_align.modeling.demo_model import demo_model_path, find_gguf
 from neat_align.modeling.device import compute_device
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 GIB = 2**30
 
 
+# Randomly initialised Llama shapes. demo-shape is the demo's model where that is not installed; its
+# numbers are another's, its arithmetic is not.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
+    "demo-shape": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "tiny": {
+        "vocab_size": 49_152,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+
+
 def load_model(name: str) -> Any:
     """A model with fp32 weights.
 
-    `demo` is SmolLM2-135M-Instruct; `llama-1b` a randomly initialised Llama shape of 1.2 billion
-    weights.
+    `demo` is SmolLM2-135M-Instruct; else one of SHAPES.
     """
     if name == "demo":
         return AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
-    if name == "llama-1b":
-        torch.manual_seed(0)
-        shape = LlamaConfig(
-            vocab_size=128_256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        )
+    if name not in SHAPES:
+        raise SystemExit(f"--model is {name!r}; it must be demo, {', '.join(SHAPES)}")
+    torch.manual_seed(0)
+    shape = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, tie_word_embeddings=True)
+    with device():  # a billion random numbers take a CPU a quarter of a minute
         return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    raise SystemExit(f"--model is {name!r}; it must be demo or llama-1b")
 
 
 def load_tokenizer() -> Any:
-    """The demo model's tokenizer."""
-    return AutoTokenizer.from_pretrained(demo_model_path())
+    """The demo model's tokenizer; a token a byte where that is not installed."""
+    if find_gguf() is not None:
+        return AutoTokenizer.from_pretrained(demo_model_path())
+    vocabulary = {symbol: i + 3 for i, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    specials = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(BPE({**specials, **vocabulary}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def device() -> torch.device:
@@ -197,5 +236,5 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--repeats", type=int, default=5, help="timed runs of each side (after one to warm up)"
     )
-    made.add_argument("--model", default="demo", help="demo, or llama-1b")
+    made.add_argument("--model", default="demo", help=f"demo, or {', '.join(SHAPES)}")
     return made

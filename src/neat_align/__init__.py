@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         RewardError,
         RewardTimeoutError,
         RewardUnavailableError,
+        SamplerError,
+        SamplerUnavailableError,
     )
     from neat_align.prompts.loading import load_rows
     from neat_align.prompts.rows import PromptRow
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from neat_align.rounds.exports import preference_rows, ranked_rows
     from neat_align.rounds.group_file import GroupFile
     from neat_align.sampling.contrast_decoding import ContrastLogitsProcessor, contrast_processor
+    from neat_align.sampling.policy_now import PolicyNow
+    from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
     from neat_align.trainer import NEATTrainer
 
 __version__ = "0.1.0"
@@ -45,6 +49,11 @@ _HOMES = {
     "preference_rows": "rounds.exports",
     "ContrastLogitsProcessor": "sampling.contrast_decoding",
     "contrast_processor": "sampling.contrast_decoding",
+    "PolicyNow": "sampling.policy_now",
+    "Sample": "sampling.protocol",
+    "SampleRequest": "sampling.protocol",
+    "Sampler": "sampling.protocol",
+    "SamplingParams": "sampling.protocol",
     "PromptRow": "prompts.rows",
     "load_rows": "prompts.loading",
     "Unscorable": "rewards.protocol",
@@ -57,6 +66,8 @@ _HOMES = {
     "RewardError": "errors",
     "RewardTimeoutError": "errors",
     "RewardUnavailableError": "errors",
+    "SamplerError": "errors",
+    "SamplerUnavailableError": "errors",
     "CollapseError": "errors",
 }
 
@@ -71,11 +82,18 @@ __all__ = [
     "NEATConfig",
     "NEATError",
     "NEATTrainer",
+    "PolicyNow",
     "PromptError",
     "PromptRow",
     "RewardError",
     "RewardTimeoutError",
     "RewardUnavailableError",
+    "Sample",
+    "SampleRequest",
+    "Sampler",
+    "SamplerError",
+    "SamplerUnavailableError",
+    "SamplingParams",
     "Unscorable",
     "contrast_processor",
     "load_rows",

@@ -37,6 +37,18 @@ class RewardUnavailableError(RewardError):
     """
 
 
+class SamplerError(NEATError):
+    """A sampler outside of this process that cannot be used, or gave what is no sample of the
+    policy's.
+    """
+
+
+class SamplerUnavailableError(SamplerError):
+    """A sampler's server that stayed down through all retries: the run stops, and goes on from what
+    it has when started again.
+    """
+
+
 class CollapseError(NEATError):
     """Training cannot go on: too few pairs to rank are left, or a number is not finite.
 
@@ -48,6 +60,10 @@ class SaveError(NEATError):
     """A checkpoint that could not be written whole (a full disk, a missing file); nothing of it is
     left.
     """
+
+
+class OtherProcessError(NEATError):
+    """Another process of the run failed, and said why: this one only has to end, too."""
 
 
 class RunInterrupted(SystemExit):

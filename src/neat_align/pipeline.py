@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
+from neat_align.modeling.requirements import frozen_if_half
 from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_checks import is_usable
@@ -31,6 +33,7 @@ from neat_align.prompts.rows import PromptRow, hashable, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
 from neat_align.rewards.protocol import RewardSum
+from neat_align.runs.launch import holds_run, is_restart, note_launch
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
@@ -137,22 +140,24 @@ def build_trainer(
     *,
     eval_rewards: RewardSum | None = None,
     policy: str | None = None,
+    trains: bool = True,
+    data: tuple[list[PromptRow], list[PromptRow]] | None = None,
 ) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling.
 
     `eval_rewards` are what evaluation reports as the reward; None: what is trained on. `policy` is
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
+    Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
+    `data` are rows in the place of those that the script names, and held-out ones.
     """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
     skipped = SkippedRows()
-    rows, held_out = load_data(script, config.on_bad_row, skipped)
-    name = model_source(script.model_name_or_path)
-    start = load_policy(
-        name, revision=script.model_revision, trust_remote_code=script.trust_remote_code
-    )
+    rows, held_out = data or load_data(script, config.on_bad_row, skipped)
+    trains = trains and policy is None
+    start = _model(script, trains=trains)
     tokenizer = load_tokenizer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
@@ -161,8 +166,9 @@ def build_trainer(
             config, start, tokenizer, conversational=is_conversational(rows)
         )
         rows, held_out = refilled(rows, held_out, usable)
+    model = start if policy is None else load_policy(policy, script.load_options)
     trainer = NEATTrainer(
-        start if policy is None else load_policy(policy),
+        model if trains else frozen_if_half(model),
         script.reward_funcs or None,
         config,
         train_dataset=rows,
@@ -176,6 +182,19 @@ def build_trainer(
     )
     trainer.parts.data.skipped.take(skipped)
     return trainer
+
+
+def _model(script: ScriptArguments, *, trains: bool) -> torch.nn.Module:
+    """The script's model; in fp32 where its own weights are trained."""
+    options = script.load_options
+    if trains and not script.use_peft:
+        options = options.where_all_weights_learn()
+    return load_policy(
+        model_source(script.model_name_or_path),
+        options,
+        revision=script.model_revision,
+        trust_remote_code=script.trust_remote_code,
+    )
 
 
 def _usable_to_evaluate(
@@ -213,31 +232,77 @@ def run_training(
 ) -> dict[str, Any]:
     """Evaluate, train, evaluate again; write the model, result.json and the report.
 
-    Returns the result.
+    Returns the result, on every process; the first alone writes. A run that its launcher starts
+    again after a crash (torchrun's `--max-restarts`) goes on as with `resume`.
     """
-    if not script.resume and config.process_index == 0:
-        _check_empty(Path(str(config.output_dir)))
+    # Only what the first process finds counts: it opens the run.
+    resume = config.process_index == 0 and _goes_on(script, Path(str(config.output_dir)))
     trainer = build_trainer(script, config, callbacks)
     with listening(trainer.parts.ranks.stop), trainer.writing():
-        return _train(trainer, script)
+        if trainer.parts.ranks.is_rank_zero:
+            note_launch(trainer.output_dir)
+        return _train(trainer, script, resume=True if resume else None)
 
 
-def _train(trainer: NEATTrainer, script: ScriptArguments) -> dict[str, Any]:
+def _goes_on(script: ScriptArguments, folder: Path) -> bool:
+    """Whether the run in the folder is gone on with. Raises ConfigError when none can begin."""
+    if script.resume:
+        return True
+    is_again = is_restart(folder)
+    if (is_again or script.auto_resume) and holds_run(folder):
+        return True
+    if not is_again:
+        _check_empty(folder)
+        note_launch(folder)  # a crash may come before the run's first file
+    return False
+
+
+def _train(trainer: NEATTrainer, script: ScriptArguments, *, resume: bool | None) -> dict[str, Any]:
     started = time.monotonic()
-    resume = True if script.resume else None
     trainer.open_run(resume)  # before an evaluation is paid for
     before = evaluation_before(trainer) if trainer.parts.data.eval_rows else None
     trainer.train(resume_from_checkpoint=resume)
-    out = trainer.output_dir
-    if trainer.args.world_size == 1:
-        write_folder(out / "model", lambda folder: trainer.save_model(str(folder)))
-    else:  # all ranks save parts of it into one folder
-        trainer.save_model(str(out / "model"))
-    result: dict[str, Any] = {}
+    _save_model(trainer)
+    after = None
     if before is not None:
         trainer.evaluate(metric_key_prefix="after")
         after = trainer.last_evaluation
-        assert after is not None
+    results: list[dict[str, Any]] = [{}]
+
+    def write() -> None:
+        results[0] = _write_result(trainer, script, before, after, time.monotonic() - started)
+
+    ranks = trainer.parts.ranks
+    ranks.run_on_rank_zero(write, "while it wrote the result")
+    return ranks.from_rank_zero(results[0])
+
+
+def _save_model(trainer: NEATTrainer) -> None:
+    """Save the model whole or not at all: all ranks may write parts of it into one folder."""
+    ranks, path = trainer.parts.ranks, trainer.output_dir / "model"
+    if trainer.args.world_size == 1:
+        write_folder(path, lambda folder: trainer.save_model(str(folder)))
+        return
+    written = trainer.output_dir / ".model-of-all"
+    ranks.run_on_rank_zero(
+        lambda: shutil.rmtree(written, ignore_errors=True), "before it saved the model"
+    )
+    ranks.run_on_all_ranks(lambda: trainer.save_model(str(written)), "while it saved the model")
+
+    ranks.run_on_rank_zero(lambda: write_folder(path, written.replace), "while it saved the model")
+
+
+def _write_result(
+    trainer: NEATTrainer,
+    script: ScriptArguments,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write what was found and how; on one rank."""
+    out = trainer.output_dir
+    result: dict[str, Any] = {}
+    if before is not None and after is not None:
         write_json(out / "evaluation-after.json", after.to_json())
         result = before_after(before, after, seed=trainer.args.seed)
     result |= {
@@ -245,7 +310,8 @@ def _train(trainer: NEATTrainer, script: ScriptArguments) -> dict[str, Any]:
         "rounds": trainer.state.global_step // trainer.steps_per_round,
         "steps": trainer.state.global_step,
         "stopped_because": trainer.stopped_because,
-        "wall_seconds": time.monotonic() - started,
+        "wall_seconds": seconds,
+        "processes": trainer.args.world_size,
         "peak_rss_bytes": peak_rss_bytes(),
         "model": script.model_name_or_path,
         "dataset": Path(script.dataset_name).name,
@@ -271,14 +337,22 @@ def _check_empty(folder: Path) -> None:
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:
-    """The start policy on the held-out prompts; a resumed run reads what it measured before."""
-    path = trainer.output_dir / "evaluation-before.json"
-    if path.is_file():
-        return Evaluation(**read_json(path))
+    """The start policy on the held-out prompts; a resumed run reads what it measured before.
+
+    Every rank calls it; the first one alone reads and writes, and all evaluate or none does.
+    """
+    path, ranks = trainer.output_dir / "evaluation-before.json", trainer.parts.ranks
+    found = Evaluation(**read_json(path)) if ranks.is_rank_zero and path.is_file() else None
+    measured = ranks.from_rank_zero(found)
+    if measured is not None:
+        return measured
     trainer.evaluate(metric_key_prefix="before")
-    assert trainer.last_evaluation is not None
-    write_json(path, trainer.last_evaluation.to_json())
-    return trainer.last_evaluation
+    evaluation = trainer.last_evaluation
+    assert evaluation is not None
+    ranks.run_on_rank_zero(
+        lambda: write_json(path, evaluation.to_json()), "while it wrote the first evaluation"
+    )
+    return evaluation
 
 
 def peak_rss_bytes() -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neat_align.config.constraints import OnlyWith, check_options, option, read_numbers
+from neat_align.modeling.load_options import ATTENTIONS, DTYPES, LoadOptions
 from neat_align.modeling.loading import check_source
 
 
@@ -22,6 +23,32 @@ class ScriptArguments:
         False,
         "Run Python that comes with the model. Needs a full commit as model_revision; read that "
         "code first.",
+    )
+    dtype: str = option(
+        "float32",
+        "Type of the model's weights: float32; bfloat16 or float16, where an adapter is trained "
+        "(use_peft) or nothing is; auto, the type in which they were saved, and float32 where they "
+        "are trained.",
+        choices=DTYPES,
+    )
+    attn_implementation: str | None = option(
+        None,
+        "Attention of the model: eager, sdpa, flash_attention_2, …; None is transformers' choice. "
+        "Packed rows (prefix_sharing) bring their own.",
+        choices=ATTENTIONS,
+    )
+    load_in_4bit: bool = option(
+        False,
+        "Hold the frozen weights under an adapter in 4 bits (NF4; needs bitsandbytes and CUDA).",
+        only_with=(
+            OnlyWith(
+                "use_peft",
+                "load_in_4bit is true and use_peft is false: weights of 4 bits cannot be trained; "
+                "set use_peft: true, or leave it out (dtype: bfloat16 is for a model that is only "
+                "sampled from)",
+                one_of=(True,),
+            ),
+        ),
     )
     dataset_name: str = option(
         "",
@@ -81,9 +108,31 @@ class ScriptArguments:
     resume: bool = option(
         False, "Go on with the run in output_dir from its newest complete checkpoint."
     )
+    auto_resume: bool = option(
+        False,
+        "Go on with the run in output_dir where there is one, else begin it: for schedulers that "
+        "start the same command again. (torchrun's own restarts need no option.)",
+        only_with=(
+            OnlyWith(
+                "resume",
+                "resume asks for a run that is there, auto_resume goes on with one or begins it: "
+                "give one of them",
+                none_of=(True,),
+            ),
+        ),
+    )
 
     def __post_init__(self) -> None:
         read_numbers(self)
         check_options(self)
         if self.model_name_or_path:
             check_source(self.model_name_or_path, self.model_revision, self.trust_remote_code)
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """How the model is loaded."""
+        return LoadOptions(
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            load_in_4bit=self.load_in_4bit,
+        )

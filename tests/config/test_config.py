@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from accelerate.parallelism_config import ParallelismConfig
 from transformers import HfArgumentParser, TrainingArguments
 
 from neat_align import ConfigError, NEATConfig
@@ -27,7 +22,7 @@ from neat_align.config.constraints import (
     option,
     read_numbers,
 )
-from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS, check_not_sharded
+from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS
 from neat_align.pipeline import build_trainer
 from neat_align.script_arguments import ScriptArguments
 
@@ -40,7 +35,7 @@ OPTIMIZER = "Trainer builds the optimizer or its schedule from it"
 LOGGER = "the loggers that report_to names read it"
 BY_HAND = "Trainer.push_to_hub reads it, which only the user can call"
 WHEN = "DefaultFlowCallback reads it to say when"
-SHARDED = "refused by check_not_sharded: sampling needs whole weights"
+SHARDED = "let through or refused by check_sharding; see test_sharding.py"
 
 # Field by field: what reads it in a NEAT run. Decide on a field that a new version brings by
 # reading Trainer: add it here when it works, or to `unsupported.REFUSED` when it would be ignored.
@@ -124,12 +119,14 @@ HONOURED = {
     "ddp_static_graph": f"{DDP}; rows are then padded",
     "ddp_backend": DDP,
     "ddp_timeout": DDP,
-    "deepspeed": "ZeRO-1 and ZeRO-2; ZeRO-3 and tensor parallelism are refused as sharded",
+    "deepspeed": SHARDED,
+    "fsdp": SHARDED,
+    "fsdp_config": SHARDED,
+    "parallelism_config": SHARDED,
     "debug": LOOP,
     "skip_memory_metrics": LOOP,
     "local_rank": "old launchers pass it; TrainingArguments keeps it for the parser",
 }
-NOT_SHARDED = {"fsdp": SHARDED, "fsdp_config": SHARDED, "parallelism_config": SHARDED}
 # Only a user's own script reads them; the commands refuse them.
 IN_SCRIPTS: dict[str, Any] = {
     "resume_from_checkpoint": "true",
@@ -171,13 +168,13 @@ def config(**changes: Any) -> NEATConfig:
 
 
 def test_every_option_of_transformers_is_honoured_or_refused() -> None:
-    decided = [*HONOURED, *NOT_SHARDED, *IN_SCRIPTS, *IGNORED]
+    decided = [*HONOURED, *IN_SCRIPTS, *IGNORED]
     there = [f.name for f in fields(TrainingArguments)]
     assert sorted(set(there) - set(decided)) == [], "new options: honour or refuse them"
     assert sorted(set(decided) - set(there)) == [], "options that transformers no longer has"
     assert len(decided) == len(set(decided))
     assert set(REFUSED) == set(IGNORED)
-    assert set(SCRIPT_OPTIONS) | {"do_eval"} == set(IN_SCRIPTS)
+    assert set(SCRIPT_OPTIONS) | {"do_eval"} == {*IN_SCRIPTS, "model_init_kwargs"}
 
 
 @pytest.mark.parametrize("name", IGNORED)
@@ -198,9 +195,9 @@ def test_a_refused_option_is_named_with_its_line_of_the_recipe(tmp_path: Path) -
     parse_options(["--output_dir", str(tmp_path / "run")], recipe)
 
 
-@pytest.mark.parametrize("name", IN_SCRIPTS)
+@pytest.mark.parametrize("name", [*IN_SCRIPTS, "model_init_kwargs"])
 def test_options_of_users_scripts_are_refused_by_the_commands_only(name: str) -> None:
-    args = config(**{name: IN_SCRIPTS[name]})
+    args = config(**{name: {**IN_SCRIPTS, "model_init_kwargs": {"dtype": "float32"}}[name]})
     with pytest.raises(ConfigError, match=f"^{name} is read by nothing"):
         build_trainer(ScriptArguments(model_name_or_path="demo"), args)
 
@@ -243,91 +240,6 @@ def test_batches_are_not_cut_by_accelerate(name: str) -> None:
     with pytest.raises(ConfigError, match="accelerator_config sets split_batches or dispatch_batc"):
         config(accelerator_config={name: True})
     config(accelerator_config={"even_batches": True})
-
-
-# ---- sharded weights -----------------------------------------------------------------------------
-
-ZERO_3 = {"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}
-ENCODED = base64.urlsafe_b64encode(json.dumps(ZERO_3).encode()).decode()
-AUTO = {"zero_optimization": {"stage": "auto"}}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"fsdp": "full_shard auto_wrap"},
-        {"fsdp": True},
-        {"fsdp": ["full_shard"]},
-        {"fsdp_config": {"version": 2}},
-        {"fsdp_config": "fsdp.json"},
-        {"parallelism_config": ParallelismConfig(tp_size=2)},
-        {"deepspeed": ZERO_3},
-        {"deepspeed": json.dumps(ZERO_3)},
-        {"deepspeed": ENCODED},
-        {"deepspeed": {"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}},
-    ],
-)
-def test_options_that_shard_the_weights_are_refused(changes: dict[str, Any]) -> None:
-    name = next(iter(changes))
-    with pytest.raises(ConfigError, match=f"^{name} .* divides the weights between processes"):
-        config(**changes)
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"ACCELERATE_USE_FSDP": "true"},
-        {"ACCELERATE_USE_MEGATRON_LM": "true"},
-        {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
-        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-    ],
-)
-def test_sharding_that_accelerate_launch_asks_for_is_refused(
-    variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"accelerate launch.* divides the weights"):
-        config()
-
-
-def test_deepspeed_files_are_read_for_their_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "zero.json"
-    file.write_text(json.dumps(ZERO_3))
-    with pytest.raises(ConfigError, match=r"^deepspeed asks for DeepSpeed's ZeRO stage 3"):
-        config(deepspeed=str(file))
-    for text in ("[]", "no JSON"):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match=r"^deepspeed names .*zero\.json.*: correct it"):
-            config(deepspeed=str(file))
-    with pytest.raises(ConfigError, match=r"^deepspeed names 'no-such-file', which is neither"):
-        config(deepspeed="no-such-file")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    file.write_text(json.dumps(ZERO_3))
-    with pytest.raises(ConfigError, match=r"^the environment .* ZeRO stage 3"):
-        config()
-    file.write_text(json.dumps(AUTO))  # accelerate then takes the launcher's stage
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    with pytest.raises(ConfigError, match=r"^the environment .* ZeRO stage 3"):
-        config()
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, "auto"])
-def test_deepspeed_that_keeps_whole_weights_is_let_through(
-    stage: int | str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = SimpleNamespace(fsdp=None, fsdp_config=None, parallelism_config=None, deepspeed=None)
-    asked.deepspeed = {"zero_optimization": {"stage": stage}}
-    check_not_sharded(asked)
-    asked.deepspeed = None
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    check_not_sharded(asked)  # accelerate's own default is stage 2
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage).replace("auto", "2"))
-    check_not_sharded(asked)
 
 
 # ---- limits --------------------------------------------------------------------------------------

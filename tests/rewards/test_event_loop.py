@@ -21,7 +21,7 @@ import httpx2
 import pytest
 
 from neat_align.errors import RewardError, RewardTimeoutError, RunInterrupted
-from neat_align.rewards.event_loop import RewardLoop, reward_loop
+from neat_align.network.event_loop import BackgroundLoop, background_loop
 from neat_align.rewards.protocol import ScoredRows
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import score
@@ -248,14 +248,14 @@ def test_a_reward_that_blocks_the_loop_is_late_and_the_next_one_has_another(
         over.wait(10)
         return []
 
-    before, started = reward_loop(), time.monotonic()
+    before, started = background_loop(), time.monotonic()
     with pytest.raises(
         RewardTimeoutError, match=r"'blocks' did not return .*blocks the event loop"
     ):
         scored(blocks, timeout=0.1)
     assert time.monotonic() - started < 5
     assert scored(plain_async).rewards == (1.0, 2.0)
-    assert reward_loop() is not before
+    assert background_loop() is not before
     over.set()
 
 
@@ -301,7 +301,7 @@ def test_a_loop_that_is_closed_has_ended_its_tasks_and_its_thread() -> None:
         await asyncio.sleep(0)
 
     tasks: list[Any] = []
-    loop = RewardLoop()
+    loop = BackgroundLoop()
     loop.run(leaves_a_task())
     loop.close()
     loop.close()

@@ -27,19 +27,21 @@ import pytest
 
 from neat_align import NEATConfig, NEATTrainer
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
-from neat_align.rewards import addresses as addresses_module
+from neat_align.network import addresses as addresses_module
+from neat_align.network.addresses import checked_addresses, refusal
+from neat_align.network.client import RetryPolicy
+from neat_align.network.server_url import parse_url
 from neat_align.rewards import http
-from neat_align.rewards.addresses import checked_addresses, refusal
 from neat_align.rewards.http import (
     CONCURRENT_REQUESTS,
+    REWARD_SERVER,
+    TOKEN_VARIABLE,
     HttpReward,
-    RetryPolicy,
     check_http_hosts,
     check_tokens,
 )
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import score
-from neat_align.rewards.server_url import TOKEN_VARIABLE, parse_url
 from reward_server import Asked, Handler, RewardServer, by_length, saying
 from tiny import tiny_model, tiny_tokenizer
 
@@ -645,7 +647,7 @@ def test_urls_that_are_refused(url: str, message: str) -> None:
     ],
 )
 def test_urls_that_are_taken(url: str) -> None:
-    assert parse_url(url).path.startswith("/")
+    assert parse_url(url, REWARD_SERVER).path.startswith("/")
 
 
 # fmt: off
@@ -693,7 +695,9 @@ def test_a_name_is_refused_for_any_of_its_addresses(monkeypatch: pytest.MonkeyPa
         addresses_module.socket, "getaddrinfo", answering("93.184.216.34", "169.254.169.254")
     )
     with pytest.raises(RewardError, match=r"judge\.example \(169\.254\.169\.254\) is a link-local"):
-        asyncio.run(checked_addresses("judge.example", 443, encrypted=True))
+        asyncio.run(
+            checked_addresses("judge.example", 443, "reward server", RewardError, encrypted=True)
+        )
     with pytest.raises(RewardError, match="nothing was sent there"):
         Client("https://judge.example/")("abc")
     monkeypatch.setattr(addresses_module.socket, "getaddrinfo", answering("192.168.1.7"))

@@ -203,9 +203,9 @@ def test_calls_are_shared_and_what_one_process_meets_reaches_both(shared: Path) 
     assert other["foreign"] == "KeyError: 'lost'"
     assert lead["rank zero"] == "ValueError: rank 0 alone"
     elsewhere = "another process failed in scene {}: its own message says why"
-    assert other["rank zero"] == f"NEATError: {elsewhere.format('rank zero')}"
+    assert other["rank zero"] == f"OtherProcessError: {elsewhere.format('rank zero')}"
     assert lead["share of rank zero"] == "RewardError: here"
-    assert other["share of rank zero"].startswith("NEATError: another process failed")
+    assert other["share of rank zero"].startswith("OtherProcessError: another process failed")
     assert lead["still fine"] == [[10], [12]]
     # The second process heard SIGTERM; the first stops before its next batch, and both with it.
     for seen in (lead, other):

@@ -55,6 +55,19 @@ def test_a_broken_run_loses_nothing(tmp_path: Path) -> None:
         assert word in kinds
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_broken_run_of_two_processes_loses_nothing(tmp_path: Path) -> None:
+    found = faults(tmp_path / "faults.json", "--fast", "--processes", "2")
+    assert found["lost"] == []
+    struck = [row["fault"] for row in found["rows"]]
+    assert found["tried"] == found["planned"] == len(struck) >= 12
+    for rank in (0, 1):
+        kinds = " ".join(fault for fault in struck if fault.endswith(f"in process {rank} of 2"))
+        for word in ("kill -9", "inside of a write", "SIGTERM", "disk full", "NaN"):
+            assert word in kinds
+
+
 def test_the_page_shows_the_committed_result() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "faults_table.py"), str(RESULT)]
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()

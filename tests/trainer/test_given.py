@@ -56,7 +56,7 @@ def test_the_start_policy_is_the_model_that_was_passed_and_stays_it(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Also where the adapter trains weights that stay when it is switched off (LoRA's bias)."""
-    plain = trainer(tmp_path / "plain", "qwen2")
+    plain = trainer(tmp_path / "plain", "qwen2", kl_weight=1.0)
     t = made(tmp_path / "lora", model("qwen2"), peft_config=lora(**changes))
     assert start_of(t) == pytest.approx(start_of(plain), abs=1e-5)
     before = weights(t)

@@ -20,10 +20,17 @@ from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
 from neat_align.cli.inspect import inspect
 from neat_align.cli.probe import probe
+from neat_align.cli.processes import check_alone, leaving, quiet_replicas, say_once
 from neat_align.cli.report import report
 from neat_align.cli.train import train
-from neat_align.errors import NEATError, RewardUnavailableError
+from neat_align.errors import (
+    NEATError,
+    OtherProcessError,
+    RewardUnavailableError,
+    SamplerUnavailableError,
+)
 from neat_align.files.secrets import scrubbed
+from neat_align.runs.launch import store
 
 app = typer.Typer(
     name="neat-align",
@@ -61,25 +68,35 @@ app.command(cls=SeveralValues, context_settings=EITHER_DASH)(probe)
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; an error meant for the user is one line on stderr and exit code 2.
 
-    A reward server that stays down is exit code 75: nothing is wrong with the run, and the same
-    command goes on with it later.
+    A reward server or vLLM server that stays down is exit code 75: nothing is wrong with the run,
+    and the same command goes on with it later. Of several processes one says it, and all end with
+    the code; a launcher has an exit code of its own.
     """
-    given = sys.argv[1:] if arguments is None else arguments
+    with leaving():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(given: list[str]) -> Any:
+    quiet_replicas()
     try:
-        return app(arguments, prog_name="neat-align", standalone_mode=True)
-    except RewardUnavailableError as error:
-        typer.echo(f"paused: {scrubbed(str(error))}", err=True)
-        typer.echo(_how_to_resume(given, "when the server is up"), err=True)
+        store()  # also where nothing is said: it is where the processes meet
+        check_alone(given)
+        return app(given, prog_name="neat-align", standalone_mode=True)
+    except (RewardUnavailableError, SamplerUnavailableError) as error:
+        how = _how_to_resume(given, "when the server is up")
+        say_once(f"paused: {scrubbed(str(error))}\n{how}")
         sys.exit(PAUSED)
+    except OtherProcessError:
+        sys.exit(2)  # the one that failed has said why
     except NEATError as error:
-        typer.echo(f"error: {scrubbed(str(error))}", err=True)
+        say_once(f"error: {scrubbed(str(error))}")
         sys.exit(2)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        typer.echo(f"error: the disk is full: {scrubbed(f'{error.strerror}{where}')}", err=True)
-        typer.echo(_how_to_resume(given, "when there is room"), err=True)
+        what = f"error: the disk is full: {scrubbed(f'{error.strerror}{where}')}"
+        say_once(f"{what}\n{_how_to_resume(given, 'when there is room')}")
         sys.exit(2)
 
 

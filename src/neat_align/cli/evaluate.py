@@ -28,10 +28,12 @@ def evaluate_held_out(script: ScriptArguments, config: NEATConfig) -> None:
     from neat_align.files.atomic import write_json
     from neat_align.pipeline import build_trainer
 
-    trainer = build_trainer(script, config, terminal_callbacks(config))
+    trainer = build_trainer(script, config, terminal_callbacks(config), trains=False)
     with trainer.writing():
         metrics = trainer.evaluate()
     assert trainer.last_evaluation is not None
+    if not trainer.parts.ranks.is_rank_zero:
+        return
     path = trainer.output_dir / "evaluation.json"
     write_json(path, trainer.last_evaluation.to_json())
     width = max(map(len, metrics))

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import replace
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from neat_align.cli.console import ConfigOption, quiet
+from neat_align.cli.expand_ray import (
+    RayOptions,
+    check_engine,
+    check_ray_run,
+    cluster_address,
+    connected,
+    import_ray,
+    make_round_on_ray,
+    on_the_cpu,
+)
 from neat_align.errors import ConfigError
 from neat_align.prompts.rows import has_more_fields
 
@@ -23,6 +35,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FORMS = ("ranked", "preference", "groups")
+# Options of transformers' own that decide what is sampled.
+_DECIDING = frozenset({"seed", "bf16", "fp16", "tf32", "full_determinism", "use_cpu"})
+
+
+def _ray(name: str, said: str) -> Any:
+    """An option of `--engine ray`, written with either dash."""
+    return typer.Option(f"--{name}", f"--{name.replace('_', '-')}", help=f"ray: {said}")
 
 
 def expand(
@@ -35,21 +54,60 @@ def expand(
             help="Rows of the data set: ranked, preference, or groups (.parquet, everything)."
         ),
     ] = "ranked",
+    engine: Annotated[
+        str, typer.Option(help="local: this process makes all of it; ray: workers of Ray Data do.")
+    ] = "local",
+    num_workers: Annotated[
+        int | None, _ray("num_workers", "Workers that hold the policy, each a process.")
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, _ray("gpus_per_worker", "GPUs of each, 0 to 1; 0 when left out.")
+    ] = None,
+    num_reward_workers: Annotated[
+        int | None, _ray("num_reward_workers", "Workers that reward; 1 when left out.")
+    ] = None,
+    gpus_per_reward_worker: Annotated[
+        float | None, _ray("gpus_per_reward_worker", "GPUs of each, 0 to 1; 0 when left out.")
+    ] = None,
+    shard_prompts: Annotated[
+        int | None, _ray("shard_prompts", "Prompts of one piece of work; 512 when left out.")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        _ray("ray_address", "A cluster; else RAY_ADDRESS, else Ray runs on this machine alone."),
+    ] = None,
 ) -> None:
     """Only the data stage: prompts in, ranked completions out. Takes every option of `train`."""
     quiet()
+    ray = RayOptions(
+        num_workers,
+        gpus_per_worker,
+        num_reward_workers,
+        gpus_per_reward_worker,
+        shard_prompts,
+        ray_address,
+    )
+    check_engine(engine, ray)
     from neat_align.cli.options import parse_options
 
     given = ["--output_dir", str(output.with_suffix("")) + "-run", *ctx.args]
     script, args = parse_options(given, config)
-    write_expansion(script, args, output, form)
+    write_expansion(script, args, output, form, ray if engine == "ray" else None)
 
 
-def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, form: str) -> None:
-    """Sample, score and rank one round over the data, and write it as a data set."""
+def write_expansion(
+    script: ScriptArguments,
+    config: NEATConfig,
+    output: Path,
+    form: str,
+    ray: RayOptions | None = None,
+) -> None:
+    """Sample, score and rank one round over the data, and write it as a data set.
+
+    With `ray`, Ray's workers make it; without, this process does. The groups are the same.
+    """
     from neat_align.cli.progress import terminal_callbacks
     from neat_align.pipeline import build_trainer
-    from neat_align.runs.signals import listening
 
     _check_output(output, form)
     if config.data_passes is not None:
@@ -57,8 +115,14 @@ def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, f
             f"data_passes is {config.data_passes:g} and expand makes one round: leave it out, and "
             "set prompts_per_round (a number of all rows or more takes every prompt)"
         )
-    trainer = build_trainer(replace(script, holdout=0), config, terminal_callbacks(config))
-    if (trainer.parts.directory.round_folder(0) / "manifest.json").is_file() and not script.resume:
+    if ray is not None:
+        check_ray_run(script, config, ray)
+        import_ray(address=cluster_address(ray))  # before anything is loaded
+        config = on_the_cpu(config)  # the model here is looked at, and samples nothing
+    callbacks = terminal_callbacks(config)
+    trainer = build_trainer(replace(script, holdout=0), config, callbacks, trains=False)
+    goes_on = script.resume or script.auto_resume
+    if (trainer.parts.directory.round_folder(0) / "manifest.json").is_file() and not goes_on:
         raise ConfigError(
             f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
             "--output, or pass --resume true to write the same groups out again"
@@ -66,11 +130,63 @@ def write_expansion(script: ScriptArguments, config: NEATConfig, output: Path, f
     _warn_of_what_is_left_out(trainer.parts.data.rows)
     plan = replace(trainer.parts.plan, rounds=1, prompt_tokens=None, optimizer_steps=0)
     print("\n".join(plan.lines(more=f"prompts_per_round: {plan.rows} is all of it")), flush=True)
-    with listening(trainer.parts.ranks.stop), trainer.writing():
-        made = trainer.make_round(0)
+    made = _make(trainer, script, ray)
     written = _write(made, trainer, output, form)
     print(f"{written} rows ({form}) in {output}; they hold text written to be harmful, on purpose")
     print(f"look at the groups: neat-align inspect {trainer.output_dir}")
+
+
+def _make(trainer: NEATTrainer, script: ScriptArguments, ray: RayOptions | None) -> FinishedRound:
+    """The round, made by this process or by Ray's workers, or read where it is finished."""
+    from neat_align.rounds.round_files import finished_round
+    from neat_align.runs.signals import listening
+
+    parts = trainer.parts
+    with contextlib.ExitStack() as during:
+        during.enter_context(trainer.writing())
+        made = finished_round(parts.directory.round_folder(0)) if ray is not None else None
+        if made is not None:
+            return made
+        if ray is not None:  # before the signals' handlers: Ray has one of its own
+            during.enter_context(connected(ray, has_rewards=bool(script.reward_funcs)))
+        during.enter_context(listening(parts.ranks.stop))
+        key = _work_key(trainer)
+        _set_aside_other_work(parts.directory.round_folder(0) / "work", key)
+        if ray is None:
+            return trainer.make_round(0)
+        parts.record_skipped()
+        return make_round_on_ray(trainer, script, ray, key)
+
+
+def _work_key(trainer: NEATTrainer) -> dict[str, Any]:
+    """What tells work on another model, data or NEAT option from this one's.
+
+    Most of Trainer's own options say how to learn, which nothing is made of here.
+    """
+    from transformers import TrainingArguments
+
+    key: dict[str, Any] = dict(trainer.parts.run_key())
+    theirs = {f.name for f in fields(TrainingArguments)} - _DECIDING
+    key["options"] = {k: v for k, v in key["options"].items() if k not in theirs}
+    return key
+
+
+def _set_aside_other_work(work: Path, key: dict[str, Any]) -> None:
+    """Delete what an interrupted expansion of another model or with other options has left.
+
+    What samples were asked for is compared with each of them (`RolloutStore`); who answered is not.
+    """
+    from neat_align.files.atomic import read_json, write_json
+    from neat_align.runs.run_key import key_changes
+
+    path = work / "made-from.json"
+    changes = key_changes(read_json(path), key) if path.is_file() else []
+    if changes:
+        logger.warning(
+            "unfinished work in %s is not taken up, and made again: %s", work, "; ".join(changes)
+        )
+        shutil.rmtree(work)
+    write_json(path, key)
 
 
 def _check_output(output: Path, form: str) -> None:

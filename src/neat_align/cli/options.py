@@ -216,7 +216,8 @@ def print_help() -> None:
     print(
         "Usage: neat-align train [--config RECIPE.yaml] [--name value ...]\n\n"
         "An option on the command line wins over the recipe's. A list is written\n"
-        "--name a b; --output-dir means the same as --output_dir."
+        "--name a b; --output-dir means the same as --output_dir. --dry-run says what\n"
+        "the run would do and how much memory it would take, and does nothing."
     )
     width = min(shutil.get_terminal_size().columns, 100)
     for title, options in groups.items():

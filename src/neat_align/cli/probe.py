@@ -57,11 +57,15 @@ CutOption = Annotated[
         "0.05 by default, 0 moves all."
     ),
 ]
+DtypeOption = Annotated[
+    str, typer.Option(help="Type of the model's weights: float32, bfloat16, float16 or auto.")
+]
 
 
 def probe(
     bank: BankOption,
     model: Annotated[str, typer.Option(help="A hub name, a folder, or demo.")],
+    dtype: DtypeOption = "float32",
     dataset_name: DataOption = "demo",
     as_conversations: ConversationsOption = False,
     reward: RewardOption = "vader",
@@ -90,6 +94,7 @@ def probe(
     settings = ProbeSettings(
         bank=bank,
         model=model,
+        dtype=dtype,
         dataset_name=dataset_name,
         as_conversations=as_conversations,
         reward=reward,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from neat_align.config import PLACEMENTS
 from neat_align.errors import ConfigError
 from neat_align.evaluation.probe_summary import MIN_PROMPTS
+from neat_align.modeling.load_options import LoadOptions
 from neat_align.prompts.skipped_rows import check_on_bad_row
 from neat_align.sampling.contrast_decoding import Contrast
 
@@ -42,6 +43,7 @@ class ProbeSettings:
     alpha: tuple[float, ...] = ()
     pairs: int | None = None
     min_p: float | None = None
+    dtype: str = "float32"
 
     @property
     def num_pairs(self) -> int:
@@ -53,7 +55,13 @@ class ProbeSettings:
         """The least probability of what is moved; `min_p` None is the default."""
         return MIN_P if self.min_p is None else self.min_p
 
+    @property
+    def load_options(self) -> LoadOptions:
+        """How the model is loaded."""
+        return LoadOptions(self.dtype)
+
     def __post_init__(self) -> None:
+        LoadOptions(self.dtype)  # refuses other values
         if self.placement not in (*PLACEMENTS, "all"):
             raise ConfigError(
                 f"placement is {self.placement!r}; it must be one of {', '.join(PLACEMENTS)}, or "

@@ -72,7 +72,7 @@ def run_probe(
         None, read_kwargs(settings.chat_template_kwargs, "chat_template_kwargs")
     )
     rows = with_template_kwargs(_rows(settings, skipped), inputs.kwargs)
-    model = load_policy(model_source(settings.model))
+    model = load_policy(model_source(settings.model), settings.load_options)
     tokenizer = load_tokenizer(model)
     conversational = is_conversational(rows)
     warn_of_unused_template(tokenizer, conversational=conversational)
@@ -218,8 +218,8 @@ def _tools(
     longest = max(map(len, ids)) + settings.max_completion_length
     layout = choose_layout(model, ids[:2], pad_token_id=tokenizer.pad_token_id, longest=longest)
     # As in a run: a CPU is faster with a half-precision copy than under autocast.
-    on_cpu = device.type == "cpu"
-    copied = half_precision_copy(model, COMPUTE) if on_cpu else None
+    copies = device.type == "cpu" and settings.dtype == "float32"
+    copied = half_precision_copy(model, COMPUTE) if copies else None
     policy, autocast_dtype = (model, COMPUTE) if copied is None else (copied, None)
     eos = eos_token_ids(tokenizer, model, conversational=conversational, inputs=inputs)
     known_way = KnownWay()  # measured in the weights' own type, where what differs is no rounding

@@ -28,8 +28,11 @@ def terminal_callbacks(args: NEATConfig) -> list[TrainerCallback]:
     """The callbacks that show a run in a terminal, as its arguments ask for.
 
     What the run will do, bars for stages and steps unless `disable_tqdm`, and a few groups of every
-    round with `log_completions`: `NEATTrainer(…, callbacks=terminal_callbacks(args))`.
+    round with `log_completions`: `NEATTrainer(…, callbacks=terminal_callbacks(args))`. Of several
+    processes only the first shows anything.
     """
+    if args.process_index > 0:
+        return []
     shown: list[TrainerCallback] = [PrintPlan()]
     if not args.disable_tqdm:
         shown += [StageBars(), RoundProgressCallback()]

@@ -13,6 +13,12 @@ from neat_align.cli.console import ConfigOption, quiet
 def train(
     ctx: typer.Context,
     config: ConfigOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", "--dry_run", help="Only say what the run would do, and its memory."
+        ),
+    ] = False,
     show_help: Annotated[bool, typer.Option("--help", help="List every option.")] = False,
 ) -> None:
     """Train a model: neat-align train --config RECIPE.yaml [--option value ...]"""
@@ -26,5 +32,11 @@ def train(
         print_help()
         return
     script, args = parse_options(ctx.args, config)
+    if dry_run:
+        from neat_align.cli.dry_run import dry_run as planned
+
+        print("\n".join(planned(script, args)))
+        return
     result = run_training(script, args, callbacks=terminal_callbacks(args))
-    print_result(result, Path(str(args.output_dir)))
+    if args.process_index == 0:
+        print_result(result, Path(str(args.output_dir)))

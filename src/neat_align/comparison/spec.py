@@ -53,6 +53,7 @@ _NOT_SETTINGS = {
     "seed": "seeds lists them",
     "output_dir": "every run has a folder of its own under the command's --output_dir",
     "resume": "a comparison always goes on where it stopped",
+    "auto_resume": "a comparison always goes on where it stopped",
 }
 
 

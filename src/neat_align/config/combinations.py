@@ -176,6 +176,16 @@ DISTIL_INSTRUCTED = (
         none_of=("sharpened",),
     ),
 )
+_VLLM = "vllm_server, or another option of vLLM's (vllm_...), is set but sampler is {c.sampler}: "
+VLLM = (OnlyWith("sampler", _VLLM + "remove it, or set sampler: vllm", one_of=("vllm",)),)
+GENERATION_COPY = (
+    OnlyWith(
+        "sampler",
+        "generation_copy is {c.generation_copy} but sampler is {c.sampler}, which samples from "
+        "weights of its own: remove it",
+        one_of=("transformers",),
+    ),
+)
 MAX_KL = (
     OnlyWith(
         "drift_prompts",
@@ -190,6 +200,11 @@ RULES = (
     Rule(
         lambda c: "\0" in str(c.output_dir),
         "output_dir is {c.output_dir!r}, which holds a NUL character, and no path can: remove it",
+    ),
+    Rule(
+        lambda c: c.sampler == "vllm" and not c.vllm_server,
+        "sampler is vllm and vllm_server is missing: start a server and give its URL "
+        "(vllm_server: http://127.0.0.1:8000)",
     ),
     Rule(
         lambda c: c.num_generations == 0,

@@ -3,7 +3,8 @@
 The import costs what `transformers.TrainingArguments` costs (seconds: it brings torch), so the
 command line imports it only when a command needs it. Field help texts are what `neat-align train
 --help` prints. What a field may be stands beside it (`constraints.option`), combinations of fields
-in `combinations`, the options of the loss in `objective_options`, what other
+in `combinations`, the options of the loss in `objective_options`, of who samples in
+`sampler_options`, what other
 defaults `TrainingArguments` has in `trainer_defaults`, and what is refused of its options in
 `unsupported`.
 """
@@ -22,11 +23,12 @@ from neat_align.config.constraints import (
     read_object,
 )
 from neat_align.config.objective_options import ObjectiveOptions
+from neat_align.config.sampler_options import SamplerOptions
+from neat_align.config.sharding import check_sharding, load_whole
 from neat_align.config.trainer_values import RULES as VALUE_RULES
 from neat_align.config.trainer_values import check_values, follow_the_metric
 from neat_align.config.unsupported import (
     TRAINER_RULES,
-    check_not_sharded,
     check_unsupported,
     choose_device,
 )
@@ -48,12 +50,20 @@ PLACEMENTS = ("system", "user_suffix", "affix")
 
 
 @dataclass
-class NEATConfig(ObjectiveOptions):
+class NEATConfig(SamplerOptions, ObjectiveOptions):
     """`TrainingArguments` plus NEAT's own fields.
 
     One epoch is one round; one training row is one group. `per_device_train_batch_size` counts
     groups, not completions. `num_train_epochs` is the number of rounds.
     """
+
+    # ---- the model ----
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "How a script's NEATTrainer loads a model that it is given by name: dtype, "
+        "attn_implementation, load_in_4bit, revision, trust_remote_code. Commands have options of "
+        "these names.",
+    )
 
     # ---- rounds and sampling ----
     prompts_per_round: int = option(
@@ -148,7 +158,8 @@ class NEATConfig(ObjectiveOptions):
     top_k: int = option(0, "Keep only this many likeliest tokens; 0 keeps all.", ge=0)
     generation_batch_size: int = option(
         64,
-        "Completions sampled at once. Changes speed and memory, never which seeds are drawn.",
+        "Completions sampled at once, and then stored. Changes speed and memory, never which seeds "
+        "are drawn.",
         ge=1,
     )
     generation_copy: str = option(
@@ -156,6 +167,7 @@ class NEATConfig(ObjectiveOptions):
         "Sample from a bf16 copy with adapters merged: `always`, `never`, or `auto` (on CPUs, "
         "where it is faster).",
         choices=("auto", "always", "never"),
+        only_with=combinations.GENERATION_COPY,
     )
 
     # ---- rewards and ranking ----
@@ -179,9 +191,9 @@ class NEATConfig(ObjectiveOptions):
     )
     allow_http_hosts: list[str] | None = option(
         None,
-        "Private hosts whose reward server may be asked over plain http: names, addresses, or "
-        "patterns such as `*.svc`. What is sent there, a token too, can be read on the way. None: "
-        "https only, except on this machine.",
+        "Private hosts whose reward server or vLLM server may be asked over plain http: names, "
+        "addresses, or patterns such as `*.svc`. What is sent there, a token too, can be read on "
+        "the way. None: https only, except on this machine.",
     )
     reward_margin: float = option(
         0.0,
@@ -248,14 +260,19 @@ class NEATConfig(ObjectiveOptions):
     def __post_init__(self) -> None:
         read_numbers(self)
         read_object(self, "chat_template_kwargs")
-        check_not_sharded(self)
+        read_object(self, "model_init_kwargs")
         check_kinds(self)
         check_values(self)
         choose_device(self)
+        check_sharding(self)
+        undecided = self.activation_checkpointing is None and self.gradient_checkpointing is None
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except _TRAINING_ARGUMENTS_RAISE as error:
             raise ConfigError(f"{error}: correct the value") from error
+        load_whole(self)
+        if undecided:  # transformers makes it false; the trainer decides by memory
+            self.activation_checkpointing = self.gradient_checkpointing = None
         follow_the_metric(self)
         check_options(self, (*combinations.RULES, *TRAINER_RULES, *VALUE_RULES))
         check_unsupported(self)
@@ -273,3 +290,25 @@ class NEATConfig(ObjectiveOptions):
     def groups_per_round(self, rows: int) -> int:
         """Groups of a round over data of so many rows: each prompt is in it once at most."""
         return min(self.prompts_per_round, rows)
+
+    @property
+    def samples_from_copy(self) -> bool:
+        """Whether completions are sampled from a copy in autocast's type, where there is one."""
+        on_cpu = bool(self.device.type == "cpu")
+        copies = self.generation_copy == "always" or (self.generation_copy == "auto" and on_cpu)
+        return copies and self.sampler == "transformers"
+
+    def needs_start_policy(self, *, evaluates: bool) -> bool:
+        """Whether anything in a run reads the start policy after the first step.
+
+        The objective, token weights and contrast distillation do, drift, negatives that it writes,
+        and an evaluation, which measures KL to it.
+        """
+        return (
+            self.needs_reference
+            or (self.distil_weight > 0 and self.distil_teacher == "start")
+            or self.weighing_pairs > 0
+            or self.drift_prompts > 0
+            or (self.negative_policy == "initial" and self.num_negative > 0)
+            or evaluates
+        )

@@ -94,3 +94,8 @@ class TrainerDefaults(TrainingArguments):
         "Set every dropout probability and a router's jitter to zero, so that the policy that "
         "samples is the one that learns.",
     )
+    activation_checkpointing: bool | None = option(
+        None,
+        "Compute activations again in the backward pass, for less memory and about a third more "
+        "time; unset: where the run would not fit otherwise, by an estimate (--dry-run shows it).",
+    )

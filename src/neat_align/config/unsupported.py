@@ -2,18 +2,13 @@
 
 NEATTrainer would ignore them, or they would break its rounds, so they have to keep their default. A
 test names every field of `TrainingArguments` and what becomes of it: a field that a new version of
-transformers adds has to be decided on. Sharded weights, and what the machine cannot compute, are
-refused here as well.
+transformers adds has to be decided on. What the machine cannot compute is refused here as well.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +76,8 @@ SCRIPT_OPTIONS: Mapping[str, str] = {
     "do_train": "is read by nothing: `neat-align train` trains, and the other commands do not; "
     "leave it out",
     "do_predict": "is read by nothing; leave it out",
+    "model_init_kwargs": "is read by nothing: it is for a script that passes a model's name to "
+    "NEATTrainer; use dtype, attn_implementation, load_in_4bit, model_revision, trust_remote_code",
 }
 
 # These step inside of the backward pass: the weights would change at every micro-batch.
@@ -142,89 +139,6 @@ def _refuse(c: Any, refused: Mapping[str, str]) -> None:
         value = getattr(c, f.name)
         if f.name in refused and value != default_of(f):
             raise ConfigError(f"{f.name} {refused[f.name]}")
-
-
-# ---- sharded weights -----------------------------------------------------------------------------
-
-_SHARDED = (
-    "divides the weights between processes, and sampling needs them whole (rank 0 samples while "
-    "the others wait). Use plain data parallelism (torchrun, or accelerate launch --multi_gpu), "
-    "with LoRA or gradient checkpointing where memory is short"
-)
-# What `accelerate launch` sets to true, and what for.
-_LAUNCHED: Mapping[str, str] = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
-}
-
-
-def check_not_sharded(c: Any) -> None:
-    """Refuse what divides the weights between processes: FSDP, ZeRO-3, tensor parallelism.
-
-    It may be asked for by an option, or by `accelerate launch`, which sets environment variables.
-    DeepSpeed's ZeRO-1 and ZeRO-2 keep whole weights in every process and are let through. Has to
-    come before `TrainingArguments.__post_init__`, which sets such a way up. Raises ConfigError.
-    """
-    for name in ("fsdp", "fsdp_config", "parallelism_config"):
-        if getattr(c, name):
-            raise ConfigError(f"{name} is set: it {_SHARDED}; leave {name} out")
-    for variable, name in _LAUNCHED.items():
-        if _is_true(variable):
-            raise ConfigError(
-                f"the environment has {variable}={os.environ[variable]} (accelerate launch sets "
-                f"it): {name} {_SHARDED}"
-            )
-    _check_deepspeed(c.deepspeed)
-
-
-def _is_true(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("true", "1", "yes", "y", "t", "on")
-
-
-def _check_deepspeed(given: dict[str, Any] | str | None) -> None:
-    source = "deepspeed"
-    if not given and _is_true("ACCELERATE_USE_DEEPSPEED"):
-        source = "the environment (accelerate launch sets it)"
-        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-        given = {"zero_optimization": {"stage": "auto"}} if file == "none" else file
-    if not given or not isinstance(given, str | Mapping):  # `check_kinds` refuses what is neither
-        return
-    settings = given if isinstance(given, Mapping) else _read_deepspeed(given, source)
-    if _zero_stage(settings) == "3":
-        raise ConfigError(
-            f"{source} asks for DeepSpeed's ZeRO stage 3: it {_SHARDED}, or ZeRO stage 2"
-        )
-    tensor_parallel = settings.get("tensor_parallel")
-    if isinstance(tensor_parallel, Mapping) and tensor_parallel.get("autotp_size", 1) != 1:
-        raise ConfigError(f"{source} asks for DeepSpeed's tensor parallelism: it {_SHARDED}")
-
-
-def _zero_stage(settings: Mapping[str, Any]) -> str:
-    zero = settings.get("zero_optimization")
-    stage = str(zero.get("stage", 0)) if isinstance(zero, Mapping) else "0"
-    if stage == "auto":  # accelerate takes it from here, and 2 is its default
-        return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2").strip()
-    return stage
-
-
-def _read_deepspeed(given: str, source: str) -> Mapping[str, Any]:
-    """A DeepSpeed configuration from a JSON file, from JSON text, or from JSON in base64."""
-    try:
-        if given.lstrip().startswith("{"):
-            text = given
-        elif Path(given).exists():
-            text = Path(given).read_text(encoding="utf-8")
-        else:
-            text = base64.urlsafe_b64decode(given).decode("utf-8")
-        settings = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{source} names {given!r}, which is neither a JSON file nor JSON ({error}): correct it"
-        ) from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{source} names {given!r}, which holds no JSON object: correct it")
-    return settings
 
 
 # ---- what the machine cannot do ------------------------------------------------------------------

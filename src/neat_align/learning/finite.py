@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from neat_align.errors import name_list
 from neat_align.learning.batches import GroupBatch
@@ -72,7 +73,7 @@ def non_finite(
     batches: Sequence[CheckedBatch], parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> Found:
     """What is not finite in these micro-batches and gradients. Waits for the device once."""
-    gradients = [(name, p.grad) for name, p in parameters if p.grad is not None]
+    gradients = [(name, _here(p.grad)) for name, p in parameters if p.grad is not None]
     flags = [b.is_fine for b in batches] + [torch.isfinite(g).all() for _, g in gradients]
     if not flags:
         return Found()
@@ -83,3 +84,8 @@ def non_finite(
         tuple(name for (name, _), ok in zip(gradients, in_weights, strict=True) if not ok),
         len(gradients),
     )
+
+
+def _here(gradient: Tensor) -> Tensor:
+    """The part of a gradient that this rank holds; of a whole one, all of it."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

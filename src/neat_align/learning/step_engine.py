@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from neat_align.config import NEATConfig
 from neat_align.errors import name_list
@@ -40,8 +41,9 @@ from neat_align.learning.step_facts import METRICS, SHARE_NEEDS, step_facts
 from neat_align.learning.step_metrics import StepMetrics, sum_dtype
 from neat_align.learning.teacher_rows import TeacherRows, teacher_rows
 from neat_align.modeling.head_inputs import head_inputs
-from neat_align.modeling.logprobs import logprobs_of
-from neat_align.modeling.packing import Layout, fill_budget, tokens_in
+from neat_align.modeling.lockstep import lockstep
+from neat_align.modeling.logprobs import completion_logprobs, logprobs_of
+from neat_align.modeling.packing import Layout, fill_budget, rows_in_layout, tokens_in
 from neat_align.modeling.precision import autocast
 from neat_align.modeling.reference import Reference
 from neat_align.modeling.shared_prefix import sharing_prefixes
@@ -50,8 +52,9 @@ from neat_align.rounds.ranking import RankBy
 
 logger = logging.getLogger(__name__)
 
-# Forward and backward over one micro-batch: Trainer's own training step.
-ForwardBackward = Callable[[torch.nn.Module, MicroBatch, LossCounts], Tensor]
+# Forward and backward over one micro-batch: Trainer's own training step. None is a micro-batch
+# without groups, of ranks that have fewer than the others.
+ForwardBackward = Callable[[torch.nn.Module, MicroBatch | None, LossCounts], Tensor]
 # How bad a number that is not finite is: a loss breaks the gradient of every rank, so it is named
 # rather than the gradients that it broke.
 BAD_GRADIENT, BAD_LOSS = 1, 2
@@ -75,8 +78,8 @@ class StepEngine:
         layout: packed or padded rows.
         pad_token_id: of the policy's tokenizer.
         reference: opens the start policy, which contrast distillation learns from.
-        sharded: whether ranks hold parts of the weights. They step in lockstep then: every rank
-            does one forward pass a step, whatever the token budget.
+        sharded: whether ranks hold parts of weights, gradients or optimizer states (FSDP2,
+            DeepSpeed). Each makes as many passes a step as the one with the most micro-batches.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class StepEngine:
         # Of the optimizer step that is being made: its groups by accumulation step, the metrics
         # before it, whether its numbers are finite.
         self._groups: list[list[CompletionGroup]] = []
+        self._num_batches = self._passes_to_add = 0
         self._metrics_before = self.metrics.copy()
         self._checked: list[CheckedBatch] = []
 
@@ -120,10 +124,8 @@ class StepEngine:
 
     def _micro_batches(self, groups: Sequence[CompletionGroup]) -> list[MicroBatch]:
         sizes = [self._tokens_in(g) for g in groups]
-        budget = sum(sizes) if self.sharded else self.micro_batch_tokens
-        return [
-            self.micro_batch([groups[i] for i in members]) for members in fill_budget(sizes, budget)
-        ]
+        cut = fill_budget(sizes, self.micro_batch_tokens)
+        return [self.micro_batch([groups[i] for i in members]) for members in cut]
 
     def _tokens_in(self, group: CompletionGroup) -> int:
         lengths = [len(c.token_ids) for c in group.completions]
@@ -158,7 +160,17 @@ class StepEngine:
         """
         self._groups, self._metrics_before, self._checked = [], self.metrics.copy(), []
         self.metrics.begin_step()
-        return self.count([micro for batch in batches for micro in batch["micro_batches"]])
+        cut = [batch["micro_batches"] for batch in batches]
+        here = [micro for micros in cut for micro in micros]
+        self._num_batches, self._passes_to_add = len(cut), self._fewer_than_most(len(here))
+        return self.count(here)
+
+    def _fewer_than_most(self, passes: int) -> int:
+        """How many more passes the rank with the most makes, where ranks have to make as many."""
+        if not self.sharded or self.args.world_size == 1:
+            return 0
+        here = torch.tensor([passes], device=self.device)
+        return int(cast("Tensor", self.accelerator.gather(here)).max()) - passes
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> LossCounts:
         """Counts over these micro-batches and over all ranks."""
@@ -184,8 +196,11 @@ class StepEngine:
         cannot do that: the others wait for this one's gradient.
         """
         self._groups.append(batch["groups"])
+        micro_batches: list[MicroBatch | None] = [*batch["micro_batches"]]
+        if len(self._groups) == self._num_batches:
+            micro_batches += [None] * self._passes_to_add
         loss = self._unless_out_of_memory(
-            lambda: self._forward_backward(model, batch["micro_batches"], counts)
+            lambda: self._forward_backward(model, micro_batches, counts)
         )
         while loss is None:
             self._halve_micro_batches()
@@ -196,18 +211,42 @@ class StepEngine:
         return loss
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batches: Sequence[MicroBatch], counts: LossCounts
+        self,
+        model: torch.nn.Module,
+        micro_batches: Sequence[MicroBatch | None],
+        counts: LossCounts,
     ) -> Tensor:
         losses = []
-        for micro_batch in micro_batches:
+        for i, micro_batch in enumerate(micro_batches):
             with contextlib.ExitStack() as opened:
-                if micro_batch is not micro_batches[-1]:
-                    opened.enter_context(self.accelerator.no_sync(model))
+                opened.enter_context(self._exchange(model, is_last=i + 1 == len(micro_batches)))
                 if self.layout == "packed":
                     # Over the backward pass too: gradient checkpointing runs the attention again.
                     opened.enter_context(sharing_prefixes(model))
                 losses.append(self.forward_backward(model, micro_batch, counts))
         return torch.stack(losses).sum()
+
+    @contextlib.contextmanager
+    def _exchange(self, model: torch.nn.Module, *, is_last: bool) -> Iterator[None]:
+        """When ranks exchange the gradient of a micro-batch; `is_last` of its accumulation step.
+
+        DDP: once, after the last one. FSDP2: after each, whatever Trainer says of the accumulation
+        step: kept for later, a gradient would be as large as the model, and ranks whose
+        accumulation steps are cut into other numbers of micro-batches would not meet. DeepSpeed:
+        after each as well; its optimizer steps at what it takes for the last.
+        """
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(True)
+            yield
+        elif self.sharded:
+            state = self.accelerator.gradient_state
+            steps = state.sync_gradients
+            state._set_sync_gradients(steps and is_last)
+            yield
+            state._set_sync_gradients(steps)
+        else:
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                yield
 
     def _replay(self, model: torch.nn.Module, counts: LossCounts) -> Tensor:
         """All accumulation steps so far, again; the loss of the last one (Trainer has the rest)."""
@@ -259,20 +298,23 @@ class StepEngine:
     def loss(
         self,
         model: torch.nn.Module,
-        micro_batch: MicroBatch,
+        micro_batch: MicroBatch | None,
         counts: LossCounts | None,
         *,
         autocast_dtype: torch.dtype | None,
     ) -> Tensor:
         """Loss of one micro-batch in nats, scaled to its share of the whole step.
 
-        Without `counts` the micro-batch is taken for the whole step. No number is read from the
-        device: what is logged and checked stays there until the end of the step.
+        Without `counts` the micro-batch is taken for the whole step; None is one without groups,
+        whose loss is 0 with a gradient of 0. No number is read from the device: what is logged and
+        checked stays there until the end of the step.
         """
+        if micro_batch is None:
+            return self._loss_of_nothing(model, autocast_dtype)
         counts = self.count([micro_batch]) if counts is None else counts
         # Accelerate puts autocast around the model; packed rows run the head outside of it.
         p, rows = self.objective, micro_batch.rows
-        with autocast(self.device.type, autocast_dtype):
+        with self._in_step(model), autocast(self.device.type, autocast_dtype):
             inputs = head_inputs(model, rows)
             # Without a teacher there must be a gradient, of 0, all the same: other ranks wait.
             needs_grad = p.reads_logprobs or not micro_batch.teacher
@@ -299,6 +341,26 @@ class StepEngine:
         self.metrics.add(step_facts(micro_batch, logps, terms, p))
         # Ranks average their gradients; the counts are global, so the shares have to be summed.
         return cast("Tensor", loss * self.args.world_size)
+
+    def _loss_of_nothing(
+        self, model: torch.nn.Module, autocast_dtype: torch.dtype | None
+    ) -> Tensor:
+        """0, from a completion of one token that goes the way of any other: ranks exchange weights
+        and gradients in the order in which a pass uses them.
+        """
+        rows = rows_in_layout([[0]], [[[0]]], self.layout, self.pad_token_id).to(self.device)
+        with self._in_step(model), autocast(self.device.type, autocast_dtype):
+            return completion_logprobs(model, rows).sum() * 0
+
+    def _in_step(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Ranks make as many passes of the teacher as the one with the most, before any goes back.
+
+        Without a teacher each rank makes one pass a micro-batch.
+        """
+        if not self.sharded or not self.objective.distil_weight:
+            return contextlib.nullcontext()
+        with self.reference() as start:
+            return lockstep(model, start)
 
     def non_finite(
         self, parameters: Iterable[tuple[str, torch.nn.Parameter]], step: int

@@ -134,7 +134,9 @@ def _read_config(name: str, revision: str | None) -> Any:
         ) from error
 
 
-def put_on_base(saved: SavedAdapter, load_base: Callable[[], PreTrainedModel]) -> torch.nn.Module:
+def put_on_base(
+    saved: SavedAdapter, load_base: Callable[[], PreTrainedModel], *, may_merge: bool = True
+) -> torch.nn.Module:
     """The base with the adapter merged in; where merging changes the model, with the adapter on.
 
     Weights that embeddings and head share are parted first where that is what is in the way.
@@ -149,6 +151,8 @@ def put_on_base(saved: SavedAdapter, load_base: Callable[[], PreTrainedModel]) -
     model = _adapted(saved, sized_base())
     if adds_virtual_tokens(model):
         return _unmerged(saved, model, "it adds virtual tokens")
+    if not may_merge:
+        return _unmerged(saved, model, "its base is held in 4 bits")
     try:
         expected = adapter_logprobs(model, probed_tokens(model))
     except LOAD_ERRORS as error:  # it needs more than token ids: whoever uses it will say so

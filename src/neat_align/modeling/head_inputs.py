@@ -15,9 +15,11 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from neat_align.modeling.chunked_head import LogitTail, chunk_rows, wide_dtype
+from neat_align.modeling.lockstep import class_of
 from neat_align.modeling.outputs import forward
 from neat_align.modeling.packing import PackedRows, PaddedRows, Rows
 from neat_align.modeling.precision import autocast, casting_once
@@ -44,9 +46,15 @@ def head_outputs(
     model: torch.nn.Module, inputs: Float[Tensor, "n width"], rows: Rows
 ) -> Float[Tensor, "n vocab"]:
     """The final logits of some of the head's inputs."""
-    if isinstance(rows, PackedRows):
-        return logit_tail(model)(head_of(model)(inputs))
-    return inputs
+    if not isinstance(rows, PackedRows):
+        return inputs
+    head = head_of(model)
+    linear = linear_head(head)
+    # Not by calling it where that is the same: FSDP would take the call for one of its passes.
+    logits = (
+        head(inputs) if linear is None else functional.linear(inputs, linear.weight, linear.bias)
+    )
+    return logit_tail(model)(logits)
 
 
 def completion_logits(
@@ -183,8 +191,8 @@ def cast_head(
     """The model's head for packed rows, cast; None where it learns, is no linear layer (an adapter
     on it, a quantised one), or the rows hold logits already.
     """
-    head = head_of(model)
-    if not isinstance(rows, PackedRows) or type(head) is not torch.nn.Linear:
+    head = linear_head(head_of(model))
+    if not isinstance(rows, PackedRows) or head is None:
         return None
     if any(weight.requires_grad for weight in head.parameters()):
         return None
@@ -196,6 +204,15 @@ def cast_head(
 def head_of(model: torch.nn.Module) -> torch.nn.Module:
     """The model's output embeddings."""
     return cast("torch.nn.Module", unwrapped(model).get_output_embeddings())
+
+
+def linear_head(head: torch.nn.Module) -> torch.nn.Linear | None:
+    """The head where it is a linear layer and nothing else: no adapter's, no quantised one.
+
+    Under FSDP2 its weights are whole from a forward pass of the model to the backward pass.
+    """
+    plain = class_of(head) is torch.nn.Linear
+    return head if plain and isinstance(head, torch.nn.Linear) else None
 
 
 def places_of(rows: Rows) -> Int[Tensor, " tokens"]:

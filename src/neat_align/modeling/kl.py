@@ -16,11 +16,12 @@ from neat_align.modeling.head_inputs import (
     places_of,
     rows_at_once,
 )
+from neat_align.modeling.lockstep import lockstep
 from neat_align.modeling.logprobs import (
     SCORING_TOKENS,
     scoring_batches,
 )
-from neat_align.modeling.packing import Layout, TokenIds
+from neat_align.modeling.packing import Layout, Rows, TokenIds
 from neat_align.modeling.precision import inference
 from neat_align.modeling.reference import Reference
 
@@ -62,32 +63,45 @@ def exact_divergence(
 
     At each token of `completions` after its prompt. With completions sampled from π on the plain
     prompt the KL is the drift. `max_tokens` go through a model at once; by default few in padded
-    rows, whose logits are held.
+    rows, whose logits are held. Where ranks hold parts of the models, each of them calls this with
+    its share, which may be empty.
     """
     budget = max_tokens or (SCORING_TOKENS if layout == "packed" else PADDED_TOKENS)
     kl, entropy = [0.0] * len(completions), [0.0] * len(completions)
-    device = next(model.parameters()).device
-    for members, batch in scoring_batches(prompts, completions, layout, pad_token_id, budget):
-        places, rows = places_of(batch).to(device), batch.to(device)
-        with inference(model, autocast_dtype):
-            inputs = head_inputs(model, rows)[places]
-        with reference() as start_policy, inference(start_policy, autocast_dtype):
-            ref_inputs = head_inputs(start_policy, rows)[places]
-        owners = [i for i in members for _ in completions[i]]
-        size = rows_at_once(model)
-        per_token = []
-        with heads_cast_once(model, reference, autocast_dtype):
-            for part in parts(len(owners), size):
-                with inference(model, autocast_dtype):
-                    logp = head_outputs(model, inputs[part], rows).float().log_softmax(-1)
-                with reference() as start_policy, inference(start_policy, autocast_dtype):
-                    ref_logits = head_outputs(start_policy, ref_inputs[part], rows)
-                    ref_logp = ref_logits.float().log_softmax(-1)
-                p = logp.exp()
-                token_kl, token_entropy = (p * (logp - ref_logp)).sum(-1), (p * -logp).sum(-1)
-                per_token.append(torch.stack([token_kl, token_entropy], -1))
-        numbers = torch.cat(per_token).tolist() if per_token else []
-        for owner, (its_kl, its_entropy) in zip(owners, numbers, strict=True):
-            kl[owner] += its_kl
-            entropy[owner] += its_entropy
+    with reference() as start_policy:
+        both = lockstep(model, start_policy)
+    with both:
+        for members, batch in scoring_batches(prompts, completions, layout, pad_token_id, budget):
+            numbers = _divergence_of(model, reference, batch, autocast_dtype)
+            owners = [i for i in members for _ in completions[i]]
+            for owner, (its_kl, its_entropy) in zip(owners, numbers, strict=True):
+                kl[owner] += its_kl
+                entropy[owner] += its_entropy
     return Divergence(tuple(kl), tuple(entropy), tuple(map(len, completions)))
+
+
+def _divergence_of(
+    model: torch.nn.Module,
+    reference: Reference,
+    batch: Rows,
+    autocast_dtype: torch.dtype | None,
+) -> list[list[float]]:
+    """KL and entropy at each completion token of a batch of rows, in nats."""
+    device = next(model.parameters()).device
+    places, rows = places_of(batch).to(device), batch.to(device)
+    with inference(model, autocast_dtype):
+        inputs = head_inputs(model, rows)[places]
+    with reference() as start_policy, inference(start_policy, autocast_dtype):
+        ref_inputs = head_inputs(start_policy, rows)[places]
+    per_token = []
+    with heads_cast_once(model, reference, autocast_dtype):
+        for part in parts(len(places), rows_at_once(model)):
+            with inference(model, autocast_dtype):
+                logp = head_outputs(model, inputs[part], rows).float().log_softmax(-1)
+            with reference() as start_policy, inference(start_policy, autocast_dtype):
+                ref_logits = head_outputs(start_policy, ref_inputs[part], rows)
+                ref_logp = ref_logits.float().log_softmax(-1)
+            p = logp.exp()
+            token_kl, token_entropy = (p * (logp - ref_logp)).sum(-1), (p * -logp).sum(-1)
+            per_token.append(torch.stack([token_kl, token_entropy], -1))
+    return torch.cat(per_token).tolist() if per_token else []

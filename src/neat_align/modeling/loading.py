@@ -30,6 +30,7 @@ from transformers.utils import (
 
 from neat_align.errors import ConfigError, one_line
 from neat_align.modeling.adapters import LOAD_ERRORS, put_on_base, read_adapter
+from neat_align.modeling.load_options import FP32, LoadOptions
 from neat_align.modeling.requirements import check_causal
 
 logger = logging.getLogger(__name__)
@@ -59,31 +60,45 @@ def check_source(name: str, revision: str | None, trust_remote_code: bool) -> No
 
 
 def load_policy(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    options: LoadOptions = FP32,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> torch.nn.Module:
-    """A causal language model by name or path, with fp32 weights.
+    """A causal language model by name or path, in the number type of `options` (fp32).
 
     The adapter in an adapter folder is merged into its base. Merged, it is a model like any other:
     a run that trained an adapter can be evaluated, and trained on. An adapter that cannot be
     merged, or would be another one merged, stays an adapter on its base: a PEFT model, in which the
     adapter is what learns. Weights are read from safetensors only. Raises ConfigError for what is
-    no causal language model, is incomplete, or comes with code of its own.
+    no causal language model, is incomplete, or comes with code of its own, and for 4 bits where
+    they cannot be had.
     """
     check_source(name, revision, trust_remote_code)
+    options.quantization()  # refused before anything is read
     try:
         adapter = find_adapter_config_file(name, revision=revision)
     except LOAD_ERRORS as error:
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
     if adapter is None:
-        return _load_model(name, revision, trust_remote_code)
+        return _load_model(name, options, revision, trust_remote_code)
     saved = read_adapter(name, revision)
-    check_source(saved.base_name, saved.config.revision, trust_remote_code)
+    base, its_revision = saved.base_name, saved.config.revision
+    check_source(base, its_revision, trust_remote_code)
     return put_on_base(
-        saved, lambda: _load_model(saved.base_name, saved.config.revision, trust_remote_code)
+        saved,
+        lambda: _load_model(base, options, its_revision, trust_remote_code),
+        may_merge=not options.load_in_4bit,
     )
 
 
-def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def _load_model(
+    name: str, options: LoadOptions, revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    attention: dict[str, Any] = {}
+    if options.attn_implementation is not None:
+        attention = {"attn_implementation": options.attn_implementation}
     try:
         if trust_remote_code:
             settings, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
@@ -97,13 +112,18 @@ def _load_model(name: str, revision: str | None, trust_remote_code: bool) -> Pre
             name,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            dtype=torch.float32,
+            dtype=options.torch_dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **attention,
+            **options.quantization(),
         )
     except ConfigError:
         raise
     except LOAD_ERRORS as error:
+        refused = _refused_attention(options, error)
+        if refused is not None:
+            raise ConfigError(f"{refused} for the model {name}") from error
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -166,6 +186,19 @@ def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:
                     f"the code of {name} lies in {repository}, which model_revision does not pin: "
                     "use a copy that holds its own"
                 )
+
+
+def _refused_attention(options: LoadOptions, error: BaseException) -> str | None:
+    """What transformers said of the attention that was asked for; None where it is not that."""
+    asked = options.attn_implementation
+    said = one_line(error, 300)
+    words = ("attention", "Attention", "attn", "flash", "kernels", asked)
+    if asked is None or not any(word in said for word in words if word):
+        return None
+    return (
+        f"attn_implementation is {asked}, which cannot be used ({said}): install what it needs, or "
+        "leave it out"
+    )
 
 
 def _advice(name: str, error: BaseException) -> str:

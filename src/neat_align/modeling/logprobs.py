@@ -12,7 +12,14 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from neat_align.modeling.chunked_head import chosen_logprobs, chunk_rows, parts
-from neat_align.modeling.head_inputs import completion_states, head_inputs, head_of, logit_tail
+from neat_align.modeling.head_inputs import (
+    completion_states,
+    head_inputs,
+    head_of,
+    linear_head,
+    logit_tail,
+)
+from neat_align.modeling.lockstep import lockstep
 from neat_align.modeling.packing import (
     Layout,
     PackedRows,
@@ -91,8 +98,9 @@ def _packed_logprobs(
     head = head_of(model)
     tail = logit_tail(model)
     chunk = chunk_rows(text_config(unwrapped(model).config).vocab_size, states.device)
-    if type(head) is torch.nn.Linear:
-        flat = chosen_logprobs(states, head.weight, head.bias, ids, tail, chunk)
+    linear = linear_head(head)
+    if linear is not None:
+        flat = chosen_logprobs(states, linear.weight, linear.bias, ids, tail, chunk)
     else:
         # An adapter on the head, or a quantised one: whatever it computes, in chunks.
         casts = frozen_casts(head, states.device)
@@ -125,15 +133,18 @@ def score_completions(
     """Per-token log-probabilities of each completion after its prompt, in nats, in order.
 
     Without gradients. `max_tokens` go through the model at once. In the packed layout completions
-    of equal prompts share one.
+    of equal prompts share one. Where ranks hold parts of the model, each of them calls this with
+    its share, which may be empty.
     """
     device = next(model.parameters()).device
     scored: dict[int, tuple[float, ...]] = {}
-    for members, rows in scoring_batches(prompts, completions, layout, pad_token_id, max_tokens):
-        with inference(model, autocast_dtype):
-            logps = completion_logprobs(model, rows.to(device)).tolist()
-        for i, row in zip(members, logps, strict=True):
-            scored[i] = tuple(row[: len(completions[i])])
+    batches = scoring_batches(prompts, completions, layout, pad_token_id, max_tokens)
+    with lockstep(model):
+        for members, rows in batches:
+            with inference(model, autocast_dtype):
+                logps = completion_logprobs(model, rows.to(device)).tolist()
+            for i, row in zip(members, logps, strict=True):
+                scored[i] = tuple(row[: len(completions[i])])
     return [scored[i] for i in range(len(prompts))]
 
 

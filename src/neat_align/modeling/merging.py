@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neat_align.errors import one_line
 from neat_align.modeling.outputs import forward
-from neat_align.modeling.rounding import rounding_limit
+from neat_align.modeling.rounding import own_type, rounding_limit
 from neat_align.modeling.shared_prefix import unwrapped
 
 # What peft raises where it cannot merge.
@@ -65,7 +65,9 @@ def adapter_logprobs(
     model.eval()
     device = next(model.parameters()).device
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        dtype = own_type(model)
+        autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+        with torch.no_grad(), autocast:
             logits: Tensor = forward(model, input_ids=tokens[None].to(device), use_cache=False)[
                 "logits"
             ]

@@ -10,17 +10,24 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from neat_align.errors import one_line
+from neat_align.modeling.lockstep import is_sharded
 from neat_align.modeling.merging import (
     CannotMergeError,
     adapter_logprobs,
     merged,
     probed_tokens,
 )
+from neat_align.modeling.outputs import forward
+from neat_align.modeling.rounding import own_type
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
+from neat_align.modeling.text_config import text_config
 
 logger = logging.getLogger(__name__)
+# Tokens on which a model is compared with itself in another type.
+_PROBED = 16
 
 
 def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
@@ -32,11 +39,11 @@ def autocast(device_type: str, dtype: torch.dtype | None) -> torch.autocast:
 def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Iterator[None]:
     """No gradients, no dropout, and autocast when a type is given, while this is open.
 
-    The model's training flag is put back afterwards. The head is given contiguous states. A model
-    that keeps only some logits hands it a slice, and without gradients torch multiplies a
-    non-contiguous slice as a batch, with the head's weight expanded once a row: for 64 rows of a
-    49k-token vocabulary on a CPU that took 8 s and 3.4 GiB instead of 24 ms
-    (scripts/measure_head.py).
+    Without one the model computes in its weights' own type (or `rounding.own_type`). The model's
+    training flag is put back afterwards. The head is given contiguous states. A model that keeps
+    only some logits hands it a slice, and without gradients torch multiplies a non-contiguous slice
+    as a batch, with the head's weight expanded once a row: for 64 rows of a 49k-token vocabulary on
+    a CPU that took 8 s and 3.4 GiB instead of 24 ms (scripts/measure_head.py).
     """
     was_training = model.training
     model.eval()
@@ -46,7 +53,7 @@ def inference(model: torch.nn.Module, autocast_dtype: torch.dtype | None) -> Ite
         lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])
     )
     try:
-        with torch.no_grad(), autocast(device, autocast_dtype):
+        with torch.no_grad(), autocast(device, autocast_dtype or own_type(model)):
             yield
     finally:
         contiguous.remove()
@@ -59,8 +66,12 @@ def casting_once(module: torch.nn.Module) -> Iterator[None]:
 
     Only inside of `inference`. autocast keeps the cast of a weight that requires a gradient, and
     where no gradients are recorded nothing else reads that flag; so the numbers are the same. The
-    casts take half the weights' memory until autocast is closed.
+    casts take half the weights' memory until autocast is closed. Weights that ranks hold parts of
+    are left alone: they are gathered anew in every pass, and kept casts would be all of them.
     """
+    if is_sharded(module):
+        yield
+        return
     frozen = [p for p in module.parameters() if p.dtype is torch.float32 and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -93,6 +104,56 @@ def frozen_casts(head: torch.nn.Module, device: torch.device) -> dict[str, torch
         and weight.dtype is torch.float32
         and not weight.requires_grad
     }
+
+
+def held_in(model: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Hold a frozen model's linear layers in autocast's type; False where it says something else
+    then: it has to be loaded again.
+
+    autocast casts these weights in every pass, so that logits under autocast are the same to the
+    bit, for half the memory. What is added up or scaled in fp32 (embeddings, norms) stays fp32, and
+    so does a head that shares the embeddings' weight. The logits of a few tokens are compared: a
+    model's own code may read such a weight otherwise.
+    """
+    try:
+        tokens = torch.arange(_PROBED) % text_config(unwrapped(model).config).vocab_size
+        expected = _autocast_logits(model, tokens, dtype)
+        for parameter in linear_weights(model):
+            if parameter.dtype == torch.float32:
+                parameter.data = parameter.data.to(dtype)
+        return torch.equal(_autocast_logits(model, tokens, dtype), expected)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        logger.warning(
+            "the copy of the start policy keeps fp32 weights: %s cannot be run on token ids alone "
+            "in %s (%s)",
+            type(unwrapped(model)).__name__,
+            dtype,
+            one_line(error, 100),
+        )
+        return False
+
+
+def linear_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Weights and biases that only linear layers read, each once: those that autocast casts."""
+    owners: dict[int, list[bool]] = {}
+    found: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        is_linear = type(module) in (torch.nn.Linear, Conv1D)
+        for parameter in module.parameters(recurse=False):
+            found[id(parameter)] = parameter
+            owners.setdefault(id(parameter), []).append(is_linear)
+    return [found[key] for key, linear in owners.items() if all(linear)]
+
+
+def _autocast_logits(
+    model: torch.nn.Module, tokens: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    device = next(model.parameters()).device
+    with inference(model, dtype):
+        given = forward(model, input_ids=tokens[None].to(device), use_cache=False)
+    return cast("torch.Tensor", given["logits"])
 
 
 def half_precision_copy(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module | None:
@@ -145,6 +206,11 @@ def _copy(inner: torch.nn.Module, known: dict[int, Any]) -> torch.nn.Module:
 
     # Without accelerate's wrapper, which would put autocast around it.
     copied: Any = extract_model_from_parallel(copy.deepcopy(inner, known), keep_fp32_wrapper=False)
+    # accelerate leaves a bound method behind. The model would hold itself, and a copy stay in
+    # memory through the training that follows, until Python looks for such circles.
+    before = vars(inner).get("_original_forward")
+    if getattr(before, "__func__", None) is type(copied).forward:
+        del copied.forward
     return cast("torch.nn.Module", copied)
 
 

@@ -1,4 +1,8 @@
-"""The policy that training started from: a frozen copy, or the adapter switched off."""
+"""The policy that training started from: a frozen copy, or the adapter switched off.
+
+A copy is the dearest way: the weights once more. None is made where nothing reads it, and under
+autocast its linear layers are held in the type that autocast would cast them to at every pass.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,28 @@ from typing import Any
 import torch
 
 from neat_align.errors import ConfigError, one_line
+from neat_align.modeling.precision import held_in
+from neat_align.modeling.requirements import is_trained
 from neat_align.modeling.shared_prefix import adds_virtual_tokens
 
 # Opens the start policy: a frozen copy, or the trained model with its adapter switched off.
 Reference = Callable[[], AbstractContextManager[torch.nn.Module]]
 
 
+def not_kept() -> AbstractContextManager[torch.nn.Module]:
+    """The start policy of a run that needs none: it cannot be opened once training has begun."""
+    raise RuntimeError(
+        "the start policy was not kept, since no option of this run reads it: pass ref_model"
+    )
+
+
 def start_policy(
-    model: Any, peft_config: Any, ref_model: torch.nn.Module | None
+    model: Any,
+    peft_config: Any,
+    ref_model: torch.nn.Module | None,
+    *,
+    keep: bool = True,
+    autocast_dtype: torch.dtype | None = None,
 ) -> tuple[Reference, torch.nn.Module]:
     """How to open the start policy, and the model to train.
 
@@ -26,13 +44,19 @@ def start_policy(
     `ref_model`, or the new adapter switched off, or a frozen copy. A model that comes with an
     adapter is copied: its adapter may hold something already, and switched off it would be a
     different start. So is one whose new adapter trains weights of the base, too (LoRA's `bias`):
-    they stay trained when the adapter is switched off. Raises ConfigError for two adapters, for an
-    adapter that does not fit, and for one that changes the base before training begins.
+    they stay trained when the adapter is switched off. No copy is made of a model that is not
+    trained, or without `keep` (`not_kept`); one that is made is only for `autocast_dtype`. Raises
+    ConfigError for two adapters, for an adapter that does not fit, and for one that changes the
+    base before training begins.
     """
     # The model itself is no reference: it moves, and its copy does not.
     given = None if ref_model is model else ref_model
     if peft_config is None:
-        return _frozen(_copied(model) if given is None else given, model), model
+        if given is not None:
+            return _frozen(given, model), model
+        if not is_trained(model):
+            return lambda: contextlib.nullcontext(model), model
+        return _copy(model, autocast_dtype) if keep else not_kept, model
     weights = list(model.parameters())
     before = [_some_numbers(p) for p in weights]
     trained = _with_adapter(model, peft_config)
@@ -51,6 +75,8 @@ def start_policy(
             "leave init_lora_weights out"
         )
     if any(p.requires_grad for p in weights):
+        if not keep:
+            return not_kept, trained
         return _frozen(_copied(trained).unload(), trained), trained
     return _adapter_off(trained), trained
 
@@ -71,6 +97,15 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
         return get_peft_model(model, peft_config)
     except ValueError as error:
         raise ConfigError(f"peft_config does not fit {type(model).__name__}: {error}") from error
+
+
+def _copy(model: Any, autocast_dtype: torch.dtype | None) -> Reference:
+    start = _copied(model).requires_grad_(False).eval()
+    # With virtual tokens it is measured how the copy samples, in its weights' own type.
+    narrow = None if adds_virtual_tokens(start) else autocast_dtype
+    if narrow is not None and not held_in(start, narrow):
+        start = _copied(model)  # what was cast cannot be put back
+    return _frozen(start, model)
 
 
 def _copied(model: Any) -> Any:
@@ -110,7 +145,9 @@ def _frozen(start: torch.nn.Module, trained: torch.nn.Module) -> Reference:
 
     @contextlib.contextmanager
     def frozen() -> Iterator[torch.nn.Module]:
-        start.to(next(trained.parameters()).device)
+        device = next(trained.parameters()).device
+        if next(start.parameters()).device != device:  # a model in parts may not be moved
+            start.to(device)
         yield start
 
     return frozen

@@ -146,11 +146,7 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
     keeps 8 bits, so the update rounds away and the weight never moves. Nothing fails: the run ends
     with the model it began with.
     """
-    half = [
-        (name, p.dtype)
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
-    ]
+    half = [(name, p.dtype) for name, p in model.named_parameters() if p.requires_grad and _half(p)]
     if half:
         name, dtype = half[0]
         raise ConfigError(
@@ -159,11 +155,35 @@ def check_trainable_weights(model: torch.nn.Module) -> None:
             "the model with dtype=torch.float32 (bf16: true still computes in bf16 autocast), or "
             "train a LoRA adapter with peft_config"
         )
-    if not any(p.requires_grad for p in model.parameters()):
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):  # any other frozen model may be evaluated and sampled from
+        check_learns(model)
+
+
+def check_learns(model: torch.nn.Module) -> None:
+    """Refuse to train a model of which no weight is trainable. Raises ConfigError."""
+    if not is_trained(model):
         raise ConfigError(
             "no weight of the model is trainable: unfreeze some, or pass peft_config; load an "
             "adapter that is to be trained on with PeftModel.from_pretrained(…, is_trainable=True)"
         )
+
+
+def is_trained(model: torch.nn.Module) -> bool:
+    """Whether any weight of the model is trainable."""
+    return any(p.requires_grad for p in model.parameters())
+
+
+def frozen_if_half(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, frozen where it holds weights in half precision: they cannot be trained."""
+    if any(map(_half, model.parameters())):
+        model.requires_grad_(False)
+    return model
+
+
+def _half(parameter: torch.nn.Parameter) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

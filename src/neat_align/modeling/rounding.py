@@ -43,11 +43,26 @@ def rounding_limit(model: torch.nn.Module) -> Limit:
         isinstance(inner, PreTrainedModel)
         and getattr(inner.config, "quantization_config", None) is not None
     )
+    if own_type(model) is not None:
+        return HALF_PRECISION
     types = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
     exact = not quantised and all(
         dtype == torch.float32 and _multiplies_exactly(device) for dtype, device in types
     )
     return EXACT if exact else HALF_PRECISION
+
+
+def own_type(model: torch.nn.Module) -> torch.dtype | None:
+    """What a model computes in where no type is asked for; None: in its weights' own.
+
+    FlashAttention's kernels know no fp32: fp32 weights that use them compute in bf16 autocast.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        return None
+    is_flash = str(inner.config._attn_implementation).startswith("flash_attention")
+    in_fp32 = any(p.dtype == torch.float32 and p.ndim > 1 for p in inner.parameters())
+    return torch.bfloat16 if is_flash and in_fp32 else None
 
 
 def _multiplies_exactly(device: torch.device) -> bool:

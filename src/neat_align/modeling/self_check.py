@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from neat_align.errors import ConfigError, one_line
 from neat_align.modeling.logprobs import padded_logprobs
 from neat_align.modeling.packing import PaddedRows, TokenIds, pad_rows
-from neat_align.modeling.precision import inference
-from neat_align.modeling.rounding import Limit, rounding_limit
+from neat_align.modeling.precision import autocast, inference
+from neat_align.modeling.rounding import Limit, own_type, rounding_limit
 from neat_align.modeling.shared_prefix import unwrapped
 from neat_align.modeling.text_config import text_config
 
@@ -138,8 +138,18 @@ def _first_tokens(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> Float[
     return _logprobs(model, cut)
 
 
-def check_autocast(model: torch.nn.Module, prompts: Sequence[TokenIds], dtype: torch.dtype) -> None:
-    """Refuse a model whose code fails under autocast. Raises ConfigError."""
+def check_autocast(
+    model: torch.nn.Module, prompts: Sequence[TokenIds], dtype: torch.dtype | None
+) -> None:
+    """Refuse a model whose code fails under autocast, or without it. Raises ConfigError."""
+    if dtype is None:
+        if own_type(model) is not None:
+            raise ConfigError(
+                f"attn_implementation is {unwrapped(model).config._attn_implementation}, whose "
+                "kernels know bf16 and fp16 only, and bf16 and fp16 are false: set one to true, or "
+                "use another attn_implementation"
+            )
+        return
     try:
         with inference(model, dtype):
             _logprobs(model, tiny_rows(prompts, one_at_a_time=True))
@@ -221,7 +231,7 @@ def _difference_in_training(
         scored = _logprobs(model, rows)
     model.train()
     before = _random_state(device)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(device.type, own_type(model)):
         difference = limit.measure(_logprobs(model, rows) - scored)
     return difference, not torch.equal(before, _random_state(device))
 

@@ -6,14 +6,11 @@ Higher is better; `None` abstains; a failure is an error and never a zero.
     resolve.py      names, paths, models and functions to named, weighted reward functions
     scoring.py      reward functions over rows, strictly; their weighted sum
     calling.py      calling them: on copies, in time, async ones at once; what a failure says
-    event_loop.py   the one event loop of async rewards
     output.py       what they return, checked
     logged.py       TRL's trainer_state, log_metric and log_extra
     contrast.py     the policy's own opinion: its log-probability under either instruction
     hf.py           a sequence-classification model
     http.py         a reward server, asked over HTTP
-    server_url.py   which URLs a reward server may have, and which token goes there
-    addresses.py    which addresses a reward server may have
     vader.py        tone by a lexicon
     minilm_tone.py  tone by a head on sentence embeddings; the demo's second judge
     frozen_model.py    loads the models that judges read their features from

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from neat_align.errors import RewardError, RewardTimeoutError, name_list
-from neat_align.prompts.copies import deep_copy
-from neat_align.prompts.rows import Prompt
-from neat_align.rewards.event_loop import (
+from neat_align.network.event_loop import (
     CLEAN_UP_SECONDS,
     LoopBlockedError,
+    background_loop,
     give_up,
-    reward_loop,
 )
+from neat_align.prompts.copies import deep_copy
+from neat_align.prompts.rows import Prompt
 from neat_align.rewards.logged import OPTIONAL_ARGUMENTS, CallLog, named_by
 from neat_align.rewards.output import checked_scores, consumed, excerpt
 from neat_align.rewards.protocol import CompletionInput, NamedReward, Score
@@ -311,7 +311,7 @@ def _await_all(waiting: Sequence[tuple[_Call, Awaitable[Any]]]) -> list[Answer |
     """What becomes of these calls, all at once; the first failure ends the others."""
     if not waiting:
         return []
-    loop = reward_loop()
+    loop = background_loop()
     try:
         return loop.run(_together(waiting), _longest([call.reward for call, _ in waiting]))
     except _LeavingError as error:

@@ -33,26 +33,18 @@ stands in no file or message.
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import logging
-import os
 import random
-import re
-import ssl
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
-from neat_align.files.secrets import scrubbed
+from neat_align.network.client import RetryPolicy, ServerClient, excerpt
+from neat_align.network.server_url import ServerKind, Target, parse_url
 from neat_align.prompts.rows import Prompt
-from neat_align.rewards.addresses import CheckedTransport, root_cause
 from neat_align.rewards.output import checked_scores
 from neat_align.rewards.protocol import (
     CompletionInput,
@@ -61,49 +53,18 @@ from neat_align.rewards.protocol import (
     Unscorable,
     completion_text,
 )
-from neat_align.rewards.server_url import TOKEN_VARIABLE, parse_url
 
 logger = logging.getLogger(__name__)
+TOKEN_VARIABLE = "NEAT_ALIGN_REWARD_TOKEN"  # noqa: S105 - the variable's name
+REWARD_SERVER = ServerKind(
+    "reward server", "a reward's URL", TOKEN_VARIABLE, RewardError, RewardUnavailableError
+)
 DEFAULT_TIMEOUT = 60.0
 # A scoring batch of 64 rows goes out at once, as four requests of 16. More than six connections at
 # the same moment overflow the listen queue of Python's http.server (5), and each one over it waits
 # a second for the system to try again. Browsers open six to a host as well.
 CONCURRENT_REQUESTS = 6
-_AGAIN = (408, 429)
-_EXCERPT = 200
 _ANSWER = '{"rewards": [...]}'
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """How often a request is tried, and the pauses between, in seconds.
-
-    The pauses begin with `first_pause` and double up to `longest_pause`, each shortened by up to
-    half at random, so that many runs do not come back to a server at once. A `Retry-After` of up to
-    `longest_retry_after` is waited for; a longer one ends the tries.
-    """
-
-    tries: int = 6
-    first_pause: float = 1.0
-    longest_pause: float = 30.0
-    longest_retry_after: float = 120.0
-
-    def pause(self, failed: int, asked: float | None, rng: random.Random) -> float:
-        """Seconds to wait after so many failed tries; `asked` is the server's `Retry-After`."""
-        doubled = min(self.longest_pause, self.first_pause * 2.0 ** (failed - 1))
-        return max(doubled * (1 - rng.random() / 2), asked or 0.0)
-
-
-class _TransientError(Exception):
-    """A failure that may pass. `retry_after` is in seconds."""
-
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
-
-
-class _TooLargeError(Exception):
-    """The server answered 413."""
 
 
 class HttpReward:
@@ -125,12 +86,19 @@ class HttpReward:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rng: random.Random | None = None,
     ) -> None:
-        self.target = parse_url(url, allow_http_hosts)
+        self.target = parse_url(url, REWARD_SERVER, allow_http_hosts)
         self.name = self.target.name
         self.timeout, self.batch_size = timeout, batch_size
-        self.max_response_bytes = max_response_bytes
-        self.retry = retry or RetryPolicy()
-        self._sleep, self._rng = sleep, rng or random.Random()
+        self._server = ServerClient(
+            self.target,
+            timeout,
+            f"{_ANSWER}, one number or null a row",
+            max_response_bytes,
+            retry or RetryPolicy(),
+            sleep,
+            rng or random.Random(),
+            logger,
+        )
 
     async def __call__(
         self,
@@ -148,7 +116,7 @@ class HttpReward:
                 return await self._chunk(client, first, prompts[chunk], completions[chunk])
 
         # A client a call: its connections belong to the call's event loop.
-        async with self._client() as client:
+        async with self._server.connections() as client:
             try:
                 async with asyncio.TaskGroup() as group:
                     chunks = [
@@ -159,16 +127,6 @@ class HttpReward:
                 failure = failures.exceptions[0]
                 raise failure from failure.__cause__
         return [reward for chunk in chunks for reward in chunk.result()]
-
-    def _client(self) -> httpx2.AsyncClient:
-        target = self.target
-        transport = CheckedTransport(encrypted=target.encrypted, allowed=target.allowed)
-        return httpx2.AsyncClient(
-            transport=transport,
-            trust_env=False,
-            follow_redirects=False,
-            timeout=None,
-        )
 
     async def _chunk(
         self,
@@ -183,141 +141,20 @@ class HttpReward:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         where = f"rows {first} to {first + len(rows) - 1}"
-        retrying = AsyncRetrying(
-            sleep=self._sleep,
-            retry=retry_if_exception_type(_TransientError),
-            stop=stop_after_attempt(self.retry.tries),
-            wait=lambda state: self.retry.pause(
-                state.attempt_number, _failure(state).retry_after, self._rng
-            ),
-            before_sleep=self._warn,
-            reraise=True,
-        )
         body = json.dumps({"rows": rows}).encode("ascii")
-        try:
-            answer: bytes = await retrying(self._post, client, body, where)
-        except _TransientError as error:
-            tries = retrying.statistics["attempt_number"]
-            took = retrying.statistics["delay_since_first_attempt"]
-            raise RewardUnavailableError(
-                f"the reward server {self.name} {error}: given up on {where} after {tries} tries "
-                f"in {took:.0f} s"
-            ) from error
-        except _TooLargeError:
+        answer = await self._server.ask(client, where, body)
+        if answer.status == 413:
             if len(rows) == 1:
-                return [Unscorable(f"is too large for the reward server {self.name} (413)")]
+                return [Unscorable(f"is too large for {self.target.said} (413)")]
             half = len(rows) // 2
             return [
                 *await self._chunk(client, first, prompts[:half], completions[:half]),
                 *await self._chunk(client, first + half, prompts[half:], completions[half:]),
             ]
+        if answer.status != 200:
+            raise self._server.refused(answer)
         labels = [f"row {i}" for i in range(first, first + len(rows))]
-        return checked_scores(self.name, self._rewards_in(answer), completions, labels)
-
-    def _warn(self, state: RetryCallState) -> None:
-        logger.warning(
-            "the reward server %s %s; try %d of %d follows in %.1f s",
-            self.name,
-            _failure(state),
-            state.attempt_number + 1,
-            self.retry.tries,
-            state.upcoming_sleep,
-        )
-
-    async def _post(self, client: httpx2.AsyncClient, body: bytes, where: str) -> bytes:
-        """One request. _TransientError for what may pass, _TooLargeError for too many rows at once,
-        RewardError for what will not pass.
-
-        `where` names the rows in messages.
-        """
-        # Not `client.build_request`, which would send cookies and httpx2's own headers as well.
-        request = httpx2.Request("POST", self.target.url, content=body, headers=self._headers())
-        try:
-            async with (
-                asyncio.timeout(self.timeout),
-                aclosing(await client.send(request, stream=True)) as response,
-            ):
-                data = await self._read(response)
-        except (OSError, httpx2.TransportError) as error:
-            raise self._transport_error(error) from error
-        status = response.status_code
-        if status == 200:
-            return data
-        if status == 413:
-            raise _TooLargeError
-        if status in _AGAIN or status >= 500:
-            asked = _retry_after(response.headers.get("retry-after"))
-            if asked is not None and asked > self.retry.longest_retry_after:
-                raise RewardUnavailableError(
-                    f"the reward server {self.name} answered {status} and asks for a pause of "
-                    f"{asked:.0f} s, for {where}"
-                )
-            raise _TransientError(f"answered {status}", asked)
-        if status == 401:
-            hint = f": set the environment variable {TOKEN_VARIABLE} to its token"
-        elif status == 403:
-            hint = f": the token in {TOKEN_VARIABLE} may not use it"
-        elif 300 <= status < 400:
-            hint = ": redirects are not followed, so name the final URL"
-        else:
-            hint = f": {self._excerpt(data)}"
-        raise RewardError(
-            f"the reward server {self.name} answered {status}, where 200 was needed{hint}"
-        )
-
-    def _transport_error(self, error: Exception) -> Exception:
-        """What a failed exchange means: an error for good, or one that may pass."""
-        cause = root_cause(error)
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return RewardError(
-                f"the certificate of the reward server {self.name} is not valid: "
-                f"{cause.verify_message}"
-            )
-        if isinstance(error, httpx2.RemoteProtocolError) and "Content-Length" in str(error):
-            return self._too_long()  # h11 reads at most 20 digits
-        said = scrubbed(str(cause))[:_EXCERPT]
-        reason = f"{type(cause).__name__}: {said}" if said else type(error).__name__
-        if isinstance(error, TimeoutError) or isinstance(cause, TimeoutError):
-            reason = f"TimeoutError: no complete answer within {self.timeout:g} s"
-        return _TransientError(f"cannot be asked ({reason})")
-
-    def _headers(self) -> dict[str, str]:
-        headers = {
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-        }
-        variable = self.target.token_variable
-        if variable is not None:
-            token = os.environ[variable].strip()
-            if not re.fullmatch(r"[\x21-\x7e]+", token):
-                raise RewardError(
-                    f"the environment variable {variable} holds spaces or characters that no "
-                    "token has: set it to the token"
-                )
-            headers["Authorization"] = f"Bearer {token}"
-        return headers
-
-    async def _read(self, response: httpx2.Response) -> bytes:
-        """The body as it was sent, of at most `max_response_bytes`."""
-        if response.headers.get("content-encoding", "identity") != "identity":
-            raise RewardError(
-                f"the reward server {self.name} compressed its answer, which was not asked for"
-            )
-        data = b""
-        async for block in response.aiter_raw():
-            data += block
-            if len(data) > self.max_response_bytes:
-                if response.status_code == 200:
-                    raise self._too_long()
-                break
-        return data[: self.max_response_bytes]
-
-    def _too_long(self) -> RewardError:
-        return RewardError(
-            f"the reward server {self.name} sent an answer of more than {self.max_response_bytes} "
-            f"bytes: it must be {_ANSWER}, one number or null a row"
-        )
+        return checked_scores(self.name, self._rewards_in(answer.data), completions, labels)
 
     def _rewards_in(self, data: bytes) -> list[Any]:
         try:
@@ -325,40 +162,14 @@ class HttpReward:
         except (ValueError, RecursionError) as error:
             raise RewardError(
                 f"the reward server {self.name} did not answer with JSON ({_ANSWER}): "
-                f"{self._excerpt(data)}"
+                f"{excerpt(data)}"
             ) from error
         if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
             raise RewardError(
-                f"the reward server {self.name} must answer {_ANSWER}, but it said "
-                f"{self._excerpt(data)}"
+                f"the reward server {self.name} must answer {_ANSWER}, but it said {excerpt(data)}"
             )
         rewards: list[Any] = answer["rewards"]
         return rewards
-
-    def _excerpt(self, data: bytes) -> str:
-        # A server may say back what it was sent, the token too.
-        return repr(scrubbed(data[: 4 * _EXCERPT].decode("utf-8", "replace"))[:_EXCERPT])
-
-
-def _failure(state: RetryCallState) -> _TransientError:
-    """What the last try raised; only these are tried again."""
-    failure = state.outcome.exception() if state.outcome is not None else None
-    assert isinstance(failure, _TransientError)
-    return failure
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds to wait, from a `Retry-After` in seconds or as a date; None where there is none that
-    can be read.
-    """
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 # ---- all rewards of a run ------------------------------------------------------------------------
@@ -379,10 +190,12 @@ def check_tokens(rewards: Sequence[RewardFunction]) -> None:
 
 
 def check_http_hosts(
-    allow_http_hosts: Sequence[str] | None, rewards: Sequence[RewardFunction]
+    allow_http_hosts: Sequence[str] | None,
+    rewards: Sequence[RewardFunction],
+    others: Sequence[Target] = (),
 ) -> None:
-    """Refuse an `allow_http_hosts` that no reward needs."""
-    servers = [reward.target for reward in rewards if isinstance(reward, HttpReward)]
+    """Refuse an `allow_http_hosts` that neither a reward nor one of the other servers needs."""
+    servers = [reward.target for reward in rewards if isinstance(reward, HttpReward)] + [*others]
     if allow_http_hosts is not None and not any(target.allowed for target in servers):
         raise ConfigError(
             f"allow_http_hosts is {list(allow_http_hosts)}, but no reward or judge is an http:// "

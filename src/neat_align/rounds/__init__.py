@@ -15,6 +15,9 @@ In the order in which a round is made:
     make_round.py      the stages above, one after the other: one round
     rollout_store.py   finished batches of an unfinished round (work/)
     round_files.py     a finished round (groups.parquet, manifest.json)
+    shards.py          slices of a round, and how they are kept where other processes make them
+    shard_stages.py    what such a process does with one: the policy's stage, the rewards' stage
+    ray_shards.py      the slices of a round made by workers of Ray Data
     group_file.py      its groups as a file that is written in a stream and read a few at a time
 
 And what the rest of the package reads:

@@ -14,7 +14,7 @@ the memory of one slice: the groups of a finished one are in the file (`group_fi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ from neat_align.rounds.round_files import (
 from neat_align.rounds.sampling_stage import sample_groups
 from neat_align.rounds.scoring_notes import write_lists
 from neat_align.rounds.scoring_stage import score_groups
+from neat_align.rounds.shards import RolledOut, Slice, SliceMaker
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ def make_round(
     tools: RoundTools,
     folder: Path,
     progress: Progress | None = None,
+    slice_maker: SliceMaker | None = None,
+    slice_prompts: int | None = None,
 ) -> FinishedRound:
     """Make one round of up to `num_groups` groups, or read it when it is finished on disk.
 
@@ -69,6 +72,10 @@ def make_round(
     as long as the round's budget of prompts lasts (each prompt at most once a round, at most twice
     `num_groups` prompts).
 
+    `slice_maker` samples and scores slices in the place of `tools`, whose instructions and names of
+    rewards it works under: the groups are the same. Slices have at most `slice_prompts` prompts
+    (None: `SLICE_PROMPTS`); negatives from other prompts depend on it.
+
     Raises CollapseError when fewer than `min_pair_fraction` of the prompts made a pair, or none
     did.
     """
@@ -76,6 +83,8 @@ def make_round(
     if finished is not None:
         return finished
     made = _Round(rows, num_groups, position, round_index, params, tools, folder, progress)
+    made.slice_maker = slice_maker or made.roll_out
+    made.slice_prompts = slice_prompts or SLICE_PROMPTS
     reward_names = [reward.name for reward in tools.rewards]
     groups = write_round_groups(folder, made.groups(), reward_names)
     return write_manifest(
@@ -118,6 +127,8 @@ class _Round:
         self.measures = RoundMeasures([reward.name for reward in tools.rewards])
         self.removed: Counter[str] = Counter()
         self.kept = self.used = 0
+        self.slice_maker: SliceMaker = self.roll_out
+        self.slice_prompts = SLICE_PROMPTS
 
     def groups(self) -> Iterator[CompletionGroup]:
         """The round's groups, those with a pair, in order. Raises CollapseError after the last."""
@@ -129,38 +140,55 @@ class _Round:
             unseen = _unseen_rows(self.rows, range(first, first + take), self.params, seen)
             seen.update(row.id for row in unseen)
             self.progress.expect(len(unseen))
-            for start, part in even_slices(unseen, SLICE_PROMPTS):
-                yield from self._slice(part, self.folder / "work" / f"{self.used + start:06d}")
+            yield from self._teaching(self.slice_maker(self._slices(unseen), self.progress))
             self.used += take
         _refuse_too_few_pairs(self.kept, self.measures.prompts, self.params, self.removed)
 
-    def _slice(self, rows: Sequence[PromptRow], folder: Path) -> Iterator[CompletionGroup]:
-        measured = {row.id for row in rows[: max(0, MEASURED_PROMPTS - self.measures.prompts)]}
-        for group in self._roll_out(rows, RolloutStore(folder), measured):
-            self.measures.add(group)
-            if _teaches(group, self.params):
-                self.kept += 1
-                yield group
+    def _slices(self, rows: Sequence[PromptRow]) -> Iterator[Slice]:
+        to_measure = max(0, MEASURED_PROMPTS - self.measures.prompts)
+        for start, part in even_slices(rows, self.slice_prompts):
+            yield Slice(
+                tuple(part),
+                self.folder / "work" / f"{self.used + start:06d}",
+                _plan(part, self.round_index, self.params, self.tools),
+                frozenset(row.id for row in part[: max(0, to_measure - start)]),
+            )
+
+    def _teaching(self, made: Iterator[RolledOut]) -> Iterator[CompletionGroup]:
+        """Take all groups into the measures; gives those with something to learn from."""
+        for rolled_out in made:
+            self.removed.update(rolled_out.removed)
+            for group in rolled_out.groups:
+                self.measures.add(group)
+                if _teaches(group, self.params):
+                    self.kept += 1
+                    yield group
+
+    def roll_out(self, slices: Iterable[Slice], progress: RoundProgress) -> Iterator[RolledOut]:
+        """The slices, sampled, filtered and scored here one after the other."""
+        for part in slices:
+            removed: Counter[str] = Counter()
+            yield RolledOut(self._roll_out(part, removed, progress), removed)
 
     def _roll_out(
-        self, rows: Sequence[PromptRow], store: RolloutStore, measured: Set[str]
+        self, part: Slice, removed: Counter[str], progress: RoundProgress
     ) -> list[CompletionGroup]:
-        """Sample, filter and score these prompts; what is finished is in `store`."""
-        params, tools, progress = self.params, self.tools, self.progress
-        store.open_for(_plan(rows, self.round_index, params, tools))
+        rows, params, tools = part.rows, self.params, self.tools
+        store = RolloutStore(part.folder)
+        store.open_for(part.plan)
         sampled = store.read_sampled()
         if sampled is None:
             sampled = sample_groups(rows, self.round_index, params, tools, store, progress.sampled)
             store.write_sampled(sampled)
         else:
             progress.sampled(params.sampled_for(len(rows)))
-        usable = [without_unusable(group, self.removed) for group in sampled]
+        usable = [without_unusable(group, removed) for group in sampled]
         return score_groups(
             usable,
             rows,
             tools,
             store,
-            measured,
+            part.measured,
             progress.scored,
             weighing_pairs=params.weighing_pairs,
         )

@@ -26,8 +26,8 @@ from neat_align.rounds.scoring_stage import instructed_logprobs
 from neat_align.sampling.protocol import HandsOver, Sample, Sampler, SampleRequest
 
 T = TypeVar("T")
-# How many batches a sampler is asked for at once that hands over what has ended, and fills its place
-# again: places run empty at the end of a call, and so an eighth as often as batch by batch.
+# Batches that a sampler which hands over is asked for at once. It fills places again as completions
+# end, and they run empty only at the end of a call: an eighth as often as batch by batch.
 BATCHES_A_CALL = 8
 
 

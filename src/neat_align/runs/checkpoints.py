@@ -44,10 +44,11 @@ def mark_complete(
 ) -> None:
     """Write the marker of a checkpoint whose files are all written, after syncing them to the disk.
 
-    `required` are files without which training would go on from a wrong state; `resumable: False`
-    marks a checkpoint that holds weights alone. Raises SaveError when a required file is missing.
+    `required` are files without which training would go on from a wrong state, by name or pattern;
+    `resumable: False` marks a checkpoint that holds weights alone. Raises SaveError when a required
+    file is missing.
     """
-    missing = [name for name in required if not (checkpoint / name).is_file()]
+    missing = [name for name in required if not any(checkpoint.glob(name))]
     if missing:
         raise SaveError(
             f"{checkpoint} was saved without {', '.join(missing)}: training could not go on from "

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from neat_align.errors import NEATError, RunInterrupted, one_line
+from neat_align.errors import NEATError, OtherProcessError, RunInterrupted, one_line
 from neat_align.runs.signals import StopRequest, interrupted
 
 T = TypeVar("T")
@@ -69,7 +69,8 @@ class Ranks:
         """Run `work` on every rank; a failure or signal of one ends all.
 
         `what` says when it was, for messages ("while it saved …"). Gives the signal that another
-        rank was stopped by, or 0. Raises NEATError on the ranks that did not fail themselves.
+        rank was stopped by, or 0. Raises OtherProcessError on the ranks that did not fail
+        themselves.
         """
         status = 0
         failure: BaseException | None = None
@@ -89,7 +90,7 @@ class Ranks:
         if failure is not None:
             raise failure
         if worst == FAILED:
-            raise NEATError(f"another process failed {what}: its own message says why")
+            raise OtherProcessError(f"another process failed {what}: its own message says why")
         return worst
 
     def run_on_rank_zero(self, work: Callable[[], None], what: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from neat_align.config import NEATConfig
+from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError, SaveError
 from neat_align.files.atomic import cut_to, read_json, size_of
 from neat_align.rounds.round_files import set_aside_round
@@ -310,12 +311,32 @@ class RunDirectory:
             ) from error
 
 
-def required_files(args: NEATConfig, *, sharded: bool) -> tuple[str, ...]:
-    """Trainer's files without which a checkpoint cannot be resumed from exactly.
+def required_files(args: NEATConfig, sharding: Sharding) -> tuple[str, ...]:
+    """Trainer's files without which a checkpoint cannot be resumed from exactly, as glob patterns.
 
-    Sharded weights and optimizer states are saved in their framework's own form.
+    Weights and optimizer states that processes divide are saved in their framework's own form:
+    FSDP2's are gathered into one file each, ZeRO's are a file a process.
     """
-    if sharded or args.save_only_model:
+    if args.save_only_model:
         return ("trainer_state.json",)
-    random_state = "rng_state.pth" if args.world_size == 1 else "rng_state_0.pth"
-    return ("optimizer.pt", "scheduler.pt", random_state, "trainer_state.json")
+    ranks = range(args.world_size)
+    random_states = [f"rng_state_{rank}.pth" for rank in ranks]
+    if args.world_size == 1:
+        random_states = ["rng_state.pth"]
+    return (*_TRAINED_STATE[sharding](ranks), *random_states, "trainer_state.json")
+
+
+def _zero_files(ranks: Iterable[int]) -> list[str]:
+    parts = [f"global_step*/*zero_pp_rank_{rank}_mp_rank_*_optim_states.pt" for rank in ranks]
+    return ["latest", "scheduler.pt", "global_step*/*_model_states.pt", *parts]
+
+
+# What Trainer writes of weights, optimizer and schedule, beside the model that can be loaded.
+_TRAINED_STATE: Mapping[Sharding, Callable[[Iterable[int]], Sequence[str]]] = {
+    "none": lambda _: ["optimizer.pt", "scheduler.pt"],
+    "fsdp2": lambda _: ["pytorch_model_fsdp.bin", "optimizer.bin", "scheduler.pt"],
+    "zero0": lambda _: ["latest", "global_step*/*_model_states.pt"],
+    "zero1": _zero_files,
+    "zero2": _zero_files,
+    "zero3": _zero_files,
+}

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # The arguments of one rank's share; None: it has none.
 Share: TypeAlias = tuple[Any, ...] | None
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
+# Opens what keeps ranks in step that share one model.
+Together: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SharedCalls:
         self,
         ranks: Ranks,
         functions: Functions,
-        together: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        together: Together = nullcontext,
     ) -> None:
         self.ranks = ranks
         self.functions = functions

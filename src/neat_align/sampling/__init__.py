@@ -4,6 +4,11 @@
     transformers_sampler.py  a transformers model on any device
     batch_check.py           which prompts a model samples together: decides, by measuring
     policies.py              the current and the start policy, scored and sampled in one way
+    policy_now.py            what a sampler of another engine is told: weights, version, scores
+    checked_sampler.py       checks its samples against the trainer's own model
+    vllm_sampler.py          a vLLM server, asked for a completion a request
+    vllm_client.py           what is said to it, and what it answers
+    vllm_weights.py          giving it the policy's weights, each version once
     draw.py                  one token from one random number: what a sampler owes its seed
     drawing.py               the tokens while they are drawn, and who comes when others have ended
     by_generate.py           the same inside of transformers' `generate`
@@ -16,5 +21,5 @@
 A sampler of another engine is a new file beside `transformers_sampler.py` that keeps `protocol.py`:
 a completion depends on its request alone, and `logprob` is the untempered policy's. `policies.py`
 makes the sampler of a run anew for every round, which is when an engine has to get the new weights;
-`cli/probe_run.py` makes the probe's. What is decided of vLLM is in docs/adr/0001.
+`cli/probe_run.py` makes the probe's.
 """

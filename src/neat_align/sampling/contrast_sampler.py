@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neat_align.modeling.lockstep import lockstep
 from neat_align.prompts.instruction_banks import InstructionPair
 from neat_align.prompts.row_prompts import InstructedPairs, instructed_pairs, row_prompt_ids
 from neat_align.prompts.rows import PromptRow
@@ -65,8 +66,15 @@ class ContrastSampler:
         progress: Callable[[int], None] | None = None,
     ) -> list[ContrastSample]:
         """The same. Raises ValueError for a prompt without pairs, and what `sampler` raises."""
-        if not requests:
-            return []
+        with lockstep(self.sampler.model):
+            return self._drawn(requests, params, progress) if requests else []
+
+    def _drawn(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        progress: Callable[[int], None] | None,
+    ) -> list[ContrastSample]:
         rows_each = self._rows_each(requests)
         fast = self.sampler.settle([r.prompt_ids for r in requests]) == "together" and keeps_keys(
             self.sampler.model

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from neat_align.modeling.kl import Divergence, exact_divergence
+from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout, TokenIds
 from neat_align.modeling.precision import half_precision_copy
-from neat_align.modeling.reference import Reference
+from neat_align.modeling.reference import Reference, not_kept
 from neat_align.modeling.self_check import showing_adapter
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
 from neat_align.sampling.batch_check import KnownWay
+from neat_align.sampling.checked_sampler import CheckedSampler
+from neat_align.sampling.policy_now import MakeSampler, PolicyNow
 from neat_align.sampling.protocol import (
     Finished,
     Sample,
@@ -34,6 +38,10 @@ class Policies:
     adapters merged, which is faster on CPUs; None samples from the policy itself. `batch_size`
     completions are sampled at once, or fewer once memory ran out (`batch_limit` remembers that).
     `known_way` and `known_start_way` remember which prompts each of the two samples together.
+
+    With `make_sampler` another engine samples, and nothing of the above about sampling is read: it
+    is asked for a sampler of either policy as it is now, and its samples' log-probabilities have to
+    agree with the trainer's, up to `tolerance` (`checked_sampler`).
     """
 
     model: torch.nn.Module
@@ -47,21 +55,46 @@ class Policies:
     batch_limit: BatchLimit = field(default_factory=BatchLimit)
     known_way: KnownWay = field(default_factory=KnownWay)
     known_start_way: KnownWay = field(default_factory=KnownWay)
+    make_sampler: MakeSampler | None = None
+    tolerance: float = 0.0
+    _tried_on: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the start policy can be opened after the first step."""
+        return self.reference is not not_kept
 
     def settle_sampling(self, prompts: Sequence[TokenIds]) -> None:
         """Measure how both policies sample, with tokens of these prompts, before anything is.
 
-        In the weights' own type, where what differs is no rounding. Raises ConfigError.
+        In the weights' own type, where what differs is no rounding. Raises ConfigError. Another
+        engine's samplers are tried on the first of these prompts when they are made.
         """
         asked = [tuple(p) for p in prompts]
+        if self.make_sampler is not None:
+            self._tried_on[:] = asked[:1]
+            return
         with showing_adapter(self.model):
             self._sampler_of(self.model, None, self.known_way).settle(asked)
+        if not self.keeps_start:
+            return
         with self.reference() as model:
             if type(unwrapped(model)) is type(unwrapped(self.model)) and not adds_virtual_tokens(
                 self.model
             ):
                 self.known_start_way.way = self.known_way.way
             self._sampler_of(model, None, self.known_start_way).settle(asked)
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """While open, ranks that share the weights of the policies make the same passes.
+
+        See `lockstep`; every rank opens it, and does its share of the work in it.
+        """
+        with self.reference() as start:
+            stepped = lockstep(self.model, start)
+        with stepped:
+            yield
 
     def logprobs(
         self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
@@ -118,8 +151,14 @@ class Policies:
         )
 
     def sampler(self) -> Sampler:
-        """Draws from the current policy as it is now: a copy does not follow later steps."""
-        if self.copy_dtype is not None:
+        """Draws from the current policy as it is now: a copy does not follow later steps.
+
+        Weights that ranks share are not copied. Raises SamplerError where another engine does not
+        draw from this policy.
+        """
+        if self.make_sampler is not None:
+            return self._made(self.make_sampler)
+        if self.copy_dtype is not None and not is_sharded(self.model):
             copied = half_precision_copy(self.model, self.copy_dtype)
             if copied is not None:
                 return self._sampler_of(copied, None, self.known_way)
@@ -129,14 +168,35 @@ class Policies:
         """Draws from the start policy.
 
         A copy of it is made once, here; where there is none, the start policy is opened only while
-        it draws, since an adapter must be on for everything else.
+        it draws, since an adapter must be on for everything else. Raises as `sampler`.
         """
-        if self.copy_dtype is not None:
+        if self.make_sampler is not None:
+            return self._made_of_start(self.make_sampler)
+        if self.copy_dtype is not None and not is_sharded(self.model):
             with self.reference() as model:
                 copied = half_precision_copy(model, self.copy_dtype)
             if copied is not None:
                 return self._sampler_of(copied, None, self.known_start_way)
         return _WhileOpen(self)
+
+    def _made(self, make: MakeSampler) -> Sampler:
+        """Another engine's sampler of the current policy, tried."""
+        policy = PolicyNow(self.model, "current", False, self.eos_token_ids, self.logprobs)
+        return self._tried(make(policy), policy)
+
+    def _made_of_start(self, make: MakeSampler) -> Sampler:
+        """The same of the start policy, whose scores open it anew."""
+        with self.reference() as model:
+            is_off = model is self.model
+            policy = PolicyNow(model, "start", is_off, self.eos_token_ids, self.start_logprobs)
+            made = make(policy)
+        return self._tried(made, policy)
+
+    def _tried(self, made: Sampler, policy: PolicyNow) -> Sampler:
+        checked = CheckedSampler(made, policy, self.tolerance)
+        for prompt in self._tried_on:
+            checked.try_on(prompt)
+        return checked
 
     def _sampler_of(
         self, model: torch.nn.Module, dtype: torch.dtype | None, known_way: KnownWay

@@ -25,6 +25,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from neat_align.modeling.head_inputs import completion_logits
 from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference
@@ -106,12 +107,14 @@ class TransformersSampler:
     ) -> list[Sample]:
         """One `Sample` a request, in the order of the requests.
 
-        Raises ConfigError for a model that no way of sampling draws from rightly.
+        Where ranks hold parts of the model, each of them calls this with its share, which may be
+        empty. Raises ConfigError for a model that no way of sampling draws from rightly.
         """
-        if not requests:
-            return []
-        way = self.settle([r.prompt_ids for r in requests])
-        return self._sample_in(way, requests, params, progress, finished)
+        with lockstep(self.model):
+            if not requests:
+                return []
+            way = self.settle([r.prompt_ids for r in requests])
+            return self._sample_in(way, requests, params, progress, finished)
 
     def settle(self, prompts: Sequence[tuple[int, ...]]) -> SamplingWay:
         """Which prompts are drawn together: measured once, on tiny rows from tokens of `prompts`.
@@ -141,7 +144,9 @@ class TransformersSampler:
         lengths = groupby(order, key=lambda i: len(requests[i].prompt_ids))
         groups = [order] if way == "together" else [list(group) for _, group in lengths]
         cached = keeps_keys(self.model) and way != "whole"
-        draw_share = in_batches(self._whole if way == "whole" else self._generate)
+        # `generate` calls the model below an adapter, where no rank could wait for the others.
+        whole = way == "whole" or is_sharded(self.model)
+        draw_share = in_batches(self._whole if whole else self._generate)
         if cached:
             draw_share = (
                 self._refilled if way == "together" else in_batches(self._decode_one_length)
@@ -192,7 +197,13 @@ class TransformersSampler:
         try:
             draw()
             return True
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if is_sharded(self.model):
+                error.add_note(
+                    "The batch is not halved where processes share a model's weights, since the "
+                    "others wait in the pass that ran out of memory: lower generation_batch_size"
+                )
+                raise
             if self._keeps_casts:
                 self.batch_limit.keeps_casts = False
             elif places == 1:

@@ -4,10 +4,13 @@ neat_trainer.py    NEATTrainer, a subclass of `transformers.Trainer` alone
 given.py           what a script gives the trainer, or asks of it, and what cannot work
 startup_checks.py  what Trainer would find out only after the first round
 setup.py           data, policy and layout, checked before anything is sampled
+memory_plan.py     what a run will take of the memory; decides about checkpointing
 reward_setup.py    rewards and judges, checked before anything is sampled
+sampler_setup.py   who samples, where it is another engine
 parts.py           what the trainer is composed of, and what the parts do together
 round_maker.py     a round from the current policy
 shared_tools.py    its costly calls, and an evaluation's, shared by all ranks
+shared_reference.py  a start policy of its own, divided between processes
 round_callback.py  rounds among Trainer's events
 """
 

@@ -14,6 +14,7 @@ instead of computing a loss.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -34,9 +35,11 @@ from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given
+from neat_align.trainer.memory_plan import settle_memory
 from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
+from neat_align.trainer.sampler_setup import GivenSampler
 from neat_align.trainer.setup import keep_one_progress_bar, read_data, set_up_policy
 from neat_align.trainer.startup_checks import refused, rehearse
 
@@ -62,6 +65,7 @@ class NEATTrainer(Trainer):
             switched off, else a frozen copy of `model`.
         judge_funcs: rewards that evaluation reports and training never sees.
         eval_rewards: what evaluation reports as the reward; None: what is trained on.
+        sampler: another engine: a `Sampler`, or a function of a `PolicyNow` that gives one.
     """
 
     # The loss is divided by counts over the whole optimizer step: not by Trainer, too.
@@ -86,6 +90,7 @@ class NEATTrainer(Trainer):
         ref_model: str | PreTrainedModel | torch.nn.Module | None = None,
         judge_funcs: RewardSpec | Sequence[RewardSpec] | None = None,
         eval_rewards: RewardSum | None = None,
+        sampler: GivenSampler = None,
     ) -> None:
         args = given.as_config(args)
         data = read_data(args, train_dataset, eval_dataset, callbacks or ())
@@ -93,7 +98,7 @@ class NEATTrainer(Trainer):
         contrast = contrast_reward(args, setup, self._sum_logprobs)
         told = (reward_funcs, judge_funcs, reward_processing_classes)
         scored_by = set_up_rewards(args, contrast, *told, lambda: self.state, eval_rewards)
-        data = scorable_data(data, scored_by, args.on_bad_row)
+        data = settle_memory(args, setup, scorable_data(data, scored_by, args.on_bad_row))
         self.rounds = CurrentRoundDataset(args.groups_per_round(len(data.rows)))
         self.round_callback = RoundCallback(self, self.rounds)
         with refused("Trainer refuses these settings", "Correct them"):
@@ -107,14 +112,10 @@ class NEATTrainer(Trainer):
                 callbacks=cast("Any", [self.round_callback, *(callbacks or [])]),
                 optimizers=given.checked_optimizers(optimizers, setup.model),
             )
-        self.parts: TrainerParts = compose(
-            args,
-            data,
-            setup,
-            scored_by,
+        composed = functools.partial(compose, args, data, setup, scored_by, sampler=sampler)
+        self.parts: TrainerParts = composed(
             accelerator=self.accelerator,
             forward_backward=self._forward_backward,
-            sharded=bool(self.is_fsdp_enabled or self.is_deepspeed_enabled),
             steps_per_round=lambda: self.steps_per_round,
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
@@ -176,7 +177,7 @@ class NEATTrainer(Trainer):
         return self.parts.engine.accumulate(model, inputs, num_items_in_batch)
 
     def _forward_backward(
-        self, model: torch.nn.Module, micro_batch: MicroBatch, counts: LossCounts
+        self, model: torch.nn.Module, micro_batch: MicroBatch | None, counts: LossCounts
     ) -> Tensor:
         return super().training_step(model, {"micro_batch": micro_batch}, cast("Any", counts))
 
@@ -259,7 +260,7 @@ class NEATTrainer(Trainer):
             self.state.global_step,
             lambda: super(NEATTrainer, self)._save_checkpoint(model, trial),
             self.round_callback.resume_state,
-            required=required_files(self.args, sharded=self.parts.engine.sharded),
+            required=required_files(self.args, self.parts.sharding),
             best=self.state.best_model_checkpoint,
         )
 

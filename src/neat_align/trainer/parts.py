@@ -8,24 +8,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import TrainerCallback, TrainerState
 
 from neat_align.config import NEATConfig
+from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError
 from neat_align.evaluation.drift_monitor import DriftMonitor, Facts
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
 from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.learning.step_metrics import sum_dtype
+from neat_align.modeling.load_options import held_as
+from neat_align.modeling.lockstep import class_of
 from neat_align.modeling.packing import Layout
-from neat_align.modeling.requirements import context_of
+from neat_align.modeling.requirements import check_learns, context_of
 from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, check_on_bad_row
+from neat_align.rewards.contrast import ContrastReward
 from neat_align.runs.events import stage_reporter, tell_plan
 from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.runs.ranks import Ranks
@@ -35,6 +39,7 @@ from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
 from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
+from neat_align.trainer.sampler_setup import GivenSampler, sampler_maker
 from neat_align.trainer.setup import (
     PolicySetup,
     TrainingData,
@@ -63,6 +68,7 @@ class TrainerParts:
     directory: RunDirectory
     policies: Policies
     engine: StepEngine
+    sharding: Sharding
     round_maker: RoundMaker
     alarms: Alarms
 
@@ -76,22 +82,26 @@ class TrainerParts:
         def tools() -> EvalTools:
             return replace(self.eval_tools(with_reference=True), rewards=(), judges=())
 
-        return lead_evaluation(self.ranks, tools, measure, "while drift was measured")
+        where, in_step = "while drift was measured", self.policies.in_step
+        return lead_evaluation(self.ranks, tools, measure, where, in_step)
 
     def eval_tools(self, *, with_reference: bool) -> EvalTools:
         """Who samples and judges in an evaluation of the current policy."""
         policies = self.policies
+        # Only an eval_dataset that the trainer was not made with finds no start policy.
+        kept = policies.keeps_start
+        judge = policies.start_sum_logprobs if kept else policies.sum_logprobs
         return EvalTools(
             tokenizer=self.setup.tokenizer,
             sampler=policies.sampler(),
-            rewards=judged_by_start(self.scored_by.evaluated, policies.start_sum_logprobs),
-            judges=judged_by_start(self.scored_by.judges, policies.start_sum_logprobs),
+            rewards=judged_by_start(self.scored_by.evaluated, judge),
+            judges=judged_by_start(self.scored_by.judges, judge),
             bank=self.setup.bank,
             placement=self.args.instruction_placement,
             sampling=sampling_params(self.args),
             logprobs=policies.logprobs,
             context=context_of(policies.model),
-            divergence=policies.divergence if with_reference else None,
+            divergence=policies.divergence if with_reference and kept else None,
             on_bad_row=check_on_bad_row(self.args.on_bad_row),
         )
 
@@ -109,6 +119,8 @@ class TrainerParts:
         signal ends it at once; within training it is finished first, since a checkpoint comes next.
         """
         rows = self.data.eval_rows if eval_dataset is None else self._held_out(eval_dataset)
+        if not is_start and not self.policies.keeps_start:
+            self._check_without_start()
         if not rows:
             raise ConfigError(
                 "there is nothing to evaluate on: pass an eval_dataset with held-out prompts"
@@ -137,7 +149,19 @@ class TrainerParts:
                 lambda: self.eval_tools(with_reference=not is_start),
                 evaluate,
                 "in an evaluation",
+                self.policies.in_step,
             )
+
+    def _check_without_start(self) -> None:
+        """An evaluation after the first step of a run that kept no start policy."""
+        everybody = (*self.scored_by.evaluated, *self.scored_by.judges)
+        advice = "pass eval_dataset to NEATTrainer, too, and it is kept"
+        if any(isinstance(r.function, ContrastReward) for r in everybody):
+            raise ConfigError(
+                "the start policy judges by contrast in evaluations, and it was not kept since no "
+                f"option reads it and the trainer was made without held-out prompts: {advice}"
+            )
+        logger.warning("this evaluation has no KL: the start policy was not kept; %s", advice)
 
     def unmeasured(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """NaN for the metric that decides which model is best, where this evaluation has none.
@@ -220,6 +244,7 @@ class TrainerParts:
         facts: dict[str, Any] = {"data": data, "plan": self.plan.to_json()}
         if self.scored_by.in_place is not None:
             facts["evaluated_by"] = [reward.name for reward in self.scored_by.in_place]
+        facts["model"] = held_as(self.setup.model)
         self.directory.record_start(names, facts)
 
     def run_key(self) -> dict[str, object]:
@@ -227,13 +252,15 @@ class TrainerParts:
         rewards, processes.
         """
         setup = self.setup
+        check_learns(setup.model)
         pairs = [[pair.positive, pair.negative] for pair in setup.bank.pairs]
         template = [len(setup.tokenizer), setup.tokenizer.chat_template]
         return run_key(
             self.args,
             {
-                "model": type(setup.model).__name__,
+                "model": class_of(setup.model).__name__,
                 "start weights": setup.start_fingerprint,
+                **held_as(setup.model),
                 "tokenizer": text_fingerprint(template),
                 "instructions": text_fingerprint(pairs),
                 "training data": self.data.fingerprints[0],
@@ -259,17 +286,17 @@ def compose(
     *,
     accelerator: Accelerator,
     forward_backward: ForwardBackward,
-    sharded: bool,
     steps_per_round: Callable[[], int],
     on_open: Callable[[int], None],
+    sampler: GivenSampler = None,
 ) -> TrainerParts:
-    """The parts, once Trainer has made the accelerator; `sharded`: ranks hold parts of weights."""
+    """The parts, once Trainer has made the accelerator."""
     _check_followed(args, data, scored_by)
-    folder = Path(str(args.output_dir))
-    ranks = Ranks(accelerator, StopRequest(), timeout=args.ddp_timeout, folder=folder)
+    ranks = _ranks(args, accelerator)
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
-    layout = layout_for(args, setup, data, sharded=sharded)
-    policies = _policies(args, setup, data, layout)
+    sharding = sharding_of(accelerator)
+    layout = layout_for(args, setup, data, sharding)
+    policies = _policies(args, setup, data, layout, (sampler, sharding))
     return TrainerParts(
         args=args,
         data=data,
@@ -285,8 +312,9 @@ def compose(
             layout=layout,
             pad_token_id=policies.pad_token_id,
             reference=setup.reference,
-            sharded=sharded,
+            sharded=sharding != "none",
         ),
+        sharding=sharding,
         round_maker=RoundMaker(
             args,
             data.rows,
@@ -302,6 +330,18 @@ def compose(
     )
 
 
+def _ranks(args: NEATConfig, accelerator: Accelerator) -> Ranks:
+    folder = Path(str(args.output_dir))
+    return Ranks(accelerator, StopRequest(), timeout=args.ddp_timeout, folder=folder)
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding:
+    """How accelerate divides the run between processes."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return cast("Sharding", f"zero{accelerator.state.deepspeed_plugin.zero_stage}")
+    return "fsdp2" if accelerator.is_fsdp2 else "none"
+
+
 def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) -> None:
     judges = [judge.name for judge in scored_by.judges]
     names = metric_names(
@@ -313,10 +353,15 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
     check_followed_metric(args, names)
 
 
-def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: Layout) -> Policies:
+def _policies(
+    args: NEATConfig,
+    setup: PolicySetup,
+    data: TrainingData,
+    layout: Layout,
+    engine: tuple[GivenSampler, Sharding],
+) -> Policies:
     dtype = autocast_dtype(args)
-    on_cpu = args.device.type == "cpu"
-    copies = args.generation_copy == "always" or (args.generation_copy == "auto" and on_cpu)
+    sampler, sharding = engine
     policies = Policies(
         model=setup.model,
         reference=setup.reference,
@@ -330,7 +375,9 @@ def _policies(args: NEATConfig, setup: PolicySetup, data: TrainingData, layout: 
         pad_token_id=setup.tokenizer.pad_token_id,
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,
-        copy_dtype=dtype if copies else None,
+        copy_dtype=dtype if args.samples_from_copy else None,
+        make_sampler=sampler_maker(args, setup, data, sampler, sharded=sharding != "none"),
+        tolerance=args.sampler_tolerance,
     )
     policies.settle_sampling(first_prompts(setup, data))
     return policies

@@ -9,6 +9,7 @@ from typing import Any
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
 from neat_align.modeling.packing import TokenIds
+from neat_align.network.server_url import parse_url
 from neat_align.prompts.instruction_banks import Contrasted
 from neat_align.prompts.row_prompts import instructed_prompt_ids
 from neat_align.prompts.rows import (
@@ -22,10 +23,11 @@ from neat_align.prompts.skipped_rows import BadRows
 from neat_align.prompts.template_inputs import joined_inputs
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
-from neat_align.rewards.protocol import NamedReward, RewardSpec, RewardSum
+from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec, RewardSum
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import unscorable_rows
 from neat_align.rounds.ranking import ORIGIN_STEP
+from neat_align.sampling.vllm_client import VLLM_SERVER
 from neat_align.trainer.setup import PolicySetup, TrainingData, template_kwargs
 
 # (prompt ids, completion ids) → summed log-probabilities in nats, in order.
@@ -75,7 +77,7 @@ def set_up_rewards(
         told = named_rewards(funcs, args, contrast, evaluated.weights)
     functions = [r.function for r in (*rewards, *judges, *(told or ()))]
     check_tokens(functions)
-    check_http_hosts(args.allow_http_hosts, functions)
+    _check_http_hosts(args, functions)
     if args.distil_answers == "lower_half" and not rewards:
         raise ConfigError(
             "distil_answers is lower_half but reward_funcs is empty: nothing says which half is "
@@ -98,6 +100,13 @@ def set_up_rewards(
 
     in_place = None if told is None else with_state(told)
     return Rewards(with_state(rewards), with_state(judges), in_place)
+
+
+def _check_http_hosts(args: NEATConfig, functions: Sequence[RewardFunction]) -> None:
+    """Refuse an `allow_http_hosts` that neither a reward nor the vLLM server needs."""
+    hosts, urls = args.allow_http_hosts, [args.vllm_server] if args.vllm_server else []
+    others = [parse_url(url, VLLM_SERVER, hosts or ()) for url in urls]
+    check_http_hosts(hosts, functions, others)
 
 
 def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> TrainingData:

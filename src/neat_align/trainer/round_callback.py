@@ -24,6 +24,7 @@ from neat_align.runs.resume_state import ResumeState
 from neat_align.runs.run_directory import RunStart
 from neat_align.runs.trainer_internals import restore_running_loss, running_loss
 from neat_align.trainer.parts import TrainerParts
+from neat_align.trainer.shared_reference import share_reference
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class RoundCallback(TrainerCallback):
         """Measure the start before the first step; a resumed run has it on the disk."""
         step = state.global_step
         parts, per_round = self.parts, self.trainer.steps_per_round
+        share_reference(parts.ranks.accelerator, parts.setup.reference, parts.setup.model)
         if self._checkpoint is not None:  # Trainer has read it
             self._load_renamed(self._checkpoint)
         if step == 0:

@@ -159,7 +159,7 @@ class RoundMaker:
             def tools() -> RoundTools:
                 return self._tools(where, is_start=is_start, start_is_current=start_is_current)
 
-            lead_round(self.ranks, tools, work, where)
+            lead_round(self.ranks, tools, work, where, self.policies.in_step)
         # Rank 0 has made it, or read and checked it; each of the others does that for itself.
         made = read_round(folder) if made is None else made
         assert made is not None
@@ -185,9 +185,16 @@ class RoundMaker:
         checked, self._intact = self._intact, None
         return checked[1] if checked is not None and checked[0] == index else None
 
+    def start_tools(self) -> RoundTools:
+        """Who makes the first round: for workers that make parts of it elsewhere."""
+        where = "in a part of the round; its finished answers and scores are kept"
+        return self._tools(where, is_start=True, start_is_current=True)
+
     def _tools(self, where: str, *, is_start: bool, start_is_current: bool) -> RoundTools:
         policies, keep_reference = self.policies, is_start or self.args.needs_reference
-        start_logprobs = policies.start_logprobs if keep_reference else None
+        # Before the first step the model itself is the start policy, and may be the only one.
+        start = policies.start_logprobs if policies.keeps_start else policies.logprobs
+        start_logprobs = start if keep_reference else None
         # The same function twice: it runs once.
         both_are_one = is_start and start_is_current
         sampler = policies.sampler()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
 from neat_align.config import NEATConfig
+from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError, DataError
+from neat_align.modeling.head_inputs import head_of, linear_head
 from neat_align.modeling.layout import choose_layout
+from neat_align.modeling.load_options import held_like, read_load_options
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.outputs import adds_auxiliary_loss
 from neat_align.modeling.packing import Layout
@@ -275,8 +278,7 @@ def set_up_policy(
 
     Raises ConfigError, DataError and PromptError, each with what to change.
     """
-    policy = load_policy(model) if isinstance(model, str) else model
-    tokenizer = load_tokenizer(policy, tokenizer)
+    policy, tokenizer = _loaded(args, model, tokenizer, peft_config)
     bank = load_bank(args.instruction_bank)
     _check_pairs(args, bank)
     conversational = data.conversational
@@ -287,12 +289,20 @@ def set_up_policy(
         check_template(tokenizer, bank, placement, conversational=conversational, inputs=inputs)
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
     settle_generation_config(policy)
-    ref_model = load_policy(ref_model) if isinstance(ref_model, str) else ref_model
+    if isinstance(ref_model, str):
+        ref_model = load_policy(ref_model, held_like(policy))
     reference_given = ref_model is not None and ref_model is not policy
     if reference_given:
         check_reference(ref_model, policy)
     set_seed(args.seed)  # a new adapter is drawn at random
-    reference, policy = start_policy(policy, peft_config, ref_model)
+    evaluates = bool(data.eval_rows) and args.num_eval_prompts != 0
+    reference, policy = start_policy(
+        policy,
+        peft_config,
+        ref_model,
+        keep=args.needs_start_policy(evaluates=evaluates),
+        autocast_dtype=autocast_dtype(args),
+    )
     check_context(policy, args.max_prompt_length, args.max_completion_length)
     models = [policy, ref_model] if isinstance(ref_model, torch.nn.Module) else [policy]
     limits = instructed_limits(args, tokenizer, bank, models, conversational=conversational)
@@ -303,6 +313,25 @@ def set_up_policy(
     start = weights_fingerprint(policy)
     setup = PolicySetup(policy, tokenizer, bank, reference, reference_given, start, limits)
     return setup, data
+
+
+def _loaded(
+    args: NEATConfig, model: Any, tokenizer: Any, peft_config: Any
+) -> tuple[torch.nn.Module, Any]:
+    """The model and its tokenizer, loaded where a name was given. Raises ConfigError."""
+    given = cast("Mapping[str, Any] | None", args.model_init_kwargs)
+    if not isinstance(model, str):
+        if given:
+            raise ConfigError(
+                f"model_init_kwargs is {dict(given)} and the model was passed as an object, which "
+                "is loaded already: pass its name, or leave model_init_kwargs out"
+            )
+        return model, load_tokenizer(model, tokenizer)
+    named = read_load_options(given)
+    options = named.options if peft_config else named.options.where_all_weights_learn()
+    revision, trusted = named.revision, named.trust_remote_code
+    policy = load_policy(model, options, revision=revision, trust_remote_code=trusted)
+    return policy, load_tokenizer(policy, tokenizer, revision=revision, trust_remote_code=trusted)
 
 
 def _check_pairs(args: NEATConfig, bank: InstructionBank) -> None:
@@ -316,7 +345,7 @@ def _check_pairs(args: NEATConfig, bank: InstructionBank) -> None:
 
 
 def layout_for(
-    args: NEATConfig, setup: PolicySetup, data: TrainingData, *, sharded: bool
+    args: NEATConfig, setup: PolicySetup, data: TrainingData, sharding: Sharding
 ) -> Layout:
     """Packed rows where the model, and a start policy that was given, get the same numbers so.
 
@@ -324,11 +353,16 @@ def layout_for(
     ConfigError for a model that says something else of a row in training, or each time.
     """
     may_pack = args.prefix_sharing != "off"
-    if may_pack and (sharded or args.n_gpu > 1 or args.ddp_static_graph):
+    if may_pack and (sharding.startswith("zero") or args.n_gpu > 1 or args.ddp_static_graph):
         logger.warning(
             "prompts are not shared between completions under DeepSpeed, DataParallel and "
-            "ddp_static_graph: padded rows are used, and under the first "
-            "max_tokens_per_micro_batch does not cut"
+            "ddp_static_graph: padded rows are used"
+        )
+        may_pack = False
+    if may_pack and sharding == "fsdp2" and linear_head(head_of(setup.model)) is None:
+        logger.warning(
+            "prompts are not shared between completions under FSDP where the model's head is no "
+            "plain linear layer (an adapter on it, a quantised one): padded rows are used"
         )
         may_pack = False
     if adds_auxiliary_loss(setup.model):
@@ -345,9 +379,7 @@ def layout_for(
     if args.disable_dropout:
         with showing_adapter(setup.model):
             check_training_forward(setup.model, prompts, one_at_a_time=layout == "unpadded")
-    dtype = autocast_dtype(args)
-    if dtype is not None:
-        check_autocast(setup.model, prompts, dtype)
+    check_autocast(setup.model, prompts, autocast_dtype(args))
     if setup.reference_given:  # it is scored in the same layout
         with setup.reference() as start:
             its_own = choose_layout(

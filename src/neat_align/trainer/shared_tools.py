@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -21,7 +22,7 @@ from neat_align.rewards.protocol import NamedReward, ScoredRows
 from neat_align.rewards.scoring import ScoreFunction
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.runs.ranks import Ranks
-from neat_align.runs.shared_calls import Functions, SharedCalls
+from neat_align.runs.shared_calls import Functions, SharedCalls, Together
 from neat_align.runs.signals import interrupted
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 
@@ -289,36 +290,47 @@ Tools = TypeVar("Tools", RoundTools, EvalTools)
 
 
 def lead_round(
-    ranks: Ranks, tools: Callable[[], RoundTools], work: Callable[[RoundTools], None], what: str
+    ranks: Ranks,
+    tools: Callable[[], RoundTools],
+    work: Callable[[RoundTools], None],
+    what: str,
+    together: Together = nullcontext,
 ) -> None:
     """Run `work` on rank 0 with tools whose calls all ranks share. Every rank calls this.
 
-    `tools` makes a rank's own; `what` says when it was. Raises as `SharedCalls.lead` does.
+    `tools` makes a rank's own; `what` says when it was; `together` is open on every rank during a
+    call. Raises as `SharedCalls.lead` does.
     """
-    _lead(ranks, tools, round_functions, shared_round_tools, work, what)
+    _lead(ranks, tools, (round_functions, shared_round_tools), work, what, together)
 
 
 def lead_evaluation(
-    ranks: Ranks, tools: Callable[[], EvalTools], work: Callable[[EvalTools], T], what: str
+    ranks: Ranks,
+    tools: Callable[[], EvalTools],
+    work: Callable[[EvalTools], T],
+    what: str,
+    together: Together = nullcontext,
 ) -> T:
     """The same for an evaluation; gives every rank what `work` gave."""
     found: list[T] = []
-    _lead(ranks, tools, eval_functions, shared_eval_tools, lambda t: found.append(work(t)), what)
+    shared = (eval_functions, shared_eval_tools)
+    _lead(ranks, tools, shared, lambda t: found.append(work(t)), what, together)
     return ranks.from_rank_zero(found[0] if found else cast("T", None))
 
 
 def _lead(
     ranks: Ranks,
     tools: Callable[[], Tools],
-    functions: Callable[[Tools], Functions],
-    shared: Callable[[Tools, SharedCalls], Tools],
+    sharing: tuple[Callable[[Tools], Functions], Callable[[Tools, SharedCalls], Tools]],
     work: Callable[[Tools], None],
     what: str,
+    together: Together,
 ) -> None:
     made: list[Tools] = []
     signal_number = ranks.run_on_all_ranks(lambda: made.append(tools()), what)
     if signal_number:
         raise interrupted(signal_number, what, show=False)
     (own,) = made
-    calls = SharedCalls(ranks, functions(own))
+    functions, shared = sharing
+    calls = SharedCalls(ranks, functions(own), together)
     calls.lead(lambda: work(own if ranks.count == 1 else shared(own, calls)), what)

@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, one_line
+from neat_align.modeling.requirements import is_trained
 
 # Steps of a schedule that are looked at: the first ones, and this many more until the last.
 _POINTS = 32
@@ -104,6 +105,8 @@ def rehearse(trainer: Trainer, total_steps: int) -> None:
         _check_activation_checkpointing(trainer.model, args)
         if args.torch_compile:
             _check_compiler(args)
+        if not is_trained(cast("torch.nn.Module", trainer.model)):
+            return  # it is evaluated or sampled from
         if not trainer.is_deepspeed_enabled:  # its own configuration may name another optimizer
             rates = _check_optimizer(trainer, args)
             _check_schedule(trainer, args, rates, total_steps)

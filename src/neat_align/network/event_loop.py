@@ -1,9 +1,9 @@
-"""The one event loop that async rewards run in, for the life of the process.
+"""The one event loop of async rewards and requests to servers, for the life of the process.
 
 Clients, locks and queues of asyncio belong to the loop in which they are first used, so a reward
 that keeps one between its calls needs the same loop every time: over rounds, evaluations and the
 runs of a comparison. The loop has a thread of its own, so it also works where the caller's thread
-has a running loop already (a notebook). It begins with the first async reward and is closed when
+has a running loop already (a notebook). It begins with the first that needs it and is closed when
 the process ends; what is still running then is cancelled.
 """
 
@@ -13,7 +13,7 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -30,13 +30,13 @@ class LoopBlockedError(Exception):
     """The loop gave no answer in time: something in it does not come back to it."""
 
 
-class RewardLoop:
+class BackgroundLoop:
     """An event loop in a daemon thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._serve, name="neat-align rewards", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="neat-align requests", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -53,12 +53,18 @@ class RewardLoop:
         """Whether it runs: a forked process has the loop, and not its thread."""
         return self._process == os.getpid() and self._thread.is_alive()
 
-    def run(self, main: Coroutine[Any, Any, T], limit: float | None = None) -> T:
+    def run(
+        self,
+        main: Coroutine[Any, Any, T],
+        limit: float | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> T:
         """The result of `main`, run in the loop with a copy of the caller's context.
 
-        When the caller is interrupted, `main` is cancelled and its clean-up waited for. Raises what
-        `main` raises, LoopBlockedError after `limit` seconds (None: no limit), and RewardError for
-        a caller that runs in the loop itself.
+        `meanwhile` is called about once a second in the caller's thread. When the caller is
+        interrupted, by what it raises too, `main` is cancelled and its clean-up waited for. Raises
+        what `main` raises, LoopBlockedError after `limit` seconds (None: no limit), and RewardError
+        for a caller that runs in the loop itself.
         """
         if threading.current_thread() is self._thread:
             main.close()
@@ -83,6 +89,8 @@ class RewardLoop:
                 waited += step
                 if limit is not None and waited >= limit and not done.done():
                     raise LoopBlockedError
+                if meanwhile is not None:
+                    meanwhile()
             return done.result()
         finally:
             if not done.done():
@@ -120,21 +128,21 @@ async def _cancel_everything() -> None:
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-_current: RewardLoop | None = None
+_current: BackgroundLoop | None = None
 _making = threading.Lock()
 
 
-def reward_loop() -> RewardLoop:
+def background_loop() -> BackgroundLoop:
     """The process's loop, begun at the first call."""
     global _current
     with _making:
         if _current is None or not _current.is_usable():
-            _current = RewardLoop()
+            _current = BackgroundLoop()
         return _current
 
 
-def give_up(loop: RewardLoop) -> None:
-    """Leave a blocked loop alone in its thread; the next call of `reward_loop` begins another."""
+def give_up(loop: BackgroundLoop) -> None:
+    """Leave a blocked loop alone in its thread; `background_loop` then begins another."""
     global _current
     with _making:
         if _current is loop:

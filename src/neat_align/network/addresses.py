@@ -1,4 +1,4 @@
-"""Which addresses a reward server may have, and a transport that connects only to an address that
+"""Which addresses a server may have, and a transport that connects only to an address that
 was checked.
 
 For each request the name is resolved once, every address that it has is checked, and the
@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 import httpx2
 
-from neat_align.errors import ConfigError, RewardError
+from neat_align.errors import ConfigError, NEATError
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -65,7 +65,7 @@ def allows_plain_http(host: str, patterns: Sequence[str]) -> bool:
 
 
 def refusal(address: str, *, encrypted: bool, allowed: bool = False) -> str | None:
-    """Why no reward is asked at an IP address, in a few words; None when it may be.
+    """Why no server is asked at an IP address, in a few words; None when it may be.
 
     `encrypted` is whether the URL is https, `allowed` whether `allow_http_hosts` names its host.
     """
@@ -101,11 +101,18 @@ def _embedded(a: Address) -> list[Address]:
 
 
 async def checked_addresses(
-    host: str, port: int, *, encrypted: bool, allowed: bool = False
+    host: str,
+    port: int,
+    server: str,
+    error: type[NEATError],
+    *,
+    encrypted: bool,
+    allowed: bool = False,
 ) -> list[str]:
     """The addresses of a host, in the system's order.
 
-    RewardError when one of them is refused; OSError when there is none.
+    `error` when one of them is refused, in which `server` says what it is; OSError when there is
+    none.
     """
     infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
@@ -113,7 +120,7 @@ async def checked_addresses(
         reason = refusal(address, encrypted=encrypted, allowed=allowed)
         if reason is not None:
             shown = address if address == host else f"{host} ({address})"
-            raise RewardError(f"the reward server {shown} is {reason}; nothing was sent there")
+            raise error(f"the {server} {shown} is {reason}; nothing was sent there")
     return addresses
 
 
@@ -121,15 +128,27 @@ class CheckedTransport(httpx2.AsyncBaseTransport):
     """httpx2's transport, given an address that was checked in place of the host's name.
 
     The `Host` header stays, and the certificate is checked against the name in the URL and the
-    system's authorities. `allowed` is whether `allow_http_hosts` names the host.
+    system's authorities. `allowed` is whether `allow_http_hosts` names the host. `server` and
+    `error` are those of `checked_addresses`; `most` connections are open at once (None: 100,
+    of which 20 are kept).
     """
 
-    def __init__(self, *, encrypted: bool, allowed: bool) -> None:
+    def __init__(
+        self,
+        server: str,
+        error: type[NEATError],
+        *,
+        encrypted: bool,
+        allowed: bool,
+        most: int | None = None,
+    ) -> None:
+        self._server, self._error = server, error
         self._encrypted, self._allowed = encrypted, allowed
         # Reading the system's authorities takes 20 ms, and http needs none; a context without
         # authorities would trust nobody.
         tls = ssl.create_default_context() if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._pool = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False)
+        limits = httpx2.Limits(max_connections=most or 100, max_keepalive_connections=most or 20)
+        self._pool = httpx2.AsyncHTTPTransport(verify=tls, trust_env=False, limits=limits)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send to the first address that takes the connection."""
@@ -137,6 +156,8 @@ class CheckedTransport(httpx2.AsyncBaseTransport):
         addresses = await checked_addresses(
             url.host,
             url.port or (443 if self._encrypted else 80),
+            self._server,
+            self._error,
             encrypted=self._encrypted,
             allowed=self._allowed,
         )

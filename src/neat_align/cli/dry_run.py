@@ -1,0 +1,120 @@
+"""`neat-align train --dry-run`: what a run would do and take, from the data and the model's
+configuration alone. Nothing is sampled, trained or written, and no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig
+from transformers.utils import find_adapter_config_file
+
+from neat_align.config import NEATConfig
+from neat_align.config.unsupported import check_command_options
+from neat_align.errors import ConfigError
+from neat_align.modeling.adapters import LOAD_ERRORS, read_adapter
+from neat_align.modeling.demo_model import model_source
+from neat_align.modeling.load_options import LoadOptions
+from neat_align.modeling.loading import load_tokenizer
+from neat_align.modeling.model_shape import meta_model
+from neat_align.modeling.requirements import check_causal
+from neat_align.pipeline import load_data, lora_config
+from neat_align.prompts.rows import is_conversational
+from neat_align.prompts.skipped_rows import SkippedRows
+from neat_align.runs.plan import plan_run
+from neat_align.script_arguments import ScriptArguments
+from neat_align.trainer.memory_plan import MemoryPlan, plan_memory
+from neat_align.trainer.setup import TrainingData, read_rows, usable_rows
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(script: ScriptArguments, args: NEATConfig) -> list[str]:
+    """The plan of a run and the estimate of its memory, in lines. Raises what the run would."""
+    check_command_options(args)
+    if not script.model_name_or_path:
+        raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
+    options = script.load_options
+    if not script.use_peft:
+        options = options.where_all_weights_learn()
+    model = _on_meta(script, options)
+    data, is_counted = _data(script, args, model)
+    groups = args.groups_per_round(len(data.rows))
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    lengths = data.prompt_lengths
+    plan = plan_run(args, lengths, prompts_per_round=groups, steps_per_round=-(-groups // step))
+    if not is_counted:
+        plan = replace(plan, prompt_tokens=None)
+    memory = plan_memory(
+        args,
+        model,
+        data.rows,
+        lengths,
+        evaluates=bool(data.eval_rows) and args.num_eval_prompts != 0,
+        in_4_bits=options.load_in_4bit,
+    )
+    more = "data_passes: 1 is one pass over all of it"
+    return [*plan.lines(more=more), *_with_checkpointing(args, memory)]
+
+
+def _with_checkpointing(args: NEATConfig, memory: MemoryPlan) -> list[str]:
+    """The table as the run would settle it, and what would help where it does not fit."""
+    lines: list[str] = []
+    if args.activation_checkpointing is None and memory.wants_checkpointing:
+        lines.append("activation checkpointing would be on: without it there is no room")
+        memory = memory.with_checkpointing()
+    lines = [*memory.lines(), *lines]
+    if not memory.fits:
+        lines.append(f"it does not fit: {memory.advice()}")
+    return lines
+
+
+def _on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
+    """The model that a run would train, without numbers. Raises ConfigError."""
+    name, revision = model_source(script.model_name_or_path), script.model_revision
+    trusted = script.trust_remote_code
+    try:
+        if find_adapter_config_file(name, revision=revision) is not None:
+            saved = read_adapter(name, revision)
+            name, revision = saved.base_name, saved.config.revision
+        config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trusted)
+    except LOAD_ERRORS as error:
+        raise ConfigError(
+            f"the configuration of the model {name} cannot be read ({error}): check the name"
+        ) from error
+    check_causal(config, name)
+    saved_as = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    dtype = saved_as if options.dtype == "auto" else options.torch_dtype
+    model: Any = meta_model(config).to(dtype)
+    model.config.name_or_path = name
+    adapter = lora_config(script)
+    return cast("torch.nn.Module", model if adapter is None else get_peft_model(model, adapter))
+
+
+def _data(
+    script: ScriptArguments, args: NEATConfig, model: torch.nn.Module
+) -> tuple[TrainingData, bool]:
+    """The rows that could be used, and whether their tokens are counted: not without a tokenizer,
+    where every prompt is as long as it may be.
+    """
+    skipped = SkippedRows()
+    given, held_out = load_data(script, args.on_bad_row, skipped)
+    rows = read_rows(args, given, "train_dataset", skipped)
+    data = TrainingData(rows, held_out, is_conversational(rows), skipped)
+    try:
+        tokenizer = load_tokenizer(
+            model, revision=script.model_revision, trust_remote_code=script.trust_remote_code
+        )
+    except ConfigError as error:
+        logger.warning(
+            "%s: every prompt is taken to have max_prompt_length (%d) tokens",
+            str(error).partition(" (")[0],
+            args.max_prompt_length,
+        )
+        return replace(data, prompt_lengths=[args.max_prompt_length] * len(rows)), False
+    usable = usable_rows(args, data, rows, tokenizer, "training prompts", skipped=skipped)
+    return replace(data, rows=usable.rows, prompt_lengths=usable.lengths), True
