@@ -39,7 +39,7 @@ class KeptSamples:
         """These have ended. Between two batches of them, `tools.between_batches` is called."""
         self._take(places, samples)
         if len(self._unstored) >= STORED_AT * self._tools.batch_size:
-            self._write()
+            self.store_the_rest()
             if len(self._handed_over) < len(self._numbers):
                 self._tools.between_batches()
 
@@ -56,8 +56,7 @@ class KeptSamples:
             [self._prompts[i] for i in drawn],
             [s.logprob for s in drawn.values()],
         )
-        if self._unstored:
-            self._write()
+        self.store_the_rest()
         return {self._numbers[i]: sample for i, sample in drawn.items()}
 
     def _take(self, places: Sequence[int], samples: Sequence[Sample]) -> None:
@@ -66,7 +65,10 @@ class KeptSamples:
         # Others are refused when the call has ended, with the prompts.
         self._unstored.update({i: s for i, s in taken.items() if math.isfinite(s.logprob)})
 
-    def _write(self) -> None:
+    def store_the_rest(self) -> None:
+        """Store what was handed over and is not stored yet."""
+        if not self._unstored:
+            return
         places = sorted(self._unstored)
         self._store.write_samples(
             [self._numbers[i] for i in places], [self._unstored[i] for i in places]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from neat_align.errors import CollapseError, DataError, name_list
+from neat_align.errors import CollapseError, DataError, SamplerError, name_list
 from neat_align.prompts.instruction_banks import CONTRASTED, Contrasted, Polarity
 from neat_align.prompts.row_prompts import (
     InstructedPairs,
@@ -140,6 +140,9 @@ def draw_samples(
                 drawn = sampler.sample(requests, params.sampling, progress=report)
         except CollapseError as error:
             raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
+        except SamplerError:
+            kept.store_the_rest()
+            raise
         samples.update(kept.all_of(drawn))
     return samples
 
