@@ -72,6 +72,8 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
 }
+# What their caches keep is what llama's keep.
+ALIKE = ("qwen2", "cohere", "phi3", "qwen3_moe")
 
 
 def sampler(model: torch.nn.Module, batch_size: int, **changes: Any) -> TransformersSampler:
@@ -135,7 +137,10 @@ class Passes:
 # ---- no completion changes -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in MODELS],
+)
 def test_a_completion_is_the_one_that_it_is_alone(name: str) -> None:
     """Whoever had its place before, beside whomever, with prompts shorter and longer than what is
     there, and windows that are full, empty and just filled.
@@ -442,7 +447,7 @@ def test_contrasts_fill_their_places_again(
     monkeypatch: pytest.MonkeyPatch, *, cached: bool
 ) -> None:
     model = tiny_model("llama", VOCAB)
-    requests = asked(6, each=2)
+    requests = asked(4, each=2)
     pairs = {r.prompt_ids: (((*r.prompt_ids, 9), r.prompt_ids[::-1]),) for r in requests}
     way = KnownWay("together" if cached else "whole")
     if not cached:
@@ -451,9 +456,9 @@ def test_contrasts_fill_their_places_again(
         ContrastSampler(sampler(model, rows, known_way=way), pairs, Contrast(0.5))
         for rows in (64, 9)
     )
-    params = replace(PARAMS, max_new_tokens=8)
+    params = replace(PARAMS, max_new_tokens=6)
     expected = all_at_once.draw(requests, params)
     drawn = few.draw(requests, params)
     same(list(drawn), list(expected))
     assert [s.kl for s in drawn] == pytest.approx([s.kl for s in expected], abs=1e-4)
-    assert len({len(s.token_ids) for s in drawn}) > 3
+    assert len({len(s.token_ids) for s in drawn}) > 2
