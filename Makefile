@@ -83,6 +83,7 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	done
 	$(BENCH)/generation.py --json $(RESULTS)/generation-bf16.json
 	$(BENCH)/generation.py --continuous --prompts 4 --k 4 --completion 16 --repeats 1 --json $(RESULTS)/generation-continuous-bf16.json
+	$(BENCH)/refill.py --json $(RESULTS)/refill.json
 	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json

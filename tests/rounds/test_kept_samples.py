@@ -11,8 +11,9 @@ import pytest
 
 import small_rounds
 from crashes import Crash, crash_at_rename
-from neat_align.errors import CollapseError
+from neat_align.errors import CollapseError, SamplerUnavailableError
 from neat_align.rounds.kept_samples import STORED_AT
+from neat_align.rounds.params import RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.sampling_stage import BATCHES_A_CALL
 from neat_align.sampling.protocol import Finished, Sample, SampleRequest, SamplingParams
@@ -58,8 +59,8 @@ class Refilling(Seeded):
         return drawn
 
 
-def tools(sampler: Refilling | Seeded, **more: object) -> small_rounds.RoundTools:
-    return small_rounds.tools(sampler, batch_size=BATCH, **more)
+def tools(sampler: Refilling | Seeded, **more: object) -> RoundTools:
+    return small_rounds.tools(sampler, **{"batch_size": BATCH, **more})
 
 
 def test_the_round_is_the_one_that_is_sampled_batch_by_batch(tmp_path: Path) -> None:
@@ -130,6 +131,17 @@ def test_a_signal_between_two_calls_is_not_waited_for(tmp_path: Path) -> None:
     again = Refilling()
     run(tmp_path, tools(again))
     assert sum(again.calls) == 90 - 21
+
+
+def test_a_server_that_dies_costs_nothing_that_it_had_given(tmp_path: Path) -> None:
+    def dies(handed: int) -> None:
+        if handed == 12:
+            raise SamplerUnavailableError("the server is down")
+
+    with pytest.raises(SamplerUnavailableError, match="the server is down"):
+        run(tmp_path, tools(Refilling(few=1, at=dies), batch_size=20))
+    stored = RolloutStore(tmp_path / "work" / "000000").read_samples(set(range(90)))
+    assert len(stored) == 12  # of which ten when they were half of a batch
 
 
 def test_what_is_no_number_is_not_stored_and_names_its_prompts(tmp_path: Path) -> None:

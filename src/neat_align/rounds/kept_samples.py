@@ -40,7 +40,7 @@ class KeptSamples:
         """These have ended. Between two batches of them, `tools.between_batches` is called."""
         self._take(places, samples)
         if len(self._unstored) >= STORED_AT * self._tools.batch_size:
-            self._write()
+            self.store_the_rest()
             if len(self._handed_over) < len(self._numbers):
                 self._tools.between_batches()
 
@@ -57,13 +57,8 @@ class KeptSamples:
             [self._prompts[i] for i in drawn],
             [s.logprob for s in drawn.values()],
         )
-        self.store()
+        self.store_the_rest()
         return {self._numbers[i]: sample for i, sample in drawn.items()}
-
-    def store(self) -> None:
-        """Store what was handed over and is not stored yet."""
-        if self._unstored:
-            self._write()
 
     def _take(self, places: Sequence[int], samples: Sequence[Sample]) -> None:
         taken = {i: self._whole(self._numbers[i], s) for i, s in zip(places, samples, strict=True)}
@@ -71,7 +66,10 @@ class KeptSamples:
         # Others are refused when the call has ended, with the prompts.
         self._unstored.update({i: s for i, s in taken.items() if math.isfinite(s.logprob)})
 
-    def _write(self) -> None:
+    def store_the_rest(self) -> None:
+        """Store what was handed over and is not stored yet."""
+        if not self._unstored:
+            return
         places = sorted(self._unstored)
         self._store.write_samples(
             [self._numbers[i] for i in places], [self._unstored[i] for i in places]

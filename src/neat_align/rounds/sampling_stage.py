@@ -26,8 +26,8 @@ from neat_align.rounds.scoring_stage import instructed_logprobs
 from neat_align.sampling.protocol import HandsOver, Sample, Sampler, SampleRequest
 
 T = TypeVar("T")
-# How many batches a sampler is asked for at once that fills places again as completions end: at the
-# end of a call its places run empty, which so is an eighth of what it would be batch by batch.
+# Batches that a sampler which hands over is asked for at once. It fills places again as completions
+# end, and they run empty only at the end of a call: an eighth as often as batch by batch.
 BATCHES_A_CALL = 8
 
 
@@ -141,7 +141,7 @@ def draw_samples(
         except CollapseError as error:
             raise CollapseError(f"{error}; prompts {name_list(prompts)}") from error
         finally:  # also where a sampler's server is gone
-            kept.store()
+            kept.store_the_rest()
         samples.update(kept.all_of(drawn))
     return samples
 

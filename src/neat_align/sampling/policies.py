@@ -223,8 +223,9 @@ class _WhileOpen:
 
     @property
     def hands_over(self) -> bool:
-        """`sample` takes `finished`."""
-        return True
+        """As the sampler over the current policy, whose device it is."""
+        policies = self.policies
+        return policies._sampler_of(policies.model, None, policies.known_way).hands_over
 
     def sample(
         self,

@@ -80,7 +80,7 @@ class Sampler(Protocol):
 @runtime_checkable
 class HandsOver(Protocol):
     """A `Sampler` that hands completions over as they end: it may be asked for many at once, and
-    when it is interrupted they are not lost.
+    when it is interrupted they are not lost. The others are then asked for again, without them.
     """
 
     @property

@@ -69,7 +69,7 @@ class CachedRows:
         self._positions = mask.sum(-1)
         logits = self._forward(input_ids, (mask.cumsum(-1) - 1).clamp(min=0))
         self.logits: Float[Tensor, "rows vocab"] = logits[which]
-        self._select(which, self._width)
+        self._select(which)
 
     @property
     def _width(self) -> int:
@@ -87,27 +87,25 @@ class CachedRows:
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; `logits` are theirs after the next `advance`."""
         self._lengths = [self._lengths[i] for i in rows]
-        # Columns in which nobody is left go, too.
-        self._select(torch.tensor(rows, device=self._mask.device), max(self._lengths))
+        self._select(torch.tensor(rows, device=self._mask.device))
 
     def add(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """More rows, after those that are there; `logits` are of all."""
         if not self._padded:
             raise ValueError("rows without a mask have one length, and none can be added")
         added = CachedRows(self._model, prompts, self._pad_token_id)
-        width = max(self._width, added._width)
+        # Columns in which nobody is left go.
+        width = max(*self._lengths, added._width)
         for mine, theirs in zip(self._cache.layers, added._cache.layers, strict=True):
             _join(cast("DynamicLayer", mine), cast("DynamicLayer", theirs), width)
-        self._mask = torch.cat([_widened(m, width, dim=1) for m in (self._mask, added._mask)])
+        self._mask = torch.cat([_as_wide(m, width, dim=1) for m in (self._mask, added._mask)])
         self._positions = torch.cat([self._positions, added._positions])
         self._lengths += added._lengths
         self.logits = torch.cat([self.logits, added.logits])
 
-    def _select(self, rows: Int[Tensor, " stay"], width: int) -> None:
-        """Go on with these rows and the last `width` columns."""
-        for layer in self._cache.layers:
-            _narrow(cast("DynamicLayer", layer), rows, width)
-        self._mask = self._mask[rows, self._width - width :]
+    def _select(self, rows: Int[Tensor, " stay"]) -> None:
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
         self._positions = self._mask.sum(-1)
 
     def _forward(
@@ -185,45 +183,29 @@ def keeps_keys(model: torch.nn.Module) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def _narrow(layer: DynamicLayer, rows: Int[Tensor, " stay"], width: int) -> None:
-    """Leave these rows of a layer's cache, and the last `width` columns."""
+def _join(layer: DynamicLayer, added: DynamicLayer, width: int) -> None:
+    """Put the rows of `added` after a layer's own, all of them with the last `width` columns."""
     if not layer.is_initialized:
         return  # the layer uses another one's keys
     assert layer.keys is not None
     assert layer.values is not None
-    kept = _columns(layer, width)
-    layer.keys = layer.keys[rows, :, layer.keys.shape[2] - kept :]
-    layer.values = layer.values[rows, :, layer.values.shape[2] - kept :]
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = width
-
-
-def _join(layer: DynamicLayer, added: DynamicLayer, width: int) -> None:
-    """Put the rows of `added` after a layer's own, both padded on the left to `width` columns."""
-    if not layer.is_initialized:
-        return
-    assert layer.keys is not None
-    assert layer.values is not None
     assert added.keys is not None
     assert added.values is not None
-    kept = _columns(layer, width)
-    layer.keys = torch.cat([_widened(k, kept, dim=2) for k in (layer.keys, added.keys)])
-    layer.values = torch.cat([_widened(v, kept, dim=2) for v in (layer.values, added.values)])
+    kept = width
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        kept = min(width, layer.sliding_window - 1)
+    layer.keys = torch.cat([_as_wide(k, kept, dim=2) for k in (layer.keys, added.keys)])
+    layer.values = torch.cat([_as_wide(v, kept, dim=2) for v in (layer.values, added.values)])
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = width
     added.keys = added.values = None  # a layer's memory at a time
 
 
-def _columns(layer: DynamicLayer, width: int) -> int:
-    """How many of the last `width` columns a layer keeps."""
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        return min(width, layer.sliding_window - 1)
-    return width
-
-
-def _widened(table: Tensor, width: int, *, dim: int) -> Tensor:
-    """Zeros in front along `dim`, until there are `width`."""
+def _as_wide(table: Tensor, width: int, *, dim: int) -> Tensor:
+    """The last `width` columns along `dim`, with zeros in front where there are fewer."""
     missing = width - table.shape[dim]
+    if missing < 0:
+        return table.narrow(dim, -missing, width)
     return torch.nn.functional.pad(table, (0, 0) * (table.ndim - 1 - dim) + (missing, 0))
 
 
