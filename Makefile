@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 DEMO_READY := $(VENV)/.demo-ready
 DEV_READY := $(VENV)/.dev-ready
+# What only slow tests need: workers of Ray.
+SLOW_READY := $(VENV)/.slow-ready
 BENCH_READY := $(VENV)/.bench-ready
 AUDIT_READY := $(VENV)/.audit-ready
 # A server of vLLM, which wants other versions than the library, has a venv of its own.
@@ -47,7 +49,7 @@ demo: $(DEMO_READY) ## Align a small model on this machine's CPU, with a report
 test: $(DEV_READY) ## The default tests (under five minutes on two cores)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-slow: $(DEV_READY) ## The tests marked slow: the real model, whole runs (about eight minutes on two cores)
+test-slow: $(SLOW_READY) ## The tests marked slow: the real model, whole runs, several processes (about 15 minutes on two cores)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Another venv with vLLM in it: make test-vllm VLLM_PYTHON=/path/to/python
@@ -143,6 +145,11 @@ $(VLLM_READY): constraints-vllm.txt
 
 $(BENCH_READY): $(DEV_READY)
 	@$(PIP_INSTALL) -e '.[bench]'
+	@touch $@
+
+$(SLOW_READY): $(DEV_READY)
+	@echo "installing what the slow tests need ..."
+	@$(PIP_INSTALL) -e '.[ray]'
 	@touch $@
 
 $(AUDIT_READY): $(DEV_READY)

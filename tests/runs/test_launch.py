@@ -265,6 +265,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_a_launch_that_loses_a_process_ends_with_the_same_weights_by_itself(
     recipe: Path, tmp_path: Path
@@ -295,6 +296,7 @@ def test_a_launch_that_loses_a_process_ends_with_the_same_weights_by_itself(
         assert differing <= {"wall_seconds", "peak_rss_bytes"}
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_several_processes_say_an_error_once_and_never_take_what_is_there(
     recipe: Path, tmp_path: Path
@@ -315,6 +317,7 @@ def test_several_processes_say_an_error_once_and_never_take_what_is_there(
     assert err.count("`neat-align expand` works in one process and was launched in 2") == 1
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_a_launcher_that_is_asked_to_stop_leaves_a_run_to_go_on_with(
     recipe: Path, tmp_path: Path
