@@ -113,7 +113,15 @@ def tools(**changes: Any) -> RoundTools:
         {"batch_size": 3},
         {"policy_logprobs": None, "ref_logprobs": None},
     ],
-    ids=str,
+    ids=[
+        "as usual",
+        "few references",
+        "one function",
+        "no reward",
+        "one batch",
+        "small batches",
+        "no scores",
+    ],
 )
 def test_shards_give_the_round_of_one_process(tmp_path: Path, changes: dict[str, Any]) -> None:
     by_origin = changes.get("rewards") == ()
