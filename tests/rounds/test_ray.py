@@ -81,6 +81,12 @@ def finished(folder: Path) -> set[str]:
     return {p.parent.name for p in folder.glob("round/work/*/finished.json")}
 
 
+def written(folder: Path, name: str) -> tuple[int, int]:
+    """Which file a finished shard's mark is, and since when."""
+    found = (folder / "round/work" / name / "finished.json").stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 def drawn(folder: Path) -> Counter[str]:
     return Counter(seed for words in lines(folder, "sample") for seed in words[1:])
 
@@ -171,11 +177,11 @@ def test_a_killed_driver_begins_no_finished_shard_again(
     assert not psutil.wait_procs(family, timeout=60)[1]
     before, kept = len(lines(tmp_path)), finished(tmp_path)
     assert len(kept) < SHARDS
-    marks = {name: (tmp_path / "round/work" / name / "finished.json").stat() for name in kept}
+    marks = {name: written(tmp_path, name) for name in kept}
     process = drive(tmp_path)
     until(lambda: len(lines(tmp_path)) > before, process)
     for name, mark in marks.items():
-        assert (tmp_path / "round/work" / name / "finished.json").stat() == mark
+        assert written(tmp_path, name) == mark
     end(process)
     assert files_of(tmp_path / "round") == expected
     seeds = drawn(tmp_path)
