@@ -773,9 +773,9 @@ ROWS = (
     ),
     Row(
         "sharded weights",
-        recipe("deepspeed: {zero_optimization: {stage: 3}}\n"),
+        recipe("fsdp: true\nuse_cpu: true\n"),
         ConfigError,
-        ("r.yaml:1: deepspeed asks for DeepSpeed's ZeRO stage 3", "sampling needs them whole"),
+        ("r.yaml:1: fsdp is set and the run is on a CPU", "train as plain data parallelism"),
     ),
     Row("special tokens inside user text", special_tokens_in_user_text, None),
     Row(

@@ -397,12 +397,12 @@ def worker(make: Callable[[], RoundTools], run: str = "one") -> Any:
     return ray_shards._Worker("policy", make, run)
 
 
-def job_of(shard: Shard) -> dict[str, list[bytes]]:
-    return {"job": [pickle.dumps(ray_shards._Job(shard))]}
+def job_of(shard: Shard) -> dict[str, list[Any]]:
+    return {"job": [pickle.loads(pickle.dumps(ray_shards._Job(shard)))]}
 
 
 def error_of(batch: dict[str, Any]) -> Any:
-    return pickle.loads(batch["job"][0]).error
+    return batch["job"][0].error
 
 
 def test_a_shard_that_kills_its_workers_ends(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def _work_key(trainer: NEATTrainer) -> dict[str, Any]:
     """
     from transformers import TrainingArguments
 
-    key: dict[str, Any] = dict(trainer.parts.run_key())
+    key: dict[str, Any] = dict(trainer.parts.made_from())
     theirs = {f.name for f in fields(TrainingArguments)} - _DECIDING
     key["options"] = {k: v for k, v in key["options"].items() if k not in theirs}
     return key

@@ -102,7 +102,8 @@ def bytes_of_weights(model: Any) -> tuple[float, float]:
 
 def _number(config: Any, name: str, default: int) -> int:
     """A size of a configuration; the largest where layers differ, `default` where it has none."""
-    value = getattr(config, name, None)
+    # What differs between layers is an error to ask for (Gemma 4), and is there as a plain value.
+    value = vars(config).get(name) or getattr(config, name, None)
     sizes = value if isinstance(value, list | tuple) else [value]
     return max((n for n in sizes if isinstance(n, int) and n > 0), default=default)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import pickle
 import queue
 import threading
 import uuid
@@ -105,13 +104,13 @@ class RayShards:
         ray_data: Any = importlib.import_module("ray.data")  # an extra: not everybody has it
         _quieten(ray_data.DataContext.get_current())
         # A block a shard: a worker is given one at a time.
-        rows: Any = [{"job": pickle.dumps(_Job(shard))} for shard in shards]
+        rows: Any = [{"job": _Job(shard)} for shard in shards]
         data = ray_data.from_items(rows, override_num_blocks=len(shards))
         data = _stage(data, "policy", self.policy, len(shards))
         if self.rewards is not None:
             data = _stage(data, "rewards", self.rewards, len(shards))
         for row in _watched(data.iter_rows, self.check_stop):
-            job = _job_of(row["job"])
+            job: _Job = row["job"]
             if job.error is not None:
                 raise job.error
             self._tell(job.shard, progress)
@@ -156,11 +155,6 @@ class _Job:
     error: NEATError | None = None
 
 
-def _job_of(data: bytes) -> _Job:
-    job: _Job = pickle.loads(data)  # noqa: S301 — from Ray, which pickles all that it carries
-    return job
-
-
 class _Worker:
     """An actor of one stage: its tools, made once, and one shard after the other."""
 
@@ -172,13 +166,13 @@ class _Worker:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Do this stage's work on the batch's one shard; an error of ours is passed on."""
-        job = _job_of(batch["job"][0])
+        job: _Job = batch["job"][0]
         if job.error is None:
             try:
                 self._work(job.shard)
             except NEATError as error:
                 job = replace(job, error=error)
-        return {"job": [pickle.dumps(job)]}
+        return {"job": [job]}
 
     def _work(self, shard: Shard) -> None:
         _count_try(shard.folder / f"{self.stage}-tries.json", self.run)

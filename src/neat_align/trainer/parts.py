@@ -248,11 +248,13 @@ class TrainerParts:
         self.directory.record_start(names, facts)
 
     def run_key(self) -> dict[str, object]:
-        """What this run may not change when it goes on: options that decide results, data, model,
-        rewards, processes.
-        """
+        """What this run may not change when it goes on. Raises ConfigError where nothing learns."""
+        check_learns(self.setup.model)
+        return self.made_from()
+
+    def made_from(self) -> dict[str, object]:
+        """Options that decide results, data, model, rewards, processes."""
         setup = self.setup
-        check_learns(setup.model)
         pairs = [[pair.positive, pair.negative] for pair in setup.bank.pairs]
         template = [len(setup.tokenizer), setup.tokenizer.chat_template]
         return run_key(
