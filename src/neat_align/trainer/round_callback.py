@@ -74,7 +74,10 @@ class RoundCallback(TrainerCallback):
             total_loss=loss.total,
             logged_step=loss.logged_step,
             sums=parts.engine.metrics.sums,
-            metrics_bytes=size_of(parts.directory.metrics_file),
+            # Rank 0 writes that file, and cuts it again.
+            metrics_bytes=size_of(parts.directory.metrics_file)
+            if parts.ranks.is_rank_zero
+            else None,
             rounds_ended=self.rounds_ended,
             stopped_because=self.stopped_because,
             alarm_baselines=parts.alarms.baselines,
