@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from neat_align.files.provenance import cpu_name, versions
+from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.precision import half_precision_copy
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
@@ -141,6 +141,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "cpu": cpu_name(),
         "versions": versions(),
+        "commit": commit(),
         **result,
     }
     text = json.dumps(whole, indent=1)
