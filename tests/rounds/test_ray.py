@@ -78,7 +78,7 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 def finished(folder: Path) -> set[str]:
-    return {p.parent.name for p in folder.glob("round/work/*/finished.json")}
+    return {p.parent.name for p in (folder / "round" / "work").glob("*/finished.json")}
 
 
 def written(folder: Path, name: str) -> tuple[int, int]:
