@@ -5,6 +5,7 @@ not depend on it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from host_syncs import HostSyncs, weight_casts
 from neat_align import CollapseError
+from neat_align.modeling.known_padding import KnownPadding, masks_from
 from neat_align.modeling.precision import inference
 from neat_align.sampling import transformers_sampler
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
@@ -167,6 +169,32 @@ def test_the_mask_functions_are_put_back_after_a_failure() -> None:
         sampler(model).sample(asked(2), SamplingParams(max_new_tokens=3))
     for name, function in before.items():
         assert ALL_MASK_ATTENTION_FUNCTIONS[name] is function
+
+
+def test_two_threads_that_sample_know_of_their_own_padding_and_leave_nothing_behind() -> None:
+    """Each opens before the other closes. One that was left behind hid the padding of all later
+    rows of the process.
+    """
+    before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
+    model, params = tiny_model("llama", VOCAB), SamplingParams(max_new_tokens=8)
+    unequal = [SampleRequest((3, *range(5, 5 + 3 * i)), seed=i) for i in range(4)]
+    expected = sampler(model).sample(unequal, params)
+    opened, done = threading.Event(), threading.Event()
+
+    def others() -> None:
+        with masks_from(KnownPadding(is_there=False)):
+            opened.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    assert opened.wait(20)
+    with masks_from(KnownPadding(is_there=True)):
+        done.set()
+        thread.join(20)
+        same(sampler(model).sample(unequal, params), expected)
+    same(sampler(model).sample(unequal, params), expected)
+    assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == before
 
 
 # ---- casts of frozen weights ---------------------------------------------------------------------

@@ -8,7 +8,9 @@ where they were put side by side.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,36 +28,66 @@ class KnownPadding:
     is_there: bool
 
 
+# Of this thread: others may run other rows through other models at the same time.
+_padding: ContextVar[KnownPadding | None] = ContextVar("padding", default=None)
+_lock = threading.Lock()
+# By way of attention: how many blocks are open, and the function that stood there before the first.
+_open: dict[str, tuple[int, Callable[..., Any]]] = {}
+
+
 @contextlib.contextmanager
 def masks_from(padding: KnownPadding, *, also: tuple[str, ...] = ()) -> Iterator[None]:
     """While open, transformers makes the masks that it would make, without asking them.
 
-    `padding` has to be true of every batch that goes through a model meanwhile; `also` names
-    further ways of attention whose masks are torch's.
+    In this thread; in others it goes on asking. `padding` has to be true of every batch that goes
+    through a model meanwhile; `also` names further ways of attention whose masks are torch's.
     """
-    registered = AttentionMaskInterface()
-    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in (*_ASKING, *also)}
-    for name, function in before.items():
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = _told(function, padding)
+    names = (*_ASKING, *also)
+    before = _padding.set(padding)
+    for name in names:
+        _replace(name)
     try:
         yield
     finally:
-        for name, function in before.items():
-            if registered[name] is function:
-                del ALL_MASK_ATTENTION_FUNCTIONS[name]
-            else:
-                ALL_MASK_ATTENTION_FUNCTIONS[name] = function
+        for name in names:
+            _put_back(name)
+        _padding.reset(before)
 
 
-def _told(function: Callable[..., Any], padding: KnownPadding) -> Callable[..., Any]:
+def _replace(name: str) -> None:
+    """Put a function that knows of padding in the place of a way's own, for the first block."""
+    with _lock:
+        count, own = _open.get(name, (0, ALL_MASK_ATTENTION_FUNCTIONS[name]))
+        if count == 0:
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = _told(own)
+        _open[name] = count + 1, own
+
+
+def _put_back(name: str) -> None:
+    """The way's own function again, after the last block."""
+    with _lock:
+        count, own = _open.pop(name)
+        if count > 1:
+            _open[name] = count - 1, own
+        elif AttentionMaskInterface()[name] is own:
+            del ALL_MASK_ATTENTION_FUNCTIONS[name]
+        else:
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = own
+
+
+def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     def mask(
         *args: Any,
         attention_mask: Any = None,
         allow_is_causal_skip: bool = True,
         **others: Any,  # what transformers passes to every mask function
     ) -> Any:
-        told = attention_mask if padding.is_there else None
-        may_skip = allow_is_causal_skip and told is None
-        return function(*args, attention_mask=told, allow_is_causal_skip=may_skip, **others)
+        padding, may_skip = _padding.get(), allow_is_causal_skip
+        if padding is not None:
+            attention_mask = attention_mask if padding.is_there else None
+            may_skip = allow_is_causal_skip and attention_mask is None
+        return function(
+            *args, attention_mask=attention_mask, allow_is_causal_skip=may_skip, **others
+        )
 
     return mask
