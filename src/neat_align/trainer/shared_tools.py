@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -23,7 +22,6 @@ from neat_align.rewards.scoring import ScoreFunction
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.shared_calls import Functions, Share, SharedCalls, Together
-from neat_align.runs.signals import interrupted
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 
 T = TypeVar("T")
@@ -276,7 +274,7 @@ def lead_round(
     tools: Callable[[], RoundTools],
     work: Callable[[RoundTools], None],
     what: str,
-    together: Together = nullcontext,
+    together: Together,
 ) -> None:
     """Run `work` on rank 0 with tools whose calls all ranks share. Every rank calls this.
 
@@ -291,7 +289,7 @@ def lead_evaluation(
     tools: Callable[[], EvalTools],
     work: Callable[[EvalTools], T],
     what: str,
-    together: Together = nullcontext,
+    together: Together,
 ) -> T:
     """The same for an evaluation; gives every rank what `work` gave."""
     found: list[T] = []
@@ -309,9 +307,7 @@ def _lead(
     together: Together,
 ) -> None:
     made: list[Tools] = []
-    signal_number = ranks.run_on_all_ranks(lambda: made.append(tools()), what)
-    if signal_number:
-        raise interrupted(signal_number, what, show=False)
+    ranks.run_or_stop(lambda: made.append(tools()), what)
     (own,) = made
     functions, shared = sharing
     calls = SharedCalls(ranks, functions(own), together)
