@@ -36,7 +36,7 @@ NF4_BYTES = 0.5 + 4 / 64
 # AdamW's two moments in fp32.
 ADAMW_BYTES = 8.0
 # Which parts of a training state the ranks divide: nothing (DDP), ZeRO-1, ZeRO-2, ZeRO-3 or FSDP2.
-Sharding: TypeAlias = Literal["none", "optimizer", "gradients", "weights"]
+Divided: TypeAlias = Literal["none", "optimizer", "gradients", "weights"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RunShape:
     sampling_copy: bool = False
     chunk_logits: int = 128 * 2**20
     world_size: int = 1
-    sharding: Sharding = "none"
+    sharding: Divided = "none"
 
     @property
     def casts(self) -> bool:
