@@ -69,7 +69,6 @@ class TrainerParts:
     directory: RunDirectory
     policies: Policies
     engine: StepEngine
-    sharding: Sharding
     round_maker: RoundMaker
     alarms: Alarms
 
@@ -318,7 +317,6 @@ def compose(
             reference=setup.reference,
             sharded=sharding != "none",
         ),
-        sharding=sharding,
         round_maker=RoundMaker(
             args,
             data.rows,
