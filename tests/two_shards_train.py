@@ -24,6 +24,7 @@ from neat_align import NEATTrainer
 from neat_align.config import neat_config
 from neat_align.errors import NEATError, RunInterrupted
 from neat_align.modeling.lockstep import is_sharded
+from neat_align.trainer.parts import sharding_of
 from small_trainer import ROWS, TOKENIZER, config, count_e
 from tiny import tiny_model
 
@@ -164,7 +165,7 @@ if __name__ == "__main__":
         with t.parts.setup.reference() as start:
             facts = {
                 "layout": t.parts.engine.layout,
-                "sharding": t.parts.sharding,
+                "sharding": sharding_of(t.accelerator),
                 "is_sharded": is_sharded(t.policy),
                 "reference_is_sharded": is_sharded(start),
                 "passes_added": gradients.passes_added,

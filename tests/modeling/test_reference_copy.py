@@ -167,9 +167,14 @@ class CopiesAlive(TrainerCallback):
         self.alive.append(sum(r() is not None for r in self.made))
 
 
-@pytest.mark.parametrize("peft", [False, True])
+MEASURED = {"eval_dataset": ROWS[:2], "eval_strategy": "epoch", "drift_prompts": 2}
+
+
+@pytest.mark.parametrize(
+    ("peft", "more", "copies"), [(False, {}, 2), (True, {}, 2), (False, MEASURED, 7)]
+)
 def test_the_copy_that_samples_is_let_go_before_training(
-    tmp_path: Path, peft: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, peft: bool, more: Any, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
     copy = policies_module.half_precision_copy
@@ -181,12 +186,12 @@ def test_the_copy_that_samples_is_let_go_before_training(
 
     monkeypatch.setattr(policies_module, "half_precision_copy", watched)
     seen = CopiesAlive(made)
-    more = {"peft_config": lora()} if peft else {}
+    more = {"peft_config": lora()} if peft else more
     t: NEATTrainer = trainer(tmp_path, bf16=True, callbacks=[seen], num_train_epochs=2, **more)
     gc.disable()  # what only the collector lets go may stay for long
     try:
         t.train()
     finally:
         gc.enable()
-    assert len(made) == 2
+    assert len(made) == copies
     assert seen.alive == [0] * len(seen.alive)

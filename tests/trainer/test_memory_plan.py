@@ -22,8 +22,8 @@ from neat_align.modeling.device import free_bytes
 from neat_align.modeling.memory_estimate import (
     GIB,
     NF4_BYTES,
+    Divided,
     RunShape,
-    Sharding,
     estimate_memory,
 )
 from neat_align.modeling.model_shape import shape_of, shape_of_model
@@ -211,7 +211,7 @@ def test_weights_gradients_and_optimizer_by_hand() -> None:
     [("none", 1, 2, 1), ("optimizer", 1, 1, 1 / 8), ("gradients", 1, 1 / 8, 1 / 8)],
 )
 def test_ranks_divide_what_their_way_of_sharding_divides(
-    sharding: Sharding, weights: float, gradients: float, optimizer: float
+    sharding: Divided, weights: float, gradients: float, optimizer: float
 ) -> None:
     """Beside one process; DDP keeps gradients in buckets as well."""
     shape = shape_of(LLAMA_8B)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -48,6 +48,13 @@ def check_sharding(c: Any) -> None:
             raise ConfigError(f"{_launched(variable)}: {name} {_OTHER_PARALLELISM}")
     _check_fsdp(c)
     _check_deepspeed(c)
+
+
+def asked_sharding(c: Any) -> Sharding:
+    """How a run will be divided, before accelerate has divided it. Comes after `__post_init__`."""
+    if c.deepspeed_plugin is not None:
+        return cast("Sharding", f"zero{c.deepspeed_plugin.zero_stage}")
+    return "fsdp2" if c.fsdp or _is_true("ACCELERATE_USE_FSDP") else "none"
 
 
 def load_whole(c: Any) -> None:

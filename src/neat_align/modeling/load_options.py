@@ -118,7 +118,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 def held_as(model: torch.nn.Module) -> dict[str, Any]:
     """Number types of a model's weights, and its attention, as a run's record has them."""
     inner = unwrapped(model)
-    types = sorted({str(p.dtype).removeprefix("torch.") for p in inner.parameters()})
+    types = sorted(_weight_types(inner))
     attention = inner.config._attn_implementation if isinstance(inner, PreTrainedModel) else None
     return {"weights": types, "attention": attention}
 
@@ -128,13 +128,17 @@ def held_like(model: torch.nn.Module) -> LoadOptions:
     inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         return FP32
-    types = {str(p.dtype).removeprefix("torch.") for p in inner.parameters()}
+    types = _weight_types(inner)
     attention = inner.config._attn_implementation
     return LoadOptions(
         dtype=next((name for name in ("bfloat16", "float16") if name in types), "float32"),
         attn_implementation=attention if attention in ATTENTIONS else None,
         load_in_4bit=is_in_4_bits(inner),
     )
+
+
+def _weight_types(model: torch.nn.Module) -> set[str]:
+    return {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
 
 
 def is_in_4_bits(model: torch.nn.Module) -> bool:

@@ -36,7 +36,7 @@ NF4_BYTES = 0.5 + 4 / 64
 # AdamW's two moments in fp32.
 ADAMW_BYTES = 8.0
 # Which parts of a training state the ranks divide: nothing (DDP), ZeRO-1, ZeRO-2, ZeRO-3 or FSDP2.
-Sharding: TypeAlias = Literal["none", "optimizer", "gradients", "weights"]
+Divided: TypeAlias = Literal["none", "optimizer", "gradients", "weights"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RunShape:
     sampling_copy: bool = False
     chunk_logits: int = 128 * 2**20
     world_size: int = 1
-    sharding: Sharding = "none"
+    sharding: Divided = "none"
 
     @property
     def casts(self) -> bool:
@@ -189,18 +189,22 @@ def _kept(shape: ModelShape, run: RunShape) -> float:
     completion = run.groups_at_once * run.completions * run.completion_tokens
     ends = tokens * shape.hidden * (8 if run.trained is None else 4)
     ends += completion * shape.hidden * 4  # states in front of the head
-    casts = run.compute_bytes * shape.linear if run.casts else 0.0
     if not run.checkpointing:
-        return ends + casts + shape.layers * _layer(shape, run)
+        return ends + _casts(shape, run) + shape.layers * _layer(shape, run)
     return ends + shape.layers * tokens * shape.hidden * min(4.0, run.other_bytes)
 
 
 def _again(shape: ModelShape, run: RunShape) -> float:
     """What one layer takes while its gradient is computed, by itself or once more."""
-    casts = run.compute_bytes * shape.linear if run.casts else 0.0
+    casts = _casts(shape, run)
     again = _layer(shape, run) + casts / shape.layers
     # autocast keeps the casts of weights that learn to the end of the forward pass.
     return max(again, casts) if run.checkpointing and run.trained is None else again
+
+
+def _casts(shape: ModelShape, run: RunShape) -> float:
+    """The weights of the linear layers in the compute type, where autocast casts them."""
+    return run.compute_bytes * shape.linear if run.casts else 0.0
 
 
 def _layer(shape: ModelShape, run: RunShape) -> float:
@@ -301,5 +305,5 @@ def _scoring(shape: ModelShape, run: RunShape, width: int) -> float:
     chunk = min(tokens, max(1, run.chunk_logits // shape.vocabulary)) * shape.vocabulary
     head = chunk * (4 + c) + c * shape.head + tokens * shape.hidden * 4
     # autocast keeps the casts of weights that learn.
-    casts = c * shape.linear if run.casts and run.trained is None else 0.0
+    casts = _casts(shape, run) if run.trained is None else 0.0
     return casts + max(tokens * width, attention, head)

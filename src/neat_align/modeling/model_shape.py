@@ -64,7 +64,7 @@ def shape_of_model(model: Any) -> ModelShape:
     """The shape of a model, without what an adapter adds to it."""
     inner = unwrapped(model)
     config = text_config(inner.config)
-    own = {id(p): p for n, p in inner.named_parameters() if "lora_" not in n}
+    own = _without_adapter(inner)
     head = inner.get_output_embeddings().weight
     layers = [p for p in linear_weights(inner) if id(p) in own and p is not head]
     hidden = _number(config, "hidden_size", head.shape[-1])
@@ -89,7 +89,7 @@ def shape_of_model(model: Any) -> ModelShape:
 def bytes_of_weights(model: Any) -> tuple[float, float]:
     """Bytes of a weight of the linear layers and of any other, without what an adapter adds."""
     inner = unwrapped(model)
-    own = {id(p): p for n, p in inner.named_parameters() if "lora_" not in n}
+    own = _without_adapter(inner)
     linear = {id(p): p for p in linear_weights(inner) if id(p) in own}
     others = [p for key, p in own.items() if key not in linear]
 
@@ -98,6 +98,11 @@ def bytes_of_weights(model: Any) -> tuple[float, float]:
         return sum(p.numel() * p.element_size() for p in weights) / count if count else 4.0
 
     return mean(linear.values()), mean(others)
+
+
+def _without_adapter(inner: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """The model's own weights, each once, by their ids."""
+    return {id(p): p for n, p in inner.named_parameters() if "lora_" not in n}
 
 
 def _number(config: Any, name: str, default: int) -> int:

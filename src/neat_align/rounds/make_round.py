@@ -83,10 +83,10 @@ def make_round(
     if finished is not None:
         return finished
     made = _Round(rows, num_groups, position, round_index, params, tools, folder, progress)
-    made.slice_maker = slice_maker or made.roll_out
     made.slice_prompts = slice_prompts or SLICE_PROMPTS
     reward_names = [reward.name for reward in tools.rewards]
-    groups = write_round_groups(folder, made.groups(), reward_names)
+    make = slice_maker or made.roll_out
+    groups = write_round_groups(folder, made.groups(make), reward_names)
     return write_manifest(
         folder,
         round_index,
@@ -102,7 +102,8 @@ class _Round:
     """A round that is being made: its groups come one slice after the other.
 
     `kept` groups have a pair so far, `used` places of the prompt stream were taken, `removed`
-    counts filtered completions by reason.
+    counts filtered completions by reason. It does not hold who makes its slices, which may be
+    itself: with its tools, and the copy that samples, it is let go as soon as it is made.
     """
 
     def __init__(
@@ -127,10 +128,9 @@ class _Round:
         self.measures = RoundMeasures([reward.name for reward in tools.rewards])
         self.removed: Counter[str] = Counter()
         self.kept = self.used = 0
-        self.slice_maker: SliceMaker = self.roll_out
         self.slice_prompts = SLICE_PROMPTS
 
-    def groups(self) -> Iterator[CompletionGroup]:
+    def groups(self, make: SliceMaker) -> Iterator[CompletionGroup]:
         """The round's groups, those with a pair, in order. Raises CollapseError after the last."""
         budget = min(len(self.rows), 2 * self.num_groups)
         seen: set[str] = set()
@@ -140,7 +140,7 @@ class _Round:
             unseen = _unseen_rows(self.rows, range(first, first + take), self.params, seen)
             seen.update(row.id for row in unseen)
             self.progress.expect(len(unseen))
-            yield from self._teaching(self.slice_maker(self._slices(unseen), self.progress))
+            yield from self._teaching(make(self._slices(unseen), self.progress))
             self.used += take
         _refuse_too_few_pairs(self.kept, self.measures.prompts, self.params, self.removed)
 

@@ -95,7 +95,11 @@ class Ranks:
 
     def run_on_rank_zero(self, work: Callable[[], None], what: str) -> None:
         """Run `work` on rank 0 while the others wait; it ends all of them when it raises."""
-        signal_number = self.run_on_all_ranks(work if self.is_rank_zero else _nothing, what)
+        self.run_or_stop(work if self.is_rank_zero else _nothing, what)
+
+    def run_or_stop(self, work: Callable[[], None], what: str) -> None:
+        """`run_on_all_ranks`, after which a rank goes on only where none was stopped."""
+        signal_number = self.run_on_all_ranks(work, what)
         if signal_number:
             raise interrupted(signal_number, what, show=False)
 

@@ -209,16 +209,17 @@ def new_split(output_dir: Path, key: Mapping[str, Any]) -> str | None:
     was: Mapping[str, Any] = read_json(path) if path.is_file() else {}
     if "processes" not in was or "options" not in was or was["processes"] == key["processes"]:
         return None
-    splits = [(k["processes"], *map(k["options"].get, _SPLIT_OPTIONS)) for k in (was, key)]
     before, now = (
-        None if None in split else math.prod(cast("tuple[int, ...]", split)) for split in splits
+        [k["processes"], *(k["options"].get(name) for name in _SPLIT_OPTIONS)] for k in (was, key)
     )
+    if None in (*before, *now) or math.prod(before) != math.prod(now):
+        return None
     as_now = {name: key["options"][name] for name in _SPLIT_OPTIONS}
     same = {**was, "processes": key["processes"], "options": {**was["options"], **as_now}}
-    if before is None or before != now or key_changes(same, key):
+    if key_changes(same, key):
         return None
     return "a step's groups were split as {} and are as {}".format(
-        *(f"{n} processes x {size} x {passes} passes" for n, size, passes in splits)
+        *(f"{n} processes x {size} x {passes} passes" for n, size, passes in (before, now))
     )
 
 

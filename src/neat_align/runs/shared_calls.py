@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 
 from neat_align.errors import NEATError, one_line
 from neat_align.runs.ranks import Ranks
-from neat_align.runs.signals import interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +67,7 @@ class SharedCalls:
         raise it, the others NEATError. `what` says when it was.
         """
         own = self._lead if self.ranks.is_rank_zero else self._serve
-        signal_number = self.ranks.run_on_all_ranks(lambda: own(work), what)
-        if signal_number:
-            raise interrupted(signal_number, what, show=False)
+        self.ranks.run_or_stop(lambda: own(work), what)
 
     def ask(
         self, name: str, shares: Sequence[Share], own: Callable[..., Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from neat_align.config import NEATConfig
+from neat_align.config.sharding import Sharding, asked_sharding
 from neat_align.modeling.chunked_head import CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS
 from neat_align.modeling.device import free_bytes
 from neat_align.modeling.load_options import is_in_4_bits
@@ -21,6 +22,7 @@ from neat_align.modeling.memory_estimate import (
     ADAMW_BYTES,
     GIB,
     NF4_BYTES,
+    Divided,
     MemoryEstimate,
     RunShape,
     estimate_memory,
@@ -35,10 +37,18 @@ from neat_align.modeling.requirements import is_trained
 from neat_align.modeling.shared_prefix import unwrapped, why_not_packed
 from neat_align.prompts.rows import PromptRow
 from neat_align.trainer.setup import PolicySetup, TrainingData, autocast_dtype
-from neat_align.trainer.startup_checks import sharding_of
 
 logger = logging.getLogger(__name__)
 
+# What processes divide of a training state, by the way in which they do.
+_DIVIDED: Mapping[Sharding, Divided] = {
+    "none": "none",
+    "fsdp2": "weights",
+    "zero0": "none",
+    "zero1": "optimizer",
+    "zero2": "gradients",
+    "zero3": "weights",
+}
 # Bytes of an optimizer's state for a parameter, by parts of its name; AdamW's otherwise.
 _OPTIMIZERS = (
     ("lion_8bit", 1.0),
@@ -166,7 +176,7 @@ def plan_memory(
         sampling_copy=dtype is not None and args.samples_from_copy,
         chunk_logits=CPU_CHUNK_LOGITS if on_cpu else GPU_CHUNK_LOGITS,
         world_size=args.world_size,
-        sharding=sharding_of(args),
+        sharding=_DIVIDED[asked_sharding(args)],
     )
     more = args.gradient_accumulation_steps > 1
     more |= run.groups * run.group_tokens > run.micro_batch_tokens and run.groups > 1
@@ -195,7 +205,7 @@ def settle_memory(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> T
     if args.activation_checkpointing is None:
         if plan is not None and unwrapped(model).supports_gradient_checkpointing:
             wants = plan.wants_checkpointing
-        wants = _as_on_rank_zero(args, value=wants)
+        (wants,) = broadcast_object_list([wants])
         args.activation_checkpointing = args.gradient_checkpointing = wants
     if plan is None:
         return data
@@ -230,14 +240,6 @@ def _room(plan: MemoryPlan) -> str:
     return f"{(plan.room or 0) / GIB:.1f} GiB"
 
 
-def _as_on_rank_zero(args: NEATConfig, *, value: bool) -> bool:
-    if args.world_size == 1:
-        return value
-    decided = [value]
-    broadcast_object_list(decided)
-    return decided[0]
-
-
 def _room_with(plan: MemoryPlan, model: torch.nn.Module) -> int | None:
     """The room once the model, and the start policy beside it, are on the device already."""
     if plan.room is None:
@@ -248,11 +250,9 @@ def _room_with(plan: MemoryPlan, model: torch.nn.Module) -> int | None:
 
 
 def _keeps_copy(args: NEATConfig, model: Any, evaluates: bool, reference_given: bool) -> bool:
-    if not is_trained(model):
-        return reference_given
-    if isinstance(model, PeftModel):
-        return reference_given
-    return args.needs_start_policy(evaluates=evaluates) or reference_given
+    is_start = isinstance(model, PeftModel) or not is_trained(model)  # with the adapter off
+    needs = args.needs_start_policy(evaluates=evaluates)
+    return reference_given or (needs and not is_start)
 
 
 def _trained(model: torch.nn.Module) -> int:

@@ -36,7 +36,7 @@ from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given
 from neat_align.trainer.memory_plan import settle_memory
-from neat_align.trainer.parts import TrainerParts, compose
+from neat_align.trainer.parts import TrainerParts, compose, sharding_of
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.sampler_setup import GivenSampler
@@ -260,7 +260,7 @@ class NEATTrainer(Trainer):
             self.state.global_step,
             lambda: super(NEATTrainer, self)._save_checkpoint(model, trial),
             self.round_callback.resume_state,
-            required=required_files(self.args, self.parts.sharding),
+            required=required_files(self.args, sharding_of(self.accelerator)),
             best=self.state.best_model_checkpoint,
         )
 

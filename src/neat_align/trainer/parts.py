@@ -37,6 +37,7 @@ from neat_align.runs.run_directory import RunDirectory
 from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
+from neat_align.sampling.policy_now import MakeSampler
 from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
 from neat_align.trainer.sampler_setup import GivenSampler, sampler_maker
@@ -68,7 +69,6 @@ class TrainerParts:
     directory: RunDirectory
     policies: Policies
     engine: StepEngine
-    sharding: Sharding
     round_maker: RoundMaker
     alarms: Alarms
 
@@ -298,7 +298,8 @@ def compose(
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     sharding = sharding_of(accelerator)
     layout = layout_for(args, setup, data, sharding)
-    policies = _policies(args, setup, data, layout, (sampler, sharding))
+    make_sampler = sampler_maker(args, setup, data, sampler, sharded=sharding != "none")
+    policies = _policies(args, setup, data, layout, make_sampler)
     return TrainerParts(
         args=args,
         data=data,
@@ -316,7 +317,6 @@ def compose(
             reference=setup.reference,
             sharded=sharding != "none",
         ),
-        sharding=sharding,
         round_maker=RoundMaker(
             args,
             data.rows,
@@ -360,10 +360,9 @@ def _policies(
     setup: PolicySetup,
     data: TrainingData,
     layout: Layout,
-    engine: tuple[GivenSampler, Sharding],
+    make_sampler: MakeSampler | None,
 ) -> Policies:
     dtype = autocast_dtype(args)
-    sampler, sharding = engine
     policies = Policies(
         model=setup.model,
         reference=setup.reference,
@@ -378,7 +377,7 @@ def _policies(
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,
         copy_dtype=dtype if args.samples_from_copy else None,
-        make_sampler=sampler_maker(args, setup, data, sampler, sharded=sharding != "none"),
+        make_sampler=make_sampler,
         tolerance=args.sampler_tolerance,
     )
     policies.settle_sampling(first_prompts(setup, data))

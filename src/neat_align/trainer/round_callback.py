@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from neat_align.errors import CollapseError, RunInterrupted
@@ -162,7 +161,8 @@ class RoundCallback(TrainerCallback):
         worst = parts.ranks.max_over_ranks(here.severity)
         if not worst:
             return
-        everywhere = gather_object(list(here.messages) if here.severity == worst else [])
+        found = parts.ranks.gather(here.messages if here.severity == worst else ())
+        everywhere = parts.ranks.from_rank_zero([text for texts in found for text in texts])
         raise CollapseError(
             f"{'; '.join(everywhere)}. No weight was changed by it, and the last checkpoint is "
             "untouched. Look at the learning rate and at the rewards of these prompts"

@@ -5,7 +5,6 @@ Rank 0 leads, every rank does its share of the sampling and scoring, and all rea
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -161,9 +160,6 @@ class RoundMaker:
                 return self._tools(where, is_start=is_start, start_is_current=start_is_current)
 
             lead_round(self.ranks, tools, work, where, self.policies.in_step)
-            # A round holds itself, and with its tools the copy that samples, which training has no
-            # use for: Python would look for such circles much later.
-            gc.collect()
         # Rank 0 has made it, or read and checked it; each of the others does that for itself.
         made = read_round(folder) if made is None else made
         assert made is not None

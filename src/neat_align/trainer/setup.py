@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from neat_align.config import NEATConfig
-from neat_align.config.sharding import Sharding
+from neat_align.config.sharding import Sharding, asked_sharding
 from neat_align.errors import ConfigError, DataError
 from neat_align.modeling.head_inputs import head_of, linear_head
 from neat_align.modeling.layout import choose_layout
@@ -60,7 +60,7 @@ from neat_align.prompts.template_check import check_rendering, check_template
 from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import fingerprint, weights_fingerprint
-from neat_align.trainer.startup_checks import check_evaluates, check_output_dir, sharding_of
+from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +294,7 @@ def set_up_policy(
         ref_model,
         keep=args.needs_start_policy(evaluates=evaluates),
         # Weights that are divided have to be of one type.
-        autocast_dtype=None if sharding_of(args) == "weights" else autocast_dtype(args),
+        autocast_dtype=None if asked_sharding(args) in ("fsdp2", "zero3") else autocast_dtype(args),
     )
     check_context(policy, args.max_prompt_length, args.max_completion_length)
     models = [policy, ref_model] if isinstance(ref_model, torch.nn.Module) else [policy]

@@ -8,8 +8,7 @@ which rank computes it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -22,8 +21,7 @@ from neat_align.rewards.protocol import NamedReward, ScoredRows
 from neat_align.rewards.scoring import ScoreFunction
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.runs.ranks import Ranks
-from neat_align.runs.shared_calls import Functions, SharedCalls, Together
-from neat_align.runs.signals import interrupted
+from neat_align.runs.shared_calls import Functions, Share, SharedCalls, Together
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 
 T = TypeVar("T")
@@ -55,6 +53,16 @@ def in_order(shares: Sequence[Sequence[int]], values: Sequence[Sequence[T] | Non
     return [placed[i] for i in range(len(placed))]
 
 
+def _dealt(
+    shares: Sequence[Sequence[int]], columns: Sequence[Sequence[Any]], *same: Any
+) -> list[Share]:
+    """Each rank's arguments: its places of the columns, and what is the same for all ranks."""
+    return [
+        (*([column[i] for i in share] for column in columns), *same) if share else None
+        for share in shares
+    ]
+
+
 # ---- one call each -------------------------------------------------------------------------------
 
 
@@ -79,8 +87,8 @@ class SharedSampler:
             [len(r.prompt_ids) + r.limit(params) for r in requests],
             self.calls.ranks.count,
         )
-        asked = [([requests[i] for i in share], params) if share else None for share in shares]
-        drawn = self.calls.ask(self.name, asked, partial(self.own.sample, progress=progress))
+        own = partial(self.own.sample, progress=progress)
+        drawn = self.calls.ask(self.name, _dealt(shares, [requests], params), own)
         samples: list[Sample] = in_order(shares, drawn)
         if progress is not None:
             progress(len(requests) - len(shares[0]))
@@ -99,13 +107,7 @@ def _asked(
         [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)],
         calls.ranks.count,
     )
-    return shares, calls.ask(
-        name,
-        [
-            ([prompts[i] for i in share], [completions[i] for i in share]) if share else None
-            for share in shares
-        ],
-    )
+    return shares, calls.ask(name, _dealt(shares, [prompts, completions]))
 
 
 def _shared_logprobs(
@@ -147,21 +149,7 @@ def _shared_score(
     places = tuple(
         (functions.index((reward.name, id(reward.function))), reward.weight) for reward in rewards
     )
-    found = calls.ask(
-        name,
-        [
-            (
-                [rows[i] for i in share],
-                [texts[i] for i in share],
-                [ids[i] for i in share],
-                places,
-                on_bad_row,
-            )
-            if share
-            else None
-            for share in shares
-        ],
-    )
+    found = calls.ask(name, _dealt(shares, [rows, texts, ids], places, on_bad_row))
     return merged_scores(shares, found)
 
 
@@ -212,51 +200,43 @@ def _scoring(score: ScoreFunction, known: Sequence[NamedReward]) -> Callable[...
 
 def round_functions(tools: RoundTools) -> Functions:
     """What a rank does for a round, by name."""
-    named: dict[str, Callable[..., Any] | None] = {
+    return {
         "sample": tools.sampler.sample,
         "sample negatives": tools.negative_sampler.sample,
+        "score": _scoring(tools.score, tools.rewards),
+        **_logprob_functions(tools),
+    }
+
+
+def _logprob_functions(tools: RoundTools) -> dict[str, LogprobFunction]:
+    by_name = {
         "policy": tools.policy_logprobs,
         "reference": tools.ref_logprobs,
         "start": tools.start_logprobs,
-        "score": _scoring(tools.score, tools.rewards),
     }
-    return {name: function for name, function in named.items() if function is not None}
+    return {name: function for name, function in by_name.items() if function is not None}
 
 
 def shared_round_tools(tools: RoundTools, calls: SharedCalls) -> RoundTools:
     """A round's tools with its calls shared; a batch is so much larger. For rank 0."""
     both_are_one = tools.sampler is tools.negative_sampler
     sampler = SharedSampler(calls, "sample", tools.sampler)
-    # Where two of these are one function it runs once, so they stay one.
-    by_name = {
-        "policy": tools.policy_logprobs,
-        "reference": tools.ref_logprobs,
-        "start": tools.start_logprobs,
-    }
-    shared = _once_each(calls, by_name)
+    # Where two of these are one function it runs once, so they stay one: under its first name.
+    shared: dict[LogprobFunction | None, LogprobFunction] = {}
+    for name, function in _logprob_functions(tools).items():
+        shared.setdefault(function, partial(_shared_logprobs, calls, name))
     return replace(
         tools,
         sampler=sampler,
         negative_sampler=sampler
         if both_are_one
         else SharedSampler(calls, "sample negatives", tools.negative_sampler),
-        policy_logprobs=shared["policy"],
-        ref_logprobs=shared["reference"],
-        start_logprobs=shared["start"],
+        policy_logprobs=shared.get(tools.policy_logprobs),
+        ref_logprobs=shared.get(tools.ref_logprobs),
+        start_logprobs=shared.get(tools.start_logprobs),
         score=partial(_shared_score, calls, "score", tools.rewards),
         batch_size=tools.batch_size * calls.ranks.count,
     )
-
-
-def _once_each(
-    calls: SharedCalls, by_name: Mapping[str, LogprobFunction | None]
-) -> dict[str, LogprobFunction | None]:
-    """Each function shared, under the first name that it has."""
-    shared: dict[LogprobFunction, LogprobFunction] = {}
-    for name, function in by_name.items():
-        if function is not None:
-            shared.setdefault(function, partial(_shared_logprobs, calls, name))
-    return {name: None if f is None else shared[f] for name, f in by_name.items()}
 
 
 def eval_functions(tools: EvalTools) -> Functions:
@@ -294,7 +274,7 @@ def lead_round(
     tools: Callable[[], RoundTools],
     work: Callable[[RoundTools], None],
     what: str,
-    together: Together = nullcontext,
+    together: Together,
 ) -> None:
     """Run `work` on rank 0 with tools whose calls all ranks share. Every rank calls this.
 
@@ -309,7 +289,7 @@ def lead_evaluation(
     tools: Callable[[], EvalTools],
     work: Callable[[EvalTools], T],
     what: str,
-    together: Together = nullcontext,
+    together: Together,
 ) -> T:
     """The same for an evaluation; gives every rank what `work` gave."""
     found: list[T] = []
@@ -327,9 +307,7 @@ def _lead(
     together: Together,
 ) -> None:
     made: list[Tools] = []
-    signal_number = ranks.run_on_all_ranks(lambda: made.append(tools()), what)
-    if signal_number:
-        raise interrupted(signal_number, what, show=False)
+    ranks.run_or_stop(lambda: made.append(tools()), what)
     (own,) = made
     functions, shared = sharing
     calls = SharedCalls(ranks, functions(own), together)

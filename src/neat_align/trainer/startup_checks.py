@@ -12,7 +12,6 @@ import copy
 import difflib
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,6 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, one_line
-from neat_align.modeling.memory_estimate import Sharding
 from neat_align.modeling.requirements import is_trained
 
 # Steps of a schedule that are looked at: the first ones, and this many more until the last.
@@ -50,15 +48,6 @@ def check_output_dir(args: NEATConfig) -> None:
     if args.should_save:
         with refused(f"output_dir is {args.output_dir!r}, which cannot be made", "Choose another"):
             Path(args.output_dir or "").mkdir(parents=True, exist_ok=True)
-
-
-def sharding_of(args: Any) -> Sharding:
-    """What the ranks divide between them."""
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        return "weights"
-    plugin = args.deepspeed_plugin
-    stages: dict[int, Sharding] = {1: "optimizer", 2: "gradients", 3: "weights"}
-    return "none" if plugin is None else stages.get(plugin.zero_stage, "none")
 
 
 def check_evaluates(
