@@ -5,6 +5,7 @@ not depend on it.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from host_syncs import HostSyncs, weight_casts
 from neat_align import CollapseError
+from neat_align.modeling.known_padding import masks_from
 from neat_align.modeling.precision import inference
 from neat_align.sampling import transformers_sampler
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
@@ -165,6 +167,41 @@ def test_the_mask_functions_are_put_back_after_a_failure() -> None:
     model.get_output_embeddings().weight.data.fill_(float("nan"))
     with pytest.raises(CollapseError):
         sampler(model).sample(asked(2), SamplingParams(max_new_tokens=3))
+    for name, function in before.items():
+        assert ALL_MASK_ATTENTION_FUNCTIONS[name] is function
+
+
+def test_what_one_thread_knows_of_padding_is_not_said_to_another() -> None:
+    """A reward function, or a server in this process, may draw while the policy does, and may have
+    ended while the policy has not: neither's masks are the other's, and none stays.
+    """
+    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ALL_MASK_ATTENTION_FUNCTIONS}
+    model = tiny_model("llama", VOCAB)
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]]), torch.ones(2, 5).long()
+    mask[0, :2] = 0
+
+    def logits() -> torch.Tensor:
+        with inference(model, None):
+            scores: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits[:, -1]
+        return scores
+
+    expected = logits()
+    opened, over = threading.Event(), threading.Event()
+
+    def another() -> None:
+        with masks_from(padded=False, also=("neat_decode",)):
+            opened.set()
+            over.wait(10)
+
+    thread = threading.Thread(target=another)
+    thread.start()
+    opened.wait(10)
+    torch.testing.assert_close(logits(), expected)
+    with masks_from(padded=True):
+        torch.testing.assert_close(logits(), expected)
+        over.set()
+        thread.join()  # first in, first out
+    torch.testing.assert_close(logits(), expected)
     for name, function in before.items():
         assert ALL_MASK_ATTENTION_FUNCTIONS[name] is function
 

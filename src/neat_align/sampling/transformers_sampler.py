@@ -24,7 +24,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from neat_align.modeling.head_inputs import completion_logits
-from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.known_padding import masks_from
 from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.outputs import plain_outputs
 from neat_align.modeling.packing import pad_rows
@@ -337,9 +337,9 @@ class TransformersSampler:
             params,
             input_ids.shape[1],
         )
-        known = KnownPadding(is_there=len({len(r.prompt_ids) for r in requests}) > 1)
+        padded = len({len(r.prompt_ids) for r in requests}) > 1
         longest = replace(params, max_new_tokens=max(r.limit(params) for r in requests))
-        with no_own_generation_config(self.model), masks_from(known):
+        with no_own_generation_config(self.model), masks_from(padded=padded):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
