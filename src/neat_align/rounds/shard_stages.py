@@ -17,7 +17,7 @@ from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.filters import without_unusable
 from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
-from neat_align.rounds.sampling_stage import sample_groups
+from neat_align.rounds.sampling_stage import sampled_groups
 from neat_align.rounds.scoring_stage import (
     group_batches,
     score_the_rest,
@@ -62,10 +62,7 @@ def sample_shard(shard: Shard, tools: RoundTools) -> None:
     store.open_for(part.plan)
     if read_shard(shard.folder, "unrewarded", shard.key) is not None:
         return
-    sampled = store.read_sampled()
-    if sampled is None:
-        sampled = sample_groups(part.rows, shard.round_index, params, tools, store, _nobody)
-        store.write_sampled(sampled)
+    sampled = sampled_groups(part.rows, shard.round_index, params, tools, store, _nobody)
     removed: Counter[str] = Counter()
     usable = [without_unusable(group, removed) for group in sampled]
     made: list[CompletionGroup] = []
