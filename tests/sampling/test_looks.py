@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from host_syncs import HostSyncs, weight_casts
 from neat_align import CollapseError
-from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.known_padding import masks_from
 from neat_align.modeling.precision import inference
 from neat_align.sampling import transformers_sampler
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
@@ -171,30 +171,39 @@ def test_the_mask_functions_are_put_back_after_a_failure() -> None:
         assert ALL_MASK_ATTENTION_FUNCTIONS[name] is function
 
 
-def test_two_threads_that_sample_know_of_their_own_padding_and_leave_nothing_behind() -> None:
-    """Each opens before the other closes. One that was left behind hid the padding of all later
-    rows of the process.
+def test_what_one_thread_knows_of_padding_is_not_said_to_another() -> None:
+    """A reward function, or a server in this process, may draw while the policy does, and may have
+    ended while the policy has not: neither's masks are the other's, and none stays.
     """
-    before = dict(ALL_MASK_ATTENTION_FUNCTIONS)
-    model, params = tiny_model("llama", VOCAB), SamplingParams(max_new_tokens=8)
-    unequal = [SampleRequest((3, *range(5, 5 + 3 * i)), seed=i) for i in range(4)]
-    expected = sampler(model).sample(unequal, params)
-    opened, done = threading.Event(), threading.Event()
+    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ALL_MASK_ATTENTION_FUNCTIONS}
+    model = tiny_model("llama", VOCAB)
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7], [3, 4, 5, 6, 7]]), torch.ones(2, 5).long()
+    mask[0, :2] = 0
 
-    def others() -> None:
-        with masks_from(KnownPadding(is_there=False)):
+    def logits() -> torch.Tensor:
+        with inference(model, None):
+            scores: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits[:, -1]
+        return scores
+
+    expected = logits()
+    opened, over = threading.Event(), threading.Event()
+
+    def another() -> None:
+        with masks_from(padded=False, also=("neat_decode",)):
             opened.set()
-            done.wait(20)
+            over.wait(10)
 
-    thread = threading.Thread(target=others)
+    thread = threading.Thread(target=another)
     thread.start()
-    assert opened.wait(20)
-    with masks_from(KnownPadding(is_there=True)):
-        done.set()
-        thread.join(20)
-        same(sampler(model).sample(unequal, params), expected)
-    same(sampler(model).sample(unequal, params), expected)
-    assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == before
+    opened.wait(10)
+    torch.testing.assert_close(logits(), expected)
+    with masks_from(padded=True):
+        torch.testing.assert_close(logits(), expected)
+        over.set()
+        thread.join()  # first in, first out
+    torch.testing.assert_close(logits(), expected)
+    for name, function in before.items():
+        assert ALL_MASK_ATTENTION_FUNCTIONS[name] is function
 
 
 # ---- casts of frozen weights ---------------------------------------------------------------------

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import AttentionMaskInterface
@@ -19,60 +19,53 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 # The ways of attention whose mask function asks.
 _ASKING = ("sdpa", "flash_attention_2", "flash_attention_3")
-
-
-@dataclass
-class KnownPadding:
-    """Whether any of the rows that go through a model has padding."""
-
-    is_there: bool
-
-
-# Of this thread: others may run other rows through other models at the same time.
-_padding: ContextVar[KnownPadding | None] = ContextVar("padding", default=None)
-_lock = threading.Lock()
-# By way of attention: how many blocks are open, and the function that stood there before the first.
-_open: dict[str, tuple[int, Callable[..., Any]]] = {}
+# transformers has one table of mask functions for the process, and what is known is true of the
+# batch of one thread: other threads may run models at the same time (reward functions, a server),
+# and are not the last to leave because they were the first to come. So the table is changed while
+# anybody knows something, and what it is, everybody knows for themselves.
+_padded: ContextVar[bool | None] = ContextVar("padded", default=None)
+_changing = threading.Lock()
+_users: Counter[str] = Counter()
+_before: dict[str, Callable[..., Any]] = {}
 
 
 @contextlib.contextmanager
-def masks_from(padding: KnownPadding, *, also: tuple[str, ...] = ()) -> Iterator[None]:
+def masks_from(*, padded: bool, also: tuple[str, ...] = ()) -> Iterator[None]:
     """While open, transformers makes the masks that it would make, without asking them.
 
-    In this thread; in others it goes on asking. `padding` has to be true of every batch that goes
-    through a model meanwhile; `also` names further ways of attention whose masks are torch's.
+    `padded` says whether any row of the batches that this thread puts through models meanwhile has
+    padding; `also` names further ways of attention whose masks are torch's.
     """
     names = (*_ASKING, *also)
-    before = _padding.set(padding)
-    for name in names:
-        _replace(name)
+    with _changing:
+        for name in names:
+            _change(name)
+    token = _padded.set(padded)
     try:
         yield
     finally:
-        for name in names:
-            _put_back(name)
-        _padding.reset(before)
+        _padded.reset(token)
+        with _changing:
+            for name in names:
+                _put_back(name)
 
 
-def _replace(name: str) -> None:
-    """Put a function that knows of padding in the place of a way's own, for the first block."""
-    with _lock:
-        count, own = _open.get(name, (0, ALL_MASK_ATTENTION_FUNCTIONS[name]))
-        if count == 0:
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = _told(own)
-        _open[name] = count + 1, own
+def _change(name: str) -> None:
+    if not _users[name]:
+        _before[name] = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = _told(_before[name])
+    _users[name] += 1
 
 
 def _put_back(name: str) -> None:
-    """The way's own function again, after the last block."""
-    with _lock:
-        count, own = _open.pop(name)
-        if count > 1:
-            _open[name] = count - 1, own
-        elif AttentionMaskInterface()[name] is own:
-            del ALL_MASK_ATTENTION_FUNCTIONS[name]
-        else:
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = own
+    _users[name] -= 1
+    if _users[name]:
+        return
+    function = _before.pop(name)
+    if AttentionMaskInterface()[name] is function:
+        del ALL_MASK_ATTENTION_FUNCTIONS[name]
+    else:
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = function
 
 
 def _told(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,12 +75,9 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
         allow_is_causal_skip: bool = True,
         **others: Any,  # what transformers passes to every mask function
     ) -> Any:
-        padding, may_skip = _padding.get(), allow_is_causal_skip
-        if padding is not None:
-            attention_mask = attention_mask if padding.is_there else None
-            may_skip = allow_is_causal_skip and attention_mask is None
-        return function(
-            *args, attention_mask=attention_mask, allow_is_causal_skip=may_skip, **others
-        )
+        padded = _padded.get()
+        told = None if padded is False else attention_mask
+        may_skip = allow_is_causal_skip and (padded is None or told is None)
+        return function(*args, attention_mask=told, allow_is_causal_skip=may_skip, **others)
 
     return mask

@@ -40,7 +40,7 @@ from neat_align.rounds.round_files import (
     write_manifest,
     write_round_groups,
 )
-from neat_align.rounds.sampling_stage import sample_groups
+from neat_align.rounds.sampling_stage import sampled_groups
 from neat_align.rounds.scoring_notes import write_lists
 from neat_align.rounds.scoring_stage import score_groups
 from neat_align.rounds.shards import RolledOut, Slice, SliceMaker
@@ -176,12 +176,7 @@ class _Round:
         rows, params, tools = part.rows, self.params, self.tools
         store = RolloutStore(part.folder)
         store.open_for(part.plan)
-        sampled = store.read_sampled()
-        if sampled is None:
-            sampled = sample_groups(rows, self.round_index, params, tools, store, progress.sampled)
-            store.write_sampled(sampled)
-        else:
-            progress.sampled(params.sampled_for(len(rows)))
+        sampled = sampled_groups(rows, self.round_index, params, tools, store, progress.sampled)
         usable = [without_unusable(group, removed) for group in sampled]
         return score_groups(
             usable,

@@ -77,14 +77,17 @@ class RayShards:
         Raises what a worker's stage has raised, if that is a NEATError; finished shards stay.
         """
         shards = [self._shard(number, part) for number, part in enumerate(slices)]
-        found = {s.number for s in shards if _finished(s) is not None}
+        # None: it was finished since, and is read when it is its turn.
+        found: dict[int, RolledOut | None] = {
+            s.number: made for s in shards if (made := _finished(s)) is not None
+        }
         for number in found:
             self._tell(shards[number], progress)
         arriving = self._arrivals([s for s in shards if s.number not in found], progress)
         for shard in shards:
             while shard.number not in found:
-                found.add(next(arriving))
-            made = _finished(shard)
+                found[next(arriving)] = None
+            made = found.pop(shard.number) or _finished(shard)
             if made is None:
                 raise not_shared(shard.folder)
             yield made

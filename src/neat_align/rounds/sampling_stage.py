@@ -23,7 +23,7 @@ from neat_align.rounds.kept_samples import KeptSamples
 from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_stage import instructed_logprobs
-from neat_align.sampling.protocol import HandsOver, Sample, Sampler, SampleRequest
+from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, handing_over
 
 T = TypeVar("T")
 # Batches that a sampler which hands over is asked for at once. It fills places again as completions
@@ -96,6 +96,24 @@ def sample_groups(
     ]
 
 
+def sampled_groups(
+    rows: Sequence[PromptRow],
+    round_index: int,
+    params: RoundParams,
+    tools: RoundTools,
+    store: RolloutStore,
+    report: Callable[[int], None],
+) -> list[CompletionGroup]:
+    """What `sample_groups` gives, stored when it is finished, and read from then on."""
+    sampled = store.read_sampled()
+    if sampled is None:
+        sampled = sample_groups(rows, round_index, params, tools, store, report)
+        store.write_sampled(sampled)
+    else:
+        report(params.sampled_for(len(rows)))
+    return sampled
+
+
 def draw_samples(
     sampler: Sampler,
     planned: Mapping[int, PlannedCompletion],
@@ -114,8 +132,8 @@ def draw_samples(
     samples = store.read_samples(set(planned))
     samples = {n: s for n, s in samples.items() if _continues(s, planned[n].branch)}
     report(len(samples))
-    hands_over = isinstance(sampler, HandsOver) and sampler.hands_over
-    most = tools.batch_size * (BATCHES_A_CALL if hands_over else 1)
+    handing = handing_over(sampler)
+    most = tools.batch_size * (1 if handing is None else BATCHES_A_CALL)
     # Prompts of one length stand together, and equal ones meet in a batch; within a call the
     # sampler orders them itself.
     order = sorted(planned, key=lambda n: _longest_first(planned[n].request))
@@ -132,8 +150,8 @@ def draw_samples(
 
         kept = KeptSamples(missing, prompts, whole, store, tools)
         try:
-            if isinstance(sampler, HandsOver) and sampler.hands_over:
-                drawn = sampler.sample(
+            if handing is not None:
+                drawn = handing.sample(
                     requests, params.sampling, progress=report, finished=kept.finished
                 )
             else:

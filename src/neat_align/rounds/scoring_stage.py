@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from statistics import fmean
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from neat_align.errors import CollapseError, name_list
 from neat_align.prompts.instruction_banks import CONTRASTED, Contrasted
@@ -18,6 +18,9 @@ from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.scoring_notes import ScoringNotes, notes_on, write_notes
+
+# Groups with rewards, and what scoring them noted.
+Scored: TypeAlias = tuple[list[CompletionGroup], ScoringNotes]
 
 
 def score_groups(
@@ -37,7 +40,6 @@ def score_groups(
     in batches of at most `tools.batch_size` completions; `tools.between_batches` is called before
     each, and `report` is told how many groups were just finished.
     """
-    reward_names = [reward.name for reward in tools.rewards]
     wants_all = tools.ref_for_all and tools.ref_logprobs is not None
     scored = {
         prompt: group
@@ -46,24 +48,43 @@ def score_groups(
         if (not wants_all or _have(group, "ref_logprobs"))
         and (not weighing_pairs or _have(group, "contrasts"))
     }
-    report(len(scored))
+
+    def score(batch: Sequence[CompletionGroup], rows: Sequence[PromptRow]) -> Scored:
+        rewarded, notes = with_rewards(batch, rows, tools)
+        made = with_logprobs(rewarded, tools, measured)
+        return with_contrasts(made, tools.start_logprobs, weighing_pairs), notes
+
+    return score_the_rest(groups, rows, scored, score, tools, store, report)
+
+
+def score_the_rest(
+    groups: Sequence[CompletionGroup],
+    rows: Sequence[PromptRow],
+    scored: Mapping[str, CompletionGroup],
+    score: Callable[[Sequence[CompletionGroup], Sequence[PromptRow]], Scored],
+    tools: RoundTools,
+    store: RolloutStore,
+    report: Callable[[int], None],
+) -> list[CompletionGroup]:
+    """The groups as `score` makes them, batch by batch, stored with its notes.
+
+    Those that `scored` has, by prompt, are taken from there. Batches, `tools.between_batches` and
+    `report` are as in `score_groups`.
+    """
+    done = dict(scored)
+    report(len(done))
+    reward_names = [reward.name for reward in tools.rewards]
     for start, batch in group_batches(groups, tools.batch_size):
-        missing = [i for i, g in enumerate(batch, start) if g.prompt_id not in scored]
+        missing = [i for i, g in enumerate(batch, start) if g.prompt_id not in done]
         if not missing:
             continue
         tools.between_batches()
-        rewarded, notes = with_rewards(
-            [groups[i] for i in missing],
-            [rows[i] for i in missing],
-            tools,
-        )
-        made = with_logprobs(rewarded, tools, measured)
-        made = with_contrasts(made, tools.start_logprobs, weighing_pairs)
+        made, notes = score([groups[i] for i in missing], [rows[i] for i in missing])
         write_notes(store.folder, missing[0], notes)
         store.write_scored(missing[0], made, reward_names)
-        scored.update((g.prompt_id, g) for g in made)
+        done.update((g.prompt_id, g) for g in made)
         report(len(missing))
-    return [scored[g.prompt_id] for g in groups]
+    return [done[g.prompt_id] for g in groups]
 
 
 def _have(group: CompletionGroup, name: Literal["ref_logprobs", "contrasts"]) -> bool:
@@ -93,7 +114,7 @@ def with_rewards(
     groups: Sequence[CompletionGroup],
     rows: Sequence[PromptRow],
     tools: RoundTools,
-) -> tuple[list[CompletionGroup], ScoringNotes]:
+) -> Scored:
     """The groups with rewards, and what scoring noted; `rows` are the groups' rows.
 
     Without reward functions, the groups as they are. Completions that cannot be scored raise, or

@@ -17,10 +17,10 @@ from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.filters import without_unusable
 from neat_align.rounds.params import RoundParams, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
-from neat_align.rounds.sampling_stage import sample_groups
-from neat_align.rounds.scoring_notes import write_notes
+from neat_align.rounds.sampling_stage import sampled_groups
 from neat_align.rounds.scoring_stage import (
     group_batches,
+    score_the_rest,
     with_contrasts,
     with_logprobs,
     with_rewards,
@@ -62,10 +62,7 @@ def sample_shard(shard: Shard, tools: RoundTools) -> None:
     store.open_for(part.plan)
     if read_shard(shard.folder, "unrewarded", shard.key) is not None:
         return
-    sampled = store.read_sampled()
-    if sampled is None:
-        sampled = sample_groups(part.rows, shard.round_index, params, tools, store, _nobody)
-        store.write_sampled(sampled)
+    sampled = sampled_groups(part.rows, shard.round_index, params, tools, store, _nobody)
     removed: Counter[str] = Counter()
     usable = [without_unusable(group, removed) for group in sampled]
     made: list[CompletionGroup] = []
@@ -100,20 +97,16 @@ def _rewarded(
 ) -> list[CompletionGroup]:
     """The groups with rewards: stored already, or made and stored, batch by batch."""
     store = RolloutStore(shard.folder)
-    scored = store.read_scored(groups)
-    for start, batch in group_batches(groups, tools.batch_size):
-        missing = [i for i, g in enumerate(batch, start) if g.prompt_id not in scored]
-        if not missing:
-            continue
-        made, notes = with_rewards(
-            [groups[i] for i in missing],
-            [shard.part.rows[i] for i in missing],
-            tools,
-        )
-        write_notes(store.folder, missing[0], notes)
-        store.write_scored(missing[0], made, shard.reward_names)
-        scored.update((g.prompt_id, g) for g in made)
-    return [_with_scores_of(g, scored[g.prompt_id]) for g in groups]
+    scored = score_the_rest(
+        groups,
+        shard.part.rows,
+        store.read_scored(groups),
+        lambda batch, rows: with_rewards(batch, rows, tools),
+        tools,
+        store,
+        _nobody,
+    )
+    return [_with_scores_of(g, s) for g, s in zip(groups, scored, strict=True)]
 
 
 def _with_scores_of(group: CompletionGroup, scored: CompletionGroup) -> CompletionGroup:

@@ -20,11 +20,11 @@ from neat_align.errors import CollapseError, SamplerError
 from neat_align.sampling.policy_now import PolicyNow
 from neat_align.sampling.protocol import (
     Finished,
-    HandsOver,
     Sample,
     Sampler,
     SampleRequest,
     SamplingParams,
+    handing_over,
 )
 
 # Completions of fewer tokens are compared only where there is no longer one.
@@ -48,7 +48,7 @@ class CheckedSampler:
     @property
     def hands_over(self) -> bool:
         """Whether the other one does."""
-        return isinstance(self.sampler, HandsOver) and self.sampler.hands_over
+        return handing_over(self.sampler) is not None
 
     def sample(
         self,
@@ -69,8 +69,9 @@ class CheckedSampler:
             if finished is not None:
                 finished(places, ended)
 
-        if isinstance(self.sampler, HandsOver) and self.hands_over:
-            samples = self.sampler.sample(requests, params, progress=progress, finished=check)
+        other = handing_over(self.sampler)
+        if other is not None:
+            samples = other.sample(requests, params, progress=progress, finished=check)
         else:
             samples = self.sampler.sample(requests, params, progress=progress)
         if len(samples) != len(requests):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -53,8 +54,28 @@ def decode_attention(
     return out.reshape(rows, 1, heads, value.shape[-1]), None
 
 
-AttentionInterface.register(ATTENTION, decode_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+# What `_both` has found in this thread.
+_agreements: ContextVar[list[bool]] = ContextVar("agreements")
+
+
+def _both(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **others: Any,
+) -> Any:
+    """torch's kernel, and whether `decode_attention` agrees with it."""
+    expected = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    ours, _ = decode_attention(module, query, key, value, attention_mask, **others)
+    _agreements.get().append(_agree(ours, expected[0], value))
+    return expected
+
+
+for _name, _attention in ((ATTENTION, decode_attention), (_BOTH, _both)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 
 @contextlib.contextmanager
@@ -86,29 +107,15 @@ def _gives_the_same(model: torch.nn.Module) -> bool:
     """
     config = unwrapped(model).config
     before = config._attn_implementation
-    agreements: list[bool] = []
-
-    def both(
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **others: Any,
-    ) -> Any:
-        expected = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-        ours, _ = decode_attention(module, query, key, value, attention_mask, **others)
-        agreements.append(_agree(ours, expected[0], value))
-        return expected
-
     expected = _two_steps(model)
-    AttentionInterface.register(_BOTH, both)
-    AttentionMaskInterface.register(_BOTH, sdpa_mask)
+    agreements: list[bool] = []
+    token = _agreements.set(agreements)
     try:
         config._attn_implementation = _BOTH
         renamed = _two_steps(model)
     finally:
         config._attn_implementation = before
+        _agreements.reset(token)
     # The kernel is torch's both times. (Weights that give no numbers agree with nothing: the draw
     # says so.)
     same_model = bool((renamed - expected).abs().max() <= 0.1 * expected.std())

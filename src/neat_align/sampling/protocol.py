@@ -102,3 +102,8 @@ class HandsOver(Protocol):
         is called after it. What it raises ends the draw.
         """
         ...
+
+
+def handing_over(sampler: Sampler) -> HandsOver | None:
+    """The sampler, if it hands completions over now."""
+    return sampler if isinstance(sampler, HandsOver) and sampler.hands_over else None

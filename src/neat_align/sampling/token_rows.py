@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from neat_align.modeling.head_inputs import completion_logits
-from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.known_padding import masks_from
 from neat_align.modeling.outputs import forward
 from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
@@ -111,8 +111,7 @@ class CachedRows:
     def _forward(
         self, input_ids: Int[Tensor, "rows new"], positions: Int[Tensor, "rows new"]
     ) -> Float[Tensor, "rows vocab"]:
-        padding = KnownPadding(is_there=min(self._lengths) < self._width)
-        with masks_from(padding, also=(ATTENTION,)):
+        with masks_from(padded=min(self._lengths) < self._width, also=(ATTENTION,)):
             output = forward(
                 self._model,
                 input_ids=input_ids,

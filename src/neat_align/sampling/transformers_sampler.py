@@ -23,17 +23,15 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from neat_align.modeling.head_inputs import completion_logits
-from neat_align.modeling.known_padding import KnownPadding, masks_from
+from neat_align.modeling.known_padding import masks_from
 from neat_align.modeling.lockstep import is_sharded, lockstep
 from neat_align.modeling.outputs import plain_outputs
-from neat_align.modeling.packing import pad_rows
 from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.requirements import context_of
 from neat_align.sampling.batch_check import PLACES, KnownWay, SamplingWay, choose_way
 from neat_align.sampling.by_generate import DrawnToken, greedy, no_own_generation_config
 from neat_align.sampling.decode_attention import fast_decoding
-from neat_align.sampling.draw import check_drawn, draw, uniforms
+from neat_align.sampling.draw import check_drawn, uniforms
 from neat_align.sampling.drawing import (
     Drawing,
     Drawn,
@@ -49,7 +47,7 @@ from neat_align.sampling.protocol import (
     SamplingParams,
 )
 from neat_align.sampling.shares import D, Done, DrawShare, Told, in_batches
-from neat_align.sampling.token_rows import CachedRows, keeps_keys, left_padded
+from neat_align.sampling.token_rows import CachedRows, RecomputedRows, keeps_keys, left_padded
 
 logger = logging.getLogger(__name__)
 # Tokens between two looks at which completions have ended. On a GPU the CPU waits at each look for
@@ -144,13 +142,14 @@ class TransformersSampler:
         lengths = groupby(order, key=lambda i: len(requests[i].prompt_ids))
         groups = [order] if way == "together" else [list(group) for _, group in lengths]
         cached = keeps_keys(self.model) and way != "whole"
+        draw_share = in_batches(self._generate)
+        if cached and way == "together":
+            draw_share = self._refilled
+        elif cached:
+            draw_share = in_batches(partial(self._decode, reader=self._cached(padded=False)))
         # `generate` calls the model below an adapter, where no rank could wait for the others.
-        whole = way == "whole" or is_sharded(self.model)
-        draw_share = in_batches(self._whole if whole else self._generate)
-        if cached:
-            draw_share = (
-                self._refilled if way == "together" else in_batches(self._decode_one_length)
-            )
+        elif way == "whole" or is_sharded(self.model):
+            draw_share = in_batches(partial(self._decode, reader=self._recomputed()))
         size = 1 if way == "one_row" else self.batch_size
         sampler = replace(self, batch_size=size)
         told = Told(progress, finished)
@@ -253,30 +252,36 @@ class TransformersSampler:
         def finished(drawn: Sequence[Drawn]) -> None:
             done([d.request for d in drawn], [self.sample_of(d, requests, params) for d in drawn])
 
-        self.draw(requests, params, places, self._reader(padded=True), finished)
-
-    def _decode_one_length(
-        self, requests: Sequence[SampleRequest], params: SamplingParams
-    ) -> list[Sample]:
-        return self._decode(requests, params, padded=False)
+        self.draw(requests, params, places, self._cached(), finished)
 
     def _decode(
-        self, requests: Sequence[SampleRequest], params: SamplingParams, *, padded: bool = True
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        reader: RowReader | None = None,
     ) -> list[Sample]:
-        """All at once; not `padded`: prompts of one length, of which nothing is masked."""
+        """All at once, read by `reader` (None: with a cache, padded)."""
         samples: dict[int, Sample] = {}
 
         def finished(drawn: Sequence[Drawn]) -> None:
             samples.update({d.request: self.sample_of(d, requests, params) for d in drawn})
 
-        self.draw(requests, params, len(requests), self._reader(padded=padded), finished)
+        self.draw(requests, params, len(requests), reader or self._cached(), finished)
         return [samples[i] for i in range(len(requests))]
 
-    def _reader(self, *, padded: bool) -> RowReader:
-        """One row a request, kept as keys and values."""
+    def _cached(self, *, padded: bool = True) -> RowReader:
+        """One row a request, kept as keys and values; not `padded`: of one length, not masked."""
         return RowReader(
             lambda request: [request.prompt_ids],
             lambda rows: CachedRows(self.model, rows, self.pad_token_id, padded=padded),
+        )
+
+    def _recomputed(self) -> RowReader:
+        """One row a request, read anew for every token, as it will be scored; nothing is kept."""
+        return RowReader(
+            lambda request: [request.prompt_ids],
+            lambda rows: RecomputedRows(self.model, rows, alone=False),
         )
 
     def draw(
@@ -337,9 +342,9 @@ class TransformersSampler:
             params,
             input_ids.shape[1],
         )
-        known = KnownPadding(is_there=len({len(r.prompt_ids) for r in requests}) > 1)
+        padded = len({len(r.prompt_ids) for r in requests}) > 1
         longest = replace(params, max_new_tokens=max(r.limit(params) for r in requests))
-        with no_own_generation_config(self.model), masks_from(known):
+        with no_own_generation_config(self.model), masks_from(padded=padded):
             output = cast("Any", self.model).generate(
                 input_ids=input_ids,
                 attention_mask=mask,
@@ -348,41 +353,6 @@ class TransformersSampler:
             )
         logprobs = torch.stack(processor.logprobs, dim=1).tolist()
         tokens = output[:, input_ids.shape[1] :].tolist()
-        return self._samples(requests, params, tokens, logprobs)
-
-    def _whole(self, requests: Sequence[SampleRequest], params: SamplingParams) -> list[Sample]:
-        """Every token from a pass over its whole row, as it will be scored; nothing is kept."""
-        device = next(self.model.parameters()).device
-        numbers = uniforms([r.seed for r in requests], params.max_new_tokens, device)
-        drawn: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[float]] = [[] for _ in requests]
-        going = list(range(len(requests)))
-        for step in range(params.max_new_tokens):
-            so_far = [(*requests[i].prompt_ids, *drawn[i]) for i in going]
-            rows = pad_rows(so_far, [()] * len(going), self.pad_token_id).to(device)
-            tokens, logps = draw(
-                completion_logits(self.model, rows)[:, 0], numbers[going, step], params
-            )
-            for i, token, logp in zip(going, tokens.tolist(), logps.tolist(), strict=True):
-                drawn[i].append(token)
-                logprobs[i].append(logp)
-            going = [
-                i
-                for i in going
-                if drawn[i][-1] not in self.eos_token_ids and step + 1 < requests[i].limit(params)
-            ]
-            if not going:
-                break
-        return self._samples(requests, params, drawn, logprobs)
-
-    def _samples(
-        self,
-        requests: Sequence[SampleRequest],
-        params: SamplingParams,
-        tokens: Sequence[list[int]],
-        logprobs: Sequence[list[float]],
-    ) -> list[Sample]:
-        """A sample a request, of what was drawn within its limit."""
         limits = [r.limit(params) for r in requests]
         drawn = zip(tokens, logprobs, limits, strict=True)
         return [self._sample(t[:limit], lp[:limit]) for t, lp, limit in drawn]

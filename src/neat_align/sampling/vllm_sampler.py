@@ -19,7 +19,7 @@ import httpx2
 from neat_align.errors import SamplerError, SamplerUnavailableError
 from neat_align.sampling.policy_now import PolicyNow
 from neat_align.sampling.protocol import Finished, Sample, SampleRequest, SamplingParams
-from neat_align.sampling.vllm_client import ServedModel, VllmClient
+from neat_align.sampling.vllm_client import VllmClient
 from neat_align.sampling.vllm_weights import VllmWeights
 
 
@@ -133,7 +133,3 @@ class VllmEngine:
         return VllmSampler(
             self.client, name, policy.eos_token_ids, served.max_model_len, self.concurrency
         )
-
-    def model(self) -> ServedModel:
-        """What the server serves. Raises SamplerError where none answers."""
-        return self.client.model()
