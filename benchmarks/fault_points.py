@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import harness
 import torch
 import transformers.modeling_utils
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -350,9 +350,7 @@ def _launch(
     *how: Any,
 ) -> NoReturn:
     """Be the launcher of so many processes; `how` is for the one of that rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = harness.free_port()
     ranks: dict[int, int] = {}
     for r in range(processes):
         own = os.fork()

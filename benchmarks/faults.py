@@ -20,7 +20,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -100,9 +99,7 @@ def make_benches(base: Path, seed: int, fast: bool, processes: int) -> list[Benc
             f"the run that was to stop after step {STOPPED_AFTER} ended with {stopped.code}: "
             f"{last_line(stopped.said)}"
         )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = harness.free_port()
     whole_http: dict[str, Any] = {}
     if not fast and processes == 1:
         check(fp.run(base, base / "http", resume=False, server=fp.Server(port, by_length)))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -99,11 +98,8 @@ def launch(processes: int, folder: Path, args: argparse.Namespace) -> dict[str, 
     folder.mkdir()
     launcher: list[str] = []
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launcher += ["--master-port", str(port)]
+        launcher += ["--master-port", str(harness.free_port())]
     own = ["--work", str(folder), "--model", args.model, "--prompts", str(args.prompts)]
     own += ["--prompt", str(args.prompt), "--completion", str(args.completion)]
     done = subprocess.run(

@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import harness
 import transformers
@@ -35,6 +36,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from neat_align import NEATConfig, NEATTrainer
+from neat_align.trainer import parts
 
 TEXT = (
     "my neighbour asked whether the old bicycle in the yard could be mended "
@@ -72,14 +74,6 @@ class Clock(TrainerCallback):
         control.should_training_stop = True
 
 
-class EndlessNEATTrainer(NEATTrainer):
-    """Accepts no end token, so that every completion has its full length."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        return ()
-
-
 def common(args: Any, folder: str) -> dict[str, Any]:
     """Training arguments of every side."""
     return {
@@ -107,9 +101,10 @@ def neat(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: str) -
         max_tokens_per_micro_batch=args.max_tokens,
         drift_prompts=0,
     )
-    return EndlessNEATTrainer(
-        model, reward, settings, [{"prompt": t} for t in texts], processing_class=tokenizer
-    )
+    rows = [{"prompt": t} for t in texts]
+    # No end token, so that every completion has its full length.
+    with patch.object(parts, "eos_token_ids", return_value=()):
+        return NEATTrainer(model, reward, settings, rows, processing_class=tokenizer)
 
 
 def grpo(args: Any, model: Any, tokenizer: Any, texts: list[str], folder: str) -> Any:
@@ -153,14 +148,16 @@ PEERS: dict[str, Callable[..., Any]] = {"grpo": grpo, "online_dpo": online_dpo}
 
 def one_step(
     make: Callable[..., Any], args: Any, base: Any, tokenizer: Any, texts: list[str]
-) -> tuple[float, Any]:
-    """Seconds of a fresh trainer's first step, and the trainer."""
+) -> tuple[float, float | None]:
+    """Seconds of a fresh trainer's first step, and the share of completions that ours kept."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         trainer = make(args, copy.deepcopy(base), copy.deepcopy(tokenizer), texts, folder)
         trainer.add_callback(clock)
         trainer.train()
-    return clock.seconds, trainer
+        # While the folder is there: groups are read from its files.
+        kept = share_kept(trainer, args) if isinstance(trainer, NEATTrainer) else None
+    return clock.seconds, kept
 
 
 def arguments() -> argparse.Namespace:
@@ -199,11 +196,11 @@ def main() -> None:
     texts = [text_of(tokenizer, args.prompt, i) for i in range(args.prompts)]
     sides = {"neat": neat, args.peer: PEERS[args.peer]}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    kept: float | None = None
     for number in range(args.repeats + 1):
         for name, make in sides.items():
-            taken, trainer = one_step(make, args, base, tokenizer, texts)
-            if name == "neat":
-                kept = share_kept(trainer, args)
+            taken, share = one_step(make, args, base, tokenizer, texts)
+            kept = kept if share is None else share
             if number > 0:
                 seconds[name].append(taken)
     ratio = harness.speedup(seconds[args.peer], seconds["neat"])

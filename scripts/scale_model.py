@@ -12,6 +12,7 @@ figures of a machine are its maker's, and the shares of them that software reach
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -147,6 +148,10 @@ class Plan:
     sharded: Sharding
     frozen_bytes: float = 2.0
     own_engine: bool = True
+
+    def trained_weights(self, shape: Shape) -> float:
+        """Weights that learn, and are given to who samples."""
+        return shape.weights * (1.0 if self.trained == "full" else LORA_SHARE)
 
     def shards(self, gpus: int, node: int) -> int:
         """Over how many GPUs a weight is divided."""
@@ -348,7 +353,7 @@ def training(shape: Shape, plan: Plan, work: Round, machine: Machine, gpus: int)
     groups = math.ceil(min(work.groups_per_step, work.prompts) / gpus)
     passes = training_passes(plan.trained, checkpointing=work.checkpointing)
     flops = groups * forward_flops(shape, work) * passes
-    trained = shape.weights * (1.0 if plan.trained == "full" else LORA_SHARE)
+    trained = plan.trained_weights(shape)
     # Weights are gathered forward and backward for each micro-batch, gradients added up once.
     micro_batches = math.ceil(groups * work.group_tokens / work.micro_batch_tokens)
     gathering = 2 * micro_batches * gather_seconds(shape, plan, machine, gpus)
@@ -366,7 +371,7 @@ def syncing(shape: Shape, plan: Plan, machine: Machine, gpus: int) -> float:
     """Seconds to give the sampling engine the new weights, a GPU receiving all or the adapter."""
     if not plan.own_engine:
         return 0.0
-    sent = shape.weights * machine.number_bytes * (1.0 if plan.trained == "full" else LORA_SHARE)
+    sent = plan.trained_weights(shape) * machine.number_bytes
     shards = plan.shards(gpus, machine.node_size)
     if shards == 1:  # from the memory of the same GPU
         return 2 * sent / (machine.bandwidth * machine.read)
@@ -487,9 +492,8 @@ def sampling_ahead(shape: Shape, work: Round, machine: Machine, gpus: int) -> Ah
         except ValueError:
             continue
         learned = row(shape, work, machine, gpus - samplers, plan).learning
-        sent = shape.weights * machine.number_bytes
-        sync = sent * (1.0 if plan.trained == "full" else LORA_SHARE) / machine.link_speed(gpus)
-        seconds = max(sampled.seconds, learned) + sync
+        sent = plan.trained_weights(shape) * machine.number_bytes
+        seconds = max(sampled.seconds, learned) + sent / machine.link_speed(gpus)
         if best is None or seconds < best.seconds:
             best = Ahead(samplers, seconds, together / seconds)
     return best
@@ -509,8 +513,7 @@ def _splits(gpus: int, node: int) -> Sequence[int]:
 
 # ---- tables --------------------------------------------------------------------------------------
 
-SHAPES = (LLAMA_1B, LLAMA_8B, LLAMA_70B)
-GPUS = (1, 8, 64, 512)
+SIZES = tuple(itertools.product((LLAMA_1B, LLAMA_8B, LLAMA_70B), (1, 8, 64, 512)))
 
 
 def show(seconds: float) -> str:
@@ -525,15 +528,14 @@ def round_table(work: Round, machine: Machine) -> list[str]:
         "| round s | sampling share | waits for | choose |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for shape in SHAPES:
-        for gpus in GPUS:
-            r = row(shape, work, machine, gpus)
-            times = [r.sampling.seconds, r.scoring.seconds, r.training.seconds, r.sync, r.seconds]
-            lines.append(
-                f"| {shape.name} | {gpus} | {r.plan.name} | {r.bytes_used / GB:.0f} | "
-                f"{' | '.join(map(show, times))} | {r.sampling.seconds / r.seconds:.0%} | "
-                f"{bottleneck(r)} | {setting(r)} |"
-            )
+    for shape, gpus in SIZES:
+        r = row(shape, work, machine, gpus)
+        times = [r.sampling.seconds, r.scoring.seconds, r.training.seconds, r.sync, r.seconds]
+        lines.append(
+            f"| {shape.name} | {gpus} | {r.plan.name} | {r.bytes_used / GB:.0f} | "
+            f"{' | '.join(map(show, times))} | {r.sampling.seconds / r.seconds:.0%} | "
+            f"{bottleneck(r)} | {setting(r)} |"
+        )
     return lines
 
 
@@ -543,17 +545,14 @@ def ahead_table(work: Round, machine: Machine) -> list[str]:
         "| model | GPUs | one after the other s | sampling ahead s | GPUs that sample | gain |",
         "|---|---|---|---|---|---|",
     ]
-    for shape in SHAPES:
-        for gpus in GPUS:
-            together, ahead = row(shape, work, machine, gpus), None
-            if gpus > 1:
-                ahead = sampling_ahead(shape, work, machine, gpus)
-            told = ["–", "–", "–"]
-            if ahead is not None:
-                told = [show(ahead.seconds), str(ahead.samplers), f"{ahead.gain:.2f}x"]
-            lines.append(
-                f"| {shape.name} | {gpus} | {show(together.seconds)} | {' | '.join(told)} |"
-            )
+    for shape, gpus in SIZES:
+        together, ahead = row(shape, work, machine, gpus), None
+        if gpus > 1:
+            ahead = sampling_ahead(shape, work, machine, gpus)
+        told = ["–", "–", "–"]
+        if ahead is not None:
+            told = [show(ahead.seconds), str(ahead.samplers), f"{ahead.gain:.2f}x"]
+        lines.append(f"| {shape.name} | {gpus} | {show(together.seconds)} | {' | '.join(told)} |")
     return lines
 
 
@@ -563,16 +562,19 @@ def engine_table(work: Round, machine: Machine) -> list[str]:
         "| model | GPUs | trained | vLLM s | transformers s | times | waits for |",
         "|---|---|---|---|---|---|---|",
     ]
-    for shape in SHAPES:
-        for gpus in GPUS[:2]:
-            plan = plan_for(shape, work, machine, gpus)
-            engine = sampling(shape, plan, work, machine, gpus).seconds
-            told = f"{shape.name} | {gpus} | {plan.name} | {show(engine)}"
-            if not plan.own_engine:  # the engine's weights do not fit beside the policy
-                told = f"{shape.name} | {gpus} | {plan.name} | –"
-            here = sampling_in_place(shape, plan, work, machine, gpus)
-            times = f"{here.seconds / engine:.1f}x" if plan.own_engine else "–"
-            lines.append(f"| {told} | {show(here.seconds)} | {times} | {here.bound} |")
+    for shape, gpus in SIZES:
+        if gpus > machine.node_size:
+            continue
+        plan = plan_for(shape, work, machine, gpus)
+        engine = sampling(shape, plan, work, machine, gpus).seconds
+        here = sampling_in_place(shape, plan, work, machine, gpus)
+        told, times = show(engine), f"{here.seconds / engine:.1f}x"
+        if not plan.own_engine:  # the engine's weights do not fit beside the policy
+            told = times = "–"
+        lines.append(
+            f"| {shape.name} | {gpus} | {plan.name} | {told} | {show(here.seconds)} | {times} | "
+            f"{here.bound} |"
+        )
     return lines
 
 
@@ -583,20 +585,19 @@ def network_table(work: Round, machine: Machine) -> list[str]:
         "|---|---|---|---|---|",
     ]
     larger = replace(work, groups_per_step=4 * work.groups_per_step)
-    for shape in SHAPES:
-        for gpus in GPUS:
-            r = row(shape, work, machine, gpus)
-            if "network" not in bottleneck(r):
-                continue
-            told = [show(row(shape, larger, machine, gpus, r.plan).seconds)]
-            within = replace(r.plan, sharded="node")
-            fits = training_bytes(shape, within, work, machine, gpus)
-            fits += shape.weights * machine.number_bytes / machine.node_size
-            if r.plan.sharded != "all" or fits > machine.usable * machine.memory:
-                told.append("–" if r.plan.sharded != "all" else "does not fit")
-            else:
-                told.append(show(row(shape, work, machine, gpus, within).seconds))
-            lines.append(f"| {shape.name} | {gpus} | {show(r.seconds)} | {' | '.join(told)} |")
+    for shape, gpus in SIZES:
+        r = row(shape, work, machine, gpus)
+        if "network" not in bottleneck(r):
+            continue
+        told = [show(row(shape, larger, machine, gpus, r.plan).seconds)]
+        within = replace(r.plan, sharded="node")
+        fits = training_bytes(shape, within, work, machine, gpus)
+        fits += shape.weights * machine.number_bytes / machine.node_size
+        if r.plan.sharded != "all" or fits > machine.usable * machine.memory:
+            told.append("–" if r.plan.sharded != "all" else "does not fit")
+        else:
+            told.append(show(row(shape, work, machine, gpus, within).seconds))
+        lines.append(f"| {shape.name} | {gpus} | {show(r.seconds)} | {' | '.join(told)} |")
     return lines
 
 

@@ -129,8 +129,7 @@ def test_training_sends_what_its_plan_asks_for() -> None:
 def test_the_plan_is_the_first_that_fits() -> None:
     names = {
         (shape.name, gpus): scale.plan_for(shape, scale.Round(), scale.H100, gpus).name
-        for shape in scale.SHAPES
-        for gpus in scale.GPUS
+        for shape, gpus in scale.SIZES
     }
     assert names["1B", 1] == "full, DDP"
     assert names["8B", 1] == "LoRA, DDP"
@@ -138,7 +137,7 @@ def test_the_plan_is_the_first_that_fits() -> None:
     assert names["70B", 1] == "LoRA, 4-bit base"
     assert names["70B", 64] == "full, FSDP2"
     for (name, gpus), _ in names.items():
-        shape = next(s for s in scale.SHAPES if s.name == name)
+        shape = next(s for s, _ in scale.SIZES if s.name == name)
         assert scale.row(shape, scale.Round(), scale.H100, gpus).bytes_used <= 0.9 * 80e9
 
 

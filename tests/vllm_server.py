@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from neat_align.sampling.batch_check import KnownWay
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
+from ports import free_port
 from tiny import alone, random_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -260,9 +260,7 @@ class RealVllm:
         if REAL_PYTHON not in os.environ:
             raise RuntimeError(f"set {REAL_PYTHON} to a Python with vLLM, as make test-vllm does")
         if not self.port:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self.port = free.getsockname()[1]
+            self.port = free_port()
         environment = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",

@@ -185,13 +185,9 @@ def build_trainer(
 
 
 def _model(script: ScriptArguments, *, trains: bool) -> torch.nn.Module:
-    """The script's model; in fp32 where its own weights are trained."""
-    options = script.load_options
-    if trains and not script.use_peft:
-        options = options.where_all_weights_learn()
     return load_policy(
         model_source(script.model_name_or_path),
-        options,
+        script.load_options_to_train if trains else script.load_options,
         revision=script.model_revision,
         trust_remote_code=script.trust_remote_code,
     )

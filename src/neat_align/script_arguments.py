@@ -129,6 +129,12 @@ class ScriptArguments:
             check_source(self.model_name_or_path, self.model_revision, self.trust_remote_code)
 
     @property
+    def load_options_to_train(self) -> LoadOptions:
+        """How a model is loaded that is trained: in fp32 where its own weights are."""
+        options = self.load_options
+        return options if self.use_peft else options.where_all_weights_learn()
+
+    @property
     def load_options(self) -> LoadOptions:
         """How the model is loaded."""
         return LoadOptions(

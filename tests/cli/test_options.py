@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from neat_align import ConfigError, NEATConfig
 from neat_align.cli.options import parse_options, print_help
@@ -110,3 +111,15 @@ def test_help_lists_every_option_that_may_be_set_once_within_80_columns(
     refused = {"hub_token", *REFUSED, *SCRIPT_OPTIONS}
     assert sorted(listed) == sorted(set(names) - refused)
     assert max(len(line) for line in shown.splitlines() if "https://" not in line) <= 80
+
+
+def test_help_tells_our_options_from_those_of_transformers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also those that NEATConfig has from a base class of ours, as the loss and the sampler."""
+    print_help()
+    ours, theirs = capsys.readouterr().out.split("\nFrom transformers.TrainingArguments\n")
+    below = set(re.findall(r"^  --(\w+)", theirs, flags=re.MULTILINE))
+    assert below <= {f.name for f in fields(TrainingArguments)}
+    above = re.findall(r"^  --(\w+)", ours, flags=re.MULTILINE)
+    assert {"ranking_loss", "sampler", "prompts_per_round", "learning_rate"} <= set(above)

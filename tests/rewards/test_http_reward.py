@@ -42,6 +42,7 @@ from neat_align.rewards.http import (
 )
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import score
+from ports import free_port
 from reward_server import Asked, Handler, RewardServer, by_length, saying
 from tiny import tiny_model, tiny_tokenizer
 
@@ -72,12 +73,6 @@ class Client:
         return asyncio.run(
             self.reward(asked, list(completions), [[1]] * len(completions), **columns)
         )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 # ---- the contract --------------------------------------------------------------------------------

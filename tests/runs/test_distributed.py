@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parents[1]
+from launch import launched
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def run(folder: Path, *arguments: str, processes: int, script: str = "two_processes.py") -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = (
-        [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--master-port",
-            str(port),
-        ]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, str(SCRIPTS / script), str(folder), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=240, check=False
-    )
+    def once() -> subprocess.CompletedProcess[str]:
+        return launched(script, folder, *arguments, processes=processes, limit=240)
+
+    done = once()
     # torch's own threads abort a process that lets go of a process group in the middle of things,
     # now and then; whatever else goes wrong fails here.
     if (
@@ -47,9 +29,7 @@ def run(folder: Path, *arguments: str, processes: int, script: str = "two_proces
         and not any("resume" in argument for argument in arguments)
     ):
         shutil.rmtree(folder, ignore_errors=True)
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=240, check=False
-        )
+        done = once()
     assert done.returncode == 0, done.stderr[-3000:]
 
 

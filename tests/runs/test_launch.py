@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from neat_align.errors import ConfigError, NEATError
 from neat_align.pipeline import _goes_on
 from neat_align.runs import launch
 from neat_align.script_arguments import ScriptArguments
+from ports import free_port
 from small_trainer import config
 from tiny import save_tiny
 
@@ -259,12 +259,6 @@ def weights(run: Path) -> dict[str, Any]:
     return load_file(run / "model" / "model.safetensors")
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_launch_that_loses_a_process_ends_with_the_same_weights_by_itself(
@@ -280,7 +274,7 @@ def test_a_launch_that_loses_a_process_ends_with_the_same_weights_by_itself(
     assert result["processes"] == 2
     for fail, launcher in {
         "raise": ("--standalone", "--max-restarts=1"),
-        "kill": ("--master-port", free_port(), "--max-restarts=1"),
+        "kill": ("--master-port", str(free_port()), "--max-restarts=1"),
     }.items():
         run = tmp_path / fail
         code, out, err = done(command(recipe, run, *launcher), run, fail)

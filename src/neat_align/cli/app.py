@@ -56,7 +56,7 @@ def _version(
 
 app.command()(demo)
 app.command(context_settings=ANY_OPTION, add_help_option=False)(train)
-app.command(context_settings=ANY_OPTION)(expand)
+app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(expand)
 app.command(context_settings=ANY_OPTION)(evaluate)
 app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(compare)
 app.command()(inspect)

@@ -38,15 +38,13 @@ def dry_run(script: ScriptArguments, args: NEATConfig) -> list[str]:
     check_command_options(args)
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
-    options = script.load_options
-    if not script.use_peft:
-        options = options.where_all_weights_learn()
+    options = script.load_options_to_train
     model = _on_meta(script, options)
     data, is_counted = _data(script, args, model)
     groups = args.groups_per_round(len(data.rows))
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     lengths = data.prompt_lengths
-    plan = plan_run(args, lengths, prompts_per_round=groups, steps_per_round=-(-groups // step))
+    steps = args.steps_over(groups)
+    plan = plan_run(args, lengths, prompts_per_round=groups, steps_per_round=steps)
     if not is_counted:
         plan = replace(plan, prompt_tokens=None)
     memory = plan_memory(

@@ -39,11 +39,6 @@ FORMS = ("ranked", "preference", "groups")
 _DECIDING = frozenset({"seed", "bf16", "fp16", "tf32", "full_determinism", "use_cpu"})
 
 
-def _ray(name: str, said: str) -> Any:
-    """An option of `--engine ray`, written with either dash."""
-    return typer.Option(f"--{name}", f"--{name.replace('_', '-')}", help=f"ray: {said}")
-
-
 def expand(
     ctx: typer.Context,
     output: Annotated[Path, typer.Option(help="A .parquet or .jsonl file for the data set.")],
@@ -58,23 +53,23 @@ def expand(
         str, typer.Option(help="local: this process makes all of it; ray: workers of Ray Data do.")
     ] = "local",
     num_workers: Annotated[
-        int | None, _ray("num_workers", "Workers that hold the policy, each a process.")
+        int | None, typer.Option(help="ray: Workers that hold the policy, each a process.")
     ] = None,
     gpus_per_worker: Annotated[
-        float | None, _ray("gpus_per_worker", "GPUs of each, 0 to 1; 0 when left out.")
+        float | None, typer.Option(help="ray: GPUs of each, 0 to 1; 0 when left out.")
     ] = None,
     num_reward_workers: Annotated[
-        int | None, _ray("num_reward_workers", "Workers that reward; 1 when left out.")
+        int | None, typer.Option(help="ray: Workers that reward; 1 when left out.")
     ] = None,
     gpus_per_reward_worker: Annotated[
-        float | None, _ray("gpus_per_reward_worker", "GPUs of each, 0 to 1; 0 when left out.")
+        float | None, typer.Option(help="ray: GPUs of each, 0 to 1; 0 when left out.")
     ] = None,
     shard_prompts: Annotated[
-        int | None, _ray("shard_prompts", "Prompts of one piece of work; 512 when left out.")
+        int | None, typer.Option(help="ray: Prompts of one piece of work; 512 when left out.")
     ] = None,
     ray_address: Annotated[
         str | None,
-        _ray("ray_address", "A cluster; else RAY_ADDRESS, else Ray runs on this machine alone."),
+        typer.Option(help="ray: A cluster; else RAY_ADDRESS, else Ray runs on this machine alone."),
     ] = None,
 ) -> None:
     """Only the data stage: prompts in, ranked completions out. Takes every option of `train`."""

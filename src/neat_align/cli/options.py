@@ -27,7 +27,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from neat_align.config import NEATConfig
 from neat_align.config.constraints import default_of
@@ -207,11 +207,11 @@ def print_help() -> None:
     """
     refused = {"hub_token", *REFUSED, *SCRIPT_OPTIONS}
     training = [f for f in fields(NEATConfig) if f.init and f.name not in refused]
-    own = {**TrainerDefaults.__annotations__, **NEATConfig.__annotations__}
+    theirs = {f.name for f in fields(TrainingArguments)} - set(TrainerDefaults.__annotations__)
     groups = {
         "The model, the data and the rewards": fields(ScriptArguments),
-        "NEAT": [f for f in training if f.name in own],
-        "From transformers.TrainingArguments": [f for f in training if f.name not in own],
+        "NEAT": [f for f in training if f.name not in theirs],
+        "From transformers.TrainingArguments": [f for f in training if f.name in theirs],
     }
     print(
         "Usage: neat-align train [--config RECIPE.yaml] [--name value ...]\n\n"

@@ -291,6 +291,11 @@ class NEATConfig(SamplerOptions, ObjectiveOptions):
         """Groups of a round over data of so many rows: each prompt is in it once at most."""
         return min(self.prompts_per_round, rows)
 
+    def steps_over(self, groups: int) -> int:
+        """Optimizer steps that learn from so many groups once; the last may have fewer of them."""
+        step = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return -(-groups // int(step))
+
     @property
     def samples_from_copy(self) -> bool:
         """Whether completions are sampled from a copy in autocast's type, where there is one."""

@@ -147,9 +147,7 @@ class NEATTrainer(Trainer):
     @property
     def steps_per_round(self) -> int:
         """Optimizer steps in a round."""
-        a = self.args
-        groups_per_step = a.train_batch_size * a.gradient_accumulation_steps * a.world_size
-        return -(-len(self.rounds) // int(groups_per_step))
+        return self.args.steps_over(len(self.rounds))
 
     def make_round(self, index: int) -> FinishedRound:
         """Sample, score and rank a round, or read it when it is finished on the disk."""
