@@ -14,8 +14,8 @@ def names(folder: Path, *, disable_tqdm: bool, log_completions: bool) -> list[st
     return [type(callback).__name__ for callback in terminal_callbacks(args)]
 
 
-def test_bars_and_groups_are_shown_as_the_arguments_ask(tmp_path: Path) -> None:
-    plan, bars = "PrintPlan", ["PrintPlan", "StageBars", "RoundProgressCallback"]
+def test_the_display_and_groups_are_shown_as_the_arguments_ask(tmp_path: Path) -> None:
+    plan, bars = "PrintPlan", ["PrintPlan", "RunDisplay"]
     assert names(tmp_path, disable_tqdm=False, log_completions=False) == bars
     assert names(tmp_path, disable_tqdm=False, log_completions=True) == [*bars, "PrintGroups"]
     assert names(tmp_path, disable_tqdm=True, log_completions=True) == [plan, "PrintGroups"]

@@ -6,7 +6,10 @@ answers at once.
     processes.py      several processes of one launch: each message once, a clean end
     options.py        recipes (YAML) and arguments to typed settings; reports a wrong key or value
     tables.py         a run's and a comparison's results as tables
-    progress.py       bars and lines while a run works; terminal_callbacks
+    progress.py       what a terminal shows of a run; terminal_callbacks
+    display.py        what it does now, how fast, and what is left: live, or in plain lines
+    run_state.py      the same as data, and how it reads
+    summary_lines.py  a line for what was measured
 
     demo.py           a small real model aligned in minutes
     train.py          a run from a recipe and options

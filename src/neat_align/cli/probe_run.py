@@ -14,7 +14,7 @@ from rich.console import Console
 
 from neat_align.cli.probe_options import ProbeSettings
 from neat_align.cli.probe_table import print_probe
-from neat_align.cli.progress import stage_bars
+from neat_align.cli.progress import stage_display
 from neat_align.config import PLACEMENTS
 from neat_align.errors import ConfigError, DataError, PromptError
 from neat_align.evaluation.probe import check_room, probe_bank
@@ -91,7 +91,7 @@ def run_probe(
         seed=settings.seed,
         decoding=_decoding(settings),
     )
-    with stage_bars("probe", disable_progress) as progress:
+    with stage_display("probe", disable_progress) as progress:
         probe = probe_bank(rows, bank, params, tools, progress)
     print_probe(console, probe, bank, settings, refused)
     if output is not None:

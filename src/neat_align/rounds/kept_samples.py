@@ -61,6 +61,7 @@ class KeptSamples:
         return {self._numbers[i]: sample for i, sample in drawn.items()}
 
     def _take(self, places: Sequence[int], samples: Sequence[Sample]) -> None:
+        self._tools.count_tokens(sum(len(s.token_ids) for s in samples))
         taken = {i: self._whole(self._numbers[i], s) for i, s in zip(places, samples, strict=True)}
         self._handed_over.update(taken)
         # Others are refused when the call has ended, with the prompts.

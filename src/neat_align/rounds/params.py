@@ -98,7 +98,7 @@ class RoundTools:
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no
-    finished batch.
+    finished batch. `count_tokens` hears how many tokens were just sampled.
     """
 
     tokenizer: Any
@@ -112,6 +112,7 @@ class RoundTools:
     start_logprobs: LogprobFunction | None = None
     batch_size: int = 64
     between_batches: Callable[[], None] = lambda: None
+    count_tokens: Callable[[int], None] = lambda tokens: None
     on_bad_row: OnBadRow = "error"
     score: ScoreFunction = score_answers
 

@@ -31,6 +31,9 @@ class RunCallback(TrainerCallback):
     def on_stage(self, title: str, stage: str, finished: int, total: int) -> None:
         """A stage (sampling, scoring) of `title` has finished this many of its pieces."""
 
+    def on_tokens(self, tokens: int) -> None:
+        """So many more tokens of completions were sampled, in the stage that goes on."""
+
     def on_stages_end(self, title: str) -> None:
         """All stages of `title` are over, also when one of them raised."""
 
@@ -68,6 +71,13 @@ def stage_reporter(
     finally:
         for callback in listeners:
             callback.on_stages_end(title)
+
+
+def tell_tokens(callbacks: Sequence[TrainerCallback], tokens: int) -> None:
+    """Tell every `RunCallback` how many more tokens were sampled."""
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):
+            callback.on_tokens(tokens)
 
 
 def tell_round(

@@ -6,6 +6,8 @@ Rank 0 leads, every rank does its share of the sampling and scoring, and all rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 from transformers import TrainerCallback
@@ -26,7 +28,7 @@ from neat_align.rounds.round_files import (
     read_or_set_aside,
     read_round,
 )
-from neat_align.runs.events import stage_reporter
+from neat_align.runs.events import stage_reporter, tell_tokens
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
 from neat_align.sampling.policies import Policies
@@ -175,7 +177,7 @@ class RoundMaker:
                 position=position,
                 round_index=index,
                 params=round_params(self.args),
-                tools=tools,
+                tools=replace(tools, count_tokens=partial(tell_tokens, callbacks)),
                 folder=self.directory.round_folder(index),
                 progress=progress,
             )
