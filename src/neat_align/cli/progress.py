@@ -54,6 +54,11 @@ class PrintPlan(RunCallback):
         """The run begins, or goes on after so many steps."""
         if not self._printed:
             print("\n".join(plan.lines(more=WHOLE_DATA, done_steps=done_steps)), flush=True)
+
+    def on_outlook(self, measure: Callable[[], list[str]]) -> None:
+        """What the run takes of memory and time."""
+        if not self._printed:
+            print("\n".join(measure()), flush=True)
         self._printed = True
 
 

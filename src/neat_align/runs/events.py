@@ -28,6 +28,11 @@ class RunCallback(TrainerCallback):
     def on_plan(self, plan: RunPlan, done_steps: int) -> None:
         """What the run will do, before anything is sampled; so many steps are done. Rank 0 only."""
 
+    def on_outlook(self, measure: Callable[[], list[str]]) -> None:
+        """After the plan: called, `measure` takes some seconds, and gives lines about the memory
+        and the time of the run. Rank 0 only.
+        """
+
     def on_stage(self, title: str, stage: str, finished: int, total: int) -> None:
         """A stage (sampling, scoring) of `title` has finished this many of its pieces."""
 
@@ -71,6 +76,13 @@ def stage_reporter(
     finally:
         for callback in listeners:
             callback.on_stages_end(title)
+
+
+def tell_outlook(callbacks: Sequence[TrainerCallback], measure: Callable[[], list[str]]) -> None:
+    """Offer every `RunCallback` what the run takes; nothing is measured unless one asks."""
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):
+            callback.on_outlook(measure)
 
 
 def tell_tokens(callbacks: Sequence[TrainerCallback], tokens: int) -> None:

@@ -5,6 +5,7 @@ given.py           what a script gives the trainer, or asks of it, and what cann
 startup_checks.py  what Trainer would find out only after the first round
 setup.py           data, policy and layout, checked before anything is sampled
 memory_plan.py     what a run will take of the memory; decides about checkpointing
+outlook.py         what it will take of memory and time, from a few timed passes
 reward_setup.py    rewards and judges, checked before anything is sampled
 sampler_setup.py   who samples, where it is another engine
 parts.py           what the trainer is composed of, and what the parts do together

@@ -190,18 +190,8 @@ def settle_memory(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> T
 
     Before Trainer takes the model to its device. Every rank calls it; rank 0 decides. Gives `data`.
     """
-    model = setup.model
-    wants, plan = False, None
-    if is_trained(model) and isinstance(unwrapped(model), PreTrainedModel):
-        plan = plan_memory(
-            args,
-            model,
-            data.rows,
-            data.prompt_lengths,
-            evaluates=bool(data.eval_rows),
-            reference_given=setup.reference_given,
-        )
-        plan = replace(plan, room=_room_with(plan, model))
+    model, wants = setup.model, False
+    plan = memory_now(args, setup, data)
     if args.activation_checkpointing is None:
         if plan is not None and unwrapped(model).supports_gradient_checkpointing:
             wants = plan.wants_checkpointing
@@ -225,6 +215,22 @@ def settle_memory(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> T
             f"free: {plan.advice()} (neat-align train --dry-run shows the estimate)",
         )
     return data
+
+
+def memory_now(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> MemoryPlan | None:
+    """The plan of a run whose model is loaded; None for a model whose shape nobody knows."""
+    model = setup.model
+    if not (is_trained(model) and isinstance(unwrapped(model), PreTrainedModel)):
+        return None
+    plan = plan_memory(
+        args,
+        model,
+        data.rows,
+        data.prompt_lengths,
+        evaluates=bool(data.eval_rows),
+        reference_given=setup.reference_given,
+    )
+    return replace(plan, room=_room_with(plan, model))
 
 
 def _say(args: NEATConfig, text: str) -> None:

@@ -30,7 +30,7 @@ from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, check_on_bad_row
 from neat_align.rewards.contrast import ContrastReward
-from neat_align.runs.events import stage_reporter, tell_plan
+from neat_align.runs.events import stage_reporter, tell_outlook, tell_plan
 from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
@@ -38,6 +38,7 @@ from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
 from neat_align.sampling.policy_now import MakeSampler
+from neat_align.trainer.outlook import outlook
 from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
 from neat_align.trainer.sampler_setup import GivenSampler, sampler_maker
@@ -219,6 +220,12 @@ class TrainerParts:
         if self.ranks.is_rank_zero:
             self.record_skipped()
             tell_plan(callbacks, self.plan, done_steps)
+            tell_outlook(callbacks, self.outlook)
+
+    def outlook(self) -> list[str]:
+        """What the run takes of memory and time, in lines; some seconds are measured."""
+        parts = (self.args, self.setup, self.data, self.policies, self.plan)
+        return outlook(*parts, sharded=self.engine.sharded)
 
     def record_skipped(self) -> None:
         """List the rows that were left out in the run directory, and say how many there are."""
