@@ -381,6 +381,12 @@ def test_a_dry_run_says_plan_and_memory_and_writes_nothing(tmp_path: Path) -> No
         *("weights", "optimizer", "start policy", "gradients"),
         *("activations", "logits", "sampling", "at most", "free"),
     }
+    assert "time: at most about " in result.output
+    assert "2 prompts, answered as in the first round, not scored:" in result.output
+    answers = result.output.partition("not scored:\n")[2].splitlines()
+    assert sum(line.startswith("  prompt   What do you say") for line in answers) == 2
+    assert sum(line.startswith("  positive ") for line in answers) == 2
+    assert sum("(negative, folded away)" in line for line in answers) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "rows.jsonl"])
 
 
@@ -395,6 +401,7 @@ def test_a_configuration_is_enough_and_an_8b_model_takes_what_it_should(tmp_path
     assert full["optimizer"] == pytest.approx(8 * n / GIB, abs=1e-3)
     assert "it does not fit: " in result.output
     assert "activation checkpointing would be on" in result.output
+    assert result.output.splitlines()[-1] == "not tried, since it does not fit"
     adapter = ["--use_peft", "true", "--dtype", "bfloat16"]
     result = dry(tmp_path, "--model_name_or_path", str(folder), *adapter)
     half = figures(result.output)

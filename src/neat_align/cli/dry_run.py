@@ -1,11 +1,17 @@
-"""`neat-align train --dry-run`: what a run would do and take, from the data and the model's
-configuration alone. Nothing is sampled, trained or written, and no weights are loaded.
+"""`neat-align train --dry-run`: what a run would do and take, with nothing trained or written.
+
+First what the data and the model's configuration say. Then, where the weights are on this machine
+and fit, the model is loaded: every check of the run is made, its speed is measured, and two prompts
+are answered as a round would answer them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,28 +19,42 @@ from peft import get_peft_model
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
+from neat_align.cli.run_state import asked_and_answered
 from neat_align.config import NEATConfig
 from neat_align.config.unsupported import check_command_options
 from neat_align.errors import ConfigError
 from neat_align.modeling.adapters import LOAD_ERRORS, read_adapter
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.load_options import LoadOptions
-from neat_align.modeling.loading import load_tokenizer
+from neat_align.modeling.loading import load_tokenizer, weights_are_here
 from neat_align.modeling.model_shape import meta_model
 from neat_align.modeling.requirements import check_causal
-from neat_align.pipeline import load_data, lora_config
+from neat_align.pipeline import build_trainer, load_data, lora_config
 from neat_align.prompts.rows import is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
+from neat_align.runs.events import WHOLE_DATA
 from neat_align.runs.plan import plan_run
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer.memory_plan import MemoryPlan, plan_memory
 from neat_align.trainer.setup import TrainingData, read_rows, usable_rows
 
 logger = logging.getLogger(__name__)
+# Prompts that are answered.
+TRIED_PROMPTS = 2
 
 
-def dry_run(script: ScriptArguments, args: NEATConfig) -> list[str]:
-    """The plan of a run and the estimate of its memory, in lines. Raises what the run would."""
+@dataclass(frozen=True)
+class Planned:
+    """The plan of a run and the estimate of its memory, in lines; why the model is not tried (None:
+    it can be).
+    """
+
+    lines: list[str]
+    untried: str | None
+
+
+def planned(script: ScriptArguments, args: NEATConfig) -> Planned:
+    """What the data and the model's configuration say. Raises what the run would."""
     check_command_options(args)
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
@@ -55,8 +75,46 @@ def dry_run(script: ScriptArguments, args: NEATConfig) -> list[str]:
         evaluates=bool(data.eval_rows) and args.num_eval_prompts != 0,
         in_4_bits=options.load_in_4bit,
     )
-    more = "data_passes: 1 is one pass over all of it"
-    return [*plan.lines(more=more), *_with_checkpointing(args, memory)]
+    lines = [*plan.lines(more=WHOLE_DATA), *_with_checkpointing(args, memory)]
+    return Planned(lines, _why_untried(script, args, fits=memory.fits))
+
+
+def tried(script: ScriptArguments, args: NEATConfig) -> Iterator[str]:
+    """Load the model, and say how fast it is and what it answers. Raises what the run would."""
+    with _leaving_no_folder(Path(str(args.output_dir))):
+        trainer = build_trainer(script, args)
+    yield from trainer.parts.outlook()
+    if not args.num_generations:
+        return
+    groups = trainer.parts.round_maker.trial(TRIED_PROMPTS)
+    yield f"{len(groups)} prompts, answered as in the first round, not scored:"
+    for group in groups:
+        yield from asked_and_answered(group)
+
+
+@contextlib.contextmanager
+def _leaving_no_folder(folder: Path) -> Iterator[None]:
+    """Takes away the empty folders that Trainer makes."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # there is something in it
+                path.rmdir()
+
+
+def _why_untried(script: ScriptArguments, args: NEATConfig, *, fits: bool) -> str | None:
+    if args.world_size > 1:
+        return "of several processes; start --dry-run as one"
+    if args.sampler != "transformers":
+        return f"since sampler is {args.sampler}, whose server would be given the weights"
+    if not fits:
+        return "since it does not fit"
+    name = model_source(script.model_name_or_path)
+    if not weights_are_here(name, script.model_revision):
+        return f"since the weights of {name} are not on this machine: a run downloads them"
+    return None
 
 
 def _with_checkpointing(args: NEATConfig, memory: MemoryPlan) -> list[str]:

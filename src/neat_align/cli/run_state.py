@@ -166,12 +166,25 @@ def first_groups(groups: Sequence[CompletionGroup], *, of: int) -> list[str]:
     """The prompts of a few groups of so many, each with its best and its worst answer."""
     lines = [f"{len(groups)} of the round's {of:,} groups (neat-align inspect shows all):"]
     for group in groups:
-        prompt = group.prompt if isinstance(group.prompt, str) else group.prompt[-1]["content"]
-        lines.append(f"  prompt {_cut(str(prompt), _QUOTED + 9)}")
+        lines.append(f"  prompt {_cut(prompt_text(group), _QUOTED + 9)}")
         answers = sorted(group.completions, key=by_reward)
         if answers:
             lines += [f"  best   {quoted(answers[-1])}", f"  worst  {quoted(answers[0])}"]
     return lines
+
+
+def asked_and_answered(group: CompletionGroup) -> list[str]:
+    """A prompt, and the first answer of each origin that is sampled."""
+    lines = [f"  prompt   {_cut(prompt_text(group), _QUOTED + 7)}"]
+    for completion in group.completions:
+        if completion.index == 0 and completion.seed is not None:
+            lines.append(f"  {completion.origin:<8} {quoted(completion)}")
+    return lines
+
+
+def prompt_text(group: CompletionGroup) -> str:
+    """What the user said last."""
+    return group.prompt if isinstance(group.prompt, str) else str(group.prompt[-1]["content"])
 
 
 def quoted(completion: Completion) -> str:

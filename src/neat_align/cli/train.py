@@ -33,9 +33,15 @@ def train(
         return
     script, args = parse_options(ctx.args, config)
     if dry_run:
-        from neat_align.cli.dry_run import dry_run as planned
+        from neat_align.cli.dry_run import planned, tried
 
-        print("\n".join(planned(script, args)))
+        plan = planned(script, args)
+        print("\n".join(plan.lines), flush=True)
+        if plan.untried is not None:
+            print(f"not tried, {plan.untried}")
+            return
+        for line in tried(script, args):
+            print(line, flush=True)
         return
     result = run_training(script, args, callbacks=terminal_callbacks(args))
     if args.process_index == 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -169,6 +170,16 @@ def _saved_names(folder: Path) -> set[str]:
         return set()
     with safe_open(whole, "pt") as file:
         return set(file.keys())
+
+
+def weights_are_here(name: str, revision: str | None = None) -> bool:
+    """Whether a model's weights are on this machine: in that folder, or in the hub's cache."""
+    if Path(name).is_dir():
+        return any(Path(name).glob("*.safetensors"))
+    files = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    return any(
+        isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files
+    )
 
 
 def _check_code_is_its_own(name: str, settings: Mapping[str, Any]) -> None:

@@ -5,9 +5,11 @@ Rank 0 leads, every rank does its share of the sampling and scoring, and all rea
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from transformers import TrainerCallback
@@ -18,9 +20,12 @@ from neat_align.prompts.instruction_banks import InstructionBank
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import check_on_bad_row
 from neat_align.rewards.protocol import NamedReward
+from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.make_round import make_round
 from neat_align.rounds.params import ContrastFrom, RoundParams, RoundTools
+from neat_align.rounds.prompt_order import prompt_at
 from neat_align.rounds.ranking import RankBy
+from neat_align.rounds.rollout_store import RolloutStore
 from neat_align.rounds.round_files import (
     FinishedRound,
     finished_round,
@@ -28,6 +33,7 @@ from neat_align.rounds.round_files import (
     read_or_set_aside,
     read_round,
 )
+from neat_align.rounds.sampling_stage import sample_groups
 from neat_align.runs.events import stage_reporter, tell_tokens
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
@@ -186,6 +192,15 @@ class RoundMaker:
         """The round that was just checked, which need not be checked again; on rank 0 only."""
         checked, self._intact = self._intact, None
         return checked[1] if checked is not None and checked[0] == index else None
+
+    def trial(self, prompts: int) -> list[CompletionGroup]:
+        """The first round's first prompts, answered and not scored; nothing of it is kept."""
+        order = range(min(prompts, len(self.rows)))
+        rows = [self.rows[prompt_at(len(self.rows), self.args.seed, i)] for i in order]
+        with tempfile.TemporaryDirectory() as folder:
+            store = RolloutStore(Path(folder))
+            params, tools = round_params(self.args), self.start_tools()
+            return sample_groups(rows, 0, params, tools, store, lambda completions: None)
 
     def start_tools(self) -> RoundTools:
         """Who makes the first round: for workers that make parts of it elsewhere."""
