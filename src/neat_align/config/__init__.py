@@ -12,8 +12,8 @@
     sharding.py          weights divided between processes: what is let through and what not
     unsupported.py       what TrainingArguments offers and NEAT refuses; what a device cannot do
 
-NEATConfig costs what `transformers.TrainingArguments` costs to import (seconds: it brings torch); the
-options alone cost nothing, which the command line's help and completion rest on.
+NEATConfig costs what `transformers.TrainingArguments` costs to import (seconds: it brings torch);
+the options alone cost nothing, which the command line's help and completion rest on.
 """
 
 from __future__ import annotations
