@@ -1,12 +1,18 @@
-"""What a run is made of besides the training configuration."""
+"""What a run is made of besides the training configuration.
+
+No torch until one is made: the command line explains these options without it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from neat_align.config.constraints import OnlyWith, check_options, option, read_numbers
-from neat_align.modeling.load_options import ATTENTIONS, DTYPES, LoadOptions
-from neat_align.modeling.loading import check_source
+from neat_align.config.load_values import ATTENTIONS, DTYPES
+
+if TYPE_CHECKING:
+    from neat_align.modeling.load_options import LoadOptions
 
 
 @dataclass
@@ -126,6 +132,8 @@ class ScriptArguments:
         read_numbers(self)
         check_options(self)
         if self.model_name_or_path:
+            from neat_align.modeling.loading import check_source
+
             check_source(self.model_name_or_path, self.model_revision, self.trust_remote_code)
 
     @property
@@ -137,6 +145,8 @@ class ScriptArguments:
     @property
     def load_options(self) -> LoadOptions:
         """How the model is loaded."""
+        from neat_align.modeling.load_options import LoadOptions
+
         return LoadOptions(
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,

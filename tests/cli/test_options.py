@@ -7,11 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
 
 from neat_align import ConfigError, NEATConfig
-from neat_align.cli.options import parse_options, print_help
-from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS
+from neat_align.cli.option_names import ELSEWHERE, SPELLINGS
+from neat_align.cli.options import options_from, parse_options
+from neat_align.config.unsupported import SCRIPT_OPTIONS
 from neat_align.script_arguments import ScriptArguments
 
 
@@ -80,7 +80,7 @@ def test_mappings_lists_and_switches_of_a_recipe(tmp_path: Path) -> None:
     text = (
         "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.1, more: [1, x]}\n"
         "reward_funcs: vader\nreward_weights: [1, 1e-1]\nbf16: false\nlora_target_modules: []\n"
-        "run_name: 2024-01-01\nmodel_revision: 1234567\nmax_kl:\n"
+        "run_name: 2024-01-01\nmodel_revision: 1234567\nmax_kl:\nreport_to: [none]\n"
     )
     script, config = parsed(tmp_path, text)
     assert config.lr_scheduler_kwargs == {"min_lr": 0.1, "more": [1, "x"]}
@@ -90,6 +90,7 @@ def test_mappings_lists_and_switches_of_a_recipe(tmp_path: Path) -> None:
     assert script.lora_target_modules is None
     assert (config.run_name, script.model_revision) == ("2024-01-01", "1234567")
     assert config.max_kl is None
+    assert config.report_to == []
 
 
 def test_a_mapping_on_the_command_line_is_json_and_a_switch_needs_no_value(tmp_path: Path) -> None:
@@ -100,26 +101,54 @@ def test_a_mapping_on_the_command_line_is_json_and_a_switch_needs_no_value(tmp_p
     assert config.bf16 is False
 
 
-def test_help_lists_every_option_that_may_be_set_once_within_80_columns(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    print_help()
-    shown = capsys.readouterr().out
-    names = [f.name for kind in (ScriptArguments, NEATConfig) for f in fields(kind) if f.init]
-    listed = re.findall(r"^  --(\w+)", shown, flags=re.MULTILINE)
-    refused = {"hub_token", *REFUSED, *SCRIPT_OPTIONS}
-    assert sorted(listed) == sorted(set(names) - refused)
-    assert max(len(line) for line in shown.splitlines() if "https://" not in line) <= 80
+@pytest.mark.parametrize(
+    "words",
+    [["--data", "d.jsonl", "--model=demo"], ["--dataset-name", "d.jsonl", "--model", "demo"]],
+)
+def test_the_short_names_mean_the_long_ones(tmp_path: Path, words: list[str]) -> None:
+    recipe = "model: other\ndataset: other.jsonl\nbank: politeness\nrewards: [vader]\n"
+    script, config = parsed(tmp_path, recipe, *words)
+    assert (script.model_name_or_path, script.dataset_name) == ("demo", "d.jsonl")
+    assert (config.instruction_bank, script.reward_funcs) == ("politeness", ["vader"])
 
 
-def test_help_tells_our_options_from_those_of_transformers(
-    capsys: pytest.CaptureFixture[str],
+def test_one_option_under_two_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--model and --model_name_or_path are one option"):
+        parsed(tmp_path, "seed: 1\n", "--model", "a", "--model-name-or-path", "b")
+    with pytest.raises(
+        ConfigError, match=r"r\.yaml:3: dataset_name and data are one option \(data"
+    ):
+        parsed(tmp_path, "dataset_name: a\nseed: 1\ndata: b\n")
+    with pytest.raises(ConfigError, match=r"the settings: model_name_or_path and model are one"):
+        options_from({"model_name_or_path": "a", "model": "b"})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("base_model", "model_name_or_path"),
+        ("lora_rank", "lora_r"),
+        ("max_new_tokens", "max_completion_length"),
+        ("modle", "model"),
+        ("learning_rat", "learning_rate"),
+    ],
+)
+def test_a_name_of_another_library_is_understood_in_the_message(
+    tmp_path: Path, name: str, meant: str
 ) -> None:
-    """Also those that NEATConfig has from a base class of ours, as the loss and the sampler."""
-    print_help()
-    ours, theirs = capsys.readouterr().out.split("\nFrom transformers.TrainingArguments\n")
-    below = set(re.findall(r"^  --(\w+)", theirs, flags=re.MULTILINE))
-    assert below <= {f.name for f in fields(TrainingArguments)}
-    above = re.findall(r"^  --(\w+)", ours, flags=re.MULTILINE)
-    assert {"ranking_loss", "sampler", "prompts_per_round", "learning_rate"} <= set(above)
+    with pytest.raises(
+        ConfigError, match=rf"r\.yaml:1: unknown option '{name}'; did you mean '{meant}'"
+    ):
+        parsed(tmp_path, f"{name}: 1\n")
+    with pytest.raises(ConfigError, match=rf"unknown option '{name}'; did you mean '{meant}'"):
+        parsed(tmp_path, "seed: 1\n", f"--{name}", "1")
+
+
+def test_every_name_of_elsewhere_leads_to_an_option_and_is_none_itself() -> None:
+    known = {f.name for kind in (ScriptArguments, NEATConfig) for f in fields(kind)}
+    assert {*ELSEWHERE.values(), *SPELLINGS} <= known
+    spelled = [spelling for spellings in SPELLINGS.values() for spelling in spellings]
+    assert len(spelled) == len(set(spelled))
+    assert not {*ELSEWHERE, *spelled} & {f.name for f in fields(ScriptArguments)}
+    assert not {*spelled} & known
+    assert not {*ELSEWHERE} & (known - {*SCRIPT_OPTIONS})

@@ -5,6 +5,13 @@ answers at once.
     console.py        what every verb does with the terminal
     processes.py      several processes of one launch: each message once, a clean end
     options.py        recipes (YAML) and arguments to typed settings; reports a wrong key or value
+    option_names.py   one name for one thing in every verb, and its other spellings
+    option_groups.py  the groups in which the help shows a run's options
+    option_facts.py   what help and completion say of an option, without transformers
+    verb.py           a verb: its help, its completion, its lists
+    help_page.py      how a page of help looks
+    pages.py          examples and notes of each verb's page
+    completion.py     what a shell completes
     tables.py         a run's and a comparison's results as tables
     progress.py       what a terminal shows of a run; terminal_callbacks
     display.py        what it does now, how fast, and what is left: live, or in plain lines

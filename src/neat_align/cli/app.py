@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from neat_align import __version__
 from neat_align.cli.capability import capability
 from neat_align.cli.compare import compare
-from neat_align.cli.console import ANY_OPTION, EITHER_DASH, SeveralValues
+from neat_align.cli.console import ANY_OPTION, EITHER_DASH
 from neat_align.cli.demo import demo
 from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
@@ -23,6 +24,7 @@ from neat_align.cli.probe import probe
 from neat_align.cli.processes import check_alone, leaving, quiet_replicas, say_once
 from neat_align.cli.report import report
 from neat_align.cli.train import train
+from neat_align.cli.verb import Verb, Verbs
 from neat_align.errors import (
     NEATError,
     OtherProcessError,
@@ -34,10 +36,9 @@ from neat_align.runs.launch import store
 
 app = typer.Typer(
     name="neat-align",
+    cls=Verbs,
     help="Align a language model with NEAT: it writes good and bad answers itself, and learns to "
     "rank them.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # EX_TEMPFAIL of sysexits.h: schedulers know it as "try again later".
@@ -46,23 +47,32 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _no_verb(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(f"neat-align {__version__}")
         raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), color=ctx.color)
+        raise typer.Exit(2)
 
 
-app.command()(demo)
-app.command(context_settings=ANY_OPTION, add_help_option=False)(train)
-app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(expand)
-app.command(context_settings=ANY_OPTION)(evaluate)
-app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(compare)
-app.command()(inspect)
-app.command()(report)
-app.command()(capability)
-app.command(cls=SeveralValues, context_settings=EITHER_DASH)(probe)
+# (verb, whether it takes the options of a run); the order is that of `--help`, group by group.
+_VERBS: tuple[tuple[Callable[..., None], bool], ...] = (
+    (demo, False),
+    (probe, False),
+    (train, True),
+    (expand, True),
+    (evaluate, True),
+    (compare, True),
+    (capability, False),
+    (inspect, False),
+    (report, False),
+)
+for _verb, _takes_run_options in _VERBS:
+    app.command(cls=Verb, context_settings=ANY_OPTION if _takes_run_options else EITHER_DASH)(_verb)
 
 
 def main(arguments: list[str] | None = None) -> Any:

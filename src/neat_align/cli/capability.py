@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neat_align.cli.console import quiet
+from neat_align.cli.console import json_file, quiet
+from neat_align.cli.option_names import flags
 
 if TYPE_CHECKING:
     from neat_align.evaluation.benchmark_tasks import CapabilityParams
 
 STDERR = "_stderr"
+NUMBERS = "capability.json"
 
 
 def capability(
     model: Annotated[
-        str, typer.Option(help="After: a run, a model's or an adapter's folder, or a model name.")
+        str,
+        typer.Option(
+            *flags("model_name_or_path"),
+            help="After: a run, a model's or an adapter's folder, or a model name.",
+        ),
     ],
     base: Annotated[str, typer.Option(help="Before: the model that the training started from.")],
     tasks: Annotated[
@@ -34,7 +40,12 @@ def capability(
     batch_size: Annotated[int, typer.Option("--batch_size", help="Requests per forward pass.")] = 8,
     output: Annotated[
         Path | None,
-        typer.Option(help="Where the JSON goes; capability.json in the run by default."),
+        typer.Option(
+            "--output",
+            "--output_dir",
+            help="A .json file for the numbers, or a folder: capability.json in it. By default "
+            "in the run or the model's folder.",
+        ),
     ] = None,
 ) -> None:
     """Measure what the model lost or kept on benchmark tasks. Needs the extra `capability`."""
@@ -49,6 +60,7 @@ def run_capability(model: str, base: str, params: CapabilityParams, output: Path
     """Measure, print the table, and write the JSON: to `output`, or as capability.json into the run
     or model folder.
     """
+    named = json_file(output, NUMBERS)  # before anything is measured
     from rich.console import Console
 
     from neat_align.evaluation.benchmark_tasks import capability_change
@@ -57,7 +69,7 @@ def run_capability(model: str, base: str, params: CapabilityParams, output: Path
     # It warns of every default that it fills in.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     result = capability_change(model, base, params)
-    path = output or (Path(model) if Path(model).is_dir() else Path()) / "capability.json"
+    path = named or (Path(model) if Path(model).is_dir() else Path()) / NUMBERS
     write_json(path, result)
     console = Console()
     console.print(capability_table(result))

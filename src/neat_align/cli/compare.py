@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neat_align.cli import completion
 from neat_align.cli.console import quiet
+from neat_align.cli.option_names import flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,20 +22,26 @@ if TYPE_CHECKING:
 def compare(
     ctx: typer.Context,
     config: Annotated[
-        Path, typer.Option("--config", help="A YAML comparison: recipes/compare-*.yaml.")
+        Path,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="A YAML comparison, or the name of one that ships.",
+            autocompletion=completion.comparisons,
+        ),
     ],
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Where runs, table and page go; runs/compare-NAME by default."),
+        typer.Option(
+            *flags("output_dir"),
+            help="Where runs, table and page go; runs/compare-NAME by default.",
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result file here.")
     ] = None,
 ) -> None:
-    """Compare methods at equal budget and at equal KL: methods x seeds, one model, one data set.
-
-    Takes --methods NAME …, --seeds N …, and every option of `train` that all methods then share.
-    """
+    """Compare methods at equal budget and at equal KL: methods x seeds, one model, one data set."""
     quiet()
     import shutil
 

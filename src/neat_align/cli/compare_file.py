@@ -7,14 +7,14 @@ A wrong key or value of a comparison is reported by `neat_align.comparison.spec`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from neat_align.cli.option_names import canonical, check_one_spelling, option_name
 from neat_align.cli.options import (
     is_file,
-    option_name,
     recipe_file,
     recipe_path,
     shipped_names,
@@ -69,7 +69,7 @@ def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
         ring = " -> ".join(str(p) for p in (*from_, path))
         raise ConfigError(f"{path} begins as itself: {ring}. Take one like out")
     document = read_yaml(path, ConfigError)
-    raw = document.value
+    raw = _own_names(document.value, document.place)
     if not isinstance(raw, dict) or "like" not in raw:
         return raw
     other = _like(raw["like"], path.parent, document.place("like"))
@@ -82,6 +82,28 @@ def _raw(path: Path, from_: tuple[Path, ...]) -> Any:
         changes = own["settings"]
         both["settings"] = without_overruled(begun["settings"], changes) | changes
     return both
+
+
+def _own_names(raw: Any, place: Callable[[str], str]) -> Any:
+    """The comparison with every option of train under its own name (`model_name_or_path`, not
+    `model`): what is set over it is found then. Raises ConfigError for one under two names.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    changed = dict(raw)
+    if isinstance(raw.get("settings"), dict):
+        changed["settings"] = _canonical(raw["settings"], place("settings"))
+    if isinstance(raw.get("methods"), dict):
+        changed["methods"] = {
+            name: _canonical(options, place("methods")) if isinstance(options, dict) else options
+            for name, options in raw["methods"].items()
+        }
+    return changed
+
+
+def _canonical(options: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    check_one_spelling([name for name in options if isinstance(name, str)], lambda _: where)
+    return {canonical(k) if isinstance(k, str) else k: value for k, value in options.items()}
 
 
 def _like(name: Any, folder: Path, where: str) -> Path:

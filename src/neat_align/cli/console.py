@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
-# Options that a command does not name itself are those of `train`; they are read by `options`.
-ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+from neat_align.cli import completion
+from neat_align.errors import ConfigError
+
 # --dataset_name, as the training options are written, or --dataset-name, as command lines are.
 EITHER_DASH = {"token_normalize_func": lambda name: name.replace("-", "_")}
+# Options that a command does not name itself are those of `train`; they are read by `options`.
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True, **EITHER_DASH}
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="A YAML recipe; options after it win over it.")
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A YAML recipe, or the name of one that ships.",
+        autocompletion=completion.recipes,
+    ),
 ]
-
-
-class SeveralValues(TyperCommand):
-    """A command without arguments, whose list options take their values in a row.
-
-    `--alpha 0.5 1`, as the options of `train` are written, beside `--alpha 0.5 --alpha 1`.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Every value with the name of its option before it."""
-        options = [p for p in self.params if isinstance(p, TyperOption) and p.multiple]
-        return super().parse_args(ctx, _one_each(args, {_bare(o) for p in options for o in p.opts}))
-
-
-def _one_each(args: list[str], lists: set[str]) -> list[str]:
-    spread: list[str] = []
-    option: str | None = None  # the list option whose values these are
-    has_value = True
-    for word in args:
-        if not has_value:  # the first value may begin with a minus
-            spread.append(word)
-            has_value = True
-        elif word.startswith("-"):
-            name, _, value = word.partition("=")
-            option = name if _bare(name) in lists else None
-            has_value = bool(value) or option is None
-            spread.append(word)
-        else:
-            spread += [word] if option is None else [option, word]
-    return spread
-
-
-def _bare(name: str) -> str:
-    return name.lstrip("-").replace("-", "_")
 
 
 def quiet() -> None:
@@ -61,3 +35,17 @@ def quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+
+
+def json_file(output: Path | None, name: str) -> Path | None:
+    """The JSON file that an `--output` means: itself, or the one of that name in a folder.
+
+    Raises ConfigError for a file that is no .json.
+    """
+    if output is None or output.suffix == ".json":
+        return output
+    if output.suffix and not output.is_dir():
+        raise ConfigError(
+            f"{output} must end in .json, or be a folder: the numbers are written as JSON"
+        )
+    return output / name

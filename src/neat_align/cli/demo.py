@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neat_align.cli.console import quiet
+from neat_align.cli.option_names import flags
 
 if TYPE_CHECKING:
     from rich.panel import Panel
@@ -26,7 +27,9 @@ WHAT_HAPPENS = (
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/demo"),
+    output_dir: Annotated[
+        Path, typer.Option(*flags("output_dir"), help="Where the run goes.")
+    ] = Path("runs/demo"),
     seed: Annotated[
         int, typer.Option(help="Seed of sampling, data order and the adapter's start.")
     ] = 0,

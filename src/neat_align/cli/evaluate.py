@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(ctx: typer.Context, config: ConfigOption = None) -> None:
-    """Sample and judge a model on held-out prompts, no training. Takes every option of `train`."""
+    """Sample and judge a model on held-out prompts, no training."""
     quiet()
     from neat_align.cli.options import parse_options
 

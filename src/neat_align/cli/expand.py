@@ -34,9 +34,36 @@ if TYPE_CHECKING:
     from neat_align.trainer import NEATTrainer
 
 logger = logging.getLogger(__name__)
+# A panel of the help.
+RAY = "On Ray (--engine ray)"
 FORMS = ("ranked", "preference", "groups")
 # Options of transformers' own that decide what is sampled.
 _DECIDING = frozenset({"seed", "bf16", "fp16", "tf32", "full_determinism", "use_cpu"})
+
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=RAY, help="Workers that hold the policy, each a process."),
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(rich_help_panel=RAY, help="GPUs of each, 0 to 1; 0 when left out.")
+]
+NumRewardWorkers = Annotated[
+    int | None, typer.Option(rich_help_panel=RAY, help="Workers that reward; 1 when left out.")
+]
+GpusPerRewardWorker = Annotated[
+    float | None, typer.Option(rich_help_panel=RAY, help="GPUs of each, 0 to 1; 0 when left out.")
+]
+ShardPrompts = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=RAY, help="Prompts of one piece of work; 512 when left out."),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=RAY,
+        help="A cluster; else RAY_ADDRESS, else Ray runs on this machine alone.",
+    ),
+]
 
 
 def expand(
@@ -52,27 +79,14 @@ def expand(
     engine: Annotated[
         str, typer.Option(help="local: this process makes all of it; ray: workers of Ray Data do.")
     ] = "local",
-    num_workers: Annotated[
-        int | None, typer.Option(help="ray: Workers that hold the policy, each a process.")
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(help="ray: GPUs of each, 0 to 1; 0 when left out.")
-    ] = None,
-    num_reward_workers: Annotated[
-        int | None, typer.Option(help="ray: Workers that reward; 1 when left out.")
-    ] = None,
-    gpus_per_reward_worker: Annotated[
-        float | None, typer.Option(help="ray: GPUs of each, 0 to 1; 0 when left out.")
-    ] = None,
-    shard_prompts: Annotated[
-        int | None, typer.Option(help="ray: Prompts of one piece of work; 512 when left out.")
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="ray: A cluster; else RAY_ADDRESS, else Ray runs on this machine alone."),
-    ] = None,
+    num_workers: NumWorkers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    num_reward_workers: NumRewardWorkers = None,
+    gpus_per_reward_worker: GpusPerRewardWorker = None,
+    shard_prompts: ShardPrompts = None,
+    ray_address: RayAddress = None,
 ) -> None:
-    """Only the data stage: prompts in, ranked completions out. Takes every option of `train`."""
+    """Only the data stage: prompts in, ranked completions out."""
     quiet()
     ray = RayOptions(
         num_workers,

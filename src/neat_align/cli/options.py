@@ -2,7 +2,7 @@
 
 Where a wrong setting is reported, with the recipe's file and line:
 
-- an unknown key or option, with the nearest name: `refuse_unknown`;
+- an unknown key or option, with the nearest name: `known_options`;
 - a value of the wrong type, in argparse's words: `_read`;
 - a value out of range, or two that contradict each other: NEATConfig and ScriptArguments raise, and
   `_place` says which line of the recipe that is about;
@@ -14,25 +14,25 @@ line, so that both are checked and converted alike.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-import shutil
-import textwrap
 from argparse import ArgumentError, Namespace
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field, fields
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
+from neat_align.cli.option_names import (
+    canonical,
+    check_one_spelling,
+    meant,
+    one_spelling,
+    option_name,
+)
 from neat_align.config import NEATConfig
-from neat_align.config.constraints import default_of
-from neat_align.config.trainer_defaults import TrainerDefaults
-from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS
 from neat_align.errors import ConfigError
 from neat_align.files.yaml import YamlDocument, read_yaml
 from neat_align.script_arguments import ScriptArguments
@@ -48,7 +48,7 @@ def parse_options(
     recipe = YamlDocument({}, {}, "")
     if config_file is not None:
         recipe = read_recipe(config_file, _known(parser))
-    return _settings(parser, recipe, arguments)
+    return _settings(parser, recipe, one_spelling(arguments))
 
 
 def options_from(values: Mapping[str, Any]) -> tuple[ScriptArguments, NEATConfig]:
@@ -57,8 +57,7 @@ def options_from(values: Mapping[str, Any]) -> tuple[ScriptArguments, NEATConfig
     """
     parser = _parser()
     recipe = YamlDocument(dict(values), {}, "the settings")
-    refuse_unknown(recipe, _known(parser))
-    return _settings(parser, recipe, ())
+    return _settings(parser, known_options(recipe, _known(parser)), ())
 
 
 def read_recipe(path: Path, known: Collection[str]) -> YamlDocument:
@@ -72,20 +71,23 @@ def read_recipe(path: Path, known: Collection[str]) -> YamlDocument:
             f"{path} holds {type(recipe.value).__name__}; a recipe is a mapping of option names "
             "to values"
         )
-    refuse_unknown(recipe, known)
-    return recipe
+    return known_options(recipe, known)
 
 
-def refuse_unknown(recipe: YamlDocument, known: Collection[str]) -> None:
-    """Raises ConfigError for a key that is no option, with its line and the nearest name."""
-    for name in map(str, recipe.value):
-        if name not in known:
+def known_options(recipe: YamlDocument, known: Collection[str]) -> YamlDocument:
+    """The recipe with every option under its own name (`model` is `model_name_or_path`).
+
+    Raises ConfigError for a key that is no option, with its line and the nearest name, and for an
+    option under two names.
+    """
+    written = {str(key): key for key in recipe.value}
+    for name in written:
+        if canonical(name) not in known:
             raise ConfigError(_unknown(name, known, recipe.place(name)))
-
-
-def option_name(argument: str) -> str:
-    """The option that a `--name` or `--name=value` of the command line means, with either dash."""
-    return argument.removeprefix("--").split("=")[0].replace("-", "_")
+    check_one_spelling(written, recipe.place)
+    values = {canonical(name): recipe.value[key] for name, key in written.items()}
+    lines = {canonical(name): line for name, line in recipe.lines.items()}
+    return YamlDocument(values, lines, recipe.where)
 
 
 def without_overruled(settings: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
@@ -97,6 +99,10 @@ def without_overruled(settings: Mapping[str, Any], given: Collection[str]) -> di
     passes, others = {"data_passes"}, {"num_train_epochs", "max_steps"}
     void = others if passes & set(given) else passes if others & set(given) else set()
     return {name: value for name, value in settings.items() if name not in void}
+
+
+# Options that are one text or a list of them, of which transformers' parser knows the one text.
+_ONE_OR_SEVERAL = ("report_to", "optim_target_modules")
 
 
 # ---- the parser ----------------------------------------------------------------------------------
@@ -120,6 +126,9 @@ def _settings(
     taken = [n for n, value in kept.items() if n not in given and value is not None]
     for name in taken:
         where = f"{recipe.place(name)}: "
+        if name in _ONE_OR_SEVERAL and isinstance(recipe.value[name], list):
+            setattr(values, name, [_as_word(name, v, where) for v in recipe.value[name]])
+            continue
         left = _read(parser, _as_words(name, recipe.value[name], where), values, where)
         if left:
             raise ConfigError(f"{where}{name} takes one value, and here is a list: correct it")
@@ -150,7 +159,7 @@ def _read(
         name = option_name((error.argument_name or "").split("/")[0])
         raise ConfigError(
             f"{where}{name}: {error.message.rstrip('.')}: correct the value (`neat-align train "
-            "--help` says what is meant)"
+            "--help-all` says what is meant)"
         ) from error
 
 
@@ -193,46 +202,9 @@ def _place(message: str, recipe: YamlDocument, taken: Collection[str]) -> str:
 
 
 def _unknown(name: str, known: Collection[str], where: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "`neat-align train --help` lists all"
+    near = meant(name, known)
+    hint = f"did you mean {near!r}?" if near else "`neat-align train --help-all` lists all"
     return f"{where}: unknown option {name!r}; {hint}"
-
-
-# ---- help ----------------------------------------------------------------------------------------
-
-
-def print_help() -> None:
-    """Every option that may be set, with its help text and default: ours first, then those of
-    transformers.
-    """
-    refused = {"hub_token", *REFUSED, *SCRIPT_OPTIONS}
-    training = [f for f in fields(NEATConfig) if f.init and f.name not in refused]
-    theirs = {f.name for f in fields(TrainingArguments)} - set(TrainerDefaults.__annotations__)
-    groups = {
-        "The model, the data and the rewards": fields(ScriptArguments),
-        "NEAT": [f for f in training if f.name not in theirs],
-        "From transformers.TrainingArguments": [f for f in training if f.name in theirs],
-    }
-    print(
-        "Usage: neat-align train [--config RECIPE.yaml] [--name value ...]\n\n"
-        "An option on the command line wins over the recipe's. A list is written\n"
-        "--name a b; --output-dir means the same as --output_dir. --dry-run says what\n"
-        "the run would do and how much memory it would take, and does nothing."
-    )
-    width = min(shutil.get_terminal_size().columns, 100)
-    for title, options in groups.items():
-        print(f"\n{title}\n{'-' * len(title)}")
-        for option in options:
-            print(_option_help(option, width))
-
-
-def _option_help(option: Field[Any], width: int) -> str:
-    default = default_of(option)
-    shown = "" if default in (None, "", []) else f"  (default: {default})"
-    words = str(option.metadata.get("help", "")).replace("%%", "%").split()
-    return f"  --{option.name}{shown}\n" + textwrap.indent(
-        textwrap.fill(" ".join(words), width - 6), " " * 6
-    )
 
 
 # ---- recipe files --------------------------------------------------------------------------------

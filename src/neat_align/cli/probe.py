@@ -7,13 +7,34 @@ from typing import Annotated
 
 import typer
 
+from neat_align.cli import completion
 from neat_align.cli.console import quiet
+from neat_align.cli.option_names import flags
 
+_DECODING = "Decoding from the contrast"
 BankOption = Annotated[
-    str, typer.Option(help="Name of a shipped bank, or path of a YAML file with pairs.")
+    str,
+    typer.Option(
+        *flags("instruction_bank"),
+        autocompletion=completion.banks,
+        help="Name of a shipped bank, or path of a YAML file with pairs.",
+    ),
 ]
 DataOption = Annotated[
-    str, typer.Option(help="Prompts: a file, a saved data set, a hub name, or demo.")
+    str,
+    typer.Option(
+        *flags("dataset_name"),
+        autocompletion=completion.demo,
+        help="Prompts: a file, a saved data set, a hub name, or demo.",
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        *flags("model_name_or_path"),
+        autocompletion=completion.demo,
+        help="A hub name, a folder, or demo.",
+    ),
 ]
 ConversationsOption = Annotated[
     bool, typer.Option("--as-conversations", help="Turn text prompts into chat messages.")
@@ -21,15 +42,21 @@ ConversationsOption = Annotated[
 RewardOption = Annotated[
     str,
     typer.Option(
+        *flags("reward_funcs"),
+        autocompletion=completion.rewards,
         help="vader, minilm_tone, offensiveness, harmless_pairs, contrast, module:function, a URL, "
-        "or a model."
+        "or a model.",
     ),
 ]
 HostsOption = Annotated[
     list[str] | None, typer.Option(help="Private host whose reward server may be asked over http.")
 ]
 PlacementOption = Annotated[
-    str, typer.Option(help="system, user_suffix, affix, or all to compare them.")
+    str,
+    typer.Option(
+        *flags("instruction_placement"),
+        help="Where the instruction goes: system, user_suffix, affix, or all to compare them.",
+    ),
 ]
 BadRowOption = Annotated[
     str, typer.Option(help="A row that cannot be used: error, or skip to leave it out.")
@@ -44,27 +71,41 @@ KwargsOption = Annotated[
 AlphaOption = Annotated[
     list[float] | None,
     typer.Option(
-        help="Also answer from the contrast of the bank's pairs, this strong (0.5 1: twice)."
+        rich_help_panel=_DECODING,
+        help="Also answer from the contrast of the bank's pairs, this strong (0.5 1: twice).",
     ),
 ]
 PairsOption = Annotated[
-    int | None, typer.Option(help="Pairs averaged for a prompt in the contrast; 3 by default.")
+    int | None,
+    typer.Option(
+        rich_help_panel=_DECODING,
+        help="Pairs averaged for a prompt in the contrast; 3 by default.",
+    ),
 ]
 CutOption = Annotated[
     float | None,
     typer.Option(
+        rich_help_panel=_DECODING,
         help="The contrast moves tokens of at least this share of the likeliest one's probability; "
-        "0.05 by default, 0 moves all."
+        "0.05 by default, 0 moves all.",
     ),
 ]
 DtypeOption = Annotated[
     str, typer.Option(help="Type of the model's weights: float32, bfloat16, float16 or auto.")
 ]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "--output_dir",
+        help="A .json file for the numbers, or a folder: probe.json in it.",
+    ),
+]
 
 
 def probe(
     bank: BankOption,
-    model: Annotated[str, typer.Option(help="A hub name, a folder, or demo.")],
+    model: ModelOption,
     dtype: DtypeOption = "float32",
     dataset_name: DataOption = "demo",
     as_conversations: ConversationsOption = False,
@@ -82,7 +123,7 @@ def probe(
     alpha: AlphaOption = None,
     pairs: PairsOption = None,
     min_p: CutOption = None,
-    output: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
+    output: OutputOption = None,
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
     quiet()

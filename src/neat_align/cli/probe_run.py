@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
+from neat_align.cli.console import json_file
 from neat_align.cli.probe_options import ProbeSettings
 from neat_align.cli.probe_table import print_probe
 from neat_align.cli.progress import stage_display
@@ -62,10 +63,9 @@ def run_probe(
     *,
     disable_progress: bool = False,
 ) -> Probe:
-    """Probe, print the result, and write it to `output` as JSON where one is given."""
+    """Probe, print the result, and write it to `output`, a .json file or a folder, where given."""
     console, started = console or Console(), time.monotonic()
-    if output is not None and output.suffix != ".json":
-        raise ConfigError(f"{output} must end in .json: the probe's numbers are written as JSON")
+    output = json_file(output, "probe.json")
     bank = load_bank(settings.bank)
     skipped = SkippedRows()
     inputs = TemplateInputs(

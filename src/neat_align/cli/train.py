@@ -16,21 +16,17 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", "--dry_run", help="Only say what the run would do, and its memory."
+            "--dry-run", help="Only say what the run would do, and how much memory it takes."
         ),
     ] = False,
-    show_help: Annotated[bool, typer.Option("--help", help="List every option.")] = False,
 ) -> None:
-    """Train a model: neat-align train --config RECIPE.yaml [--option value ...]"""
+    """Train a model: sample good and bad answers, rank them, learn from them; with a report."""
     quiet()
-    from neat_align.cli.options import parse_options, print_help
+    from neat_align.cli.options import parse_options
     from neat_align.cli.progress import terminal_callbacks
     from neat_align.cli.tables import print_result
     from neat_align.pipeline import run_training
 
-    if show_help:
-        print_help()
-        return
     script, args = parse_options(ctx.args, config)
     if dry_run:
         from neat_align.cli.dry_run import planned, tried

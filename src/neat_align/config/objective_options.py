@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from neat_align.config import combinations
 from neat_align.config.constraints import option
-from neat_align.config.trainer_defaults import TrainerDefaults
 
 RANKING_LOSSES = ("hinge", "logistic", "listwise", "dpo", "kto", "none")
 # Those that look at log-ratios to the start policy.
@@ -17,8 +16,8 @@ CONTRASTS = ("contrast", "positive", "sharpened")
 
 
 @dataclass
-class ObjectiveOptions(TrainerDefaults):
-    """`TrainingArguments` plus the options of the loss."""
+class ObjectiveOptions:
+    """Which terms the loss has, and how each is computed."""
 
     # ---- objective ----
     ranking_loss: str = option(

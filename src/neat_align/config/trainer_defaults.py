@@ -1,14 +1,12 @@
-"""`TrainingArguments` with the defaults and limits that a NEAT run needs.
+"""Other defaults and limits than those of `TrainingArguments`, which a NEAT run needs.
 
-`NEATConfig` adds NEAT's own options. What stands here are options of transformers' Trainer whose
-default or range differs, and those that say how a batch of groups goes through the model.
+What stands here are options of transformers' Trainer whose default or range differs, and those that
+say how a batch of groups goes through the model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import TrainingArguments
 
 from neat_align.config.constraints import option
 
@@ -16,7 +14,7 @@ _SEED = f"it must be a whole number from 0 to {2**32 - 1}"
 
 
 @dataclass
-class TrainerDefaults(TrainingArguments):
+class TrainerDefaults:
     """`TrainingArguments` where one epoch is one round and one row is one group."""
 
     num_train_epochs: float = option(
@@ -47,7 +45,7 @@ class TrainerDefaults(TrainingArguments):
         "Compute in bf16 autocast. Trainable weights stay fp32 (bf16 weights do not move at small "
         "learning rates).",
     )
-    use_cpu: bool | None = option(  # type: ignore[assignment]
+    use_cpu: bool | None = option(
         None,
         "Train on the CPU; unset: where there is no accelerator. False: an error where there is "
         "none.",

@@ -11,21 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from neat_align.config.load_values import ATTENTIONS, DTYPES
 from neat_align.errors import ConfigError
 from neat_align.modeling.shared_prefix import unwrapped
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-# transformers would take a kernel's name on the hub as well, and run the code that it finds there.
-ATTENTIONS = (
-    "eager",
-    "sdpa",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-    "flex_attention",
-)
 _FP32_LEARNS = (
     "small updates round away in such weights, and nothing would be learned. Leave it out (weights "
     "are fp32, and bf16: true computes in bf16 all the same), or train an adapter (use_peft: true; "

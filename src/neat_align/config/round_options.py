@@ -1,0 +1,220 @@
+"""NEAT's own options of a run: rounds, sampling, instructions, rewards, limits, evaluation.
+
+What these four files declare (`objective_options`, `sampler_options`, `trainer_defaults` and this
+one) needs no transformers: the command line explains and completes options without importing it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from neat_align.config import combinations
+from neat_align.config.constraints import option
+
+PLACEMENTS = ("system", "user_suffix", "affix")
+
+
+@dataclass
+class RoundOptions:
+    """What a round is made of and what stops a run; one training row is one group."""
+
+    # ---- the model ----
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "How a script's NEATTrainer loads a model that it is given by name: dtype, "
+        "attn_implementation, load_in_4bit, revision, trust_remote_code. Commands have options of "
+        "these names.",
+    )
+
+    # ---- rounds and sampling ----
+    prompts_per_round: int = option(
+        64,
+        "Groups per round. One batch is fully on-policy; the whole data set is the paper's "
+        "two-stage form.",
+        ge=1,
+    )
+    data_passes: float | None = option(
+        None,
+        "Passes over the training data, in place of num_train_epochs: as many rounds as take every "
+        "prompt this often (1: each once; 0.5: half of them). The last round may go on into the "
+        "next pass.",
+        gt=0,
+        needed="it is a number of passes over the data above 0, such as 1, or left out",
+        only_with=combinations.DATA_PASSES,
+    )
+    num_positive: int = option(1, "Completions per prompt under the positive instruction.", ge=0)
+    num_negative: int = option(1, "Completions per prompt under the negative instruction.", ge=0)
+    num_plain: int = option(2, "Completions per prompt without an instruction.", ge=0)
+    use_human_completions: bool = option(
+        True,
+        "Add the data's own `chosen` and `rejected` answers to each group where there are any.",
+    )
+    negative_source: str = option(
+        "instruction",
+        "Where negatives come from: `instruction`, the model's own answers under the negative "
+        "instruction, or `other_prompts`, its good answers to other prompts (an ablation; needs "
+        "rank_by origin or origin_then_reward).",
+        choices=("instruction", "other_prompts"),
+        only_with=combinations.OTHER_PROMPTS,
+    )
+    negative_policy: str = option(
+        "current",
+        "Who writes the negatives: `current`, or `initial` (the start policy), for when the "
+        "current one no longer obeys.",
+        choices=("current", "initial"),
+        only_with=combinations.INITIAL_POLICY,
+    )
+    contrast_from: str = option(
+        "prompt",
+        "Where positive and negative answers begin: `prompt`, at their first token, or `branch`: a "
+        "plain answer is kept up to the token that the two instructions differ most about, and "
+        "continued under each (needs num_plain).",
+        choices=("prompt", "branch"),
+        only_with=combinations.CONTRAST_FROM,
+    )
+    instruction_bank: str = option(
+        "harmlessness",
+        "Name of a shipped bank (harmlessness, helpfulness, honesty, politeness) or path of a YAML "
+        "file with pairs.",
+    )
+    instruction_placement: str = option(
+        "user_suffix",
+        "Where the instruction goes: `system` turn, `user_suffix` of the last user turn, or "
+        "`affix` to the assistant turn.",
+        choices=PLACEMENTS,
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "Variables for the chat template, as JSON (a mapping in recipes), such as "
+        '{"enable_thinking": false}; those of a row\'s chat_template_kwargs column win.',
+    )
+    max_prompt_length: int = option(
+        512,
+        "Longest plain prompt, in tokens. A longer one is a bad row (`on_bad_row`); nothing is "
+        "cut.",
+        ge=1,
+    )
+    on_bad_row: str = option(
+        "error",
+        "What a row that cannot be used does (not readable, a prompt over max_prompt_length, …): "
+        "`error` names it and stops, `skip` leaves it out and lists it in skipped-rows.jsonl.",
+        choices=("error", "skip"),
+    )
+    max_completion_length: int = option(
+        256, "Longest completion, in tokens, end-of-turn included.", ge=1
+    )
+    temperature: float = option(
+        1.0,
+        "Sampling temperature; above 0.",
+        gt=0,
+        needed="it must be above 0 (at 0 every completion of a prompt would be the same, and there "
+        "would be nothing to rank)",
+    )
+    top_p: float = option(
+        1.0,
+        "Nucleus sampling: keep the smallest set of tokens with this probability; 1 keeps all.",
+        gt=0,
+        le=1,
+    )
+    top_k: int = option(0, "Keep only this many likeliest tokens; 0 keeps all.", ge=0)
+    generation_batch_size: int = option(
+        64,
+        "Completions sampled at once, and then stored. Changes speed and memory, never which seeds "
+        "are drawn.",
+        ge=1,
+    )
+    generation_copy: str = option(
+        "auto",
+        "Sample from a bf16 copy with adapters merged: `always`, `never`, or `auto` (on CPUs, "
+        "where it is faster).",
+        choices=("auto", "always", "never"),
+        only_with=combinations.GENERATION_COPY,
+    )
+
+    # ---- rewards and ranking ----
+    reward_weights: list[float] | None = option(
+        None, "One weight per reward function; None is 1 for each. The reward is the weighted sum."
+    )
+    rank_by: str = option(
+        "reward",
+        "`reward`; `origin` (positive and chosen above plain above negative and rejected) for runs "
+        "without a reward; or `origin_then_reward` (negative and rejected below all others "
+        "whatever their reward, else by reward).",
+        choices=("reward", "origin", "origin_then_reward"),
+    )
+    reward_timeout: float | None = option(
+        None,
+        "Seconds that a call of a reward function may take (a batch of about 64 rows), or one "
+        "request to a reward server. None: no limit, and 60 for a server. A function that is late "
+        "stops the run; its thread cannot be ended and is left alone.",
+        gt=0,
+        needed="it must be a positive number of seconds, or left out",
+    )
+    allow_http_hosts: list[str] | None = option(
+        None,
+        "Private hosts whose reward server or vLLM server may be asked over plain http: names, "
+        "addresses, or patterns such as `*.svc`. What is sent there, a token too, can be read on "
+        "the way. None: https only, except on this machine.",
+    )
+    reward_margin: float = option(
+        0.0,
+        "Completion i ranks above j when its reward is higher by more than this, in reward units.",
+        ge=0,
+    )
+
+    # ---- limits: success can be collapse ----
+    drift_prompts: int = option(
+        16,
+        "Plain prompts sampled before every round to measure KL to the start, distinct-2 and "
+        "length; 0 turns it off.",
+        ge=0,
+    )
+    max_kl: float | None = option(
+        None,
+        "Stop when the exact KL to the start policy on plain samples passes this, in nats per "
+        "token.",
+        gt=0,
+        needed="it must be above 0, or unset",
+        only_with=combinations.MAX_KL,
+    )
+    min_distinct2_ratio: float = option(
+        0.5,
+        "Stop when distinct-2 of plain samples falls below this share of its value at the start; 0 "
+        "turns it off.",
+        ge=0,
+    )
+    min_pair_fraction: float = option(
+        0.1,
+        "Stop when fewer than this share of a round's prompts give a pair to rank.",
+        ge=0,
+    )
+    alarm_logp_drop: float = option(
+        0.5,
+        "Warn when the mean log-probability of the best answers falls this far below the run's "
+        "first step, in nats per token; 0 turns it off.",
+        ge=0,
+    )
+    alarm_ratio: float = option(
+        2.0,
+        "Warn when the mean length or the entropy of plain answers is more than this many times "
+        "its value at the start, or less than that part of it; 0 turns it off, else above 1.",
+        gt=1,
+        also=(0,),
+        needed="it must be above 1, or 0 to turn the alarm off",
+    )
+
+    # ---- evaluation and output ----
+    num_eval_generations: int = option(1, "Plain samples per held-out prompt.", ge=1)
+    num_eval_prompts: int | None = option(
+        None, "Evaluate on the first this many held-out prompts; None is all.", ge=0
+    )
+    evaluate_contrast: bool = option(
+        True, "Evaluation also samples under the positive and the negative instruction."
+    )
+    allow_changes: bool = option(
+        False,
+        "Resume although options, data, model or number of processes changed; run.json records "
+        "what did.",
+    )
+    log_completions: bool = option(False, "Print a few groups of every round to the terminal.")
