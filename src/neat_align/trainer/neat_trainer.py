@@ -59,7 +59,8 @@ class NEATTrainer(Trainer):
         eval_dataset: held-out rows of the same form; `evaluate()` samples on their plain prompts.
         processing_class: the tokenizer; None loads the model's own.
         reward_processing_classes: a tokenizer per reward function, for models given as objects.
-        callbacks, optimizers: as in `Trainer`; `terminal_callbacks(args)` gives the command line's.
+        callbacks: as in `Trainer`; `terminal_callbacks(args)` gives the command line's.
+        optimizers: as in `Trainer`.
         peft_config: a PEFT configuration; the adapter switched off is then the start policy.
         ref_model: the start policy for KL, dpo, kto and npo, or its name; None is the adapter
             switched off, else a frozen copy of `model`.
