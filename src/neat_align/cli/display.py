@@ -154,7 +154,9 @@ class RunDisplay(RunCallback, ProgressCallback):
         if shown.stage.finished >= shown.stage.total:
             self._leave(self._clock())
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         """Nothing: an evaluation tells its stages."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -58,7 +59,7 @@ def measured_pace(policies: Policies, *, at_once: int, writes: bool) -> Pace:
 
     `at_once`: completions that are sampled beside each other. `writes`: this process samples.
     """
-    size = policies.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    size = int(cast("Any", policies.model).get_input_embeddings().weight.shape[0])
     prompt = tuple(3 + i % (size - 3) for i in range(_PROMPT))
     rows = [tuple(5 + (7 * i + j) % (size - 5) for j in range(_COMPLETION)) for i in range(4)]
 
@@ -119,10 +120,10 @@ def seconds_at_most(args: NEATConfig, plan: RunPlan, pace: Pace, eval_rows: int)
     answers = eval_rows * (args.num_eval_generations + 2 * args.evaluate_contrast)
     evaluated = 2 * answers * plan.max_completion_length
     read += evaluated
-    seconds = read / pace.reads
+    seconds: float = read / pace.reads
     if pace.writes is not None:
         seconds += (written + evaluated) / pace.writes
-    return seconds / args.world_size
+    return seconds / int(args.world_size)
 
 
 def outlook(
