@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -36,6 +37,8 @@ from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
 from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.launch import holds_run, is_restart, note_launch
+from neat_align.runs.leftovers import is_free, leaving_nothing, remove_leftovers
+from neat_align.runs.lock import one_writer
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
@@ -227,13 +230,15 @@ def run_training(
     Returns the result, on every process; the first alone writes. A run that its launcher starts
     again after a crash (torchrun's `--max-restarts`) goes on as with `resume`.
     """
-    # Only what the first process finds counts: it opens the run.
-    resume = config.process_index == 0 and _goes_on(script, Path(str(config.output_dir)))
-    trainer = build_trainer(script, config, callbacks)
-    with listening(trainer.parts.ranks.stop), trainer.writing():
-        if trainer.parts.ranks.is_rank_zero:
-            note_launch(trainer.output_dir)
-        return _train(trainer, script, resume=True if resume else None)
+    folder, is_first = Path(str(config.output_dir)), config.process_index == 0
+    with leaving_nothing(folder) if is_first else contextlib.nullcontext():
+        # Only what the first process finds counts: it opens the run.
+        resume = is_first and _goes_on(script, folder)
+        trainer = build_trainer(script, config, callbacks)
+        with listening(trainer.parts.ranks.stop), trainer.writing():
+            if trainer.parts.ranks.is_rank_zero:
+                note_launch(trainer.output_dir)
+            return _train(trainer, script, resume=True if resume else None)
 
 
 def _goes_on(script: ScriptArguments, folder: Path) -> bool:
@@ -244,7 +249,7 @@ def _goes_on(script: ScriptArguments, folder: Path) -> bool:
     if (is_again or script.auto_resume) and holds_run(folder):
         return True
     if not is_again:
-        _check_empty(folder)
+        _make_free(folder)
         note_launch(folder)  # a crash may come before the run's first file
     return False
 
@@ -317,16 +322,23 @@ def _write_result(
     return result
 
 
-def _check_empty(folder: Path) -> None:
-    """Refuse to write a run among what is there already: nothing could tell the two apart later."""
+def _make_free(folder: Path) -> None:
+    """Refuse to write a run among what is there already: nothing could tell the two apart later.
+
+    What a run has left that never came to its first finished work goes.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir is {folder}, which is a file: choose a folder")
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if names:
+    if not names:
+        return
+    if not is_free(folder):
         raise ConfigError(
             f"output_dir is {folder}, which is not empty ({', '.join(names[:4])}): choose another "
             "one, or pass --resume true to go on with the run in it"
         )
+    with one_writer(folder):  # refused while that run is going on
+        remove_leftovers(folder)
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:

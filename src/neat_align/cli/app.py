@@ -5,7 +5,6 @@ Heavy imports happen inside commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from neat_align.errors import (
 )
 from neat_align.files.secrets import scrubbed
 from neat_align.runs.launch import store
+from neat_align.runs.lock import NO_ROOM
 
 app = typer.Typer(
     name="neat-align",
@@ -42,7 +42,6 @@ app = typer.Typer(
 )
 # EX_TEMPFAIL of sysexits.h: schedulers know it as "try again later".
 PAUSED = 75
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @app.callback(invoke_without_command=True)
@@ -92,7 +91,7 @@ def _run(given: list[str]) -> Any:
         say_once(f"error: {scrubbed(str(error))}")
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         where = f" ({error.filename})" if error.filename else ""
         what = f"error: the disk is full: {scrubbed(f'{error.strerror}{where}')}"
