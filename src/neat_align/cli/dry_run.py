@@ -22,6 +22,7 @@ from neat_align.modeling.load_options import LoadOptions
 from neat_align.modeling.loading import load_tokenizer
 from neat_align.modeling.model_shape import meta_model
 from neat_align.modeling.requirements import check_causal
+from neat_align.modeling.target_modules import check_target_modules
 from neat_align.pipeline import load_data, lora_config
 from neat_align.prompts.rows import is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
@@ -90,7 +91,10 @@ def _on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
     model: Any = meta_model(config).to(dtype)
     model.config.name_or_path = name
     adapter = lora_config(script)
-    return cast("torch.nn.Module", model if adapter is None else get_peft_model(model, adapter))
+    if adapter is None:
+        return cast("torch.nn.Module", model)
+    check_target_modules(model, adapter)
+    return cast("torch.nn.Module", get_peft_model(model, adapter))
 
 
 def _data(

@@ -14,7 +14,6 @@ line, so that both are checked and converted alike.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shutil
@@ -33,7 +32,7 @@ from neat_align.config import NEATConfig
 from neat_align.config.constraints import default_of
 from neat_align.config.trainer_defaults import TrainerDefaults
 from neat_align.config.unsupported import REFUSED, SCRIPT_OPTIONS
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, did_you_mean
 from neat_align.files.yaml import YamlDocument, read_yaml
 from neat_align.script_arguments import ScriptArguments
 
@@ -193,8 +192,7 @@ def _place(message: str, recipe: YamlDocument, taken: Collection[str]) -> str:
 
 
 def _unknown(name: str, known: Collection[str], where: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "`neat-align train --help` lists all"
+    hint = did_you_mean(name, known) or "`neat-align train --help` lists all"
     return f"{where}: unknown option {name!r}; {hint}"
 
 
@@ -248,7 +246,9 @@ def recipe_file(path: Path, what: str, pattern: str) -> Path:
     shipped = recipe_path(path.stem)
     if path.parent.name in ("", "recipes") and is_file(shipped):
         return shipped
-    raise ConfigError(f"there is no {what} at {path}; these ship: {shipped_names(pattern)}")
+    names = shipped_names(pattern)
+    meant = did_you_mean(path.stem, names.split(", "))
+    raise ConfigError(f"there is no {what} at {path}{meant and f'; {meant}'}; these ship: {names}")
 
 
 def is_file(path: Path) -> bool:
