@@ -31,7 +31,7 @@ from neat_align.prompts.hold_out import hold_out, spread, without
 from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_checks import is_usable
-from neat_align.prompts.row_forms import to_conversation
+from neat_align.prompts.row_forms import to_conversation, to_text
 from neat_align.prompts.rows import PromptRow, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
@@ -74,6 +74,8 @@ def load_data(
     rows = without(rows, held_out)
     if script.as_conversations:
         return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
+    if script.as_texts:
+        return [to_text(r) for r in rows], [to_text(r) for r in held_out]
     return rows, held_out
 
 

@@ -87,6 +87,18 @@ class ScriptArguments:
     as_conversations: bool = option(
         False, "Turn texts and Human/Assistant transcripts into chat messages."
     )
+    as_texts: bool = option(
+        False,
+        "Turn chat messages into Human/Assistant transcripts, for a model without a chat template.",
+        only_with=(
+            OnlyWith(
+                "as_conversations",
+                "as_conversations makes messages of texts and as_texts makes texts of messages: "
+                "give one of them",
+                one_of=(False,),
+            ),
+        ),
+    )
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={

@@ -9,6 +9,9 @@ answers at once.
     progress.py       bars and lines while a run works; terminal_callbacks
 
     demo.py           a small real model aligned in minutes
+    init.py           a commented recipe for a model and its data: what is asked, tried and said
+    init_look.py      what a look at model and data finds
+    init_recipe.py    the recipe's options, and why they are what they are
     train.py          a run from a recipe and options
     dry_run.py        what it would do and take of the memory, without weights
     expand.py         the data stage alone

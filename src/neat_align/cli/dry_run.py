@@ -26,7 +26,7 @@ from neat_align.modeling.target_modules import check_target_modules
 from neat_align.pipeline import load_data, lora_config
 from neat_align.prompts.rows import is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
-from neat_align.runs.plan import plan_run
+from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer.memory_plan import MemoryPlan, plan_memory
 from neat_align.trainer.setup import TrainingData, read_rows, usable_rows
@@ -36,11 +36,18 @@ logger = logging.getLogger(__name__)
 
 def dry_run(script: ScriptArguments, args: NEATConfig) -> list[str]:
     """The plan of a run and the estimate of its memory, in lines. Raises what the run would."""
+    plan, memory = plans_of(script, args)
+    more = "data_passes: 1 is one pass over all of it"
+    return [*plan.lines(more=more), *_with_checkpointing(args, memory)]
+
+
+def plans_of(script: ScriptArguments, args: NEATConfig) -> tuple[RunPlan, MemoryPlan]:
+    """What a run would do, and take of the memory. Raises what the run would."""
     check_command_options(args)
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     options = script.load_options_to_train
-    model = _on_meta(script, options)
+    model = model_on_meta(script, options)
     data, is_counted = _data(script, args, model)
     groups = args.groups_per_round(len(data.rows))
     lengths = data.prompt_lengths
@@ -56,8 +63,7 @@ def dry_run(script: ScriptArguments, args: NEATConfig) -> list[str]:
         evaluates=bool(data.eval_rows) and args.num_eval_prompts != 0,
         in_4_bits=options.load_in_4bit,
     )
-    more = "data_passes: 1 is one pass over all of it"
-    return [*plan.lines(more=more), *_with_checkpointing(args, memory)]
+    return plan, memory
 
 
 def _with_checkpointing(args: NEATConfig, memory: MemoryPlan) -> list[str]:
@@ -72,7 +78,7 @@ def _with_checkpointing(args: NEATConfig, memory: MemoryPlan) -> list[str]:
     return lines
 
 
-def _on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
+def model_on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
     """The model that a run would train, without numbers. Raises ConfigError."""
     name, revision = model_source(script.model_name_or_path), script.model_revision
     trusted = script.trust_remote_code
