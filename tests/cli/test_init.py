@@ -135,7 +135,8 @@ def test_the_recipe_runs(
 ) -> None:
     rows = [row_of(t, messages=messages, pairs=pairs) for t in TEXTS]
     write_recipe(models[kind], written(here / "mine.jsonl", rows), Path("recipe.yaml"), **NONE)
-    script, args = parse_options(["--max_kl=100", "--disable_tqdm=true"], Path("recipe.yaml"))
+    shorter = ["--max_completion_length=12", "--max_kl=100", "--disable_tqdm=true"]
+    script, args = parse_options(shorter, Path("recipe.yaml"))
     result = run_training(script, args)
     assert result["rounds"] == 2
     assert result["held_out_prompts"] == 3
@@ -152,7 +153,10 @@ def test_a_placement_is_measured_where_that_is_asked_for(
 ) -> None:
     rows = [row_of(t, messages=messages, pairs=False) for t in TEXTS]
     path = written(here / "mine.jsonl", rows)
-    write_recipe(models[kind], path, Path("recipe.yaml"), **{**NONE, "measure": True})
+    pair = {"positive": "Say it in a kind way.", "negative": "Say it in a rude way."}
+    (here / "bank.yaml").write_text(yaml.safe_dump({"pairs": [pair]}), encoding="utf-8")
+    asked = {**NONE, "bank": "bank.yaml", "measure": True}
+    write_recipe(models[kind], path, Path("recipe.yaml"), **asked)
     recipe = Path("recipe.yaml").read_text()
     why = comment_of(recipe, "instruction_placement")
     found = re.findall(r"(\w+): gap [+-]\d+\.\d\d, \d of \d pairs work", why)

@@ -9,6 +9,8 @@ answers at once.
     progress.py       bars and lines while a run works; terminal_callbacks
 
     demo.py           a small real model aligned in minutes
+    doctor.py         what a run will find on this machine
+    doctor_checks.py  versions, devices, threads, disk, hub, extras, vLLM: what is looked at
     init.py           a commented recipe for a model and its data: what is asked, tried and said
     init_look.py      what a look at model and data finds
     init_recipe.py    the recipe's options, and why they are what they are

@@ -15,6 +15,7 @@ from neat_align.cli.capability import capability
 from neat_align.cli.compare import compare
 from neat_align.cli.console import ANY_OPTION, EITHER_DASH, SeveralValues
 from neat_align.cli.demo import demo
+from neat_align.cli.doctor import doctor
 from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
 from neat_align.cli.init import init
@@ -59,6 +60,7 @@ app.command(context_settings=ANY_OPTION, add_help_option=False)(train)
 app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(expand)
 app.command(context_settings=ANY_OPTION)(evaluate)
 app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(compare)
+app.command(context_settings=EITHER_DASH)(doctor)
 app.command(context_settings=EITHER_DASH)(init)
 app.command()(inspect)
 app.command()(report)
