@@ -41,11 +41,11 @@ def init(
     ] = "helpfulness",
     reward: Annotated[
         str,
-        typer.Option("--reward", "--reward_funcs", help="What scores answers; none needs none."),
+        typer.Option("--reward", "--reward_funcs", help="What scores answers; it may be left out."),
     ] = "",
     split: Annotated[
         str | None,
-        typer.Option("--split", "--dataset_train_split", help="Split of a hub data set."),
+        typer.Option("--dataset_train_split", help="Split of a hub data set."),
     ] = None,
     measure: Annotated[
         bool,
@@ -75,7 +75,9 @@ def write_recipe(
     if output.exists():
         raise ConfigError(f"{output} is there already: choose another --output, or delete it")
     if measure and split is not None:
-        raise ConfigError("measure probes the train split only: leave out split, or measure")
+        raise ConfigError(
+            "measure probes the train split only: leave out dataset_train_split, or measure"
+        )
     from neat_align.cli.init_look import look, short_name
     from neat_align.cli.init_recipe import Asked, recipe_for
     from neat_align.modeling.device import compute_device
