@@ -298,10 +298,6 @@ def test_the_demo_takes_the_options_of_any_other_data(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (
-            {"holdout": 65},
-            "holdout is 65, but the demo holds 64 prompts out: lower it, or give eval_dataset_name",
-        ),
-        (
             {"dataset_train_split": "train"},
             "dataset_train_split is 'train', but the demo's prompts have no splits: take it out",
         ),

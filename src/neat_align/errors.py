@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class NEATError(ValueError):
@@ -85,6 +86,17 @@ class RunInterrupted(SystemExit):
 def one_line(error: BaseException, most: int | None = None) -> str:
     """What an error says, on one line, for another one's message; its first `most` characters."""
     return " ".join(str(error).split())[:most]
+
+
+def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
+    """ "did you mean 'vader'?", for a name that is none of the known ones; "" where none is near.
+
+    Upper and lower case count as the same.
+    """
+    by_lower = {word.lower(): word for word in sorted(known, reverse=True)}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=most)
+    words = " or ".join(repr(by_lower[word]) for word in near)
+    return f"did you mean {words}?" if words else ""
 
 
 # Prompts that a message names; a batch may hold thousands.

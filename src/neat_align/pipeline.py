@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import shutil
 import sys
 import time
@@ -25,30 +27,38 @@ from neat_align.files.provenance import commit, cpu_name, versions
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.requirements import frozen_if_half
+from neat_align.prompts.hold_out import hold_out, spread, without
 from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_checks import is_usable
-from neat_align.prompts.row_forms import to_conversation
-from neat_align.prompts.rows import PromptRow, hashable, is_conversational
+from neat_align.prompts.row_forms import to_conversation, to_text
+from neat_align.prompts.rows import PromptRow, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
 from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.launch import holds_run, is_restart, note_launch
+from neat_align.runs.leftovers import is_free, leaving_nothing, remove_leftovers
+from neat_align.runs.lock import one_writer
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 from neat_align.trainer.setup import instructed_limits
 
+logger = logging.getLogger(__name__)
 # `load_rows`, knowing what to do with bad rows.
 Reader: TypeAlias = Callable[..., list[PromptRow]]
 
 
 def load_data(
-    script: ScriptArguments, on_bad_row: str = "error", skipped: SkippedRows | None = None
+    script: ScriptArguments,
+    on_bad_row: str = "error",
+    skipped: SkippedRows | None = None,
+    notices: list[str] | None = None,
 ) -> tuple[list[PromptRow], list[PromptRow]]:
     """Training rows and held-out rows, disjoint by prompt.
 
-    `on_bad_row` and `skipped` are those of `load_rows`.
+    `on_bad_row` and `skipped` are those of `load_rows`. What a reader of the result has to know
+    about the data is warned of, and added to `notices`.
     """
     if not script.dataset_name:
         raise ConfigError(
@@ -56,10 +66,16 @@ def load_data(
         )
     read = functools.partial(load_rows, on_bad_row=on_bad_row, skipped=skipped)
     rows = _training_rows(script, read)
-    held_out = _held_out_rows(script, rows, read)
-    rows = _without(rows, held_out)
+    held_out, notice = _held_out_rows(script, rows, read)
+    if notice is not None:
+        logger.warning("%s", notice)
+        if notices is not None:
+            notices.append(notice)
+    rows = without(rows, held_out)
     if script.as_conversations:
         return [to_conversation(r) for r in rows], [to_conversation(r) for r in held_out]
+    if script.as_texts:
+        return [to_text(r) for r in rows], [to_text(r) for r in held_out]
     return rows, held_out
 
 
@@ -76,37 +92,21 @@ def _training_rows(script: ScriptArguments, read: Reader) -> list[PromptRow]:
 
 def _held_out_rows(
     script: ScriptArguments, rows: Sequence[PromptRow], read: Reader
-) -> list[PromptRow]:
-    """Rows of `eval_dataset_name`, else `holdout` of the demo's own or of the training rows."""
-    n = script.holdout
+) -> tuple[list[PromptRow], str | None]:
+    """Rows of `eval_dataset_name`, else `holdout` of the demo's own or of the training rows.
+
+    And a notice where they are not as many as that.
+    """
     if script.eval_dataset_name is not None:
-        return read(script.eval_dataset_name, split=script.eval_dataset_split)
-    if script.dataset_name == "demo":
-        shipped = demo_rows("heldout")
-        if n > len(shipped):
-            raise ConfigError(
-                f"holdout is {n}, but the demo holds {len(shipped)} prompts out: lower it, or give "
-                "eval_dataset_name"
-            )
-        return _spread(shipped, n)
-    if n and n >= len(rows):
-        raise ConfigError(
-            f"holdout is {n} but there are only {len(rows)} rows: lower it, or give "
-            "eval_dataset_name"
-        )
-    return _spread(rows, n) if n else []
-
-
-def _spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
-    """`n` of the rows, evenly spaced and in their order: data in any order is held out evenly."""
-    picked = {round(i * len(rows) / n) for i in range(n)}
-    return [row for i, row in enumerate(rows) if i in picked]
-
-
-def _without(rows: list[PromptRow], others: Sequence[PromptRow]) -> list[PromptRow]:
-    """The rows whose prompts are none of the others'."""
-    prompts = {hashable(row.prompt) for row in others}
-    return [row for row in rows if hashable(row.prompt) not in prompts] if prompts else rows
+        return read(script.eval_dataset_name, split=script.eval_dataset_split), None
+    if script.dataset_name != "demo":
+        return hold_out(rows, script.holdout, Path(script.dataset_name).name)
+    shipped, n = demo_rows("heldout"), script.holdout
+    if n is None or n == len(shipped):
+        return shipped, None
+    if n > len(shipped):
+        return shipped, f"the demo holds {len(shipped)} prompts out, not {n} as holdout asks for"
+    return (spread(shipped, n) if n else []), None
 
 
 def refilled(
@@ -130,7 +130,7 @@ def refilled(
         taken[found] = rows[found]
     left = [row for k, row in enumerate(rows) if k not in taken]
     kept = [row for row, is_fit in judged if is_fit] + list(taken.values())
-    return [*_without(left, list(taken.values())), *failing], kept
+    return [*without(left, list(taken.values())), *failing], kept
 
 
 def build_trainer(
@@ -154,8 +154,8 @@ def build_trainer(
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
-    skipped = SkippedRows()
-    rows, held_out = data or load_data(script, config.on_bad_row, skipped)
+    skipped, notices = SkippedRows(), list[str]()
+    rows, held_out = data or load_data(script, config.on_bad_row, skipped, notices)
     trains = trains and policy is None
     start = _model(script, trains=trains)
     tokenizer = load_tokenizer(
@@ -181,6 +181,7 @@ def build_trainer(
         eval_rewards=eval_rewards,
     )
     trainer.parts.data.skipped.take(skipped)
+    trainer.parts.data.notices.extend(notices)
     return trainer
 
 
@@ -231,13 +232,15 @@ def run_training(
     Returns the result, on every process; the first alone writes. A run that its launcher starts
     again after a crash (torchrun's `--max-restarts`) goes on as with `resume`.
     """
-    # Only what the first process finds counts: it opens the run.
-    resume = config.process_index == 0 and _goes_on(script, Path(str(config.output_dir)))
-    trainer = build_trainer(script, config, callbacks)
-    with listening(trainer.parts.ranks.stop), trainer.writing():
-        if trainer.parts.ranks.is_rank_zero:
-            note_launch(trainer.output_dir)
-        return _train(trainer, script, resume=True if resume else None)
+    folder, is_first = Path(str(config.output_dir)), config.process_index == 0
+    with leaving_nothing(folder) if is_first else contextlib.nullcontext():
+        # Only what the first process finds counts: it opens the run.
+        resume = is_first and _goes_on(script, folder)
+        trainer = build_trainer(script, config, callbacks)
+        with listening(trainer.parts.ranks.stop), trainer.writing():
+            if trainer.parts.ranks.is_rank_zero:
+                note_launch(trainer.output_dir)
+            return _train(trainer, script, resume=True if resume else None)
 
 
 def _goes_on(script: ScriptArguments, folder: Path) -> bool:
@@ -248,7 +251,7 @@ def _goes_on(script: ScriptArguments, folder: Path) -> bool:
     if (is_again or script.auto_resume) and holds_run(folder):
         return True
     if not is_again:
-        _check_empty(folder)
+        _make_free(folder)
         note_launch(folder)  # a crash may come before the run's first file
     return False
 
@@ -311,6 +314,7 @@ def _write_result(
         "peak_rss_bytes": peak_rss_bytes(),
         "model": script.model_name_or_path,
         "dataset": Path(script.dataset_name).name,
+        "notices": list(trainer.parts.data.notices),
         "commit": commit(),
         "versions": versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
@@ -320,16 +324,23 @@ def _write_result(
     return result
 
 
-def _check_empty(folder: Path) -> None:
-    """Refuse to write a run among what is there already: nothing could tell the two apart later."""
+def _make_free(folder: Path) -> None:
+    """Refuse to write a run among what is there already: nothing could tell the two apart later.
+
+    What a run has left that never came to its first finished work goes.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir is {folder}, which is a file: choose a folder")
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if names:
+    if not names:
+        return
+    if not is_free(folder):
         raise ConfigError(
             f"output_dir is {folder}, which is not empty ({', '.join(names[:4])}): choose another "
             "one, or pass --resume true to go on with the run in it"
         )
+    with one_writer(folder):  # refused while that run is going on
+        remove_leftovers(folder)
 
 
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:

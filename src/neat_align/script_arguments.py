@@ -83,14 +83,27 @@ class ScriptArguments:
             ),
         ),
     )
-    holdout: int = option(
-        64,
-        "Rows kept back for evaluation when there is no eval_dataset_name.",
+    holdout: int | None = option(
+        None,
+        "Prompts kept back for evaluation when there is no eval_dataset_name; None is 64, or a "
+        "quarter of the prompts where that is less. 0 keeps back none.",
         ge=0,
-        needed="it must be 0 or more",
+        needed="it must be 0 or more, or unset",
     )
     as_conversations: bool = option(
         False, "Turn texts and Human/Assistant transcripts into chat messages."
+    )
+    as_texts: bool = option(
+        False,
+        "Turn chat messages into Human/Assistant transcripts, for a model without a chat template.",
+        only_with=(
+            OnlyWith(
+                "as_conversations",
+                "as_conversations makes messages of texts and as_texts makes texts of messages: "
+                "give one of them",
+                one_of=(False,),
+            ),
+        ),
     )
     reward_funcs: list[str] = field(
         default_factory=list,

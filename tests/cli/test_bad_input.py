@@ -631,7 +631,7 @@ ROWS = (
         "no such model",
         lambda f: load_policy(str(f / "none")),
         ConfigError,
-        ("the model", "none cannot be loaded", "check the name"),
+        ("the model", "none: there is no such file or folder", "check the path"),
     ),
     Row(
         "num_labels 2",

@@ -73,6 +73,8 @@ def test_a_restart_goes_on_with_what_its_launch_made_and_with_nothing_else(
     assert _goes_on(script, run) is False  # killed before the run's first file
     begin(run)
     assert _goes_on(script, run) is True
+    (run / "evaluation-before.json").touch()  # work that is done: nobody else's
+    assert _goes_on(script, run) is True
     launched.setenv("TORCHELASTIC_RUN_ID", "another")
     with pytest.raises(ConfigError, match="not empty"):
         _goes_on(script, run)
@@ -85,6 +87,7 @@ def test_a_restart_after_a_refusal_is_refused_again(
     tmp_path: Path, launched: pytest.MonkeyPatch
 ) -> None:
     begin(tmp_path)
+    (tmp_path / "evaluation-before.json").touch()
     for _ in range(2):
         with pytest.raises(ConfigError, match="not empty"):
             _goes_on(ScriptArguments(), tmp_path)

@@ -48,7 +48,10 @@ LATE = [
     ({"optim": "schedule_free_adamw"}, "optim is schedule_free_adamw, .*schedulefree"),
     ({"optim": "adamw_torch_4bit"}, "optim is adamw_torch_4bit, .*torchao"),
     ({"optim": "stable_adamw"}, "optim is stable_adamw, .*optimi"),
-    ({"optim": "adamw_apex_fused"}, "optim is 'adamw_apex_fused'; did you mean adamw_torch_fused"),
+    (
+        {"optim": "adamw_apex_fused"},
+        "optim is 'adamw_apex_fused'; did you mean 'adamw_torch_fused'",
+    ),
     ({"optim": "lomo"}, "optim is lomo, which changes the weights at every micro-batch"),
     ({"optim": "adamw"}, "optim is 'adamw'; did you mean "),
     ({"optim": "sgd", "optim_args": "momentum"}, "optim is sgd and optim_args 'momentum'"),
@@ -106,12 +109,12 @@ LATE = [
         scheduled("greedy", metric_for_best_model="reward", learning_rate=1e-5, **EVERY_EPOCH),
         "greedy would raise it to its own min_lr, which is 0.001",
     ),
-    (scheduled("cosin"), "lr_scheduler_type is 'cosin'; did you mean cosine"),
+    (scheduled("cosin"), "lr_scheduler_type is 'cosin'; did you mean 'cosine'"),
     (scheduled("cosine", "{num_cycles: 1}"), "lr_scheduler_kwargs is '{num_cycles: 1}', .*no JSON"),
     # ---- the metric that is followed ----
     (BEST, "metric_for_best_model is loss.*an evaluation computes no loss"),
     ({**BEST, "metric_for_best_model": "rewards/mean"}, "'rewards/mean', which no evaluation of"),
-    ({**BEST, "metric_for_best_model": "eval_rewards"}, "did you mean reward?"),
+    ({**BEST, "metric_for_best_model": "eval_rewards"}, "did you mean 'reward'?"),
     ({**BEST, "metric_for_best_model": "judges/vader"}, "'judges/vader', which no evaluation"),
     ({**EVERY_EPOCH, "metric_for_best_model": "accuracy"}, "'accuracy', which no evaluation"),
     (
@@ -131,12 +134,12 @@ LATE = [
     ({"callbacks": [EarlyStoppingCallback()]}, "EarlyStoppingCallback follows a metric of eval"),
     # ---- loggers, kernels, compilers ----
     ({"report_to": "wandb"}, "report_to names wandb, which is not installed"),
-    ({"report_to": ["tensorbord"]}, "report_to names 'tensorbord'; did you mean tensorboard"),
+    ({"report_to": ["tensorbord"]}, "report_to names 'tensorbord'; did you mean 'tensorboard'"),
     ({"report_to": "flyte"}, "report_to names flyte, which is not installed"),
     ({"report_to": ["none", "all"]}, "report_to lists none among others"),
     ({"use_liger_kernel": True}, "use_liger_kernel is true and there is no liger-kernel"),
     ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config is read only with use_liger"),
-    ({"torch_compile_backend": "inductr"}, "torch_compile_backend is 'inductr'; did you mean ind"),
+    ({"torch_compile_backend": "inductr"}, "torch_compile_backend is 'inductr'; did you mean 'ind"),
     (
         {"torch_compile": True, "torch_compile_mode": "fast"},
         "torch_compile_mode fast.* cannot comp",

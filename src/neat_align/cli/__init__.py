@@ -19,6 +19,11 @@ answers at once.
     summary_lines.py  a line for what was measured
 
     demo.py           a small real model aligned in minutes
+    doctor.py         what a run will find on this machine
+    doctor_checks.py  versions, devices, threads, disk, hub, extras, vLLM: what is looked at
+    init.py           a commented recipe for a model and its data: what is asked, tried and said
+    init_look.py      what a look at model and data finds
+    init_recipe.py    the recipe's options, and why they are what they are
     train.py          a run from a recipe and options
     dry_run.py        what it would do and take of the memory, without weights
     expand.py         the data stage alone

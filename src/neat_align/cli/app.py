@@ -5,7 +5,6 @@ Heavy imports happen inside commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -17,8 +16,10 @@ from neat_align.cli.capability import capability
 from neat_align.cli.compare import compare
 from neat_align.cli.console import ANY_OPTION, EITHER_DASH
 from neat_align.cli.demo import demo
+from neat_align.cli.doctor import doctor
 from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
+from neat_align.cli.init import init
 from neat_align.cli.inspect import inspect
 from neat_align.cli.probe import probe
 from neat_align.cli.processes import check_alone, leaving, quiet_replicas, say_once
@@ -33,6 +34,7 @@ from neat_align.errors import (
 )
 from neat_align.files.secrets import scrubbed
 from neat_align.runs.launch import store
+from neat_align.runs.lock import NO_ROOM
 
 app = typer.Typer(
     name="neat-align",
@@ -43,7 +45,6 @@ app = typer.Typer(
 )
 # EX_TEMPFAIL of sysexits.h: schedulers know it as "try again later".
 PAUSED = 75
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +62,9 @@ def _no_verb(
 
 # (verb, whether it takes the options of a run); the order is that of `--help`, group by group.
 _VERBS: tuple[tuple[Callable[..., None], bool], ...] = (
+    (init, False),
     (demo, False),
+    (doctor, False),
     (probe, False),
     (train, True),
     (expand, True),
@@ -102,7 +105,7 @@ def _run(given: list[str]) -> Any:
         say_once(f"error: {scrubbed(str(error))}")
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         where = f" ({error.filename})" if error.filename else ""
         what = f"error: the disk is full: {scrubbed(f'{error.strerror}{where}')}"

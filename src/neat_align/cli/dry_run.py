@@ -29,11 +29,12 @@ from neat_align.modeling.load_options import LoadOptions
 from neat_align.modeling.loading import load_tokenizer, weights_are_here
 from neat_align.modeling.model_shape import meta_model
 from neat_align.modeling.requirements import check_causal
+from neat_align.modeling.target_modules import check_target_modules
 from neat_align.pipeline import build_trainer, load_data, lora_config
 from neat_align.prompts.rows import is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.runs.events import WHOLE_DATA
-from neat_align.runs.plan import plan_run
+from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer.memory_plan import MemoryPlan, plan_memory
 from neat_align.trainer.setup import TrainingData, read_rows, usable_rows
@@ -55,11 +56,18 @@ class Planned:
 
 def planned(script: ScriptArguments, args: NEATConfig) -> Planned:
     """What the data and the model's configuration say. Raises what the run would."""
+    plan, memory = plans_of(script, args)
+    lines = [*plan.lines(more=WHOLE_DATA), *_with_checkpointing(args, memory)]
+    return Planned(lines, _why_untried(script, args, fits=memory.fits))
+
+
+def plans_of(script: ScriptArguments, args: NEATConfig) -> tuple[RunPlan, MemoryPlan]:
+    """What a run would do, and take of the memory. Raises what the run would."""
     check_command_options(args)
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     options = script.load_options_to_train
-    model = _on_meta(script, options)
+    model = model_on_meta(script, options)
     data, is_counted = _data(script, args, model)
     groups = args.groups_per_round(len(data.rows))
     lengths = data.prompt_lengths
@@ -75,8 +83,7 @@ def planned(script: ScriptArguments, args: NEATConfig) -> Planned:
         evaluates=bool(data.eval_rows) and args.num_eval_prompts != 0,
         in_4_bits=options.load_in_4bit,
     )
-    lines = [*plan.lines(more=WHOLE_DATA), *_with_checkpointing(args, memory)]
-    return Planned(lines, _why_untried(script, args, fits=memory.fits))
+    return plan, memory
 
 
 def tried(script: ScriptArguments, args: NEATConfig) -> Iterator[str]:
@@ -129,7 +136,7 @@ def _with_checkpointing(args: NEATConfig, memory: MemoryPlan) -> list[str]:
     return lines
 
 
-def _on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
+def model_on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
     """The model that a run would train, without numbers. Raises ConfigError."""
     name, revision = model_source(script.model_name_or_path), script.model_revision
     trusted = script.trust_remote_code
@@ -148,7 +155,10 @@ def _on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Module:
     model: Any = meta_model(config).to(dtype)
     model.config.name_or_path = name
     adapter = lora_config(script)
-    return cast("torch.nn.Module", model if adapter is None else get_peft_model(model, adapter))
+    if adapter is None:
+        return cast("torch.nn.Module", model)
+    check_target_modules(model, adapter)
+    return cast("torch.nn.Module", get_peft_model(model, adapter))
 
 
 def _data(

@@ -220,7 +220,9 @@ def recipe_file(path: Path, what: str, pattern: str) -> Path:
     shipped = recipe_path(path.stem)
     if path.parent.name in ("", "recipes") and is_file(shipped):
         return shipped
-    raise ConfigError(f"there is no {what} at {path}; these ship: {shipped_names(pattern)}")
+    names = shipped_names(pattern)
+    meant = did_you_mean(path.stem, names.split(", "))
+    raise ConfigError(f"there is no {what} at {path}{meant and f'; {meant}'}; these ship: {names}")
 
 
 def is_file(path: Path) -> bool:

@@ -29,6 +29,7 @@ class ProbeSettings:
     model: str
     dataset_name: str = "demo"
     as_conversations: bool = False
+    as_texts: bool = False
     reward: str = "vader"
     allow_http_hosts: tuple[str, ...] = ()
     placement: str = "user_suffix"

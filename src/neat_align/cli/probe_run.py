@@ -119,7 +119,10 @@ def _write(output: Path, probe: Probe, facts: Mapping[str, Any], console: Consol
 def _rows(settings: ProbeSettings, skipped: SkippedRows) -> list[PromptRow]:
     """All prompts, each once, in the order in which a run with this seed would take them."""
     data = ScriptArguments(
-        dataset_name=settings.dataset_name, holdout=0, as_conversations=settings.as_conversations
+        dataset_name=settings.dataset_name,
+        holdout=0,
+        as_conversations=settings.as_conversations,
+        as_texts=settings.as_texts,
     )
     read = load_data(data, settings.on_bad_row, skipped)[0]
     rows = list({row.id: row for row in read}.values())

@@ -312,6 +312,7 @@ def _given(settings: ProbeSettings) -> dict[str, str]:
     """What the probe was told of the rows, where it was told anything."""
     given = {
         "as_conversations": "true" if settings.as_conversations else None,
+        "as_texts": "true" if settings.as_texts else None,
         "on_bad_row": None if settings.on_bad_row == "error" else settings.on_bad_row,
         "chat_template_kwargs": settings.chat_template_kwargs,
     }

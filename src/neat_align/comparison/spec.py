@@ -18,7 +18,6 @@ Read from YAML, checked before it runs:
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, did_you_mean
 
 BASE = "base"
 _KEYS = ("name", "settings", "seeds", "strengths", "methods", "kl_target")
@@ -39,7 +38,7 @@ _FILE_KEYS = (_KEYS[0], "like", *_KEYS[1:])
 # and the budget.
 _COMMON = (
     *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_limit"),
-    *("as_conversations", "holdout", "eval_dataset_name", "eval_dataset_split"),
+    *("as_conversations", "as_texts", "holdout", "eval_dataset_name", "eval_dataset_split"),
     *("judge_funcs", "output_dir", "num_train_epochs"),
     *("data_passes", "max_steps", "on_bad_row", "max_prompt_length", "prompts_per_round"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -160,11 +159,8 @@ def _check_keys(raw: Mapping[Any, Any], where: str) -> None:
     for key in raw:
         if key in _KEYS:
             continue
-        near = difflib.get_close_matches(str(key), _FILE_KEYS, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"it may have {', '.join(_FILE_KEYS)}; options of train go under settings"
+        hint = did_you_mean(key, _FILE_KEYS) or (
+            f"it may have {', '.join(_FILE_KEYS)}; options of train go under settings"
         )
         raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
 
@@ -261,8 +257,8 @@ def _method(name: str, changes: Any, known: Mapping[str, Method], where: str) ->
         return _trained_elsewhere(name, changes, description, where)
     like = str(changes.pop("like", name))
     if like not in known:
-        near = difflib.get_close_matches(like, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        meant = did_you_mean(like, known)
+        hint = f"; {meant}" if meant else "."
         raise ConfigError(
             f"{where}: there is no method {like!r}{hint} Known: {', '.join(known)}. A method of "
             "your own says which one it begins as: {like: neat, …}"

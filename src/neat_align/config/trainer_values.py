@@ -7,7 +7,6 @@ configuration looks at all of them when it is made. Which of the options a run h
 
 from __future__ import annotations
 
-import difflib
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from transformers.training_args import OptimizerNames, trainer_log_levels
 from transformers.utils import is_liger_kernel_available
 
 from neat_align.config.constraints import Limits, Rule, check_limits
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, did_you_mean
 
 _STEPS = "it must be a number of steps, or below 1 a share of all steps"
 _FRACTION = "it must be 0 or more and below 1"
@@ -126,8 +125,7 @@ def _check_accelerator(given: Any) -> None:
     known = {f.name for f in fields(AcceleratorConfig)}
     for name in given if isinstance(given, Mapping) else ():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"it may have {_list(known)}"
+            meant = did_you_mean(name, known) or f"it may have {_list(known)}"
             raise ConfigError(f"accelerator_config has {name!r}; {meant}")
 
 
@@ -135,8 +133,7 @@ def _check_choice(name: str, value: Any) -> None:
     allowed = CHOICES[name]
     if isinstance(value, str) and value in allowed:
         return
-    near = difflib.get_close_matches(str(value), allowed, n=3)
-    meant = f"did you mean {' or '.join(near)}?" if near else f"it must be one of {_list(allowed)}"
+    meant = did_you_mean(value, allowed, most=3) or f"it must be one of {_list(allowed)}"
     raise ConfigError(f"{name} is {value!r}; {meant}")
 
 
@@ -163,8 +160,7 @@ def _check_loggers(report_to: Any) -> None:
     available += ["azure_ml"] if is_azureml_available() else []
     for name in named:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"it must be of {_list(known)}"
+            meant = did_you_mean(name, known) or f"it must be of {_list(known)}"
             raise ConfigError(f"report_to names {name!r}; {meant}")
         if name in INTEGRATION_TO_CALLBACK and name not in available:
             raise ConfigError(

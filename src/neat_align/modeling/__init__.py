@@ -5,6 +5,7 @@ load_options.py   number type, attention and 4 bits of what is loaded
 demo_model.py     the embedded SmolLM2-135M-Instruct: found and converted without a hub
 text_config.py    the language model's own configuration, and its context
 adapters.py       adapter folders, put on their base model
+target_modules.py the modules that an adapter is asked to be put on
 merging.py        an adapter merged into the weights below it, where that changes nothing
 device.py         the accelerator where there is one, else the CPU; what is free there
 model_shape.py    what a model's memory depends on, counted or from its configuration

@@ -36,11 +36,13 @@ def find_gguf() -> Path | None:
 
 
 def model_source(name: str) -> str:
-    """What to load for a model that a user names: `demo` is the demo's model.
+    """What to load for a model that a user names: `demo` is the demo's model, `~` the home folder.
 
     Raises ConfigError as `demo_model_path` does.
     """
-    return demo_model_path() if name == "demo" else name
+    if name == "demo":
+        return demo_model_path()
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def demo_model_path() -> str:

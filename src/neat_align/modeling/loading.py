@@ -30,6 +30,7 @@ from transformers.utils import (
 )
 
 from neat_align.errors import ConfigError, one_line
+from neat_align.files.paths import is_likely_path, is_surely_path, no_such_path
 from neat_align.modeling.adapters import LOAD_ERRORS, put_on_base, read_adapter
 from neat_align.modeling.load_options import FP32, LoadOptions
 from neat_align.modeling.requirements import check_causal
@@ -44,8 +45,10 @@ _CONVERT = (
 def check_source(name: str, revision: str | None, trust_remote_code: bool) -> None:
     """Refuse code that comes with a model and is not pinned, and a revision of a folder.
 
-    Pinned: `revision` is a full commit. Raises ConfigError.
+    Pinned: `revision` is a full commit. And a path at which there is nothing. Raises ConfigError.
     """
+    if is_surely_path(name) and not Path(name).expanduser().exists():
+        raise ConfigError(f"the model {no_such_path(name)}")
     if Path(name).is_dir():
         if revision is not None:
             raise ConfigError(
@@ -212,6 +215,8 @@ def _check_attention(options: LoadOptions, name: str, error: BaseException) -> N
 def _advice(name: str, error: BaseException) -> str:
     """What loading raised, and what to do about the cases that have an answer."""
     folder = Path(name)
+    if is_likely_path(name) and not folder.exists():
+        return f"there is no such folder in {folder.parent}, and no such model on the hub either"
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         return (
             f"it holds pickled weights ({next(folder.glob('*.bin')).name}), and weights are "

@@ -18,6 +18,7 @@ from neat_align.errors import ConfigError, one_line
 from neat_align.modeling.precision import held_in
 from neat_align.modeling.requirements import is_trained
 from neat_align.modeling.shared_prefix import adds_virtual_tokens
+from neat_align.modeling.target_modules import check_target_modules
 
 # Opens the start policy: a frozen copy, or the trained model with its adapter switched off.
 Reference = Callable[[], AbstractContextManager[torch.nn.Module]]
@@ -93,6 +94,7 @@ def _with_adapter(model: Any, peft_config: Any) -> Any:
             f"peft_config.task_type is {peft_config.task_type}, and a policy continues text: set "
             'task_type="CAUSAL_LM"'
         )
+    check_target_modules(model, peft_config)
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:

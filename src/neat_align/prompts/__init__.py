@@ -5,6 +5,7 @@ loading.py            rows of a file, a folder or a data set, checked against ea
 file_readers.py       .jsonl, .json, .parquet, .csv and `datasets`, record by record
 row_forms.py          the forms a record can have (TRL's, HH-RLHF's transcripts), read into one
 skipped_rows.py       rows that cannot be used: an error, or left out and listed
+hold_out.py        rows that are kept back for evaluation: how many, and which
 row_checks.py         rows against tokenizer and settings, before anything is sampled
 copies.py             deep copies of rows' values
 instruction_banks.py  pairs of instructions, positive and negative (banks/*.yaml)

@@ -6,7 +6,6 @@ nothing else (the lesson of RLCD, arXiv:2307.12950).
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from neat_align.errors import PromptError
+from neat_align.errors import PromptError, did_you_mean
 from neat_align.files.yaml import YamlDocument, parse_yaml, read_yaml
 
 Polarity: TypeAlias = Literal["positive", "negative", "plain"]
@@ -65,8 +64,8 @@ def load_bank(name_or_path: str) -> InstructionBank:
     has_separator = "/" in name_or_path or os.sep in name_or_path
     looks_like_path = has_separator or path.suffix in (".yaml", ".yml")
     if not looks_like_path and not path.is_file():
-        near = difflib.get_close_matches(name_or_path.lower(), SHIPPED_BANKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        meant = did_you_mean(name_or_path, SHIPPED_BANKS)
+        hint = f" D{meant[1:]}" if meant else ""
         raise PromptError(
             f"there is no instruction bank {name_or_path!r}.{hint} Shipped banks: "
             f"{', '.join(SHIPPED_BANKS)}. For a bank of your own, give the path of its .yaml file"
@@ -150,8 +149,7 @@ def _parse_pair(entry: object, where: str) -> InstructionPair:
 def _check_keys(mapping: dict[Any, Any], allowed: Sequence[str], where: str) -> None:
     for key in mapping:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it;"
+            hint = did_you_mean(key, allowed) or "remove it;"
             raise PromptError(
                 f"{where}: unknown key {key!r}: {hint} allowed are {', '.join(allowed)}"
             )

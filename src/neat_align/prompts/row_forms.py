@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 from neat_align.errors import DataError
-from neat_align.prompts.rows import Message, Prompt, PromptRow
+from neat_align.prompts.rows import Message, Prompt, PromptRow, has_more_fields
 from neat_align.prompts.template_inputs import without_nulls
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -23,6 +23,8 @@ _MORE_FIELDS = {
 HUMAN_MARK, ASSISTANT_MARK = "\n\nHuman:", "\n\nAssistant:"
 # What goes before the first mark is the system's.
 ROLE_OF = {"": "system", "Human": "user", "Assistant": "assistant"}
+# The other way; a system's text stands without one.
+_MARK_OF = {"system": "", "user": HUMAN_MARK, "assistant": ASSISTANT_MARK}
 SAME_ANSWERS = "chosen and rejected are the same, so there is nothing to prefer: drop the row"
 _Pair: TypeAlias = tuple[Prompt, str | None, str | None]
 
@@ -37,6 +39,24 @@ def to_conversation(row: PromptRow) -> PromptRow:
     if not isinstance(row.prompt, str):
         return row
     return replace(row, prompt=as_messages(row.prompt))
+
+
+def to_text(row: PromptRow) -> PromptRow:
+    """The row with its prompt as a transcript, for a model without a chat template.
+
+    As HH-RLHF has them: "\\n\\nHuman: …\\n\\nAssistant:", after the system's text if any.
+    Raises DataError for what a transcript has no form for: tools, calls of them, and thoughts.
+    """
+    if isinstance(row.prompt, str):
+        return row
+    has_tools = row.template_inputs.tools or any(m["role"] == "tool" for m in row.prompt)
+    if has_tools or has_more_fields(row.prompt):
+        raise DataError(
+            f"{row.where}: the prompt has tools or thoughts, which need a chat template and no "
+            "text can hold: name a model with a chat template, or drop the row"
+        )
+    turns = [f"{_MARK_OF[m['role']]} {m['content']}".strip(" ") for m in row.prompt]
+    return replace(row, prompt="".join([*turns, ASSISTANT_MARK]))
 
 
 def as_messages(prompt: Prompt) -> list[Message]:

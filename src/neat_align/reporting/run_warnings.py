@@ -29,6 +29,7 @@ MANY_PROMPTS = 10
 def warnings_of(run: RunContents) -> list[KeyedSentence]:
     """(key, sentence) of everything that should make a reader pause; empty when nothing does."""
     return [
+        *_notices(run),
         *_outcome(run),
         *_price(run),
         *_collapse(run),
@@ -38,6 +39,12 @@ def warnings_of(run: RunContents) -> list[KeyedSentence]:
         *_saturation(run),
         *_progress(run),
     ]
+
+
+def _notices(run: RunContents) -> list[KeyedSentence]:
+    """What the run said about its data when it began."""
+    told = mapping(run.record.get("data")).get("notices")
+    return [("data", text) for text in told] if isinstance(told, list) else []
 
 
 def _outcome(run: RunContents) -> list[KeyedSentence]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from neat_align.errors import RewardError
+from neat_align.errors import RewardError, did_you_mean
+from neat_align.files.paths import is_surely_path, no_such_path
 from neat_align.rewards.http import DEFAULT_TIMEOUT, HttpReward, check_tokens
 from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec
 
@@ -165,15 +166,19 @@ def _is_model(spec: Any) -> bool:
 def _load_model(name: str, tokenizer: Any) -> RewardFunction:
     from neat_align.rewards.hf import ModelReward
 
+    if is_surely_path(name) and not Path(name).expanduser().exists():
+        raise RewardError(f"the reward {no_such_path(name)}")
     try:
         return ModelReward.from_name(name, tokenizer)
     except RewardError:
         raise
     except (OSError, ValueError) as error:
+        names = [*SHIPPED, "contrast"]
+        meant = did_you_mean(name, names)
         raise RewardError(
-            f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), no "
-            "https:// URL, not of the form 'package.module:function', and could not be loaded as "
-            f"a sequence-classification model: {error}"
+            f"the reward {name!r} is not a shipped one ({', '.join(names)}), no https:// URL, not "
+            "of the form 'package.module:function', and could not be loaded as a "
+            f"sequence-classification model{meant and f'; {meant}'}: {error}"
         ) from error
 
 
@@ -191,8 +196,10 @@ def _import(spec: str) -> RewardFunction:
     try:
         reward: Any = operator.attrgetter(attribute)(module)
     except AttributeError:
+        meant = did_you_mean(attribute, [n for n in vars(module) if not n.startswith("_")])
         raise RewardError(
-            f"the reward {spec!r} cannot be imported: module {module_name!r} has no {attribute!r}"
+            f"the reward {spec!r} cannot be imported: module {module_name!r} has no "
+            f"{attribute!r}{meant and f'; {meant}'}"
         ) from None
     if isinstance(reward, type) or not callable(reward):
         raise RewardError(

@@ -9,6 +9,7 @@ resume_state.py       what exact resume needs and Trainer's checkpoints leave ou
 trainer_internals.py  every private name of Trainer that is used
 lock.py               one writer a run directory
 launch.py             what a launcher tells its processes; whether a start is its own restart
+leftovers.py          what a run leaves that ended before its first finished work
 ranks.py              the processes of a run acting together
 shared_calls.py       calls that all of them make a share of
 signals.py            SIGINT and SIGTERM as a request to stop

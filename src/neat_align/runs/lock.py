@@ -25,6 +25,7 @@ from neat_align.errors import ConfigError
 LOCK_FILE = "run.lock"
 # Beside it, only while it is held and only where the file system has no locks.
 HELD_FILE = "run.lock.held"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # What flock answers on such file systems: Lustre and FUSE mounted without it, NFS without lockd.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # What to do about other failures, by their number.

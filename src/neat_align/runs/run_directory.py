@@ -20,6 +20,7 @@ from neat_align.config import NEATConfig
 from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError, SaveError
 from neat_align.files.atomic import cut_to, read_json, size_of
+from neat_align.prompts.skipped_rows import SKIPPED_FILE
 from neat_align.rounds.round_files import set_aside_round
 from neat_align.runs.checkpoints import (
     checkpoint_to_resume,
@@ -30,6 +31,8 @@ from neat_align.runs.checkpoints import (
     step_of,
     unmark,
 )
+from neat_align.runs.launch import LAUNCH_FILE
+from neat_align.runs.leftovers import is_free, remove_leftovers
 from neat_align.runs.lock import LOCK_FILE, one_writer
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.record import record_changes, update_run_record, write_run_record
@@ -186,12 +189,16 @@ class RunDirectory:
         )
 
     def _check_may_open(self, resume: str | bool | None, *, has_key: bool) -> None:
+        if not resume and is_free(self.path):  # what it was to be may have been another run
+            remove_leftovers(self.path, keep=(LOCK_FILE, LAUNCH_FILE, SKIPPED_FILE))
         started = any((self.path / name).exists() for name in ("rounds", "run.json"))
         if not resume and started:
             raise ConfigError(
                 f"{self.path} already holds a run: pass resume_from_checkpoint=True to go on with "
                 "it, or another output_dir"
             )
+        if not resume:  # of a run that never began, beside somebody's own files
+            (self.path / "run-key.json").unlink(missing_ok=True)
         # Killed before its first step, a run has its key, or only its lock.
         if resume is True and not (started or has_key or self._lock_was_there):
             (self.path / LOCK_FILE).unlink()  # or the next attempt would take this one for a run

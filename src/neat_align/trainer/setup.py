@@ -73,13 +73,15 @@ class TrainingData:
     """Rows to learn from, and held-out rows.
 
     `conversational`: prompts are messages, not text. `skipped`: rows that were left out.
-    `prompt_lengths`: tokens of each row's prompt, once they were checked.
+    `notices`: what a reader of the result has to know about the data. `prompt_lengths`: tokens of
+    each row's prompt, once they were checked.
     """
 
     rows: list[PromptRow]
     eval_rows: list[PromptRow]
     conversational: bool
     skipped: SkippedRows = field(default_factory=SkippedRows)
+    notices: list[str] = field(default_factory=list)
     prompt_lengths: Sequence[int] = ()
 
     @functools.cached_property

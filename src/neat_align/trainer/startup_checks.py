@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import math
 import multiprocessing
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError, one_line
+from neat_align.errors import ConfigError, did_you_mean, one_line
 from neat_align.modeling.requirements import is_trained
 
 # Steps of a schedule that are looked at: the first ones, and this many more until the last.
@@ -85,11 +84,10 @@ def check_followed_metric(args: NEATConfig, names: Collection[str]) -> None:
     given = args.metric_for_best_model
     if given is None or given.removeprefix("eval_") in names:
         return
-    near = difflib.get_close_matches(given.removeprefix("eval_"), names, n=1)
-    meant = f"did you mean {near[0]}? " if near else ""
+    meant = did_you_mean(given.removeprefix("eval_"), names)
     raise ConfigError(
-        f"metric_for_best_model is {given!r}, which no evaluation of this run measures; {meant}It "
-        f"has {', '.join(sorted(names))}"
+        f"metric_for_best_model is {given!r}, which no evaluation of this run measures; "
+        f"{meant + ' It' if meant else 'it'} has {', '.join(sorted(names))}"
     )
 
 

@@ -1,0 +1,67 @@
+"""Training rows that are kept back for evaluation: how many, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from neat_align.errors import ConfigError
+from neat_align.prompts.rows import PromptRow, hashable
+
+# Held out where nobody asked for a number: this many, and no more than one prompt in so many.
+USUAL = 64
+ONE_IN = 4
+
+
+def held_out_count(prompts: int, asked: int | None) -> int:
+    """How many of so many different prompts to keep back; at least one of two or more.
+
+    A number that was asked for is kept to where a prompt is left to train on, and is a quarter
+    otherwise. None is 64, and a quarter where that is less.
+    """
+    quarter = max(1, prompts // ONE_IN)
+    if asked is None:
+        return min(USUAL, quarter)
+    return asked if asked < prompts else quarter
+
+
+def hold_out(
+    rows: Sequence[PromptRow], asked: int | None, source: str
+) -> tuple[list[PromptRow], str | None]:
+    """Rows to keep back, and a notice where they are other than was asked for or than usual.
+
+    Raises ConfigError where there is only one prompt and `asked` is not 0. `source` is what
+    messages call the data.
+    """
+    if asked == 0:
+        return [], None
+    prompts = len({hashable(row.prompt) for row in rows})
+    if prompts < 2:
+        raise ConfigError(
+            f"{source} has one prompt ({len(rows)} row{'s' * (len(rows) > 1)}), and none can be "
+            "held out of it to measure the result: set holdout to 0 to train without measuring, "
+            "give eval_dataset_name, or add prompts"
+        )
+    count = held_out_count(prompts, asked)
+    return spread(rows, count), _notice(source, prompts, count, USUAL if asked is None else asked)
+
+
+def _notice(source: str, prompts: int, count: int, wanted: int) -> str | None:
+    if count == wanted:
+        return None
+    few = " So few measure a change only roughly." if count < 16 else ""
+    return (
+        f"{source} has {prompts} different prompts: {count} {'is' if count == 1 else 'are'} held "
+        f"out to measure the result, not {wanted}; holdout sets another number.{few}"
+    )
+
+
+def spread(rows: Sequence[PromptRow], n: int) -> list[PromptRow]:
+    """`n` of the rows, evenly spaced and in their order: data in any order is held out evenly."""
+    picked = {round(i * len(rows) / n) for i in range(n)}
+    return [row for i, row in enumerate(rows) if i in picked]
+
+
+def without(rows: list[PromptRow], others: Sequence[PromptRow]) -> list[PromptRow]:
+    """The rows whose prompts are none of the others'."""
+    prompts = {hashable(row.prompt) for row in others}
+    return [row for row in rows if hashable(row.prompt) not in prompts] if prompts else rows
