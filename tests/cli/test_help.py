@@ -21,6 +21,7 @@ def test_the_verbs_are_these() -> None:
         "demo",
         "evaluate",
         "expand",
+        "export",
         "inspect",
         "probe",
         "report",

@@ -18,6 +18,7 @@ from neat_align.cli.console import ANY_OPTION, EITHER_DASH, SeveralValues
 from neat_align.cli.demo import demo
 from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
+from neat_align.cli.export import export
 from neat_align.cli.inspect import inspect
 from neat_align.cli.probe import probe
 from neat_align.cli.processes import check_alone, leaving, quiet_replicas, say_once
@@ -57,6 +58,7 @@ def _version(
 app.command()(demo)
 app.command(context_settings=ANY_OPTION, add_help_option=False)(train)
 app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(expand)
+app.command(context_settings=EITHER_DASH)(export)
 app.command(context_settings=ANY_OPTION)(evaluate)
 app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(compare)
 app.command()(inspect)
