@@ -121,13 +121,14 @@ def _user_defined(*names: str) -> str:
 
 def _llama_factory(form: RowForm, file: Path, *, conversational: bool) -> TrainerConfig:
     stage = {"preference": "dpo", "kto": "kto", "sft": "sft", "reward": "rm"}[form]
-    name = file_name.rsplit(".", 1)[0]
-    info = json.dumps({name: dataset_info(form, file, conversational=conversational)}, indent=2)
+    name = file.stem
+    described = dataset_info(form, file.name, conversational=conversational)
     last_turn = "mask_history: true\n" if form == "sft" and conversational else ""
     text = (
-        f"dataset_dir: {file.parent}  # where {file.name} and dataset_info.json are\ndataset: {name}\n"
-        f"stage: {stage}\n{last_turn}template: YOURS"
+        f"dataset_dir: {file.parent}  # where {file.name} and dataset_info.json are\n"
+        f"dataset: {name}\nstage: {stage}\n{last_turn}template: YOURS"
     )
+    info = json.dumps({name: described}, indent=2)
     return TrainerConfig("yaml", text, (("dataset_info.json", info),))
 
 
