@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from neat_align.reporting.trainer_configs import TrainerConfig
     from neat_align.rounds.export_file import ExportCounts
     from neat_align.rounds.exports import RowForm, RowRules
+    from neat_align.rounds.ranking import PairSelection, RankBy
     from neat_align.rounds.trainer_rows import TrainerName
 
 
@@ -165,7 +166,9 @@ class Exported:
 # ---- what is asked for ---------------------------------------------------------------------------
 
 
-def _rules(form: RowForm, source: GroupSource, pairs: Any, given: dict[str, Any]) -> RowRules:
+def _rules(
+    form: RowForm, source: GroupSource, pairs: PairSelection, given: dict[str, Any]
+) -> RowRules:
     """The options, and the run's own where they are left out."""
     from neat_align.rounds.exports import RowRules
 
@@ -182,7 +185,7 @@ def _rules(form: RowForm, source: GroupSource, pairs: Any, given: dict[str, Any]
             "leave it out"
         )
     own = source.settings()
-    rank_by = given["rank_by"] or own.get("rank_by") or "reward"
+    rank_by = cast("RankBy", given["rank_by"] or own.get("rank_by") or "reward")
     return RowRules(rank_by, own.get("reward_margin", 0.0) if margin is None else margin, pairs)
 
 
@@ -233,7 +236,6 @@ def _write(
     rules: RowRules,
     title: str | None,
 ) -> Exported:
-    from neat_align.files.atomic import write_atomic
     from neat_align.reporting.data_card import ExportedFile, data_card, data_origin
     from neat_align.reporting.trainer_configs import trainer_config
 
@@ -249,8 +251,14 @@ def _write(
     texts = {"README.md": data_card(file, origin, name), **dict(config.files if config else ())}
     if to.has_card:
         for name, text in texts.items():
-            write_atomic(to.file.with_name(name), lambda f, t=text: f.write(t.encode("utf-8")))
+            _write_text(to.file.with_name(name), text)
     return Exported(form, trainer, counts, shown, texts)
+
+
+def _write_text(path: Path, text: str) -> None:
+    from neat_align.files.atomic import write_atomic
+
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_data(

@@ -35,10 +35,10 @@ def push(repo: str, file: Path, texts: dict[str, str], *, public: bool) -> str:
     api = HfApi()
     try:
         made = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
-        files = [(file.name, file), *((n, t.encode("utf-8")) for n, t in texts.items())]
+        beside = [CommitOperationAdd(n, t.encode("utf-8")) for n, t in texts.items()]
         api.create_commit(
             made.repo_id,
-            operations=[CommitOperationAdd(name, content) for name, content in files],
+            operations=[CommitOperationAdd(file.name, file), *beside],
             commit_message=f"Add {file.name}",
             repo_type="dataset",
         )
