@@ -22,7 +22,7 @@ from neat_align.cli.expand_ray import (
     make_round_on_ray,
     on_the_cpu,
 )
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError
 from neat_align.prompts.rows import has_more_fields
 
 if TYPE_CHECKING:
@@ -244,4 +244,10 @@ def _write(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -
     params = round_params(trainer.args)
     rules = RowRules(params.rank_by, params.reward_margin)
     groups = without_tokens(made.groups, texts=True)
-    return write_data(output, groups, cast("RowForm", form), rules).rows
+    try:
+        return write_data(output, groups, cast("RowForm", form), rules).rows
+    except DataError as error:  # sampled and paid for
+        raise DataError(
+            f"{error}. The groups are kept: `neat-align export {trainer.output_dir} --format "
+            f"{form}` writes them out, with these options"
+        ) from error
