@@ -24,9 +24,18 @@ class GroupSource:
     rounds: tuple[tuple[str, Sequence[CompletionGroup]], ...]
 
     def groups(self) -> Iterator[CompletionGroup]:
-        """All groups in order, without their tokens; a few in memory at a time."""
-        for _, groups in self.rounds:
-            yield from without_tokens(groups, texts=True)
+        """All groups in order, without their tokens; a few in memory at a time.
+
+        A terminal shows how far it is, once it takes more than a moment.
+        """
+        from tqdm import tqdm
+
+        total = sum(len(groups) for _, groups in self.rounds)
+        with tqdm(total=total, unit="group", leave=False, disable=None, delay=2) as bar:
+            for _, groups in self.rounds:
+                for group in without_tokens(groups, texts=True):
+                    yield group
+                    bar.update()
 
     @property
     def reward_names(self) -> list[str]:
