@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,7 @@ def test_a_trainer_takes_a_step(
         text = trainer.processing_class.decode(trainer.train_dataset[0]["prompt_ids"])
         assert "What do you say to number 0?" in text
         assert "Be kind." not in text
+    if form == "kto":  # its KL is estimated with the row before's answer: another prompt's
+        asked = [row["prompt_ids"] for row in trainer.train_dataset]
+        assert all(a != b for a, b in pairwise(asked))
+        assert len({row["label"] for row in trainer.train_dataset.select(range(4))}) == 2

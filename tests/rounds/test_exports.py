@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
+import io
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from neat_align.errors import DataError
 from neat_align.prompts.rows import Prompt
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
-from neat_align.rounds.export_file import write_rows
+from neat_align.rounds.export_file import dealt, write_rows
 from neat_align.rounds.exports import ROW_FORMS, RowRules, preference_rows, rows_of, why_none
 from neat_align.rounds.ranking import BAD_ORIGINS, rank_keys
 
@@ -241,6 +243,54 @@ def test_what_goes_into_a_file_is_counted(tmp_path: Path) -> None:
     assert counts.instructions == {("positive", "Be kind."): 2, ("negative", "Be rude."): 2}
     plain = counts.origins["plain"]
     assert (plain.completions, plain.rewarded, plain.total) == (5, 5, 4.0 + 1 + 1 + 1 + 0)
+
+
+@given(st.lists(st.integers(0, 5), max_size=8))
+def test_dealt_rows_are_all_there_and_neighbours_are_of_different_groups(sizes: list[int]) -> None:
+    groups = [[{"group": g, "row": r} for r in range(n)] for g, n in enumerate(sizes)]
+    rows = dealt(groups)
+    assert sorted((row["group"], row["row"]) for row in rows) == [
+        (g, r) for g, n in enumerate(sizes) for r in range(n)
+    ]
+    even = [[{"group": g, "row": r} for r in range(4)] for g in range(len(sizes) + 2)]
+    assert all(a["group"] != b["group"] for a, b in pairwise(dealt(even)))
+
+
+def test_labels_of_neighbours_are_mixed(tmp_path: Path) -> None:
+    """Completions of a group stand in order of origin: in that order a batch had one label."""
+    groups = [
+        group(said("a", 2.0, "positive"), said("b", 1.0, "negative"), prompt=f"Q{i}:")
+        for i in range(4)
+    ]
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        write_rows(file, groups, "kto", as_lines=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["label"]) for row in rows] == [
+        *(("Q0:", True), ("Q1:", False), ("Q2:", True), ("Q3:", False)),
+        *(("Q0:", False), ("Q1:", True), ("Q2:", False), ("Q3:", True)),
+    ]
+
+
+def test_rows_are_written_while_the_groups_come() -> None:
+    """A million prompts: what is drawn and not yet written is a few hundred groups."""
+    drawn = 0
+    behind: list[int] = []
+
+    def stream() -> Iterator[CompletionGroup]:
+        nonlocal drawn
+        for _ in range(1200):
+            drawn += 1
+            yield MIXED
+
+    class Watched(io.BytesIO):
+        def write(self, data: Any) -> int:
+            behind.append(drawn - sum(behind))
+            return super().write(data)
+
+    file = Watched()
+    assert write_rows(file, stream(), "preference", as_lines=True).rows == 1200
+    assert max(behind) <= 256
+    assert file.getvalue().count(b"\n") == 1200
 
 
 def test_text_prompts_and_conversations_do_not_share_a_file(tmp_path: Path) -> None:

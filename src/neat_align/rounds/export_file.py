@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import IO, TYPE_CHECKING
 
 from neat_align.errors import DataError
@@ -100,7 +100,7 @@ def write_rows(
     conversational = first is not None and not isinstance(first.prompt, str)
     shape = row_shape(form, trainer, conversational=conversational)
     counts = ExportCounts(tuple(shape.columns), conversational)
-    all_groups = () if first is None else _chain(first, stream)
+    all_groups = () if first is None else chain([first], stream)
     chunks = _chunks(all_groups, shape, rules, counts, conversational=conversational)
     if as_lines:
         for rows in chunks:
@@ -109,11 +109,6 @@ def write_rows(
     else:
         _write_parquet(file, chunks, shape.schema(conversational=conversational))
     return counts
-
-
-def _chain(first: CompletionGroup, rest: Iterator[CompletionGroup]) -> Iterator[CompletionGroup]:
-    yield first
-    yield from rest
 
 
 def _chunks(
@@ -126,7 +121,7 @@ def _chunks(
 ) -> Iterator[list[Row]]:
     stream = iter(groups)
     while chunk := list(islice(stream, _CHUNK)):
-        made: list[Row] = []
+        made: list[list[Row]] = []
         for group in chunk:
             if isinstance(group.prompt, str) == conversational:
                 raise DataError(MIXED_PROMPTS)
@@ -134,14 +129,28 @@ def _chunks(
             rows = rows_of(group, shape.made_from, rules)
             if not rows:
                 counts.left_out[why_none(group, shape.made_from, rules)] += 1
-            for row in rows:
-                converted = shape.convert(row)
-                if converted is None:
-                    counts.left_out["turns"] += 1
-                else:
-                    counts.add_row(converted)
-                    made.append(converted)
-        yield made
+            converted = [row for row in map(shape.convert, rows) if row is not None]
+            counts.left_out["turns"] += len(rows) - len(converted)
+            for row in converted:
+                counts.add_row(row)
+            made.append(converted)
+        counts.left_out = +counts.left_out
+        yield dealt(made) if shape.made_from == "kto" else list(chain.from_iterable(made))
+
+
+def dealt(groups: Sequence[Sequence[Row]]) -> list[Row]:
+    """One row of each group, then the next of each, every group beginning at another of its own.
+
+    TRL's KTOTrainer reads the file in order and pairs a prompt with the answer of the row before to
+    estimate the KL: that has to be another prompt's, and a batch needs both labels.
+    """
+    most = max(map(len, groups), default=0)
+    return [
+        rows[(turn + place) % len(rows)]
+        for turn in range(most)
+        for place, rows in enumerate(groups)
+        if turn < len(rows)
+    ]
 
 
 def _write_parquet(file: IO[bytes], chunks: Iterable[list[Row]], schema: pa.Schema) -> None:
