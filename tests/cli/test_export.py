@@ -267,6 +267,15 @@ def test_groups_that_give_no_row_say_what_to_change(
             export(source, "--format", form, "--output", output, *words)
 
 
+def test_labels_of_one_kind_are_told(run: Path, tmp_path: Path, export: Export) -> None:
+    source = changed(run, tmp_path / "groups.parquet", finish_reason="length")
+    said = export(source, "--format", "kto", "--output", tmp_path / "a.jsonl")
+    assert "  0 desirable, " in said
+    assert "KTO needs both labels" in said
+    both = export(run, "--format", "kto", "--output", tmp_path / "b.jsonl")
+    assert "KTO needs both labels" not in both
+
+
 # ---- the card ------------------------------------------------------------------------------------
 
 

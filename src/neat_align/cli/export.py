@@ -322,6 +322,11 @@ def _tell(made: Exported, to: Target, rules: RowRules) -> None:
         print(f"  {used}")
     if counts.labels:
         print(f"  {counts.labels[True]:,} desirable, {counts.labels[False]:,} not")
+        if not counts.labels[True]:
+            print(
+                "  KTO needs both labels: what stands above a mean was cut (--allow-cut) or "
+                "negative\n  (--allow-negative)"
+            )
     for why, n in counts.left_out.most_common():
         what = "rows" if why == "turns" else "groups"
         print(f"  {n:,} {what} left out: {_LEFT_OUT[why].format(rules=rules, made=made)}")

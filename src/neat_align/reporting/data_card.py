@@ -221,7 +221,7 @@ def _how_made(file: ExportedFile, origin: DataOrigin) -> str:
         ("written by", _called(origin.model, "model")),
         ("prompts from", _called(origin.dataset, "data set")),
         ("instruction bank", _called(public_name(config.get("instruction_bank")), "bank")),
-        ("rewards", ", ".join(map(_plain, origin.rewards)) or None),
+        ("rewards", ", ".join(origin.rewards) or None),
         ("ranked by", config.get("rank_by")),
         ("answers to a prompt", _answers(config)),
         ("temperature", config.get("temperature")),
