@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,15 @@ from run_files import build_run, change_json
 Export = Callable[..., str]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("made") / "demo", groups=12, prompts=2)
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(made: Path, tmp_path: Path) -> Path:
     """A run of three rounds with twelve groups each, in a folder of its own."""
-    return build_run(tmp_path / "runs" / "demo", groups=12)
+    return Path(shutil.copytree(made, tmp_path / "runs" / "demo"))
 
 
 @pytest.fixture
@@ -312,6 +318,29 @@ def test_the_card_says_what_the_numbers_are(run: Path, tmp_path: Path, export: E
     assert "12 of the answers here are of that kind" in card
     assert "/home/me" not in card
     assert str(tmp_path) not in card
+
+
+def test_the_card_has_a_mean_for_each_reward_function(
+    run: Path, tmp_path: Path, export: Export
+) -> None:
+    groups = [
+        replace(
+            g,
+            completions=tuple(
+                replace(c, reward_components=(1.0, 0.5 if c.origin == "positive" else None))
+                for c in g.completions
+            ),
+        )
+        for g in GroupFile(run / "rounds" / "00000" / "groups.parquet")
+    ]
+    with (tmp_path / "groups.parquet").open("wb") as file:
+        write_groups(file, groups, ["tone", "https://host.intern/score"])
+    export(tmp_path / "groups.parquet", "--output", f"{tmp_path}/out/")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| mean reward | mean of tone | mean of a reward server |" in card
+    assert re.search(r"\| positive \| 24 \| [\d.-]+ \| 1.000 \| 0.500 \|", card)
+    assert re.search(r"\| negative \| 24 \| [\d.-]+ \| 1.000 \| – \|", card)
+    assert "host.intern" not in card
 
 
 def test_hostile_names_stay_text_in_the_card(run: Path, tmp_path: Path, export: Export) -> None:

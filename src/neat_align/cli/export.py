@@ -197,7 +197,7 @@ def _allowing(rules: RowRules, *, negative: bool, cut: bool) -> RowRules:
 
 def _target(path: Path, output: str | None, form: str, *, wants_card: bool) -> Target:
     if output is None:
-        base = path.absolute()
+        base = path if path.name not in ("", "..") else path.absolute().resolve()
         name = base.stem if base.is_file() else base.name
         return Target(base.with_name(f"{name}-{form}.jsonl"), wants_card)
     to = Path(output)
