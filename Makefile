@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 DEMO_READY := $(VENV)/.demo-ready
 DEV_READY := $(VENV)/.dev-ready
-# What only slow tests need: workers of Ray.
+# What only slow tests need: workers of Ray, and TRL's trainers.
 SLOW_READY := $(VENV)/.slow-ready
 BENCH_READY := $(VENV)/.bench-ready
 AUDIT_READY := $(VENV)/.audit-ready
@@ -149,7 +149,7 @@ $(BENCH_READY): $(DEV_READY)
 
 $(SLOW_READY): $(DEV_READY)
 	@echo "installing what the slow tests need ..."
-	@$(PIP_INSTALL) -e '.[ray]'
+	@$(PIP_INSTALL) -e '.[ray,trl]'
 	@touch $@
 
 $(AUDIT_READY): $(DEV_READY)

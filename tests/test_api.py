@@ -243,8 +243,8 @@ def test_expansion_without_rewards_ranks_by_origin(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows
     assert all(
-        r["chosen_origin"] in ("positive", "chosen")
-        and r["rejected_origin"] in ("negative", "rejected")
+        r["origin_chosen"] in ("positive", "chosen")
+        and r["origin_rejected"] in ("negative", "rejected")
         for r in rows
     )
 

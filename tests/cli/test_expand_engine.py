@@ -26,7 +26,7 @@ from neat_align.cli.expand_ray import (
     config_values,
     on_the_cpu,
 )
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError
 from neat_align.pipeline import build_trainer
 from neat_align.rounds.make_round import make_round
 from neat_align.rounds.params import RoundProgress
@@ -277,3 +277,49 @@ def test_how_to_learn_is_no_part_of_what_is_sampled(place: Path, tmp_path: Path)
     ):
         assert key(**changes) != same, changes
     assert replace(script(place), holdout=1)  # rows are in the key by their content
+
+
+# ---- what is kept, for who exports it later ------------------------------------------------------
+
+
+def test_an_expansion_is_exported_in_another_format_without_its_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "data.jsonl"
+    args = config(tmp_path / "data-run", prompts_per_round=4)
+    write_expansion(script(place), args, output, "preference")
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert rows
+    assert all({"prompt", "chosen", "rejected"} <= set(row) for row in rows)
+    assert f"neat-align export {tmp_path / 'data-run'} --format kto" in capsys.readouterr().out
+    for words in (["--format", "kto", "--allow-cut"], ["--output", f"{tmp_path}/again/"]):
+        with pytest.raises(SystemExit) as done:
+            main(["export", str(output), *words])
+        assert done.value.code == 0
+    labels = [json.loads(line) for line in (tmp_path / "data-kto.jsonl").read_text().splitlines()]
+    assert {row["label"] for row in labels} == {True, False}
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    for said in ("a local model", "| instruction bank | politeness |", "| rewards | count\\_e |"):
+        assert said in card
+    assert str(tmp_path.parent) not in card
+    assert str(place) not in (tmp_path / "data-run" / "expansion.json").read_text()
+
+
+def test_an_expansion_that_gives_no_row_keeps_its_groups_and_says_how_to_use_them(
+    place: Path, tmp_path: Path
+) -> None:
+    args = config(
+        tmp_path / "run",
+        prompts_per_round=4,
+        max_completion_length=2,
+        use_human_completions=False,
+    )
+    with pytest.raises(DataError, match="was cut at max_completion_length") as raised:
+        write_expansion(script(place), args, tmp_path / "o.jsonl", "preference")
+    assert f"`neat-align export {tmp_path / 'run'} --format preference`" in str(raised.value)
+    assert not (tmp_path / "o.jsonl").exists()
+    words = ["--output", str(tmp_path / "o.jsonl"), "--allow-cut"]
+    with pytest.raises(SystemExit) as done:
+        main(["export", str(tmp_path / "run"), *words])
+    assert done.value.code == 0
+    assert (tmp_path / "o.jsonl").read_text()

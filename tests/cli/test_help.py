@@ -40,6 +40,7 @@ def test_the_verbs_are_these() -> None:
         "doctor",
         "evaluate",
         "expand",
+        "export",
         "init",
         "inspect",
         "probe",

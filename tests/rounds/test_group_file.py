@@ -24,7 +24,8 @@ from neat_align.rounds.completions import (
     read_groups,
     reward_names_of,
 )
-from neat_align.rounds.exports import preference_rows, ranked_rows, write_rows
+from neat_align.rounds.export_file import write_rows
+from neat_align.rounds.exports import ROW_FORMS, RowRules, rows_of
 from neat_align.rounds.group_file import ROW_GROUP, GroupFile, without_tokens, write_groups
 from neat_align.rounds.round_files import read_round
 
@@ -136,6 +137,7 @@ def test_only_a_few_row_groups_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_pass_without_tokens_has_what_ranks_and_nothing_else(path: Path) -> None:
+    said = ("finish_reason", "seed", "reward_components")
     for texts in (False, True):
         for got, whole in zip(GroupFile(path).without_tokens(texts=texts), GROUPS, strict=True):
             assert got.prompt_ids == ()
@@ -148,6 +150,7 @@ def test_a_pass_without_tokens_has_what_ranks_and_nothing_else(path: Path) -> No
                     (),
                     instruction=w.instruction,
                     reward=w.reward,
+                    **({f: getattr(w, f) for f in said} if texts else {}),
                 )
     assert list(without_tokens(GROUPS)) == GROUPS  # in memory already
 
@@ -242,24 +245,29 @@ def test_no_damaged_byte_is_read_as_something_else(path: Path, tmp_path: Path) -
 
 # ---- data sets of it -----------------------------------------------------------------------------
 
+RULES = RowRules(allow_negative_chosen=True, allow_cut_chosen=True)
+
 
 @pytest.mark.parametrize("text_prompt", [False, True])
-@pytest.mark.parametrize("form", ["ranked", "preference"])
+@pytest.mark.parametrize("form", ROW_FORMS)
 def test_rows_are_written_as_they_are_made(tmp_path: Path, form: Any, *, text_prompt: bool) -> None:
     groups = [group(i, text_prompt=text_prompt) for i in range(600)]  # three chunks
-    rows = {"ranked": ranked_rows, "preference": preference_rows}[form](groups)
+    rows = [row for g in groups for row in rows_of(g, form, RULES)]
     assert len(rows) > 256
     for name in ("a.parquet", "a.jsonl"):
         with (tmp_path / name).open("wb") as file:
-            count = write_rows(file, iter(groups), form, as_lines=name.endswith("l"))
-        assert count == len(rows)
-    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == rows
-
+            counts = write_rows(file, iter(groups), form, RULES, as_lines=name.endswith("l"))
+        assert (counts.rows, counts.groups) == (len(rows), 600)
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == rows
+    read = [json.loads(line) for line in lines]
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == read
+    if form == "kto":  # dealt: neighbours are of different prompts
+        assert read != rows
+        read, rows = (sorted(found, key=str) for found in (read, rows))
+    assert read == rows
 
 
-@pytest.mark.parametrize("form", ["ranked", "preference"])
+@pytest.mark.parametrize("form", ROW_FORMS)
 def test_rows_without_rewards_have_the_columns_of_the_others(tmp_path: Path, form: Any) -> None:
     silent = [
         replace(g, completions=tuple(replace(c, reward=None) for c in g.completions))
@@ -267,7 +275,7 @@ def test_rows_without_rewards_have_the_columns_of_the_others(tmp_path: Path, for
     ]
     for name, groups in (("silent", silent), ("all", GROUPS), ("none", [])):
         with (tmp_path / name).open("wb") as file:
-            write_rows(file, groups, form, rank_by="origin")
+            write_rows(file, groups, form, replace(RULES, rank_by="origin"))
     kept = [pq.read_schema(tmp_path / name) for name in ("silent", "all")]
     assert kept[0] == kept[1]
     assert pq.read_schema(tmp_path / "none").names == kept[0].names

@@ -407,10 +407,14 @@ def test_preference_rows_are_best_against_worst() -> None:
         "prompt": "Q:",
         "chosen": "b",
         "rejected": "w",
-        "chosen_reward": 1.0,
-        "rejected_reward": 0.0,
-        "chosen_origin": "positive",
-        "rejected_origin": "negative",
+        "score_chosen": 1.0,
+        "score_rejected": 0.0,
+        "score_margin": 1.0,
+        "origin_chosen": "positive",
+        "origin_rejected": "negative",
+        "seed_chosen": None,
+        "seed_rejected": None,
+        "prompt_id": "p",
     }
     assert preference_rows([g]) == [expected]
     conversation = CompletionGroup("p", CONVERSATION, (1,), g.completions)
@@ -445,7 +449,7 @@ def test_a_preference_is_one_of_the_ordered_pairs_and_the_widest(
     g = group(*(completion(o, r, text=str(i)) for i, (o, r) in enumerate(drawn)))
     keys = rank_keys(g, rank_by)
     pairs = ordered_pairs(keys, margin)
-    rows = preference_rows([g], margin=margin, rank_by=rank_by)
+    rows = preference_rows([g], margin=margin, rank_by=rank_by, allow_negative_chosen=True)
     assert bool(rows) == bool(pairs)
     for row in rows:
         best, worst = int(row["chosen"]), int(row["rejected"])
@@ -453,7 +457,7 @@ def test_a_preference_is_one_of_the_ordered_pairs_and_the_widest(
         present = [k for k in keys if k is not None]
         assert (keys[best], keys[worst]) == (max(present), min(present))
         assert (best, worst) == (keys.index(max(present)), keys.index(min(present)))
-        assert (row["chosen_reward"], row["rejected_origin"]) == (drawn[best][1], drawn[worst][0])
+        assert (row["score_chosen"], row["origin_rejected"]) == (drawn[best][1], drawn[worst][0])
 
 
 def test_bad_origins_come_last_in_an_export_by_origin_then_reward() -> None:

@@ -28,6 +28,9 @@ answers at once.
     dry_run.py        what it would do and take of the memory, without weights
     expand.py         the data stage alone
     expand_ray.py     the data stage on Ray: its options, the cluster, what a worker is made of
+    export.py         what a run or an expansion wrote, as data of other trainers
+    export_source.py  where an export's groups come from
+    export_push.py    an exported data set on the hub, when it is asked for
     evaluate.py       held-out evaluation alone
     compare.py        methods x seeds
     compare_file.py   a comparison's YAML, what it begins as (like), the arguments over it

@@ -19,6 +19,7 @@ from neat_align.cli.demo import demo
 from neat_align.cli.doctor import doctor
 from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
+from neat_align.cli.export import export
 from neat_align.cli.init import init
 from neat_align.cli.inspect import inspect
 from neat_align.cli.probe import probe
@@ -72,6 +73,7 @@ _VERBS: tuple[tuple[Callable[..., None], bool], ...] = (
     (compare, True),
     (capability, False),
     (inspect, False),
+    (export, False),
     (report, False),
 )
 for _verb, _takes_run_options in _VERBS:

@@ -7,7 +7,7 @@ import logging
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -22,7 +22,7 @@ from neat_align.cli.expand_ray import (
     make_round_on_ray,
     on_the_cpu,
 )
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, DataError
 from neat_align.prompts.rows import has_more_fields
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # A panel of the help.
 RAY = "On Ray (--engine ray)"
-FORMS = ("ranked", "preference", "groups")
+FORMS = ("preference", "ranked", "kto", "sft", "reward", "groups")
 # Options of transformers' own that decide what is sampled.
 _DECIDING = frozenset({"seed", "bf16", "fp16", "tf32", "full_determinism", "use_cpu"})
 
@@ -73,9 +73,12 @@ def expand(
     form: Annotated[
         str,
         typer.Option(
-            help="Rows of the data set: ranked, preference, or groups (.parquet, everything)."
+            "--format",
+            "--form",
+            help="Rows of the data set: preference, ranked, kto, sft, reward, or groups (.parquet, "
+            "everything). `export` writes the others later.",
         ),
-    ] = "ranked",
+    ] = "preference",
     engine: Annotated[
         str, typer.Option(help="local: this process makes all of it; ray: workers of Ray Data do.")
     ] = "local",
@@ -86,7 +89,7 @@ def expand(
     shard_prompts: ShardPrompts = None,
     ray_address: RayAddress = None,
 ) -> None:
-    """Only the data stage: prompts in, ranked completions out."""
+    """Only the data stage: prompts in, data for other trainers out. Takes options of `train`."""
     quiet()
     ray = RayOptions(
         num_workers,
@@ -140,9 +143,11 @@ def write_expansion(
     plan = replace(trainer.parts.plan, rounds=1, prompt_tokens=None, optimizer_steps=0)
     print("\n".join(plan.lines(more=f"prompts_per_round: {plan.rows} is all of it")), flush=True)
     made = _make(trainer, script, ray)
+    _write_origin(trainer, script)
     written = _write(made, trainer, output, form)
     print(f"{written} rows ({form}) in {output}; they hold text written to be harmful, on purpose")
     print(f"look at the groups: neat-align inspect {trainer.output_dir}")
+    print(f"in other formats: neat-align export {trainer.output_dir} --format kto")
 
 
 def _make(trainer: NEATTrainer, script: ScriptArguments, ray: RayOptions | None) -> FinishedRound:
@@ -200,7 +205,7 @@ def _set_aside_other_work(work: Path, key: dict[str, Any]) -> None:
 
 def _check_output(output: Path, form: str) -> None:
     if form not in FORMS:
-        raise ConfigError(f"form is {form!r}; it must be ranked, preference or groups")
+        raise ConfigError(f"format is {form!r}; it must be one of {', '.join(FORMS)}")
     if output.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"{output} must end in .parquet or .jsonl")
     if form == "groups" and output.suffix != ".parquet":
@@ -221,26 +226,42 @@ def _warn_of_what_is_left_out(rows: list[PromptRow]) -> None:
         )
 
 
+def _write_origin(trainer: NEATTrainer, script: ScriptArguments) -> None:
+    """Keep with the groups what they were made from, for who exports them: expansion.json."""
+    from neat_align.files.atomic import write_json
+    from neat_align.files.provenance import versions
+    from neat_align.files.secrets import redacted
+    from neat_align.reporting.data_card import public_name
+
+    record = {
+        "config": redacted(cast("Any", trainer.args).to_dict()),
+        "versions": versions(),
+        "rewards": [reward.name for reward in trainer.parts.scored_by.rewards],
+        "model": public_name(script.model_name_or_path),
+        "dataset": public_name(script.dataset_name),
+    }
+    write_json(trainer.output_dir / "expansion.json", record)
+
+
 def _write(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -> int:
     """Write the round in this form, a few groups at a time; gives the number of rows."""
+    from neat_align.cli.export import write_data
     from neat_align.files.atomic import write_atomic
-    from neat_align.rounds.exports import write_rows
-    from neat_align.rounds.group_file import write_groups
+    from neat_align.rounds.exports import RowRules
+    from neat_align.rounds.group_file import without_tokens, write_groups
     from neat_align.trainer.round_maker import round_params
 
-    written = 0
-
-    def write(file: IO[bytes]) -> None:
-        nonlocal written
-        if form == "groups":
-            names = [reward.name for reward in trainer.parts.scored_by.rewards]
-            written = write_groups(file, made.groups, names)
-        else:
-            rank_by = round_params(trainer.args).rank_by
-            as_lines = output.suffix == ".jsonl"
-            written = write_rows(
-                file, made.groups, cast("RowForm", form), rank_by=rank_by, as_lines=as_lines
-            )
-
-    write_atomic(output, write)
-    return written
+    if form == "groups":
+        names = [reward.name for reward in trainer.parts.scored_by.rewards]
+        write_atomic(output, lambda file: write_groups(file, made.groups, names))
+        return len(made.groups)
+    params = round_params(trainer.args)
+    rules = RowRules(params.rank_by, params.reward_margin)
+    groups = without_tokens(made.groups, texts=True)
+    try:
+        return write_data(output, groups, cast("RowForm", form), rules).rows
+    except DataError as error:  # sampled and paid for
+        raise DataError(
+            f"{error}. The groups are kept: `neat-align export {trainer.output_dir} --format "
+            f"{form}` writes them out, with these options"
+        ) from error

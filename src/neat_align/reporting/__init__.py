@@ -15,5 +15,7 @@ No model is loaded here.
     comparison_tables.py    a comparison's tables
     comparison_warnings.py  what should make the reader of a comparison pause
     comparison_report.py    comparison.html
+    data_card.py            README.md of an exported data set
+    trainer_configs.py      what a trainer is told so that it reads one
     terminal.py             groups in the terminal
 """

@@ -25,5 +25,7 @@ And what the rest of the package reads:
     completions.py     a completion, a group of them, and their Parquet form
     metrics.py         what a round's groups say about themselves
     text_metrics.py    variety, repetition and refusals, from text alone
-    exports.py         groups as other trainers read them
+    exports.py         groups as rows of other trainers: pairs, labels, best answers, ranked lists
+    trainer_rows.py    such rows as TRL, OpenRLHF, axolotl and LLaMA-Factory read them
+    export_file.py     a data set file of them, written in a stream, and what is counted on the way
 """

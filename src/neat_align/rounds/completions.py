@@ -6,7 +6,7 @@ machine that cannot train.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
@@ -231,8 +231,12 @@ def check_columns(names: Sequence[str]) -> None:
 
 def reward_names_of(table: pa.Table) -> list[str]:
     """Names of the reward functions behind `reward_components`, in order."""
-    metadata = cast("dict[bytes, bytes]", table.schema.metadata or {})
-    joined = metadata.get(b"neat_align.reward_names", b"").decode()
+    return reward_names_in(cast("dict[bytes, bytes] | None", table.schema.metadata))
+
+
+def reward_names_in(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+    """The same, from what a group file's schema says beside its columns."""
+    joined = (metadata or {}).get(b"neat_align.reward_names", b"").decode()
     return joined.split("\n") if joined else []
 
 

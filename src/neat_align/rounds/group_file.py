@@ -22,6 +22,7 @@ from neat_align.rounds.completions import (
     check_columns,
     groups_from_table,
     groups_to_table,
+    reward_names_in,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ ROW_GROUP = 64
 _KEPT_ROW_GROUPS = 8
 # What ranks and counts completions, without their tokens; with the texts beside it.
 _REWARD_COLUMNS = ("origins", "indices", "instructions", "rewards")
-_TEXT_COLUMNS = ("prompt_id", "prompt", "completions", *_REWARD_COLUMNS)
+_TEXT_COLUMNS = (
+    *("prompt_id", "prompt", "completions", *_REWARD_COLUMNS),
+    *("finish_reasons", "seeds", "reward_components"),
+)
 
 
 class GroupFile(Sequence[CompletionGroup]):
@@ -65,6 +69,11 @@ class GroupFile(Sequence[CompletionGroup]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process reads the table of contents itself."""
         return GroupFile, (str(self.path),)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the reward functions behind `reward_components`, in order."""
+        return reward_names_in(self._contents.schema.to_arrow_schema().metadata)
 
     def __len__(self) -> int:
         """Groups in the file."""
@@ -113,8 +122,8 @@ class GroupFile(Sequence[CompletionGroup]):
     def without_tokens(self, *, texts: bool = False) -> Iterator[CompletionGroup]:
         """All groups in order with their origins, instructions and rewards only.
 
-        With `texts` also prompts and texts. Other fields are empty and are not read: this takes a
-        tenth of the time.
+        With `texts` also prompts, texts, seeds, how they ended and what each reward function said.
+        Other fields are empty and are not read: this takes a tenth of the time.
         """
         return self._scan(_TEXT_COLUMNS if texts else _REWARD_COLUMNS)
 
@@ -184,7 +193,7 @@ def without_tokens(
 ) -> Iterator[CompletionGroup]:
     """Groups in order, for who reads origins, instructions and rewards only.
 
-    With `texts` also prompts and texts. Of a file nothing else is read (`GroupFile`).
+    With `texts` also what a data set of them needs. Of a file nothing else is read (`GroupFile`).
     """
     return groups.without_tokens(texts=texts) if isinstance(groups, GroupFile) else iter(groups)
 
