@@ -22,6 +22,7 @@ DEV_READY := $(VENV)/.dev-ready
 SLOW_READY := $(VENV)/.slow-ready
 BENCH_READY := $(VENV)/.bench-ready
 AUDIT_READY := $(VENV)/.audit-ready
+DOCS_READY := $(VENV)/.docs-ready
 # A server of vLLM, which wants other versions than the library, has a venv of its own.
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
@@ -36,7 +37,7 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv demo compare bench faults test test-slow test-vllm test-all lint type audit format lock lock-hashes clean
+.PHONY: help venv docs demo compare bench faults test test-slow test-vllm test-all lint type audit format lock lock-hashes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +67,9 @@ lint: $(DEV_READY) ## Style, formatting, and who imports whom
 
 type: $(DEV_READY) ## Check the types
 	$(BIN)/mypy
+
+docs: $(DOCS_READY) ## Build the site into build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
 
 audit: $(AUDIT_READY) ## Look the locked versions up among known vulnerabilities
 	@$(BIN)/python scripts/audit.py
@@ -150,6 +154,10 @@ $(BENCH_READY): $(DEV_READY)
 $(SLOW_READY): $(DEV_READY)
 	@echo "installing what the slow tests need ..."
 	@$(PIP_INSTALL) -e '.[ray,trl]'
+	@touch $@
+
+$(DOCS_READY): $(DEV_READY)
+	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
 $(AUDIT_READY): $(DEV_READY)
