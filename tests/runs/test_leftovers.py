@@ -154,9 +154,13 @@ def test_a_run_that_fails_before_its_first_work_leaves_nothing_and_the_next_one_
         run_training(script, config(out))
     assert not (tmp_path / "runs").exists()
     (tmp_path / "runs").mkdir()  # it was there before: it stays
-    REWARD.fails_at = 100
+    REWARD.fails_at, script.holdout = 100, None
     result = run_training(script, config(out, learning_rate=1e-3))
     assert result["steps"] == 4
+    (notice,) = result["notices"]
+    assert notice.startswith("rows.jsonl has 12 different prompts: 3 are held out")
+    assert json.loads((out / "run.json").read_text())["data"]["notices"] == [notice]
+    assert f'<li data-warning="data">{notice}</li>' in (out / "report.html").read_text("utf-8")
 
 
 def test_also_one_that_never_came_to_open_its_folder(

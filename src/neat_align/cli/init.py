@@ -125,19 +125,15 @@ def _placement(
     if measure:
         return _measured_placement(asked, model, data)
     chosen = "user_suffix" if "user_suffix" in model.placements else model.placements[0]
-    refused = [name for name in ("system", "user_suffix", "affix") if name in model.refused]
-    why = (
-        f"Not measured. Of {', '.join(model.placements)}"
-        if not refused
-        else (
-            f"Not measured; the chat template does not take {' or '.join(refused)}. Of "
-            f"{', '.join(model.placements)}"
-        )
-    )
-    return (
-        chosen,
-        f"{why}: `neat-align init --measure` or `neat-align probe --placement all` compare.",
-    )
+    others = [name for name in model.placements if name != chosen]
+    refused = list(model.refused)
+    why = "Not measured"
+    if others:
+        why += f"; {' and '.join(others)} can be had, too"
+    if refused:
+        why += f"; the chat template does not take {' and '.join(refused)}"
+    why += ". `neat-align init --measure`, or `neat-align probe --placement all`, compares them."
+    return chosen, why
 
 
 def _measured_placement(asked: Asked, model: ModelFacts, data: DataFacts) -> tuple[str, str]:
