@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_group
 
 from neat_align import NEATConfig
-from neat_align.cli import main
+from neat_align.cli import app, main
 from neat_align.cli.expand import _work_key, write_expansion
 from neat_align.cli.expand_ray import (
     RayOptions,
@@ -280,6 +281,12 @@ def test_how_to_learn_is_no_part_of_what_is_sampled(place: Path, tmp_path: Path)
 
 
 # ---- what is kept, for who exports it later ------------------------------------------------------
+
+
+def test_preference_pairs_are_what_expand_writes_by_itself() -> None:
+    options = {name: p for p in get_group(app).commands["expand"].params for name in p.opts}
+    assert options["--format"].default == "preference"
+    assert options["--form"] is options["--format"]
 
 
 def test_an_expansion_is_exported_in_another_format_without_its_model(

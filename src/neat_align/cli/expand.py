@@ -64,21 +64,22 @@ RayAddress = Annotated[
         help="A cluster; else RAY_ADDRESS, else Ray runs on this machine alone.",
     ),
 ]
+_Form = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        "--form",
+        help="Rows of the data set: preference, ranked, kto, sft, reward, or groups (.parquet, "
+        "everything). `export` writes the others later.",
+    ),
+]
 
 
 def expand(
     ctx: typer.Context,
     output: Annotated[Path, typer.Option(help="A .parquet or .jsonl file for the data set.")],
     config: ConfigOption = None,
-    form: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            "--form",
-            help="Rows of the data set: preference, ranked, kto, sft, reward, or groups (.parquet, "
-            "everything). `export` writes the others later.",
-        ),
-    ] = "preference",
+    form: _Form = "preference",
     engine: Annotated[
         str, typer.Option(help="local: this process makes all of it; ray: workers of Ray Data do.")
     ] = "local",
@@ -89,7 +90,7 @@ def expand(
     shard_prompts: ShardPrompts = None,
     ray_address: RayAddress = None,
 ) -> None:
-    """Only the data stage: prompts in, data for other trainers out. Takes options of `train`."""
+    """Only the data stage: prompts in, data for trainers out. Takes every option of `train`."""
     quiet()
     ray = RayOptions(
         num_workers,

@@ -54,69 +54,78 @@ class RankedBy(StrEnum):
     origin_then_reward = "origin_then_reward"
 
 
+_Source = Annotated[Path, typer.Argument(help="A run, one of its rounds, or what expand wrote.")]
+_Form = Annotated[
+    Format,
+    typer.Option("--format", metavar="NAME", help="preference, ranked, kto, sft or reward."),
+]
+_Output = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="A .jsonl or .parquet file, or a folder/ for train.parquet with a data card. "
+        "PATH-NAME.jsonl when left out.",
+    ),
+]
+_For = Annotated[
+    Trainer,
+    typer.Option(
+        "--for", metavar="NAME", help="Who reads it: trl, openrlhf, axolotl or llamafactory."
+    ),
+]
+_Rounds = Annotated[
+    str | None,
+    typer.Option(metavar="0,2-3", help="Only these rounds of a run; all when left out."),
+]
+_Pairs = Annotated[
+    Pairs,
+    typer.Option(
+        metavar="NAME", help="preference, reward: best_worst is one pair a group, all is all."
+    ),
+]
+_RankBy = Annotated[
+    RankedBy | None,
+    typer.Option(
+        metavar="NAME", help="reward, origin or origin_then_reward; the run's own when left out."
+    ),
+]
+_Margin = Annotated[
+    float | None,
+    typer.Option(metavar="GAP", help="Gaps up to this are near ties; the run's own when left out."),
+]
+_Negative = Annotated[
+    bool,
+    typer.Option("--allow-negative", help="Also learn from answers to a negative instruction."),
+]
+_Cut = Annotated[bool, typer.Option("--allow-cut", help="Also learn from answers that were cut.")]
+_Card = Annotated[
+    bool, typer.Option("--card", help="Write a data card, README.md, beside the file.")
+]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write over files that are there.")]
+_Push = Annotated[
+    str | None,
+    typer.Option(metavar="REPO", help="Send file and card to this data set of the hub."),
+]
+_Public = Annotated[
+    bool, typer.Option("--public", help="push_to_hub: not a private data set, where it is new.")
+]
+
+
 def export(
-    path: Annotated[Path, typer.Argument(help="A run, one of its rounds, or what expand wrote.")],
-    form: Annotated[
-        Format,
-        typer.Option("--format", metavar="NAME", help="preference, ranked, kto, sft or reward."),
-    ] = Format.preference,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="A .jsonl or .parquet file, or a folder/ for train.parquet with a data card. "
-            "PATH-NAME.jsonl when left out.",
-        ),
-    ] = None,
-    trainer: Annotated[
-        Trainer,
-        typer.Option(
-            "--for", metavar="NAME", help="Who reads it: trl, openrlhf, axolotl or llamafactory."
-        ),
-    ] = Trainer.trl,
-    rounds: Annotated[
-        str | None,
-        typer.Option(metavar="0,2-3", help="Only these rounds of a run; all when left out."),
-    ] = None,
-    pairs: Annotated[
-        Pairs,
-        typer.Option(
-            metavar="NAME", help="preference, reward: best_worst is one pair a group, all is all."
-        ),
-    ] = Pairs.best_worst,
-    rank_by: Annotated[
-        RankedBy | None,
-        typer.Option(
-            metavar="NAME",
-            help="reward, origin or origin_then_reward; the run's own when left out.",
-        ),
-    ] = None,
-    reward_margin: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GAP", help="Gaps up to this are near ties; the run's own when left out."
-        ),
-    ] = None,
-    allow_negative: Annotated[
-        bool,
-        typer.Option("--allow-negative", help="Also learn from answers to a negative instruction."),
-    ] = False,
-    allow_cut: Annotated[
-        bool, typer.Option("--allow-cut", help="Also learn from answers that were cut.")
-    ] = False,
-    card: Annotated[
-        bool, typer.Option("--card", help="Write a data card, README.md, beside the file.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write over files that are there.")
-    ] = False,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(metavar="REPO", help="Send file and card to this data set of the hub."),
-    ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="push_to_hub: not a private data set, where it is new.")
-    ] = False,
+    path: _Source,
+    form: _Form = Format.preference,
+    output: _Output = None,
+    trainer: _For = Trainer.trl,
+    rounds: _Rounds = None,
+    pairs: _Pairs = Pairs.best_worst,
+    rank_by: _RankBy = None,
+    reward_margin: _Margin = None,
+    allow_negative: _Negative = False,
+    allow_cut: _Cut = False,
+    card: _Card = False,
+    overwrite: _Overwrite = False,
+    push_to_hub: _Push = None,
+    public: _Public = False,
 ) -> None:
     """What a run or an expansion wrote, as data that TRL and other trainers read."""
     from neat_align.cli.export_push import check_push, push
