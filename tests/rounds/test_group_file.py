@@ -148,6 +148,7 @@ def test_a_pass_without_tokens_has_what_ranks_and_nothing_else(path: Path) -> No
                     (),
                     instruction=w.instruction,
                     reward=w.reward,
+                    reward_components=w.reward_components,  # there are two
                 )
     assert list(without_tokens(GROUPS)) == GROUPS  # in memory already
 

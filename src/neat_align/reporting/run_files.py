@@ -113,6 +113,12 @@ class RunContents:
         low, high = (number(v) for v in ends) if len(ends) == 2 else (None, None)
         return (None, None) if low is None or high is None else (low, high)
 
+    def single(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+        """(name, its before, after, delta, delta_ci95) of each of several rewards (`by_reward`) or
+        judges (`by_judge`); empty for a result that does not have them.
+        """
+        return [(str(name), mapping(v)) for name, v in mapping(self.result.get(kind)).items()]
+
 
 def read_run(run_dir: Path) -> RunContents:
     """Everything the report needs.

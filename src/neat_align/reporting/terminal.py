@@ -10,9 +10,8 @@ import contextlib
 import heapq
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, TypeAlias, TypeVar
@@ -25,9 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from neat_align.errors import ConfigError, DataError
+from neat_align.reporting.group_counts import counts_of, reward_names
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
 from neat_align.rounds.group_file import GroupFile, unreadable, without_tokens
-from neat_align.rounds.metrics import inversions
 
 _T = TypeVar("_T")
 SortOrder: TypeAlias = Literal["order", "gap", "reward"]
@@ -60,12 +59,18 @@ def printable(text: str) -> str:
 
 
 def render_group(
-    group: CompletionGroup, number: int, total: int, *, origin: str | None = None
+    group: CompletionGroup,
+    number: int,
+    total: int,
+    *,
+    origin: str | None = None,
+    reward_names: Sequence[str] = (),
 ) -> RenderableType:
     """One group: its prompt, then its completions, best reward first. `number` counts from 1.
 
-    With `origin` only completions of that origin are shown; ranks are still those of the whole
-    group, equal rewards share one, and a completion without a reward has none.
+    Where there are several rewards (`reward_names`), each stands below the text. With `origin` only
+    completions of that origin are shown; ranks are still those of the whole group, equal rewards
+    share one, and a completion without a reward has none.
     """
     title = Text.assemble(
         ("prompt ", "dim"),
@@ -87,11 +92,6 @@ def render_group(
         if origin is not None and c.origin != origin:
             continue
         rank = "–" if c.reward is None else str(1 + sum(r > c.reward for r in rewards))
-        shown = (
-            Text(printable(c.text).strip())
-            if c.text.strip()
-            else Text("(empty)", style="dim italic")
-        )
         style = ORIGIN_STYLES[c.origin]
         table.add_row(
             rank,
@@ -99,13 +99,27 @@ def render_group(
             _number(c.reward),
             str(len(c.token_ids)),
             _end(c),
-            shown,
+            _answer(c, reward_names),
         )
         table.add_row()
     return Group(
         Panel(_prompt(group), title=title, title_align="left", box=box.ROUNDED, border_style="dim"),
         table,
     )
+
+
+def _answer(c: Completion, reward_names: Sequence[str]) -> Text:
+    text = c.text.strip()
+    shown = Text(printable(text).strip()) if text else Text("(empty)", style="dim italic")
+    if len(reward_names) > 1:
+        shown.append(f"\n{_each_reward(c, reward_names)}", style="not italic dim")
+    return shown
+
+
+def _each_reward(c: Completion, names: Sequence[str]) -> str:
+    """The single rewards whose weighted sum is the reward, in a line."""
+    parts = zip(names, c.reward_components, strict=False)  # a file of before has none
+    return " · ".join(f"{printable(name)} {_number(value)}" for name, value in parts)
 
 
 def _prompt(group: CompletionGroup) -> Text:
@@ -235,7 +249,9 @@ def browse(
                 Rule(Text(f"{_shortened(printable(name), 30)} · {count}{shown}"), style="dim")
             )
             for i in found.shown:
-                console.print(render_group(groups[i], i + 1, len(groups), origin=origin))
+                about = (i + 1, len(groups))
+                names = reward_names(groups)
+                console.print(render_group(groups[i], *about, origin=origin, reward_names=names))
 
 
 @dataclass(frozen=True)
@@ -291,7 +307,7 @@ def _matches(group: CompletionGroup, origin: str | None, search: str | None) -> 
 
 
 def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Table:
-    counted = [(name, _counts(groups)) for name, groups in rounds]
+    counted = [(name, counts_of(groups)) for name, groups in rounds]
     present = [o for o in ORIGINS if any(counts.answers[o] for _, counts in counted)]
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -315,42 +331,10 @@ def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Table:
             *(_number(counts.mean_reward(origin)) for origin in present),
             f"{counts.inverted / counts.pairs:.0%}" if counts.pairs else "–",
         )
+        for i, reward in enumerate(counts.reward_names):
+            means = (_number(counts.single[origin, i].mean) for origin in present)
+            table.add_row(Text(f"  {printable(reward)}", style="dim"), "", "", *means, "")
     return table
-
-
-@dataclass
-class _Counts:
-    """A round in numbers: sums over its groups. Pairs are (positive, negative)."""
-
-    groups: int = 0
-    answers: Counter[Origin] = field(default_factory=Counter)
-    rewarded: Counter[Origin] = field(default_factory=Counter)
-    rewards: dict[Origin, float] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0.0))
-    inverted: float = 0.0
-    pairs: int = 0
-
-    def mean_reward(self, origin: Origin) -> float | None:
-        """None without rewards."""
-        n = self.rewarded[origin]
-        return self.rewards[origin] / n if n else None
-
-
-def _counts(groups: Sequence[CompletionGroup]) -> _Counts:
-    counts = _Counts()
-    for group in without_tokens(groups):
-        counts.groups += 1
-        of: dict[Origin, list[float]] = {origin: [] for origin in ORIGINS}
-        for c in group.completions:
-            counts.answers[c.origin] += 1
-            if c.reward is not None:
-                of[c.origin].append(c.reward)
-        for origin, rewards in of.items():
-            counts.rewarded[origin] += len(rewards)
-            counts.rewards[origin] += sum(rewards)
-        good, bad = of["positive"], of["negative"]
-        counts.inverted += inversions(good, bad)
-        counts.pairs += len(good) * len(bad)
-    return counts
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from neat_align.rounds.completions import (
     check_columns,
     groups_from_table,
     groups_to_table,
+    reward_names_of,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class GroupFile(Sequence[CompletionGroup]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process reads the table of contents itself."""
         return GroupFile, (str(self.path),)
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the reward functions behind `reward_components`, in order."""
+        return reward_names_of(self._contents.schema.to_arrow_schema().empty_table())
 
     def __len__(self) -> int:
         """Groups in the file."""
@@ -111,12 +117,14 @@ class GroupFile(Sequence[CompletionGroup]):
         return self._scan(None)
 
     def without_tokens(self, *, texts: bool = False) -> Iterator[CompletionGroup]:
-        """All groups in order with their origins, instructions and rewards only.
+        """All groups in order with their origins, instructions and rewards only, each of the single
+        rewards where there are several.
 
         With `texts` also prompts and texts. Other fields are empty and are not read: this takes a
         tenth of the time.
         """
-        return self._scan(_TEXT_COLUMNS if texts else _REWARD_COLUMNS)
+        single = ("reward_components",) if len(self.reward_names) > 1 else ()
+        return self._scan((*(_TEXT_COLUMNS if texts else _REWARD_COLUMNS), *single))
 
     def _scan(self, columns: Sequence[str] | None) -> Iterator[CompletionGroup]:
         import pyarrow as pa
