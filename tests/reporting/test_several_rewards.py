@@ -110,11 +110,11 @@ def test_browsing_has_each(run_dir: Path) -> None:
     )
     tone, brevity = two_rewards(best.reward or 0.0)
     assert f"tone {tone:.3f} · brevity {brevity:.3f}" in shown
-    head = shown.partition("──")[0] + shown.partition("──")[2].partition("prompt")[0]
-    rows = {line.split()[0]: line.split()[1:] for line in head.splitlines() if line.strip()}
-    of_sum = [float(v) for v in rows["00000"][2:-1]]
-    assert [float(v) for v in rows["tone"]] == pytest.approx([v + 1 for v in of_sum], abs=2e-3)
-    assert [float(v) for v in rows["brevity"]] == pytest.approx([v - 1 for v in of_sum], abs=2e-3)
+    rows = [line.split() for line in shown.splitlines() if line.startswith("00000")]
+    of_sum = [float(v) for v in rows[0][3:-1]]
+    assert [row[1] for row in rows[1:]] == NAMES
+    for row, shift in zip(rows[1:], (1, -1), strict=True):
+        assert [float(v) for v in row[2:]] == pytest.approx([v + shift for v in of_sum], abs=2e-3)
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -137,8 +137,8 @@ def test_the_reports_warnings_end_the_console_of_a_run(tmp_path: Path) -> None:
     print_closing(console, result, folder)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     words = " ".join(shown.split())
-    assert "read with care Everything here is measured on 12 held-out prompts: of fewer" in words
-    assert "All answers are cut at the length limit: rewards judge unfinished texts" in words
+    assert "read with care - Everything here is measured on 12 held-out prompts: of fewer" in words
+    assert "- All answers are cut at the length limit: rewards judge unfinished texts" in words
     assert "\u00a0" not in shown
     told = [line for line in shown.splitlines() if str(folder) not in line]
     assert max(map(len, told)) <= 80

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -56,8 +55,9 @@ def print_warnings(console: Console, run: Path) -> None:
     if told:
         console.print("\nread with care", style="yellow")
     for text in told:
-        body = Padding(Text(text.replace("\u00a0", " ")), (0, 0, 0, 2))
-        console.print(body)
+        item = Table.grid(padding=(0, 1))
+        item.add_row(" -", Text(text.replace("\u00a0", " ")))
+        console.print(item)
     if told:
         console.print()
 
@@ -73,8 +73,9 @@ def result_table(result: dict[str, Any]) -> Table:
         title=f"on {prompts} held-out prompts, plain, the same seeds before and after",
         title_justify="left",
     )
-    for heading in ("", "before", "after", "change"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    table.add_column("", overflow="fold")  # names of rewards may be long
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
 
     def line(name: str, before: float | None, after: float | None, change: str = "") -> None:
         if before is not None and after is not None:

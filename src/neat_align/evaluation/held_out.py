@@ -98,7 +98,7 @@ class Evaluation:
         """The means, as logged under `eval_`. What was not measured is left out."""
         values: dict[str, float | None] = {
             "reward": mean_of(self.rewards),
-            **{f"rewards/{name}": mean_of(scores) for name, scores in self.by_reward.items()},
+            **{f"rewards/{name}/mean": mean_of(scores) for name, scores in self.by_reward.items()},
             **{f"judges/{name}": mean_of(scores) for name, scores in self.judges.items()},
             "completions/mean_length": fmean(self.lengths),
             "completions/clipped_ratio": fmean(self.clipped),
@@ -141,7 +141,7 @@ def metric_names(
         "entropy",
     ]
     if len(rewards) > 1:
-        names += [f"rewards/{name}" for name in rewards]
+        names += [f"rewards/{name}/mean" for name in rewards]
     if rewards:
         names += ["reward", "contrast/reward/plain"]
         names += [f"contrast/reward/{polarity}" for polarity in CONTRASTED if contrast]

@@ -102,9 +102,8 @@ def _as_numbers(series: Sequence[Series]) -> tuple[tuple[str, str, str], ...]:
     told = []
     for s in series:
         _, value = (s.points or s.faint)[0]
-        ends = next(((low, high) for _, low, high in (*s.bars, *s.band)), (None, None))
-        name = s.name if len(series) > 1 else ""
-        told.append((name, plain(value, digits), bounds(*ends, digits)))
+        around = next((bounds(low, high, digits) for _, low, high in (*s.bars, *s.band)), "")
+        told.append((s.name if len(series) > 1 else "", plain(value, digits), around))
     return tuple(told)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from neat_align.reporting.pages import bounds, digits_for, plain, signed
-from neat_align.reporting.run_files import RunContents, number
+from neat_align.reporting.run_files import RunContents, interval_of, number
 
 # (what, before, after, change, interval)
 Row: TypeAlias = tuple[str, str, str, str, str]
@@ -51,8 +51,8 @@ def _single(label: str, found: dict[str, Any]) -> Row | None:
     if before is None or after is None:
         return None
     digits = digits_for((before, after))
-    ends = found.get("delta_ci95") or (None, None)
-    interval = bounds(*ends, digits) if len(ends) == 2 else ""
+    low, high = interval_of(found.get("delta_ci95"))
+    interval = bounds(low, high, digits)
     return (
         label,
         plain(before, digits),

@@ -24,10 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from neat_align.errors import ConfigError, DataError
-from neat_align.reporting.group_counts import counts_of, reward_names
+from neat_align.reporting.group_counts import Counts, counts_of, reward_names
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
 from neat_align.rounds.group_file import GroupFile, unreadable, without_tokens
 
+# Columns of a group's text on a terminal of 80.
+_ROOM = 45
 _T = TypeVar("_T")
 SortOrder: TypeAlias = Literal["order", "gap", "reward"]
 ORIGIN_STYLES: dict[Origin, str] = {
@@ -117,9 +119,11 @@ def _answer(c: Completion, reward_names: Sequence[str]) -> Text:
 
 
 def _each_reward(c: Completion, names: Sequence[str]) -> str:
-    """The single rewards whose weighted sum is the reward, in a line."""
+    """The single rewards whose weighted sum is the reward, in a line where they fit in one."""
     parts = zip(names, c.reward_components, strict=False)  # a file of before has none
-    return " · ".join(f"{printable(name)} {_number(value)}" for name, value in parts)
+    told = [f"{printable(name)} {_number(value)}" for name, value in parts]
+    line = " · ".join(told)
+    return line if len(line) <= _ROOM else "\n".join(told)
 
 
 def _prompt(group: CompletionGroup) -> Text:
@@ -306,17 +310,10 @@ def _matches(group: CompletionGroup, origin: str | None, search: str | None) -> 
     return bool(texts) and any(search.casefold() in text.casefold() for text in (prompt, *texts))
 
 
-def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Table:
+def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> RenderableType:
     counted = [(name, counts_of(groups)) for name, groups in rounds]
     present = [o for o in ORIGINS if any(counts.answers[o] for _, counts in counted)]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        title="mean reward by origin",
-        title_style="dim",
-        title_justify="left",
-    )
+    table = _table("mean reward by origin")
     table.add_column("round", overflow="fold")
     table.add_column("groups", justify="right")
     table.add_column("answers", justify="right")
@@ -331,10 +328,40 @@ def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Table:
             *(_number(counts.mean_reward(origin)) for origin in present),
             f"{counts.inverted / counts.pairs:.0%}" if counts.pairs else "–",
         )
-        for i, reward in enumerate(counts.reward_names):
-            means = (_number(counts.single[origin, i].mean) for origin in present)
-            table.add_row(Text(f"  {printable(reward)}", style="dim"), "", "", *means, "")
+    single = _single_rewards(counted, present)
+    return table if single is None else Group(table, Text(), single)
+
+
+def _single_rewards(
+    counted: Sequence[tuple[str, Counts]], present: Sequence[Origin]
+) -> Table | None:
+    """Each of several rewards by round and origin; None where there is one."""
+    rows = [
+        (name, reward, [counts.single[origin, i].mean for origin in present])
+        for name, counts in counted
+        for i, reward in enumerate(counts.reward_names)
+    ]
+    if not rows:
+        return None
+    table = _table("each reward, unweighted")
+    table.add_column("round", overflow="fold")
+    table.add_column("reward", overflow="fold")
+    for origin in present:
+        table.add_column(Text(origin, style=ORIGIN_STYLES[origin]), justify="right", no_wrap=True)
+    for name, reward, means in rows:
+        table.add_row(Text(printable(name)), Text(printable(reward)), *map(_number, means))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        title=title,
+        title_style="dim",
+        title_justify="left",
+    )
 
 
 @contextlib.contextmanager
