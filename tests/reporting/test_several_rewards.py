@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from neat_align.cli.tables import print_closing, result_table
+from neat_align.cli.tables import print_result, result_table
 from neat_align.evaluation.before_after import before_after
 from neat_align.files.atomic import read_json, write_json
 from neat_align.reporting.run_files import read_run
@@ -127,18 +127,21 @@ def test_one_reward_is_not_said_twice(tmp_path: Path) -> None:
     assert "tone" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_reports_warnings_end_the_console_of_a_run(tmp_path: Path) -> None:
+def test_the_reports_warnings_end_the_console_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     folder = build_run(tmp_path, rounds=1)
-    console = Console(width=80, file=io.StringIO())
     result = read_json(folder / "result.json") | {"steps": 8}
-    print_closing(console, result, folder)
-    assert "read with care" not in console.file.getvalue()  # type: ignore[attr-defined]
+    print_result(result, folder)
+    assert "read with care" not in capsys.readouterr().out
     change_json(folder / "result.json", held_out_prompts=12, clipped_after=1.0)
-    print_closing(console, result, folder)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    print_result(result, folder)
+    shown = capsys.readouterr().out
     words = " ".join(shown.split())
     assert "read with care - Everything here is measured on 12 held-out prompts: of fewer" in words
     assert "- All answers are cut at the length limit: rewards judge unfinished texts" in words
+    assert shown.index("read with care") < shown.index("1 round, 8 steps")
     assert "\u00a0" not in shown
     told = [line for line in shown.splitlines() if str(folder) not in line]
     assert max(map(len, told)) <= 80

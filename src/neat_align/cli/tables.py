@@ -17,18 +17,16 @@ from neat_align.comparison.outcomes import Run
 
 
 def print_result(result: dict[str, Any], run: Path) -> None:
-    """The before/after table of a run, and where everything is."""
+    """The before/after table of a run, what to be careful about, and where everything is."""
     console = Console()
     if "reward_before" in result:
         console.print(result_table(result))
+    print_warnings(console, run)
     print_closing(console, result, run)
 
 
 def print_closing(console: Console, result: dict[str, Any], run: Path) -> None:
-    """What to be careful about, what the run took, where everything is, and the next command; the
-    last lines of every run.
-    """
-    print_warnings(console, run)
+    """What a run took, where everything is, and the next command; the last lines of every run."""
     if result["stopped_because"]:
         console.print(f"stopped early: {result['stopped_because']}", markup=False, style="yellow")
     took = f"{result['wall_seconds'] / 60:.1f} minutes"
