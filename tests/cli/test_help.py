@@ -52,6 +52,7 @@ def test_the_verbs_are_these() -> None:
 def test_the_first_page_has_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(PAGES) == VERBS  # a new verb needs a page
     page = shown(capsys, "--help")
+    assert "\n  --install-completion\n" in page
     assert sorted(re.findall(r"^  (\w+) ", page, flags=re.MULTILINE)) == VERBS
     with pytest.raises(SystemExit) as stopped:
         main([])

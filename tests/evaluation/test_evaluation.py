@@ -168,6 +168,15 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
         "contrast_before": {"plain": 1.0, "positive": 2.0, "negative": 0.0},
         "contrast_after": {"plain": 3.0},
         "held_out_prompts": 4,
+        "by_reward": {},  # there is one
+        "by_judge": {
+            "judge": {
+                "before": 0.5,
+                "after": 0.75,
+                "delta": result["second_judge_delta"],
+                "delta_ci95": result["second_judge_delta_ci95"],
+            }
+        },
     }
     low, high = result["reward_delta_ci95"]
     assert 0 <= low < 1.0 < high <= 2
@@ -272,6 +281,21 @@ def test_judges_are_reported_and_never_in_the_reward() -> None:
     assert only.judges == judged.judges
     assert only.rewards == [None] * 4
     assert only.contrast == {}
+
+
+def test_each_of_several_rewards_is_reported_unweighted() -> None:
+    given = (NamedReward("length", length, 2.0), NamedReward("letters", letters, 0.5))
+    found = evaluate_policy(rows(), tools(model(), rewards=given), seed=3, samples_per_prompt=2)
+    assert list(found.by_reward) == ["length", "letters"]
+    for of_sum, tokens, characters in zip(found.rewards, *found.by_reward.values(), strict=True):
+        assert of_sum == pytest.approx(2.0 * (tokens or 0.0) + 0.5 * (characters or 0.0))
+    # As long as the completions are, a mean over a prompt's two; judges do not come among them.
+    assert found.by_reward["length"] == pytest.approx(found.lengths)
+    summary = found.summary()
+    assert summary["rewards/length/mean"] == pytest.approx(sum(found.lengths) / len(found.lengths))
+    alone = evaluate_policy(rows(), tools(model(), rewards=given[:1]), seed=3)
+    assert alone.by_reward == {}
+    assert not any(name.startswith("rewards/") for name in alone.summary())
 
 
 def test_a_judge_keeps_its_time_limit() -> None:

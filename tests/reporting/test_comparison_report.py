@@ -110,21 +110,33 @@ def test_the_headline_at_equal_kl(tmp_path: Path) -> None:
     assert outcome.best == "neat"
     assert (
         outcome.sentence.replace("\u00a0", " ")
-        == "At equal KL (0.015 nats per token) neat has the largest gain over base in reward "
-        "(vader), +0.12 [0.09, 0.15]"
+        == "neat has the largest gain at equal KL, +0.12 [0.09, 0.15]"
     )
+    assert len(outcome.sentence.split()) <= 12
     notes = " ".join(outcome.notes).replace("\u00a0", " ")
+    assert "The gain is over base, in reward (vader). Equal KL is where" in notes
+    assert "as far from base, 0.015 nats per token." in notes
     # dpo's [0.04, 0.10] reaches 0.09.
     assert "This comparison does not put neat-pp and dpo behind it." in notes
     assert "minilm_tone, which training never saw, agrees: +0.035 [0.015, 0.055]" in notes
     assert "At equal budget it gains +0.17 [0.13, 0.21]" in notes
 
 
+def test_few_prompts_stand_in_the_headline(tmp_path: Path) -> None:
+    facts = comparison()
+    for prompts, sentence in (
+        (29, "neat has the largest gain, +0.12 on 29 prompts"),
+        (30, "neat has the largest gain at equal KL, +0.12 [0.09, 0.15]"),
+    ):
+        facts["budget"]["held_out_prompts"] = prompts
+        assert verdict(read(tmp_path, facts)).sentence.replace("\u00a0", " ") == sentence
+
+
 def test_a_method_clearly_ahead_is_said_to_be(tmp_path: Path) -> None:
     facts = comparison()
     row_of(facts, "neat")["at_equal_kl"]["reward"] = estimate(0.8, 0.5, 0.05)
     outcome = verdict(read(tmp_path, facts))
-    assert "neat gains most over base" in outcome.sentence
+    assert "neat gains most at equal KL" in outcome.sentence
     assert "It is ahead of every other method beyond the intervals." in outcome.notes
 
 
@@ -138,7 +150,7 @@ def test_a_rival_that_gains_nothing_for_sure_is_not_beaten_by_that(tmp_path: Pat
     c = read(tmp_path, facts)
     assert leaders(c, "at_equal_kl", "reward") == ["neat"]
     outcome = verdict(c)
-    assert "neat has the largest gain over base" in outcome.sentence
+    assert "neat has the largest gain at equal KL" in outcome.sentence
     assert "It is ahead of every other method beyond the intervals." not in outcome.notes
     assert any(
         note.startswith("This comparison does not put") and note.endswith("behind it.")
@@ -198,30 +210,33 @@ def test_a_collapsed_method_never_wins(tmp_path: Path) -> None:
     )
 
 
-NOBODY = "No method is shown to beat base at equal budget: the largest gain, neat’s "
+NOBODY = "No method is shown to beat base at equal budget"
+LARGEST = "The largest gain in reward (vader), neat’s "
 
 
 @pytest.mark.parametrize(
-    ("changed", "sentence"),
+    ("changed", "sentence", "note"),
     [
-        ({"low": -0.01}, f"{NOBODY}+0.17 [−0.01, 0.21], has an interval that includes 0"),
-        ({"low": None}, f"{NOBODY}+0.17, has no interval"),
+        ({"low": -0.01}, NOBODY, f"{LARGEST}+0.17 [−0.01, 0.21], has an interval that includes 0."),
+        ({"low": None}, NOBODY, f"{LARGEST}+0.17, has no interval."),
         (
             {},
-            "At equal budget neat has the largest gain over base in reward (vader), +0.17 [0.13, "
-            "0.21]",
+            "neat has the largest gain at equal budget, +0.17 [0.13, 0.21]",
+            "The gain is over base, in reward (vader).",
         ),
     ],
 )
 def test_without_a_common_kl_the_budget_decides(
-    tmp_path: Path, changed: Facts, sentence: str
+    tmp_path: Path, changed: Facts, sentence: str, note: str
 ) -> None:
     facts = comparison() | {"kl_target": None}
     for r in facts["table"]:
         r["at_equal_kl"] = None
     row_of(facts, "neat")["at_budget"]["reward"] |= changed
     _, page = page_of(tmp_path, facts)
-    assert verdict(read_comparison(tmp_path)).sentence.replace("\u00a0", " ") == sentence
+    outcome = verdict(read_comparison(tmp_path))
+    assert outcome.sentence.replace("\u00a0", " ") == sentence
+    assert outcome.notes[0].replace("\u00a0", " ") == note
     assert "No KL was reached by all methods" in page.words
 
 

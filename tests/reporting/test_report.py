@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,10 @@ def without_result(run_dir: Path) -> None:
         (in_result(distinct2_before=1.0, distinct2_after=0.91), []),
         (in_result(clipped_before=0.1, clipped_after=0.25), ["cut"]),
         (in_result(clipped_before=0.1, clipped_after=0.15), []),
+        (in_result(clipped_before=0.8, clipped_after=0.75), ["cut"]),
+        (in_result(clipped_before=0.8, clipped_after=0.74), []),
+        (in_result(held_out_prompts=29), ["prompts"]),
+        (in_result(held_out_prompts=30), []),
         (same_answers(5), ["collapse"]),
         (same_answers(4), []),
         (lambda run_dir: [same_answers(5, name)(run_dir) for name in ("before", "after")], []),
@@ -269,6 +274,13 @@ def without_result(run_dir: Path) -> None:
         (in_config(num_train_epochs=100, max_steps=24), []),
         (in_result(stopped_because="KL to the start is 9"), ["stopped"]),
         (without_result, []),
+        (
+            lambda run_dir: (
+                without_result(run_dir),
+                in_round("00002", **{"completions/clipped_ratio": 1.0})(run_dir),
+            )[0],
+            ["cut"],
+        ),
         (
             lambda run_dir: (
                 without_result(run_dir),
@@ -467,3 +479,25 @@ def test_numbers_that_no_axis_holds_are_left_out() -> None:
     assert chart is not None
     assert [(s.name, s.points, s.band) for s in chart.series] == [("loss", [(0.0, 1.0)], [])]
     assert line_chart("Loss", "", [Series("none", "plain", [(0.0, -1e10)])], 3.0) is None
+
+
+def test_a_chart_of_one_point_is_a_number() -> None:
+    alone = Series("KL", "ink", [(1.0, 0.0421)], bars=[(1.0, 0.03, 0.06)])
+    chart = line_chart("Distance", "nats", [alone], 1.0)
+    assert chart is not None
+    figure = line_figure(chart)
+    assert figure.svg is None
+    assert figure.numbers == (("", "0.042", "[0.030,\u00a00.060]"),)
+    other = Series("other", "plain", [(1.0, 0.5)])
+    chart = line_chart("Distance", "nats", [replace(alone, bars=[]), other], 1.0)
+    assert chart is not None
+    assert line_figure(chart).numbers == (("KL", "0.04", ""), ("other", "0.50", ""))
+    moving = Series("other", "plain", [(0.0, 0.5), (1.0, 0.6)])
+    chart = line_chart("Distance", "nats", [alone, moving], 1.0)
+    assert chart is not None
+    assert line_figure(chart).svg is not None
+    # One mean, and the steps that it is of: still a line.
+    steps = Series("loss", "ink", [(0.5, 1.0)], faint=[(0.5, 0.9), (1.0, 1.1)])
+    chart = line_chart("Loss", "", [steps], 1.0)
+    assert chart is not None
+    assert line_figure(chart).svg is not None

@@ -304,10 +304,10 @@ def test_the_names_that_may_be_followed_are_those_that_an_evaluation_has(
     )
     t.train()
     assert t.last_evaluation is not None
-    names = metric_names(t.parts.data.eval_rows, ["count_e"], has_rewards=True, contrast=contrast)
+    names = metric_names(t.parts.data.eval_rows, ["count_e"], rewards=["a"], contrast=contrast)
     assert set(names) == set(t.last_evaluation.summary())
     assert "kl" in names
-    without = metric_names(t.parts.data.eval_rows, [], has_rewards=False, contrast=contrast)
+    without = metric_names(t.parts.data.eval_rows, [], rewards=[], contrast=contrast)
     assert set(names) - set(without) == {
         "reward",
         "judges/count_e",

@@ -48,7 +48,7 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
     from rich.panel import Panel
 
     from neat_align.cli.progress import terminal_callbacks
-    from neat_align.cli.tables import print_closing, result_table
+    from neat_align.cli.tables import print_closing, print_warnings, result_table
     from neat_align.pipeline import run_training
 
     console = Console()
@@ -59,6 +59,7 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
     console.print(result_table(result))
     for panel in answer_panels(output_dir):
         console.print(panel)
+    print_warnings(console, output_dir)
     print_closing(console, result, output_dir)
     next_command = (
         "your own model and data: neat-align train --config recipes/quickstart.yaml \\\n"

@@ -36,6 +36,7 @@ def evaluate_held_out(script: ScriptArguments, config: NEATConfig) -> None:
         return
     path = trainer.output_dir / "evaluation.json"
     write_json(path, trainer.last_evaluation.to_json())
+    print(f"on {len(trainer.last_evaluation.prompt_ids)} held-out prompts")
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:<{width}}  {value:.4g}")

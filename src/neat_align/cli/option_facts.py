@@ -39,7 +39,7 @@ class OptionFacts:
 def our_options() -> dict[str, OptionFacts]:
     """Every option that is explained without transformers, by name."""
     declared = (ScriptArguments, RoundOptions, SamplerOptions, ObjectiveOptions, TrainerDefaults)
-    return {f.name: facts_of(f) for kind in declared for f in fields(kind)} | _THEIRS
+    return {f.name: facts_of(f) for kind in declared for f in fields(kind)} | {**_THEIRS}
 
 
 def every_option() -> dict[str, OptionFacts]:

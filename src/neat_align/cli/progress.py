@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from neat_align.cli.display import RunDisplay
+from neat_align.reporting.group_counts import reward_names
 from neat_align.reporting.terminal import render_group
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.runs.events import WHOLE_DATA, RunCallback
@@ -68,7 +69,8 @@ class PrintGroups(RunCallback):
     def on_round_made(self, round_index: int, groups: Sequence[CompletionGroup]) -> None:
         """A round is ready."""
         for number, group in enumerate(groups[:SHOWN_GROUPS], start=1):
-            Console().print(render_group(group, number, len(groups)))
+            names = reward_names(groups)
+            Console().print(render_group(group, number, len(groups), reward_names=names))
 
 
 @contextlib.contextmanager

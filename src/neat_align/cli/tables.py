@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from neat_align.comparison.outcomes import Run
 
@@ -16,10 +17,11 @@ from neat_align.comparison.outcomes import Run
 
 
 def print_result(result: dict[str, Any], run: Path) -> None:
-    """The before/after table of a run, and where everything is."""
+    """The before/after table of a run, what to be careful about, and where everything is."""
     console = Console()
     if "reward_before" in result:
         console.print(result_table(result))
+    print_warnings(console, run)
     print_closing(console, result, run)
 
 
@@ -42,6 +44,22 @@ def print_closing(console: Console, result: dict[str, Any], run: Path) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
+def print_warnings(console: Console, run: Path) -> None:
+    """The warnings that the run's report begins with."""
+    from neat_align.reporting.run_files import read_run
+    from neat_align.reporting.run_warnings import warnings_of
+
+    told = [text for key, text in warnings_of(read_run(run)) if key != "stopped"]  # said below
+    if told:
+        console.print("\nread with care", style="yellow")
+    for text in told:
+        item = Table.grid(padding=(0, 1))
+        item.add_row(" -", Text(text.replace("\u00a0", " ")))
+        console.print(item)
+    if told:
+        console.print()
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
@@ -50,21 +68,31 @@ def result_table(result: dict[str, Any]) -> Table:
     """Before and after, side by side."""
     prompts = result["held_out_prompts"]
     table = Table(
-        title=f"{prompts} held-out prompts, plain, the same seeds before and after",
+        title=f"on {prompts} held-out prompts, plain, the same seeds before and after",
         title_justify="left",
     )
-    for heading in ("", "before", "after", "change"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    table.add_column("", overflow="fold")  # names of rewards may be long
+    for heading in ("before", "after", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
 
-    def row(name: str, key: str, change: str = "") -> None:
-        before, after = result.get(f"{key}_before"), result.get(f"{key}_after")
+    def line(name: str, before: float | None, after: float | None, change: str = "") -> None:
         if before is not None and after is not None:
-            change = change or f"{after / before - 1:+.1%}"
+            change = change or (f"{after / before - 1:+.1%}" if before else "")
             table.add_row(name, f"{before:.3g}", f"{after:.3g}", change)
 
-    judge = f"second judge ({result['second_judge']})"
-    row("reward", "reward", _interval(result, "reward_delta"))
-    row(judge, "second_judge", _interval(result, "second_judge_delta"))
+    def row(name: str, key: str, change: str = "") -> None:
+        line(name, result.get(f"{key}_before"), result.get(f"{key}_after"), change)
+
+    rewards, judges = result.get("by_reward") or {}, result.get("by_judge") or {}
+    judge = result["second_judge"]
+    of_sum = f"reward, weighted sum of {len(rewards)}" if rewards else "reward"
+    row(of_sum, "reward", _interval(result, "reward_delta"))
+    for name, found in rewards.items():
+        line(f"  {name}", found["before"], found["after"], _interval(found, "delta"))
+    row(f"second judge ({judge})", "second_judge", _interval(result, "second_judge_delta"))
+    for name, found in judges.items():
+        if name != judge:
+            line(f"judge ({name})", found["before"], found["after"], _interval(found, "delta"))
     row("perplexity of reference answers", "perplexity")
     row("distinct-2", "distinct2")
     row("mean length, tokens", "mean_length")

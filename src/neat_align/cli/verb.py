@@ -33,7 +33,8 @@ class Verbs(TyperGroup):
             verbs = [(n, c) for n, c in self.commands.items() if PAGES[n].group == group]
             lines = [help_page.verb(n, inspect.cleandoc(c.help or "")) for n, c in verbs]
             parts.append(help_page.option_group(group, lines))
-        own = [help_page.entry(p.opts, "", p.help or "", "") for p in self.get_params(ctx)]
+        params: list[Any] = self.get_params(ctx)
+        own = [help_page.entry(p.opts, "", p.help or "", "") for p in params]
         parts.append(help_page.option_group("Options", own))
         formatter.write("\n".join(parts) + "\n")
 
@@ -87,7 +88,8 @@ class Verb(TyperCommand):
     def _own_groups(self, ctx: Any) -> Iterator[str]:
         hints = typing.get_type_hints(inspect.unwrap(typing.cast("Any", self.callback)))
         titled: dict[str, list[str]] = {"This command": []}
-        for param in self.get_params(ctx):
+        params: list[Any] = self.get_params(ctx)
+        for param in params:
             title = str(param.rich_help_panel or "This command")
             titled.setdefault(title, []).append(_own_entry(param, hints.get(str(param.name))))
         titled["This command"] += [help_page.entry(*words, "") for words in self.page.more]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.evaluation.statistics import mean_of, paired_bootstrap, win_rate
+
+Scores: TypeAlias = Sequence[float | None]
 
 
 def before_after(before: Evaluation, after: Evaluation, *, seed: int = 0) -> dict[str, Any]:
@@ -49,4 +52,22 @@ def before_after(before: Evaluation, after: Evaluation, *, seed: int = 0) -> dic
         "contrast_before": before.contrast,
         "contrast_after": after.contrast,
         "held_out_prompts": len(before.prompt_ids),
+        "by_reward": _each(before.by_reward, after.by_reward, seed),
+        "by_judge": _each(before.judges, after.judges, seed),
     }
+
+
+def _each(
+    before: Mapping[str, Scores], after: Mapping[str, Scores], seed: int
+) -> dict[str, dict[str, Any]]:
+    """By name: the means, the paired difference and its interval (None without a pair)."""
+    found = {}
+    for name in (name for name in before if name in after):
+        paired = paired_bootstrap(before[name], after[name], seed=seed)
+        found[name] = {
+            "before": mean_of(before[name]),
+            "after": mean_of(after[name]),
+            "delta": paired.delta if paired else None,
+            "delta_ci95": [paired.low, paired.high] if paired else None,
+        }
+    return found

@@ -68,8 +68,9 @@ class Evaluation:
     `pair_accuracy` is 1 where the policy prefers the data's `chosen` answer to its `rejected` one
     (mean log-probability a token), 0 where not, 0.5 for equal ones. None, or an empty list, where
     there is nothing to measure. `left_out` are the answers that a reward or judge could not score;
-    `logged` and `extra` are what reward functions logged (`log_metric`, a mean, and `log_extra`, a
-    column of one value an answer).
+    `by_reward` are the single rewards, unweighted, where `rewards` is the sum of several. `logged`
+    and `extra` are what reward functions logged (`log_metric`, a mean, and `log_extra`, a column of
+    one value an answer).
     """
 
     prompt_ids: list[str]
@@ -91,11 +92,13 @@ class Evaluation:
     left_out: list[dict[str, Any]] = field(default_factory=list)
     logged: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    by_reward: dict[str, list[float | None]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """The means, as logged under `eval_`. What was not measured is left out."""
         values: dict[str, float | None] = {
             "reward": mean_of(self.rewards),
+            **{f"rewards/{name}/mean": mean_of(scores) for name, scores in self.by_reward.items()},
             **{f"judges/{name}": mean_of(scores) for name, scores in self.judges.items()},
             "completions/mean_length": fmean(self.lengths),
             "completions/clipped_ratio": fmean(self.clipped),
@@ -120,11 +123,12 @@ class Evaluation:
 
 
 def metric_names(
-    rows: Sequence[PromptRow], judges: Sequence[str], *, has_rewards: bool, contrast: bool
+    rows: Sequence[PromptRow], judges: Sequence[str], *, rewards: Sequence[str], contrast: bool
 ) -> tuple[str, ...]:
     """The names that `Evaluation.summary` gives for these rows once training has begun.
 
-    `judges` are names; with `contrast` answers under the instructions are rewarded, too.
+    `judges` and `rewards` are names; with `contrast` answers under the instructions are rewarded,
+    too.
     """
     names = [
         *(f"judges/{name}" for name in judges),
@@ -136,7 +140,9 @@ def metric_names(
         "kl",
         "entropy",
     ]
-    if has_rewards:
+    if len(rewards) > 1:
+        names += [f"rewards/{name}/mean" for name in rewards]
+    if rewards:
         names += ["reward", "contrast/reward/plain"]
         names += [f"contrast/reward/{polarity}" for polarity in CONTRASTED if contrast]
     if any(row.chosen is not None for row in rows):
@@ -180,7 +186,7 @@ def evaluate_policy(
         prompts=[deep_copy(row.prompt) for row in rows],  # the caller's, to do with as it likes
         completions=[texts[i : i + n] for i in range(0, len(texts), n)],
         rewards=_by_prompt(list(scored.rewards), n),
-        judges=_judge_scores(scored.components, tools, n),
+        judges=_scores(scored.components, tools.judges, len(tools.rewards), n),
         lengths=_means([len(s.token_ids) for s in plain], n),
         clipped=_means([s.finish_reason == "length" for s in plain], n),
         distinct2=None if math.isnan(distinct2) else distinct2,
@@ -192,6 +198,7 @@ def evaluate_policy(
         repetition=_means([repetition(t) for t in texts], n),
         refusals=_means([is_refusal(t) for t in texts], n),
         pair_accuracy=_pair_accuracy(human_logprobs),
+        by_reward=_scores(scored.components, tools.rewards, 0, n) if len(tools.rewards) > 1 else {},
     )
     return _with_notes(found, scored)
 
@@ -237,14 +244,16 @@ def _with_notes(found: Evaluation, scored: ScoredRows) -> Evaluation:
     )
 
 
-def _judge_scores(
-    components: Sequence[Sequence[float | None]], tools: EvalTools, n: int
+def _scores(
+    components: Sequence[Sequence[float | None]], of: Sequence[NamedReward], first: int, n: int
 ) -> dict[str, list[float | None]]:
-    """Each judge's scores, a mean a prompt; they stand after the rewards' in the components."""
-    scores = {}
-    for i, judge in enumerate(tools.judges, start=len(tools.rewards)):
-        scores[judge.name] = _by_prompt([parts[i] for parts in components], n)
-    return scores
+    """The scores of some rewards or judges, a mean a prompt; they stand in the components from
+    `first` on.
+    """
+    return {
+        named.name: _by_prompt([parts[i] for parts in components], n)
+        for i, named in enumerate(of, start=first)
+    }
 
 
 def _by_prompt(values: Sequence[float | None], n: int) -> list[float | None]:

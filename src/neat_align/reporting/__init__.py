@@ -9,6 +9,7 @@ No model is loaded here.
     run_files.py            what a run directory holds
     round_rewards.py        a round's rewards, from one pass over its groups
     run_groups.py           what the groups of a run say
+    run_tables.py           before and after, each of several rewards, the contrast that is left
     run_warnings.py         what should make the reader of a report pause
     run_report.py           report.html
     comparison_files.py     what comparison.json and examples.json hold
@@ -18,4 +19,5 @@ No model is loaded here.
     data_card.py            README.md of an exported data set
     trainer_configs.py      what a trainer is told so that it reads one
     terminal.py             groups in the terminal
+    group_counts.py         a round's groups in numbers, for the terminal
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TypeAlias
 
-from neat_align.reporting.pages import digits_for, plain
+from neat_align.reporting.pages import bounds, digits_for, plain
 from neat_align.reporting.round_rewards import Box
 from neat_align.reporting.svg import Figure, Rows, Spec, axis_span, draw, layer
 
@@ -87,10 +87,24 @@ def line_chart(title: str, unit: str, series: Sequence[Series], rounds: float) -
 
 
 def line_figure(chart: LineChart) -> Figure:
-    """The chart as SVG."""
+    """The chart as SVG; numbers where no line has two points."""
+    if all(len({x for x, _ in (*s.points, *s.faint)}) == 1 for s in chart.series):
+        return Figure(chart.title, chart.unit, None, _as_numbers(chart.series))
     label = f"{chart.title}, {chart.unit}, by rounds of training"
     svg = draw(line_spec(chart), label, _in_words(chart.series), _SIZE)
     return Figure(chart.title, chart.unit, svg)
+
+
+def _as_numbers(series: Sequence[Series]) -> tuple[tuple[str, str, str], ...]:
+    """(name, value, interval) of each line's one point; a single line needs no name."""
+    values = [y for s in series for y in s.values]
+    digits = digits_for(values)
+    told = []
+    for s in series:
+        _, value = (s.points or s.faint)[0]
+        around = next((bounds(low, high, digits) for _, low, high in (*s.bars, *s.band)), "")
+        told.append((s.name if len(series) > 1 else "", plain(value, digits), around))
+    return tuple(told)
 
 
 def line_spec(chart: LineChart) -> Spec:

@@ -33,8 +33,9 @@ from neat_align.reporting.comparison_tables import (
     win_matrix,
 )
 from neat_align.reporting.comparison_warnings import warnings_of
-from neat_align.reporting.pages import change, digits_for, listed, plain, turns, write_page
-from neat_align.reporting.run_files import mapping
+from neat_align.reporting.pages import change, digits_for, listed, plain, signed, turns, write_page
+from neat_align.reporting.run_files import mapping, number
+from neat_align.reporting.run_warnings import FEW_HELD_OUT
 
 # Prompts on the page, and the ones that stand open before the reader asks for more.
 SHOWN_PROMPTS = 200
@@ -72,19 +73,18 @@ def verdict(c: Comparison) -> Verdict:
     gains = c.gains(side)
     standing = {m: e for m, e in gains.items() if not c.collapsed(m)}
     if not standing:
-        why = "every method collapsed" if gains else "no method has a gain over base in it"
+        why = "every method collapsed" if gains else "no method has a gain over base"
         return Verdict(f"This comparison has no winner: {why}", (), None)
     best = max(standing, key=lambda m: standing[m].delta or 0.0)
-    e, where = standing[best], _where(c, side)
+    e = standing[best]
     digits = digits_for((e.low, e.high, 0.0))
     gain = change(e.delta, e.low, e.high, digits)
     if e.low is None or e.low <= 0:
         why = "has no interval" if e.low is None else "has an interval that includes 0"
-        sentence = f"No method is shown to beat base {where}: the largest gain, {best}’s {gain}, "
-        return Verdict(f"{sentence}{why}", (), None)
+        note = f"The largest gain in {c.reward_name}, {best}’s {gain}{_on_prompts(c)}, {why}."
+        return Verdict(f"No method is shown to beat base {_WHERE[side]}", (note,), None)
     others = [m for m in unbeaten(c, side, "reward") if m != best]
-    verb = "has the largest gain over base" if others else "gains most over base"
-    notes = []
+    notes = [_what_is_compared(c, side)]
     if others:
         notes.append(f"This comparison does not put {listed(others)} behind it.")
     elif len(standing) > 1:
@@ -94,19 +94,30 @@ def verdict(c: Comparison) -> Verdict:
     if side == "at_equal_kl" and at_budget is not None:
         change_there = change(at_budget.delta, at_budget.low, at_budget.high, digits)
         notes.append(f"At equal budget it gains {change_there}.")
-    sentence = f"{where[0].upper()}{where[1:]} {best} {verb} in {c.reward_name}, {gain}"
+    leads = "has the largest gain" if others else "gains most" if len(standing) > 1 else "gains"
+    sentence = f"{best} {leads} {_WHERE[side]}, {gain}"
+    if _on_prompts(c):  # the interval stands in the tables
+        sentence = f"{best} {leads}, {signed(e.delta, digits)}{_on_prompts(c)}"
     return Verdict(sentence, tuple(note for note in notes if note), best)
+
+
+_WHERE = {"at_equal_kl": "at equal KL", "at_budget": "at equal budget"}
+
+
+def _on_prompts(c: Comparison) -> str:
+    """How few the held-out prompts are; empty where there are enough of them."""
+    prompts = number(mapping(c.facts.get("budget")).get("held_out_prompts"))
+    return f" on {prompts:.0f} prompts" if prompts is not None and prompts < FEW_HELD_OUT else ""
+
+
+def _what_is_compared(c: Comparison, side: str) -> str:
+    kl = "" if c.kl_target is None else f", {plain(c.kl_target, 3)} nats per token"
+    where = f" Equal KL is where every method is as far from base{kl}." if "kl" in side else ""
+    return f"The gain is over base, in {c.reward_name}.{where}"
 
 
 def _any_stands(c: Comparison, gains: dict[str, Estimate]) -> bool:
     return any(not c.collapsed(m) for m in gains)
-
-
-def _where(c: Comparison, side: str) -> str:
-    if side == "at_budget":
-        return "at equal budget"
-    kl = "" if c.kl_target is None else f" ({plain(c.kl_target, 3)} nats per token)"
-    return f"at equal KL{kl}"
 
 
 def _judged(c: Comparison, method: str, side: str, judge: str) -> str:

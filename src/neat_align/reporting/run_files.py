@@ -40,6 +40,12 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def interval_of(ends: Any) -> tuple[float | None, float | None]:
+    """The two ends of an interval; (None, None) where either is missing."""
+    low, high = map(number, ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    return (None, None) if low is None or high is None else (low, high)
+
+
 @dataclass(frozen=True)
 class RoundGroups:
     """A finished round: its folder's name, metrics and groups, and what their rewards say.
@@ -109,9 +115,13 @@ class RunContents:
 
     def interval(self, name: str) -> tuple[float | None, float | None]:
         """The difference's 95 % interval; (None, None) without one."""
-        ends = self.result.get(f"{name}_delta_ci95") or []
-        low, high = (number(v) for v in ends) if len(ends) == 2 else (None, None)
-        return (None, None) if low is None or high is None else (low, high)
+        return interval_of(self.result.get(f"{name}_delta_ci95"))
+
+    def single(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+        """(name, its before, after, delta, delta_ci95) of each of several rewards (`by_reward`) or
+        judges (`by_judge`); empty for a result that does not have them.
+        """
+        return [(str(name), mapping(v)) for name, v in mapping(self.result.get(kind)).items()]
 
 
 def read_run(run_dir: Path) -> RunContents:

@@ -15,18 +15,17 @@ from typing import Any, cast
 from neat_align.prompts.skipped_rows import SKIPPED_FILE
 from neat_align.reporting.charts import LineChart, Series, box_figure, line_chart, line_figure
 from neat_align.reporting.pages import (
-    bounds,
     change,
     digits_for,
     duration,
     plain,
-    signed,
     turns,
     write_page,
 )
 from neat_align.reporting.round_rewards import spread_of_mean
 from neat_align.reporting.run_files import RunContents, mapping, number, read_run
 from neat_align.reporting.run_groups import FEW_PROMPTS, distributions, instruction_rows
+from neat_align.reporting.run_tables import before_after_rows, contrast_rows, single_reward_rows
 from neat_align.reporting.run_warnings import warnings_of
 from neat_align.rounds.completions import ORIGINS, Origin
 from neat_align.rounds.prompt_order import percent_of_data
@@ -160,54 +159,6 @@ def charts(run: RunContents) -> list[LineChart]:
 # ---- tables and examples -------------------------------------------------------------------------
 
 
-def before_after_rows(run: RunContents) -> list[tuple[str, str, str, str, str]]:
-    """(what, before, after, change, interval) of everything that was measured twice."""
-    names = [
-        ("Reward", "reward"),
-        (f"Second judge: {run.result.get('second_judge')}", "second_judge"),
-        ("Perplexity of preferred answers", "perplexity"),
-        ("Distinct-2", "distinct2"),
-        ("Length, tokens", "mean_length"),
-        ("Share cut at the limit", "clipped"),
-    ]
-    rows = []
-    for label, name in names:
-        both = run.both(name)
-        if both is None:
-            continue
-        digits = 1 if name == "mean_length" else digits_for(both)
-        before, after = (plain(v, digits) for v in both)
-        by, interval = signed(run.delta(name), digits), bounds(*run.interval(name), digits)
-        rows.append((label, before, after, by, interval))
-    kl = number(run.result.get("kl_per_token"))
-    if kl is not None:
-        label = "KL to the start, nats per token"
-        rows.append((label, plain(0, 3), plain(kl, 3), signed(kl, 3), ""))
-    return rows
-
-
-def contrast_rows(run: RunContents) -> list[tuple[str, str, str, str]]:
-    """(instruction, before, after, change) of the mean held-out reward, and of the gap between the
-    two instructions.
-    """
-    before, after = (_contrast(run, side) for side in ("before", "after"))
-    names = [n for n in ("positive", "plain", "negative", "gap") if n in before and n in after]
-    digits = digits_for([*before.values(), *after.values()])
-    return [
-        (n, plain(before[n], digits), plain(after[n], digits), signed(after[n] - before[n], digits))
-        for n in names
-    ]
-
-
-def _contrast(run: RunContents, side: str) -> dict[str, float]:
-    """The mean held-out reward under each instruction, with the gap where both are known."""
-    measured = run.result.get(f"contrast_{side}") or {}
-    means = {name: v for name in measured if (v := number(measured[name])) is not None}
-    if "positive" in means and "negative" in means:
-        means["gap"] = means["positive"] - means["negative"]
-    return means
-
-
 def examples(run: RunContents) -> list[tuple[str, list[dict[str, Any]]]]:
     """(heading, prompts with both answers): the largest gains, the largest losses, and the others,
     a seeded draw if they are many.
@@ -285,6 +236,7 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
     rewards = run.record.get("rewards")
     facts = [
         ("Model", r.get("model")),
+        ("Data", r.get("dataset")),
         ("Rounds", len(run.rounds) or None),
         ("Prompts per round", c.get("prompts_per_round")),
         ("Planned prompts", _share_of_data(run.record)),
@@ -320,6 +272,7 @@ def page_context(run: RunContents) -> dict[str, Any]:
     """Everything that the template shows."""
     metrics, groups = [r.metrics for r in run.rounds], sample_groups(run)
     origins = [o for o in ORIGINS if any(f"reward/{o}" in m for m in metrics)]
+    single_names, single_rows = single_reward_rows(run)
     instructions, rows, curves = instruction_rows(run), before_after_rows(run), charts(run)
     # The held-out curve belongs to the table of before and after, if there is one.
     beside = [c for c in curves if rows and c.title == _HELD_OUT]
@@ -336,6 +289,8 @@ def page_context(run: RunContents) -> dict[str, Any]:
         "distributions": [box_figure(c) for c in distributions(run)],
         "origins": origins,
         "reward_digits": digits_for(m.get(f"reward/{o}") for m in metrics for o in origins),
+        "single_names": single_names,
+        "single_rows": single_rows,
         "contrast": contrast_rows(run),
         "instructions": instructions,
         "instruction_digits": digits_for(

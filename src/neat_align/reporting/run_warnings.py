@@ -17,6 +17,7 @@ LENGTH_DRIFT = 0.15
 DISTINCT2_SHARE = 0.90
 PERPLEXITY_RISE = 0.05
 CUT_RISE = 0.10
+CUT_SHARE = 0.75
 SAME_ANSWER = 0.10
 ABSTAINED = 0.05
 INVERSION_RATE = 0.40
@@ -24,6 +25,8 @@ PAIR_FRACTION = 0.50
 ACTIVE_NEGATIVES = 0.10
 # Prompts below which a share, or a pair of instructions that shows nothing, is no warning.
 MANY_PROMPTS = 10
+# Held-out prompts below which the intervals themselves are guesses.
+FEW_HELD_OUT = 30
 
 
 def warnings_of(run: RunContents) -> list[KeyedSentence]:
@@ -31,6 +34,7 @@ def warnings_of(run: RunContents) -> list[KeyedSentence]:
     return [
         *_notices(run),
         *_outcome(run),
+        *_small_sample(run),
         *_price(run),
         *_collapse(run),
         *_inversion(run),
@@ -69,6 +73,18 @@ def _outcome(run: RunContents) -> list[KeyedSentence]:
     return told
 
 
+def _small_sample(run: RunContents) -> list[KeyedSentence]:
+    prompts = number(run.result.get("held_out_prompts"))
+    if prompts is None or prompts >= FEW_HELD_OUT:
+        return []
+    held_out = "1 held-out prompt" if prompts == 1 else f"{prompts:.0f} held-out prompts"
+    text = (
+        f"Everything here is measured on {held_out}: of fewer than {FEW_HELD_OUT} an interval is "
+        "itself a guess. Hold more out (holdout), or evaluate on other data (eval_dataset_name)."
+    )
+    return [("prompts", text)]
+
+
 def _price(run: RunContents) -> list[KeyedSentence]:
     told = []
     length = _ratio(run, "mean_length", "drift/length_ratio")
@@ -77,7 +93,10 @@ def _price(run: RunContents) -> list[KeyedSentence]:
         text = f"Answers became {changed}: the reward may be paying for length."
         told.append(("length", text))
     cut = run.both("clipped")
-    if cut is not None and cut[1] - cut[0] > CUT_RISE:
+    most_cut = _most_are_cut(run)
+    if most_cut:
+        told.append(("cut", most_cut))
+    elif cut is not None and cut[1] - cut[0] > CUT_RISE:
         text = (
             f"{percent(cut[1])} of the answers are cut at the length limit, {percent(cut[0])} were "
             "before training."
@@ -91,6 +110,22 @@ def _price(run: RunContents) -> list[KeyedSentence]:
         )
         told.append(("perplexity", text))
     return told
+
+
+def _most_are_cut(run: RunContents) -> str:
+    """What is said where most answers have no end; empty where that is not so."""
+    cut = run.both("clipped")
+    share = cut[1] if cut is not None else _last_metric(run, "completions/clipped_ratio")
+    if share is None or share < CUT_SHARE:
+        return ""
+    limit = number(run.config.get("max_completion_length"))
+    at = "" if limit is None else f" of {limit:.0f} tokens (max_completion_length)"
+    which = "All" if share == 1 else percent(share)
+    return (
+        f"{which} {'answers' if share == 1 else 'of the answers'} are cut at the length limit{at}: "
+        "rewards judge unfinished texts, and no answer shows how to end. Raise it, or check that "
+        "the model's end-of-turn token is right."
+    )
 
 
 def _ratio(run: RunContents, name: str, logged: str | None = None) -> float | None:

@@ -71,11 +71,12 @@ _NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn chart with its caption."""
+    """A drawn chart with its caption, or (name, value, interval) where there is nothing to draw."""
 
     title: str
     unit: str
-    svg: Markup
+    svg: Markup | None
+    numbers: tuple[tuple[str, str, str], ...] = ()
 
 
 def layer(name: str, mark: Spec, rows: Rows, encoding: Spec) -> Spec:

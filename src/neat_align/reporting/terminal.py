@@ -10,9 +10,8 @@ import contextlib
 import heapq
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, TypeAlias, TypeVar
@@ -25,10 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from neat_align.errors import ConfigError, DataError
+from neat_align.reporting.group_counts import Counts, counts_of, reward_names
 from neat_align.rounds.completions import ORIGINS, Completion, CompletionGroup, Origin
 from neat_align.rounds.group_file import GroupFile, unreadable, without_tokens
-from neat_align.rounds.metrics import inversions
 
+# Columns of a group's text on a terminal of 80.
+_ROOM = 45
 _T = TypeVar("_T")
 SortOrder: TypeAlias = Literal["order", "gap", "reward"]
 ORIGIN_STYLES: dict[Origin, str] = {
@@ -60,12 +61,18 @@ def printable(text: str) -> str:
 
 
 def render_group(
-    group: CompletionGroup, number: int, total: int, *, origin: str | None = None
+    group: CompletionGroup,
+    number: int,
+    total: int,
+    *,
+    origin: str | None = None,
+    reward_names: Sequence[str] = (),
 ) -> RenderableType:
     """One group: its prompt, then its completions, best reward first. `number` counts from 1.
 
-    With `origin` only completions of that origin are shown; ranks are still those of the whole
-    group, equal rewards share one, and a completion without a reward has none.
+    Where there are several rewards (`reward_names`), each stands below the text. With `origin` only
+    completions of that origin are shown; ranks are still those of the whole group, equal rewards
+    share one, and a completion without a reward has none.
     """
     title = Text.assemble(
         ("prompt ", "dim"),
@@ -87,11 +94,6 @@ def render_group(
         if origin is not None and c.origin != origin:
             continue
         rank = "–" if c.reward is None else str(1 + sum(r > c.reward for r in rewards))
-        shown = (
-            Text(printable(c.text).strip())
-            if c.text.strip()
-            else Text("(empty)", style="dim italic")
-        )
         style = ORIGIN_STYLES[c.origin]
         table.add_row(
             rank,
@@ -99,13 +101,29 @@ def render_group(
             _number(c.reward),
             str(len(c.token_ids)),
             _end(c),
-            shown,
+            _answer(c, reward_names),
         )
         table.add_row()
     return Group(
         Panel(_prompt(group), title=title, title_align="left", box=box.ROUNDED, border_style="dim"),
         table,
     )
+
+
+def _answer(c: Completion, reward_names: Sequence[str]) -> Text:
+    text = c.text.strip()
+    shown = Text(printable(text).strip()) if text else Text("(empty)", style="dim italic")
+    if len(reward_names) > 1:
+        shown.append(f"\n{_each_reward(c, reward_names)}", style="not italic dim")
+    return shown
+
+
+def _each_reward(c: Completion, names: Sequence[str]) -> str:
+    """The single rewards whose weighted sum is the reward, in a line where they fit in one."""
+    parts = zip(names, c.reward_components, strict=False)  # a file of before has none
+    told = [f"{printable(name)} {_number(value)}" for name, value in parts]
+    line = " · ".join(told)
+    return line if len(line) <= _ROOM else "\n".join(told)
 
 
 def _prompt(group: CompletionGroup) -> Text:
@@ -235,7 +253,9 @@ def browse(
                 Rule(Text(f"{_shortened(printable(name), 30)} · {count}{shown}"), style="dim")
             )
             for i in found.shown:
-                console.print(render_group(groups[i], i + 1, len(groups), origin=origin))
+                about = (i + 1, len(groups))
+                names = reward_names(groups)
+                console.print(render_group(groups[i], *about, origin=origin, reward_names=names))
 
 
 @dataclass(frozen=True)
@@ -290,17 +310,10 @@ def _matches(group: CompletionGroup, origin: str | None, search: str | None) -> 
     return bool(texts) and any(search.casefold() in text.casefold() for text in (prompt, *texts))
 
 
-def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Table:
-    counted = [(name, _counts(groups)) for name, groups in rounds]
+def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> RenderableType:
+    counted = [(name, counts_of(groups)) for name, groups in rounds]
     present = [o for o in ORIGINS if any(counts.answers[o] for _, counts in counted)]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        title="mean reward by origin",
-        title_style="dim",
-        title_justify="left",
-    )
+    table = _table("mean reward by origin")
     table.add_column("round", overflow="fold")
     table.add_column("groups", justify="right")
     table.add_column("answers", justify="right")
@@ -315,42 +328,40 @@ def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Table:
             *(_number(counts.mean_reward(origin)) for origin in present),
             f"{counts.inverted / counts.pairs:.0%}" if counts.pairs else "–",
         )
+    single = _single_rewards(counted, present)
+    return table if single is None else Group(table, Text(), single)
+
+
+def _single_rewards(
+    counted: Sequence[tuple[str, Counts]], present: Sequence[Origin]
+) -> Table | None:
+    """Each of several rewards by round and origin; None where there is one."""
+    rows = [
+        (name, reward, [counts.single[origin, i].mean for origin in present])
+        for name, counts in counted
+        for i, reward in enumerate(counts.reward_names)
+    ]
+    if not rows:
+        return None
+    table = _table("each reward, unweighted")
+    table.add_column("round", overflow="fold")
+    table.add_column("reward", overflow="fold")
+    for origin in present:
+        table.add_column(Text(origin, style=ORIGIN_STYLES[origin]), justify="right", no_wrap=True)
+    for name, reward, means in rows:
+        table.add_row(Text(printable(name)), Text(printable(reward)), *map(_number, means))
     return table
 
 
-@dataclass
-class _Counts:
-    """A round in numbers: sums over its groups. Pairs are (positive, negative)."""
-
-    groups: int = 0
-    answers: Counter[Origin] = field(default_factory=Counter)
-    rewarded: Counter[Origin] = field(default_factory=Counter)
-    rewards: dict[Origin, float] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0.0))
-    inverted: float = 0.0
-    pairs: int = 0
-
-    def mean_reward(self, origin: Origin) -> float | None:
-        """None without rewards."""
-        n = self.rewarded[origin]
-        return self.rewards[origin] / n if n else None
-
-
-def _counts(groups: Sequence[CompletionGroup]) -> _Counts:
-    counts = _Counts()
-    for group in without_tokens(groups):
-        counts.groups += 1
-        of: dict[Origin, list[float]] = {origin: [] for origin in ORIGINS}
-        for c in group.completions:
-            counts.answers[c.origin] += 1
-            if c.reward is not None:
-                of[c.origin].append(c.reward)
-        for origin, rewards in of.items():
-            counts.rewarded[origin] += len(rewards)
-            counts.rewards[origin] += sum(rewards)
-        good, bad = of["positive"], of["negative"]
-        counts.inverted += inversions(good, bad)
-        counts.pairs += len(good) * len(bad)
-    return counts
+def _table(title: str) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        title=title,
+        title_style="dim",
+        title_justify="left",
+    )
 
 
 @contextlib.contextmanager

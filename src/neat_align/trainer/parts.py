@@ -358,7 +358,7 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
     names = metric_names(
         data.eval_rows,
         judges,
-        has_rewards=bool(scored_by.evaluated),
+        rewards=[reward.name for reward in scored_by.evaluated],
         contrast=args.evaluate_contrast,
     )
     check_followed_metric(args, names)
