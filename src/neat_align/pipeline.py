@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -22,6 +23,7 @@ from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.files.secrets import redacted
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.requirements import frozen_if_half
@@ -31,12 +33,15 @@ from neat_align.prompts.row_checks import is_usable
 from neat_align.prompts.row_forms import to_conversation
 from neat_align.prompts.rows import PromptRow, hashable, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
+from neat_align.reporting.model_card import write_model_card
 from neat_align.reporting.run_report import write_report
 from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.launch import holds_run, is_restart, note_launch
+from neat_align.runs.record import update_run_record
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
+from neat_align.trainer.hub import MODEL_FOLDER, card_model, push_saved
 from neat_align.trainer.setup import instructed_limits
 
 # `load_rows`, knowing what to do with bad rows.
@@ -142,6 +147,7 @@ def build_trainer(
     policy: str | None = None,
     trains: bool = True,
     data: tuple[list[PromptRow], list[PromptRow]] | None = None,
+    may_push: bool = False,
 ) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling.
 
@@ -154,6 +160,11 @@ def build_trainer(
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config)
+    if config.push_to_hub and not may_push:
+        raise ConfigError(
+            "push_to_hub is read by `neat-align train` only, which has a finished model to push: "
+            "leave it out (neat-align push RUN pushes one later)"
+        )
     skipped = SkippedRows()
     rows, held_out = data or load_data(script, config.on_bad_row, skipped)
     trains = trains and policy is None
@@ -223,6 +234,19 @@ def lora_config(script: ScriptArguments) -> Any:
     )
 
 
+class RecordScript(TrainerCallback):
+    """Puts what a run is made of besides its configuration into its run.json."""
+
+    def __init__(self, script: ScriptArguments) -> None:
+        self.script = script
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The run's record has just been written."""
+        if state.is_world_process_zero:
+            facts = {"script": redacted(asdict(self.script))}
+            update_run_record(Path(str(args.output_dir)), facts)
+
+
 def run_training(
     script: ScriptArguments, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
@@ -233,7 +257,7 @@ def run_training(
     """
     # Only what the first process finds counts: it opens the run.
     resume = config.process_index == 0 and _goes_on(script, Path(str(config.output_dir)))
-    trainer = build_trainer(script, config, callbacks)
+    trainer = build_trainer(script, config, [*callbacks, RecordScript(script)], may_push=True)
     with listening(trainer.parts.ranks.stop), trainer.writing():
         if trainer.parts.ranks.is_rank_zero:
             note_launch(trainer.output_dir)
@@ -270,20 +294,25 @@ def _train(trainer: NEATTrainer, script: ScriptArguments, *, resume: bool | None
 
     ranks = trainer.parts.ranks
     ranks.run_on_rank_zero(write, "while it wrote the result")
+    if trainer.args.push_to_hub:
+        message = "The finished model"
+        ranks.run_on_rank_zero(lambda: push_saved(trainer, message), "while it pushed the model")
     return ranks.from_rank_zero(results[0])
 
 
 def _save_model(trainer: NEATTrainer) -> None:
     """Save the model whole or not at all: all ranks may write parts of it into one folder."""
-    ranks, path = trainer.parts.ranks, trainer.output_dir / "model"
+    ranks, path = trainer.parts.ranks, trainer.output_dir / MODEL_FOLDER
     if trainer.args.world_size == 1:
-        write_folder(path, lambda folder: trainer.save_model(str(folder)))
+        write_folder(path, lambda folder: trainer.save_model(str(folder), _internal_call=True))
         return
     written = trainer.output_dir / ".model-of-all"
     ranks.run_on_rank_zero(
         lambda: shutil.rmtree(written, ignore_errors=True), "before it saved the model"
     )
-    ranks.run_on_all_ranks(lambda: trainer.save_model(str(written)), "while it saved the model")
+    ranks.run_on_all_ranks(
+        lambda: trainer.save_model(str(written), _internal_call=True), "while it saved the model"
+    )
 
     ranks.run_on_rank_zero(lambda: write_folder(path, written.replace), "while it saved the model")
 
@@ -317,6 +346,7 @@ def _write_result(
     }
     write_json(out / "result.json", result)
     write_report(out)
+    write_model_card(out / MODEL_FOLDER, out, card_model(trainer))
     return result
 
 

@@ -25,7 +25,10 @@ _HALF_EVALUATION = (
     "is read by nothing, and would keep the model off the accelerator until training begins; leave "
     "it out (generation_copy samples from a bf16 copy)"
 )
-_PUSH = "is read only with push_to_hub, which is refused; leave it out"
+_PUSH = (
+    "asks for checkpoints on the hub, and a run pushes its finished model only, with the card that "
+    "says what was measured; leave it out"
+)
 
 # Options that must keep their default, and what follows their name in the message.
 REFUSED: Mapping[str, str] = {
@@ -62,8 +65,6 @@ REFUSED: Mapping[str, str] = {
     "enable_jit_checkpoint": "is read by nothing: NEATTrainer finishes the step and writes a "
     "complete checkpoint by itself when it is asked to stop (SIGTERM or SIGINT); leave it out",
     # The hub.
-    "push_to_hub": "would upload the whole run directory, and rounds/ holds text that was written "
-    "to be harmful: set it to false and push the model folder yourself when the run is done",
     "hub_strategy": _PUSH,
     "hub_always_push": _PUSH,
 }

@@ -11,6 +11,9 @@ No model is loaded here.
     run_groups.py           what the groups of a run say
     run_warnings.py         what should make the reader of a report pause
     run_report.py           report.html
+    model_card.py           README.md of a model: the card that the hub shows
+    card_facts.py           what a card knows of the model, its base and its data
+    card_texts.py           what every card says; names and text made fit for one
     comparison_files.py     what comparison.json and examples.json hold
     comparison_tables.py    a comparison's tables
     comparison_warnings.py  what should make the reader of a comparison pause

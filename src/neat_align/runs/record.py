@@ -10,6 +10,7 @@ from neat_align.config import NEATConfig
 from neat_align.files.atomic import read_json, write_json
 from neat_align.files.provenance import versions
 from neat_align.files.secrets import redacted
+from neat_align.runs.run_key import set_options
 
 
 def write_run_record(
@@ -26,6 +27,7 @@ def write_run_record(
     """
     record: dict[str, Any] = {
         "config": redacted(cast("Any", args).to_dict()),
+        "set_options": set_options(args),
         "versions": versions(),
         "seed": args.seed,
         **data,
@@ -52,6 +54,7 @@ def record_changes(output_dir: Path, args: NEATConfig, step: int, changes: Seque
     if path.is_file():
         record = read_json(path)
         record["config"] = redacted(cast("Any", args).to_dict())
+        record["set_options"] = set_options(args)
         record["changes"] = [
             *record.get("changes", []),
             {"from_step": step, "changed": list(changes)},

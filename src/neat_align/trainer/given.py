@@ -62,11 +62,6 @@ def _not_here(name: str, why: str) -> Callable[..., NoReturn]:
 refused_predict = _not_here(
     "predict", "has no labels to compare with: use evaluate(eval_dataset), which samples"
 )
-refused_push_to_hub = _not_here(
-    "push_to_hub",
-    "would upload the whole run directory, and rounds/ holds text that was written to be harmful: "
-    "use policy.push_to_hub(…) and processing_class.push_to_hub(…)",
-)
 
 
 def keep_one_progress_bar(trainer: Trainer) -> None:
