@@ -23,7 +23,6 @@ from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
 from neat_align.files.provenance import commit, cpu_name, versions
-from neat_align.files.secrets import redacted
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.requirements import frozen_if_half
@@ -37,7 +36,7 @@ from neat_align.reporting.model_card import write_model_card
 from neat_align.reporting.run_report import write_report
 from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.launch import holds_run, is_restart, note_launch
-from neat_align.runs.record import update_run_record
+from neat_align.runs.record import RecordMore
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
@@ -155,16 +154,12 @@ def build_trainer(
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
     Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
-    `data` are rows in the place of those that the script names, and held-out ones.
+    `data` are rows in the place of those that the script names, and held-out ones. `may_push`: the
+    caller will have a finished model to push.
     """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
-    check_command_options(config)
-    if config.push_to_hub and not may_push:
-        raise ConfigError(
-            "push_to_hub is read by `neat-align train` only, which has a finished model to push: "
-            "leave it out (neat-align push RUN pushes one later)"
-        )
+    check_command_options(config, may_push=may_push)
     skipped = SkippedRows()
     rows, held_out = data or load_data(script, config.on_bad_row, skipped)
     trains = trains and policy is None
@@ -234,19 +229,6 @@ def lora_config(script: ScriptArguments) -> Any:
     )
 
 
-class RecordScript(TrainerCallback):
-    """Puts what a run is made of besides its configuration into its run.json."""
-
-    def __init__(self, script: ScriptArguments) -> None:
-        self.script = script
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The run's record has just been written."""
-        if state.is_world_process_zero:
-            facts = {"script": redacted(asdict(self.script))}
-            update_run_record(Path(str(args.output_dir)), facts)
-
-
 def run_training(
     script: ScriptArguments, config: NEATConfig, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
@@ -257,7 +239,9 @@ def run_training(
     """
     # Only what the first process finds counts: it opens the run.
     resume = config.process_index == 0 and _goes_on(script, Path(str(config.output_dir)))
-    trainer = build_trainer(script, config, [*callbacks, RecordScript(script)], may_push=True)
+    trainer = build_trainer(
+        script, config, [*callbacks, RecordMore({"script": asdict(script)})], may_push=True
+    )
     with listening(trainer.parts.ranks.stop), trainer.writing():
         if trainer.parts.ranks.is_rank_zero:
             note_launch(trainer.output_dir)

@@ -122,11 +122,17 @@ def check_unsupported(c: Any) -> None:
     _refuse(c, REFUSED)
 
 
-def check_command_options(c: Any) -> None:
+def check_command_options(c: Any, *, may_push: bool = True) -> None:
     """Refuse options that a script of the user's own may read, and which a command does not.
 
-    Raises ConfigError for the first one that differs from its default.
+    Raises ConfigError for the first one that differs from its default, and for `push_to_hub` where
+    the command has no finished model.
     """
+    if c.push_to_hub and not may_push:
+        raise ConfigError(
+            "push_to_hub is read by `neat-align train` only, which has a finished model to push: "
+            "leave it out (neat-align push RUN pushes one later)"
+        )
     _refuse(c, SCRIPT_OPTIONS)
     if c.do_eval and c.eval_strategy == "no":  # with another one, TrainingArguments sets do_eval
         raise ConfigError(

@@ -74,7 +74,7 @@ def make_repository(
     Raises HubError.
     """
     try:
-        made = _api().create_repo(
+        made = HfApi(library_name="neat-align").create_repo(
             name, token=token, private=private, repo_type=repo_type, exist_ok=True
         )
     except HUB_ERRORS as error:
@@ -103,7 +103,7 @@ def push_folder(
     if files is None:
         files = model_files(folder)
         check_base_is_known(folder)
-    upload: Any = _api().upload_folder
+    upload: Any = HfApi(library_name="neat-align").upload_folder
     try:
         return upload(
             repo_id=repository,
@@ -129,9 +129,3 @@ def _literal(name: str) -> str:
 
 def _said(error: BaseException) -> str:
     return scrubbed(one_line(error, 300)) or type(error).__name__
-
-
-def _api() -> HfApi:
-    from neat_align import __version__
-
-    return HfApi(library_name="neat-align", library_version=__version__)

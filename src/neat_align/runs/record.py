@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from transformers import TrainerCallback
+
 from neat_align.config import NEATConfig
 from neat_align.files.atomic import read_json, write_json
 from neat_align.files.provenance import versions
@@ -44,6 +46,18 @@ def update_run_record(output_dir: Path, data: Mapping[str, Any]) -> None:
     updated = record | dict(data)
     if updated != record:
         write_json(path, updated)
+
+
+class RecordMore(TrainerCallback):
+    """Adds to run.json what only the command knows that makes the run."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.facts = redacted(facts)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The run's record is there now."""
+        if state.is_world_process_zero:
+            update_run_record(Path(str(args.output_dir)), self.facts)
 
 
 def record_changes(output_dir: Path, args: NEATConfig, step: int, changes: Sequence[str]) -> None:
