@@ -154,9 +154,8 @@ def build_trainer(
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
     Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
-    `data` are rows in the place of those that the script names, and held-out ones. `may_push`: the
-    caller will have a finished model to push.
-    """
+    `data` are rows in the place of those that the script names, and held-out ones. `may_push`: at
+    the end there is a model to push."""
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config, may_push=may_push)
@@ -226,6 +225,7 @@ def lora_config(script: ScriptArguments) -> Any:
         lora_alpha=script.lora_alpha,
         lora_dropout=0.0,
         target_modules=script.lora_target_modules or "all-linear",
+        revision=script.model_revision,  # of the base, for whoever loads the adapter
     )
 
 

@@ -19,8 +19,10 @@ from neat_align.cli.demo import demo
 from neat_align.cli.evaluate import evaluate
 from neat_align.cli.expand import expand
 from neat_align.cli.inspect import inspect
+from neat_align.cli.merge import merge
 from neat_align.cli.probe import probe
 from neat_align.cli.processes import check_alone, leaving, quiet_replicas, say_once
+from neat_align.cli.push import push
 from neat_align.cli.report import report
 from neat_align.cli.train import train
 from neat_align.errors import (
@@ -62,6 +64,8 @@ app.command(context_settings={**ANY_OPTION, **EITHER_DASH})(compare)
 app.command()(inspect)
 app.command()(report)
 app.command()(capability)
+app.command(context_settings=EITHER_DASH)(merge)
+app.command(context_settings=EITHER_DASH)(push)
 app.command(cls=SeveralValues, context_settings=EITHER_DASH)(probe)
 
 
