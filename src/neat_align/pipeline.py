@@ -42,6 +42,7 @@ from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
 from neat_align.trainer.hub import MODEL_FOLDER, card_model, push_saved
 from neat_align.trainer.setup import instructed_limits
+from neat_align.trainer.trackers import after_training
 
 # `load_rows`, knowing what to do with bad rows.
 Reader: TypeAlias = Callable[..., list[PromptRow]]
@@ -267,17 +268,19 @@ def _train(trainer: NEATTrainer, script: ScriptArguments, *, resume: bool | None
     before = evaluation_before(trainer) if trainer.parts.data.eval_rows else None
     trainer.train(resume_from_checkpoint=resume)
     _save_model(trainer)
-    after = None
-    if before is not None:
-        trainer.evaluate(metric_key_prefix="after")
-        after = trainer.last_evaluation
-    results: list[dict[str, Any]] = [{}]
-
-    def write() -> None:
-        results[0] = _write_result(trainer, script, before, after, time.monotonic() - started)
-
     ranks = trainer.parts.ranks
-    ranks.run_on_rank_zero(write, "while it wrote the result")
+    results: list[dict[str, Any]] = [{}]
+    with after_training(trainer):  # its trackers take what is measured now, too
+        after = None
+        if before is not None:
+            trainer.evaluate(metric_key_prefix="after")
+            after = trainer.last_evaluation
+
+        def write() -> None:
+            seconds = time.monotonic() - started
+            results[0] = _write_result(trainer, script, before, after, seconds)
+
+        ranks.run_on_rank_zero(write, "while it wrote the result")
     if trainer.args.push_to_hub:
         message = "The finished model"
         ranks.run_on_rank_zero(lambda: push_saved(trainer, message), "while it pushed the model")

@@ -18,5 +18,6 @@ No model is loaded here.
     comparison_tables.py    a comparison's tables
     comparison_warnings.py  what should make the reader of a comparison pause
     comparison_report.py    comparison.html
+    tracker_tables.py       groups as the rows of a tracker's table
     terminal.py             groups in the terminal
 """

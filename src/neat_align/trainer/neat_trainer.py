@@ -122,7 +122,7 @@ class NEATTrainer(Trainer):
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
         rehearse(self, self.parts.plan.optimizer_steps)
-        given.keep_one_progress_bar(self)
+        given.settle_callbacks(self)
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
     def _sum_logprobs(self, *rows: Any) -> list[float]:
