@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from neat_align.cli import main
 from neat_align.modeling import merged_folder
 from neat_align.modeling.merged_folder import write_merged
 from tiny import CHATML
+from vllm_server import RealVllm, save_servable
 
 
 def saved_adapter(folder: Path, config: Any, *, tied: bool = False) -> tuple[Path, torch.Tensor]:
@@ -148,3 +150,29 @@ def test_a_merged_model_that_says_something_else_is_not_written(
         write_merged(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert IDS.numel()
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_a_real_server_serves_the_merged_model(tmp_path: Path) -> None:
+    save_servable(tmp_path / "base")
+    linear = peft.LoraConfig(**TASK, target_modules="all-linear")
+    model = trained(tmp_path / "base", linear)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    write_merged(tmp_path / "adapter", tmp_path / "merged")
+    prompt = IDS[0].tolist()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits[0, -1].log_softmax(-1)
+    with RealVllm(tmp_path / "merged", tmp_path / "log", ("--dtype", "float32")) as server:
+        asked = {"model": str(tmp_path / "merged"), "prompt": prompt, "max_tokens": 1}
+        asked |= {"temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True}
+        request = urllib.request.Request(
+            f"{server.url}/v1/completions",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            said = json.load(answer)["choices"][0]["logprobs"]
+    assert said["tokens"] == [f"token_id:{int(expected.argmax())}"]
+    assert said["token_logprobs"][0] == pytest.approx(float(expected.max()), abs=1e-3)

@@ -67,8 +67,8 @@ class TrainerDefaults(TrainingArguments):
     push_to_hub: bool = option(
         False,
         "Push the finished model (model/, with its card) to the hub, as hub_model_id; the "
-        "repository is made before anything is paid for. Nothing else of the run ever goes: no "
-        "rounds, no report, no checkpoint.",
+        "repository is made before anything is paid for (hub_private_repo: true for a private "
+        "one). Nothing else of the run ever goes: no rounds, no report, no checkpoint.",
     )
     hub_strategy: str = option(
         "end", "Must stay end: the finished model is pushed, and no checkpoint."

@@ -193,9 +193,12 @@ class _WandB(_Tracker):
 class _Trackio(_Tracker):
     """A run is found again by its name."""
 
+    _args: Any = None
+
     def begin(self, args: Any) -> None:
         import trackio
 
+        self._args = args
         run = trackio.context_vars.current_run.get()
         if args.run_name is None and run is not None:
             args.run_name = run.name  # transformers' callback opens it again by that
@@ -208,8 +211,17 @@ class _Trackio(_Tracker):
     def report(self, path: Path) -> None:
         import trackio
 
-        if trackio.context_vars.current_run.get() is not None:  # something was logged since
-            trackio.log_artifact(path, type=REPORT)
+        if trackio.context_vars.current_run.get() is None:  # nothing was logged after training
+            args = self._args
+            trackio.init(
+                project=args.project,
+                name=args.run_name,
+                space_id=args.trackio_space_id,
+                bucket_id=args.trackio_bucket_id,
+                private=args.hub_private_repo,
+                resume="allow",
+            )
+        trackio.log_artifact(path, type=REPORT)
 
     def close(self) -> None:
         import trackio
