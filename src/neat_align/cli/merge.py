@@ -33,7 +33,8 @@ def merge(
     quiet()
     from neat_align.modeling.load_options import LoadOptions
     from neat_align.modeling.merged_folder import write_merged
-    from neat_align.reporting.model_card import CardModel, write_model_card
+    from neat_align.reporting.card_facts import CardModel
+    from neat_align.reporting.model_card import write_model_card
 
     LoadOptions(dtype=dtype)  # a wrong word is refused before anything is loaded
     adapter = model_folder(path)

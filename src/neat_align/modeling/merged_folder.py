@@ -41,7 +41,8 @@ class MergedFolder:
     """What a merged folder is made of, and how far it is from the adapter.
 
     `difference` is in nats per token, over `tokens` tokens and the whole vocabulary: at the worst
-    where weights are fp32, else on average (`is_worst`); up to `limit` it is rounding.
+    where weights are fp32, else on average (`is_worst`); up to `limit` it is rounding. `parted`:
+    embeddings and head shared a weight, and have one each now.
     """
 
     base: str
@@ -49,11 +50,11 @@ class MergedFolder:
     kind: str
     dtype: str
     parameters: int
+    parted: bool
     tokens: int
     difference: float
     limit: float
     is_worst: bool
-    parted: bool
 
 
 def write_merged(
@@ -71,6 +72,48 @@ def write_merged(
     folder, and is told the base's name and revision. Raises ConfigError where there is no adapter,
     one that cannot be merged, or where the merged model is another one; nothing is written then.
     """
+    _check_folders(adapter, output)
+    saved = read_adapter(str(adapter), None)
+    base = _Base(saved.base_name, saved.config.revision, trust_remote_code)
+    tokens, expected = _as_adapter(saved, base.load())
+    found: list[MergedFolder] = []
+
+    def write(folder: Path) -> None:
+        made = _save(folder, saved, base, dtype)
+        _tokenizer(adapter, trust_remote_code).save_pretrained(folder)
+        apart = _compare(folder, tokens, expected, trust_remote_code)
+        kind = str(getattr(saved.config.peft_type, "value", saved.config.peft_type))
+        found.append(MergedFolder(base.name, base.revision, kind, *made, len(tokens), *apart))
+        if beside is not None:
+            beside(folder, base.name, base.revision)
+
+    if output.exists():
+        output.rmdir()
+    write_folder(output, write)
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The model that an adapter belongs to, by its name."""
+
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+
+    def __post_init__(self) -> None:
+        check_source(self.name, self.revision, self.trust_remote_code)
+
+    def load(self) -> PreTrainedModel:
+        return load_whole_model(self.name, FP32, self.revision, self.trust_remote_code)
+
+    def config(self) -> Any:
+        return AutoConfig.from_pretrained(
+            self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+
+def _check_folders(adapter: Path, output: Path) -> None:
     if not (adapter / ADAPTER_FILE).is_file():
         raise ConfigError(
             f"{adapter} holds no adapter ({ADAPTER_FILE}): there is nothing to merge. Whole "
@@ -78,40 +121,20 @@ def write_merged(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is there and not an empty folder: choose another --output")
-    saved = read_adapter(str(adapter), None)
-    revision = saved.config.revision
-    check_source(saved.base_name, revision, trust_remote_code)
 
-    def load_base() -> PreTrainedModel:
-        return load_whole_model(saved.base_name, FP32, revision, trust_remote_code)
 
-    tokens, expected = _as_adapter(saved, load_base())
-    kind = str(getattr(saved.config.peft_type, "value", saved.config.peft_type))
-    found: list[MergedFolder] = []
+def _save(folder: Path, saved: SavedAdapter, base: _Base, dtype: str) -> tuple[str, int, bool]:
+    """Save the merged model.
 
-    def write(folder: Path) -> None:
-        model: Any = put_on_base(saved, load_base, otherwise=_refuse)
-        config = AutoConfig.from_pretrained(
-            saved.base_name, revision=revision, trust_remote_code=trust_remote_code
-        )
-        type_ = _type_of(dtype, config)
-        count = sum(p.numel() for p in model.parameters())
-        tied = [text_config(c).tie_word_embeddings for c in (config, model.config)]
-        parted = bool(tied[0] and not tied[1])
-        model.to(type_).save_pretrained(folder)
-        del model
-        _tokenizer(adapter, trust_remote_code).save_pretrained(folder)
-        difference, limit, is_worst = _compare(folder, tokens, expected, trust_remote_code)
-        named = str(type_).removeprefix("torch.")
-        facts = (kind, named, count, len(tokens), difference, limit, is_worst, parted)
-        found.append(MergedFolder(saved.base_name, revision, *facts))
-        if beside is not None:
-            beside(folder, saved.base_name, revision)
-
-    if output.exists():
-        output.rmdir()
-    write_folder(output, write)
-    return found[0]
+    Gives the type of its weights, how many there are, and whether embeddings and head were parted.
+    """
+    model: Any = put_on_base(saved, base.load, otherwise=_refuse)
+    config = base.config()
+    count = sum(p.numel() for p in model.parameters())
+    was_tied, is_tied = (text_config(c).tie_word_embeddings for c in (config, model.config))
+    type_ = _type_of(dtype, config)
+    model.to(type_).save_pretrained(folder)
+    return str(type_).removeprefix("torch."), count, bool(was_tied and not is_tied)
 
 
 def _as_adapter(
@@ -163,7 +186,7 @@ def _compare(
     Raises ConfigError past the limit.
     """
     again: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
     )
     limit = rounding_limit(again)
     difference = limit.measure(adapter_logprobs(again, tokens) - expected)

@@ -99,10 +99,9 @@ def _metadata(run: RunContents, model: CardModel, wishes: CardWishes, name: str)
     tags = ["neat-align", "neat", "alignment", "arxiv:2410.12194", *wishes.tags]
     if model.adapter is not None:
         tags += [model.adapter.lower(), *([f"base_model:adapter:{base}"] if base else [])]
-    relation = {"base_model_relation": "finetune" if model.adapter is None else "adapter"}
     datasets = [*wishes.datasets] or list(dict.fromkeys(data_on_hub(run)))
     results = _eval_results(run)
-    return ModelCardData(
+    data = ModelCardData(
         base_model=base,
         license=wishes.license or license_of(base or model.base),
         language=[*wishes.language] or None,
@@ -112,8 +111,10 @@ def _metadata(run: RunContents, model: CardModel, wishes: CardWishes, name: str)
         tags=tags,
         model_name=words(name) if results else None,
         eval_results=results or None,
-        **(relation if base else {}),
     )
+    if base:
+        data["base_model_relation"] = "finetune" if model.adapter is None else "adapter"
+    return data
 
 
 def _eval_results(run: RunContents) -> list[EvalResult]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from neat_align.modeling.load_options import named_as
 from neat_align.network.hub import check_base, make_repository, push_folder
-from neat_align.reporting.model_card import CardModel, CardWishes, write_model_card
+from neat_align.reporting.card_facts import CardModel, CardWishes
+from neat_align.reporting.model_card import write_model_card
 
 logger = logging.getLogger(__name__)
 MODEL_FOLDER = "model"

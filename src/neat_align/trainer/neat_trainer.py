@@ -73,8 +73,8 @@ class NEATTrainer(Trainer):
     args: NEATConfig
     predict = given.refused_predict
     init_hf_repo = hub.init_hf_repo
-    create_model_card = hub.create_model_card
-    push_to_hub = hub.push_to_hub
+    create_model_card = hub.create_model_card  # type: ignore[assignment]
+    push_to_hub = hub.push_to_hub  # type: ignore[assignment]
     last_evaluation: Evaluation | None = None
 
     def __init__(
