@@ -74,7 +74,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         found: Hub = self.server.hub  # type: ignore[attr-defined]
         found.requests.append(f"GET {self.path}")
-        self._answer({"error": "not here"}, 404)
+        if self.path == "/api/models/an-org/base":
+            self._answer({"id": "an-org/base", "cardData": {"license": "mpl-2.0"}})
+        else:
+            self._answer({"error": "not here"}, 404)
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import TrainerCallback
 
 from hub_server import hub
 from neat_align import ConfigError, HubError
@@ -124,9 +125,41 @@ def test_a_push_that_fails_after_training_loses_nothing(
         push_folder(tmp_path, "me/x", message="no")
 
 
+class SeesPushes(TrainerCallback):
+    """A logger that uploads what it has when a model is pushed, as trackio's does."""
+
+    def __init__(self) -> None:
+        self.pushes = 0
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pushes += 1
+
+
+def test_a_push_does_not_publish_what_trackio_logged_of_completions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sees = SeesPushes()
+    with hub(monkeypatch) as server:
+        t = trainer(tmp_path / "mine", callbacks=[sees])
+        t.push_to_hub(finetuned_from="an-org/base")
+        assert sees.pushes == 1
+        t.args.report_to, t.args.log_completions = ["trackio"], True
+        t.push_to_hub(finetuned_from="an-org/unknown")
+        assert sees.pushes == 1
+        assert "trackio's log is not uploaded with the model" in caplog.text
+        unlicensed = ModelCard(server.of("somebody/mine")["README.md"].decode())
+        t.args.trackio_static_space_id = "me/space"
+        t.push_to_hub(finetuned_from="an-org/base")
+        assert sees.pushes == 2
+    card = ModelCard(server.of("somebody/mine")["README.md"].decode())
+    assert (card.data.license, unlicensed.data.license) == ("mpl-2.0", None)
+
+
 def test_only_train_pushes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="push_to_hub is read by `neat-align train` only"):
         build_trainer(script(tmp_path), config(tmp_path / "run", push_to_hub=True), trains=False)
+    with pytest.raises(ConfigError, match="hub_model_id is read only with push_to_hub"):
+        build_trainer(script(tmp_path), config(tmp_path / "run", hub_model_id="me/x"))
     with pytest.raises(ConfigError, match="hub_strategy asks for checkpoints on the hub"):
         NEATConfig(output_dir="x", push_to_hub=True, hub_strategy="every_save")
 

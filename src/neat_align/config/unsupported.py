@@ -134,6 +134,11 @@ def check_command_options(c: Any, *, may_push: bool = True) -> None:
             "leave it out (neat-align push RUN pushes one later)"
         )
     _refuse(c, SCRIPT_OPTIONS)
+    for name in ("hub_model_id", "hub_revision"):
+        if getattr(c, name) is not None and not c.push_to_hub:
+            raise ConfigError(
+                f"{name} is read only with push_to_hub: set that to true, or leave it out"
+            )
     if c.do_eval and c.eval_strategy == "no":  # with another one, TrainingArguments sets do_eval
         raise ConfigError(
             "do_eval is read by nothing: `neat-align train` evaluates before and after training, "

@@ -85,6 +85,16 @@ def make_repository(
     return str(made.repo_id)
 
 
+def license_on_hub(model: str, token: str | None) -> str | None:
+    """The license that a model's own card names on the hub; None where it names or answers none."""
+    try:
+        card = HfApi(library_name="neat-align").model_info(model, token=token).card_data
+    except HUB_ERRORS as error:
+        logger.info("the license of %s is not known (%s)", model, _said(error))
+        return None
+    return card.license if card is not None and isinstance(card.license, str) else None
+
+
 def push_folder(
     folder: Path,
     repository: str,

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from neat_align.modeling.load_options import named_as
-from neat_align.network.hub import check_base, make_repository, push_folder
+from neat_align.network.hub import (
+    check_base,
+    license_on_hub,
+    make_repository,
+    push_folder,
+)
 from neat_align.reporting.card_facts import CardModel, CardWishes
+from neat_align.reporting.card_texts import is_hub_name
 from neat_align.reporting.model_card import write_model_card
 
 logger = logging.getLogger(__name__)
@@ -135,12 +141,17 @@ def push_saved(
     more = getattr(trainer.model, "model_tags", None) or ()  # where a logger shows the run
     name = wishes.name or trainer.hub_model_id.split("/")[-1]
     wishes = replace(wishes, name=name, tags=(*wishes.tags, *more))
-    write_model_card(folder, trainer.output_dir, card_model(trainer), wishes)
+    token = args.hub_token if token is None else token
+    model = card_model(trainer)
+    base = wishes.base or model.base
+    if wishes.license is None and is_hub_name(base):
+        wishes = replace(wishes, license=license_on_hub(base, token))
+    write_model_card(folder, trainer.output_dir, model, wishes)
     return push_folder(
         folder,
         trainer.hub_model_id,
         message=message,
-        token=args.hub_token if token is None else token,
+        token=token,
         revision=args.hub_revision if revision is None else revision,
         blocking=blocking,
     )
