@@ -63,6 +63,10 @@ class SaveError(NEATError):
     """
 
 
+class HubError(NEATError):
+    """The Hugging Face hub did not take what it was asked to; the model stays where it is."""
+
+
 class OtherProcessError(NEATError):
     """Another process of the run failed, and said why: this one only has to end, too."""
 

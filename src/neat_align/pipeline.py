@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -34,15 +35,19 @@ from neat_align.prompts.row_checks import is_usable
 from neat_align.prompts.row_forms import to_conversation, to_text
 from neat_align.prompts.rows import PromptRow, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
+from neat_align.reporting.model_card import write_model_card
 from neat_align.reporting.run_report import write_report
 from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.launch import holds_run, is_restart, note_launch
 from neat_align.runs.leftovers import is_free, leaving_nothing, remove_leftovers
 from neat_align.runs.lock import one_writer
+from neat_align.runs.record import RecordMore
 from neat_align.runs.signals import listening
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer import NEATTrainer
+from neat_align.trainer.hub import MODEL_FOLDER, card_model, push_saved
 from neat_align.trainer.setup import instructed_limits
+from neat_align.trainer.trackers import after_training
 
 logger = logging.getLogger(__name__)
 # `load_rows`, knowing what to do with bad rows.
@@ -142,6 +147,7 @@ def build_trainer(
     policy: str | None = None,
     trains: bool = True,
     data: tuple[list[PromptRow], list[PromptRow]] | None = None,
+    may_push: bool = False,
 ) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling.
 
@@ -149,11 +155,11 @@ def build_trainer(
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
     Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
-    `data` are rows in the place of those that the script names, and held-out ones.
-    """
+    `data` are rows in the place of those that the script names, and held-out ones. `may_push`: at
+    the end there is a model to push."""
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
-    check_command_options(config)
+    check_command_options(config, may_push=may_push)
     skipped, notices = SkippedRows(), list[str]()
     rows, held_out = data or load_data(script, config.on_bad_row, skipped, notices)
     trains = trains and policy is None
@@ -221,6 +227,7 @@ def lora_config(script: ScriptArguments) -> Any:
         lora_alpha=script.lora_alpha,
         lora_dropout=0.0,
         target_modules=script.lora_target_modules or "all-linear",
+        revision=script.model_revision,  # of the base, for whoever loads the adapter
     )
 
 
@@ -236,7 +243,8 @@ def run_training(
     with leaving_nothing(folder) if is_first else contextlib.nullcontext():
         # Only what the first process finds counts: it opens the run.
         resume = is_first and _goes_on(script, folder)
-        trainer = build_trainer(script, config, callbacks)
+        told = [*callbacks, RecordMore({"script": asdict(script)})]
+        trainer = build_trainer(script, config, told, may_push=True)
         with listening(trainer.parts.ranks.stop), trainer.writing():
             if trainer.parts.ranks.is_rank_zero:
                 note_launch(trainer.output_dir)
@@ -262,31 +270,38 @@ def _train(trainer: NEATTrainer, script: ScriptArguments, *, resume: bool | None
     before = evaluation_before(trainer) if trainer.parts.data.eval_rows else None
     trainer.train(resume_from_checkpoint=resume)
     _save_model(trainer)
-    after = None
-    if before is not None:
-        trainer.evaluate(metric_key_prefix="after")
-        after = trainer.last_evaluation
-    results: list[dict[str, Any]] = [{}]
-
-    def write() -> None:
-        results[0] = _write_result(trainer, script, before, after, time.monotonic() - started)
-
     ranks = trainer.parts.ranks
-    ranks.run_on_rank_zero(write, "while it wrote the result")
+    results: list[dict[str, Any]] = [{}]
+    with after_training(trainer):  # its trackers take what is measured now, too
+        after = None
+        if before is not None:
+            trainer.evaluate(metric_key_prefix="after")
+            after = trainer.last_evaluation
+
+        def write() -> None:
+            seconds = time.monotonic() - started
+            results[0] = _write_result(trainer, script, before, after, seconds)
+
+        ranks.run_on_rank_zero(write, "while it wrote the result")
+    if trainer.args.push_to_hub:
+        message = "The finished model"
+        ranks.run_on_rank_zero(lambda: push_saved(trainer, message), "while it pushed the model")
     return ranks.from_rank_zero(results[0])
 
 
 def _save_model(trainer: NEATTrainer) -> None:
     """Save the model whole or not at all: all ranks may write parts of it into one folder."""
-    ranks, path = trainer.parts.ranks, trainer.output_dir / "model"
+    ranks, path = trainer.parts.ranks, trainer.output_dir / MODEL_FOLDER
     if trainer.args.world_size == 1:
-        write_folder(path, lambda folder: trainer.save_model(str(folder)))
+        write_folder(path, lambda folder: trainer.save_model(str(folder), _internal_call=True))
         return
     written = trainer.output_dir / ".model-of-all"
     ranks.run_on_rank_zero(
         lambda: shutil.rmtree(written, ignore_errors=True), "before it saved the model"
     )
-    ranks.run_on_all_ranks(lambda: trainer.save_model(str(written)), "while it saved the model")
+    ranks.run_on_all_ranks(
+        lambda: trainer.save_model(str(written), _internal_call=True), "while it saved the model"
+    )
 
     ranks.run_on_rank_zero(lambda: write_folder(path, written.replace), "while it saved the model")
 
@@ -321,6 +336,7 @@ def _write_result(
     }
     write_json(out / "result.json", result)
     write_report(out)
+    write_model_card(out / MODEL_FOLDER, out, card_model(trainer))
     return result
 
 

@@ -33,7 +33,7 @@ LOADER = "goes to the DataLoader that serves a round's groups"
 DDP = "goes to DistributedDataParallel, which wraps the policy"
 OPTIMIZER = "Trainer builds the optimizer or its schedule from it"
 LOGGER = "the loggers that report_to names read it"
-BY_HAND = "Trainer.push_to_hub reads it, which only the user can call"
+HUB = "read with push_to_hub, and by NEATTrainer.push_to_hub"
 WHEN = "DefaultFlowCallback reads it to say when"
 SHARDED = "let through or refused by check_sharding; see test_sharding.py"
 
@@ -94,10 +94,11 @@ HONOURED = {
     "save_steps": WHEN,
     "save_on_each_node": "which processes save",
     "save_total_limit": "older checkpoints are deleted once the new one is complete",
-    "hub_token": f"{BY_HAND}; the command line refuses it, as a secret",
-    "hub_private_repo": LOGGER,
-    "hub_model_id": BY_HAND,
-    "hub_revision": BY_HAND,
+    "push_to_hub": "the finished model is pushed, and nothing else of the run",
+    "hub_token": f"{HUB}; the command line refuses it, as a secret",
+    "hub_private_repo": f"{HUB}; trackio, too",
+    "hub_model_id": HUB,
+    "hub_revision": HUB,
     "load_best_model_at_end": f"{LOOP}; needs metric_for_best_model",
     "metric_for_best_model": "a name among the metrics that NEATTrainer.evaluate gives",
     "greater_is_better": "read with metric_for_best_model",
@@ -157,8 +158,7 @@ IGNORED: dict[str, Any] = {
     "auto_find_batch_size": True,
     "ignore_data_skip": True,
     "enable_jit_checkpoint": True,
-    "push_to_hub": True,
-    "hub_strategy": "end",
+    "hub_strategy": "every_save",
     "hub_always_push": True,
 }
 

@@ -199,5 +199,3 @@ def test_methods_of_trainer_that_would_do_something_else_are_refused(tmp_path: P
     t = trainer(tmp_path)
     with pytest.raises(ConfigError, match=r"predict has no labels .*use evaluate"):
         t.predict(ROWS)
-    with pytest.raises(ConfigError, match=r"whole run directory.*use policy.push_to_hub"):
-        t.push_to_hub("message")

@@ -780,7 +780,6 @@ def test_evaluate_samples_on_held_out_prompts(tmp_path: Path) -> None:
         ),
         ({"max_kl": 1.0, "drift_prompts": 0}, "nothing would measure the KL"),
         ({"remove_unused_columns": True}, "must stay false"),
-        ({"push_to_hub": True}, "rounds/ holds text that was written to be harmful"),
         (
             {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
             "first round's groups",

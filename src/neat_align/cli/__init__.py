@@ -39,6 +39,8 @@ answers at once.
     probe_run.py      a probe from options to numbers
     probe_table.py    a probe's numbers, and what to do with them
     capability.py     benchmark tasks before and after
+    merge.py          a run's adapter merged into its base, as a model of its own
+    push.py           a finished model to the hub
     inspect.py        groups in the terminal
     report.py         a run's page again
     recipes/          the shipped recipes (*.yaml) and comparisons (compare-*.yaml)

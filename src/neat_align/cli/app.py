@@ -22,8 +22,10 @@ from neat_align.cli.expand import expand
 from neat_align.cli.export import export
 from neat_align.cli.init import init
 from neat_align.cli.inspect import inspect
+from neat_align.cli.merge import merge
 from neat_align.cli.probe import probe
 from neat_align.cli.processes import check_alone, leaving, quiet_replicas, say_once
+from neat_align.cli.push import push
 from neat_align.cli.report import report
 from neat_align.cli.train import train
 from neat_align.cli.verb import Verb, Verbs
@@ -74,6 +76,8 @@ _VERBS: tuple[tuple[Callable[..., None], bool], ...] = (
     (capability, False),
     (inspect, False),
     (export, False),
+    (merge, False),
+    (push, False),
     (report, False),
 )
 for _verb, _takes_run_options in _VERBS:

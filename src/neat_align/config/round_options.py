@@ -217,4 +217,9 @@ class RoundOptions:
         "Resume although options, data, model or number of processes changed; run.json records "
         "what did.",
     )
-    log_completions: bool = option(False, "Print a few groups of every round to the terminal.")
+    log_completions: bool = option(
+        False,
+        "Print a few groups of every round to the terminal, and with report_to (tensorboard, "
+        "wandb, trackio, mlflow) send a table of them and the final report there. They hold "
+        "negatives, which are harmful text by design.",
+    )

@@ -62,6 +62,15 @@ class TrainerDefaults:
         "Checkpoints that are kept: the newest ones (never fewer than two), and the best one where "
         "a metric is followed. 0 keeps all.",
     )
+    push_to_hub: bool = option(
+        False,
+        "Push the finished model (model/, with its card) to the hub, as hub_model_id; the "
+        "repository is made before anything is paid for (hub_private_repo: true for a private "
+        "one). Nothing else of the run ever goes: no rounds, no report, no checkpoint.",
+    )
+    hub_strategy: str = option(
+        "end", "Must stay end: the finished model is pushed, and no checkpoint."
+    )
     remove_unused_columns: bool = option(
         False, "Must stay False: reward functions get every column."
     )

@@ -164,11 +164,17 @@ def _check_loggers(report_to: Any) -> None:
             raise ConfigError(f"report_to names {name!r}; {meant}")
         if name in INTEGRATION_TO_CALLBACK and name not in available:
             raise ConfigError(
-                f"report_to names {name}, which is not installed: install its package, or take it "
-                f"out of report_to (installed here: {_list(available) or 'none'})"
+                f"report_to names {name}, which is not installed: {_how_to_install(name)}, or take "
+                f"it out of report_to (installed here: {_list(available) or 'none'})"
             )
         if name in ("none", "all") and len(named) > 1:
             raise ConfigError(f"report_to lists {name} among others: give {name} alone, or names")
+
+
+def _how_to_install(tracker: str) -> str:
+    if tracker in ("tensorboard", "trackio", "wandb", "mlflow"):
+        return f"install it (pip install 'neat-align[{tracker}]')"
+    return "install its package"
 
 
 # Of transformers' GreedyLR.

@@ -25,7 +25,10 @@ _HALF_EVALUATION = (
     "is read by nothing, and would keep the model off the accelerator until training begins; leave "
     "it out (generation_copy samples from a bf16 copy)"
 )
-_PUSH = "is read only with push_to_hub, which is refused; leave it out"
+_PUSH = (
+    "asks for checkpoints on the hub, and a run pushes its finished model only, with the card that "
+    "says what was measured; leave it out"
+)
 
 # Options that must keep their default, and what follows their name in the message.
 REFUSED: Mapping[str, str] = {
@@ -62,8 +65,6 @@ REFUSED: Mapping[str, str] = {
     "enable_jit_checkpoint": "is read by nothing: NEATTrainer finishes the step and writes a "
     "complete checkpoint by itself when it is asked to stop (SIGTERM or SIGINT); leave it out",
     # The hub.
-    "push_to_hub": "would upload the whole run directory, and rounds/ holds text that was written "
-    "to be harmful: set it to false and push the model folder yourself when the run is done",
     "hub_strategy": _PUSH,
     "hub_always_push": _PUSH,
 }
@@ -121,12 +122,23 @@ def check_unsupported(c: Any) -> None:
     _refuse(c, REFUSED)
 
 
-def check_command_options(c: Any) -> None:
+def check_command_options(c: Any, *, may_push: bool = True) -> None:
     """Refuse options that a script of the user's own may read, and which a command does not.
 
-    Raises ConfigError for the first one that differs from its default.
+    Raises ConfigError for the first one that differs from its default, and for `push_to_hub` where
+    the command has no finished model.
     """
+    if c.push_to_hub and not may_push:
+        raise ConfigError(
+            "push_to_hub is read by `neat-align train` only, which has a finished model to push: "
+            "leave it out (neat-align push RUN pushes one later)"
+        )
     _refuse(c, SCRIPT_OPTIONS)
+    for name in ("hub_model_id", "hub_revision"):
+        if getattr(c, name) is not None and not c.push_to_hub:
+            raise ConfigError(
+                f"{name} is read only with push_to_hub: set that to true, or leave it out"
+            )
     if c.do_eval and c.eval_strategy == "no":  # with another one, TrainingArguments sets do_eval
         raise ConfigError(
             "do_eval is read by nothing: `neat-align train` evaluates before and after training, "

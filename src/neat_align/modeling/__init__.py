@@ -7,6 +7,7 @@ text_config.py    the language model's own configuration, and its context
 adapters.py       adapter folders, put on their base model
 target_modules.py the modules that an adapter is asked to be put on
 merging.py        an adapter merged into the weights below it, where that changes nothing
+merged_folder.py  an adapter merged into its base, as a folder that plain transformers loads
 device.py         the accelerator where there is one, else the CPU; what is free there
 model_shape.py    what a model's memory depends on, counted or from its configuration
 memory_estimate.py  how much memory a run takes, from that shape and its options

@@ -134,13 +134,39 @@ def _read_config(name: str, revision: str | None) -> Any:
         ) from error
 
 
+def adapted(saved: SavedAdapter, base: PreTrainedModel) -> Any:
+    """The base with the adapter on it, a PEFT model. Raises ConfigError where it does not fit."""
+    _resize(saved, base)
+    return _adapted(saved, base)
+
+
+def stays_adapter(saved: SavedAdapter, model: Any, reason: str) -> torch.nn.Module:
+    """What becomes of an adapter that cannot be merged: it stays one, and a warning says so."""
+    logger.warning(
+        "the adapter %s is not merged into %s: %s. It stays an adapter, which is correct but "
+        "slower",
+        saved.name,
+        saved.base_name,
+        reason,
+    )
+    if adds_virtual_tokens(model):
+        model.prompt_encoder[model.active_adapter].embedding.weight.requires_grad_(True)
+    model.config.name_or_path = saved.name
+    return cast("torch.nn.Module", model)
+
+
 def put_on_base(
-    saved: SavedAdapter, load_base: Callable[[], PreTrainedModel], *, may_merge: bool = True
+    saved: SavedAdapter,
+    load_base: Callable[[], PreTrainedModel],
+    *,
+    may_merge: bool = True,
+    otherwise: Callable[[SavedAdapter, Any, str], torch.nn.Module] = stays_adapter,
 ) -> torch.nn.Module:
     """The base with the adapter merged in; where merging changes the model, with the adapter on.
 
     Weights that embeddings and head share are parted first where that is what is in the way.
-    `load_base` may be called again. Raises ConfigError for an adapter that does not fit.
+    `load_base` may be called again. `otherwise` is given the PEFT model that is not merged, and
+    why. Raises ConfigError for an adapter that does not fit.
     """
 
     def sized_base() -> Any:
@@ -150,13 +176,13 @@ def put_on_base(
 
     model = _adapted(saved, sized_base())
     if adds_virtual_tokens(model):
-        return _unmerged(saved, model, "it adds virtual tokens")
+        return otherwise(saved, model, "it adds virtual tokens")
     if not may_merge:
-        return _unmerged(saved, model, "its base is held in 4 bits")
+        return otherwise(saved, model, "its base is held in 4 bits")
     try:
         expected = adapter_logprobs(model, probed_tokens(model))
     except LOAD_ERRORS as error:  # it needs more than token ids: whoever uses it will say so
-        return _unmerged(saved, model, _said(error))
+        return otherwise(saved, model, _said(error))
     try:
         return _whole(saved, merged(model, expected))
     except CannotMergeError as error:
@@ -168,7 +194,7 @@ def put_on_base(
             return _whole(saved, merged(_adapted(saved, base), expected))
         except CannotMergeError:
             base = sized_base()
-    return _unmerged(saved, _adapted(saved, base), reason)
+    return otherwise(saved, _adapted(saved, base), reason)
 
 
 def _whole(saved: SavedAdapter, model: Any) -> torch.nn.Module:
@@ -186,20 +212,6 @@ def _part_embeddings(base: Any) -> bool:
     base.config.tie_word_embeddings = False
     text_config(base.config).tie_word_embeddings = False
     return True
-
-
-def _unmerged(saved: SavedAdapter, model: Any, reason: str) -> torch.nn.Module:
-    logger.warning(
-        "the adapter %s is not merged into %s: %s. It stays an adapter, which is correct but "
-        "slower",
-        saved.name,
-        saved.base_name,
-        reason,
-    )
-    if adds_virtual_tokens(model):
-        model.prompt_encoder[model.active_adapter].embedding.weight.requires_grad_(True)
-    model.config.name_or_path = saved.name
-    return cast("torch.nn.Module", model)
 
 
 def _adapted(saved: SavedAdapter, base: PreTrainedModel) -> Any:

@@ -114,6 +114,18 @@ def held_as(model: torch.nn.Module) -> dict[str, Any]:
     return {"weights": types, "attention": attention}
 
 
+def named_as(model: torch.nn.Module) -> dict[str, Any]:
+    """The name or folder of a model's own weights, and the kind of the adapter on it, if any."""
+    from accelerate.utils import extract_model_from_parallel
+    from peft import PeftModel
+
+    inner = unwrapped(model)
+    name = inner.config.name_or_path if isinstance(inner, PreTrainedModel) else ""
+    adapted = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    kind = adapted.active_peft_config.peft_type if isinstance(adapted, PeftModel) else None
+    return {"name": name or "", "adapter": None if kind is None else str(kind.value)}
+
+
 def held_like(model: torch.nn.Module) -> LoadOptions:
     """How to load another model so that it is held as this one."""
     inner = unwrapped(model)

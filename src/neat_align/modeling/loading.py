@@ -86,20 +86,21 @@ def load_policy(
     except LOAD_ERRORS as error:
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
     if adapter is None:
-        return _load_model(name, options, revision, trust_remote_code)
+        return load_whole_model(name, options, revision, trust_remote_code)
     saved = read_adapter(name, revision)
     base, its_revision = saved.base_name, saved.config.revision
     check_source(base, its_revision, trust_remote_code)
     return put_on_base(
         saved,
-        lambda: _load_model(base, options, its_revision, trust_remote_code),
+        lambda: load_whole_model(base, options, its_revision, trust_remote_code),
         may_merge=not options.load_in_4bit,
     )
 
 
-def _load_model(
+def load_whole_model(
     name: str, options: LoadOptions, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
+    """A model that is no adapter; `load_policy` says what is refused. Raises ConfigError."""
     attention: dict[str, Any] = {}
     if options.attn_implementation is not None:
         attention = {"attn_implementation": options.attn_implementation}

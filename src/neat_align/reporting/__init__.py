@@ -12,12 +12,16 @@ No model is loaded here.
     run_tables.py           before and after, each of several rewards, the contrast that is left
     run_warnings.py         what should make the reader of a report pause
     run_report.py           report.html
+    model_card.py           README.md of a model: the card that the hub shows
+    card_facts.py           what a card knows of the model, its base and its data
+    card_texts.py           what every card says; names and text made fit for one
     comparison_files.py     what comparison.json and examples.json hold
     comparison_tables.py    a comparison's tables
     comparison_warnings.py  what should make the reader of a comparison pause
     comparison_report.py    comparison.html
     data_card.py            README.md of an exported data set
     trainer_configs.py      what a trainer is told so that it reads one
+    tracker_tables.py       groups as the rows of a tracker's table
     terminal.py             groups in the terminal
     group_counts.py         a round's groups in numbers, for the terminal
 """

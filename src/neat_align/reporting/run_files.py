@@ -124,13 +124,14 @@ class RunContents:
         return [(str(name), mapping(v)) for name, v in mapping(self.result.get(kind)).items()]
 
 
-def read_run(run_dir: Path) -> RunContents:
+def read_run(run_dir: Path, *, rounds: bool = True, may_be_empty: bool = False) -> RunContents:
     """Everything the report needs.
 
-    Damaged pieces are left out and named in `problems`. Raises ConfigError when nothing of a run is
-    there.
+    Damaged pieces are left out and named in `problems`. `rounds=False` leaves the rounds out, which
+    are most of what there is to read. Raises ConfigError when nothing of a run is there, unless it
+    `may_be_empty`.
     """
-    if not any((run_dir / name).exists() for name in _FILES):
+    if not may_be_empty and not any((run_dir / name).exists() for name in _FILES):
         raise ConfigError(
             f"{run_dir} holds no run (none of {', '.join(_FILES)} is there): give the output_dir "
             "of a training run"
@@ -147,7 +148,7 @@ def read_run(run_dir: Path) -> RunContents:
         result=parts["result"],
         before=parts["evaluation-before"],
         after=parts["evaluation-after"],
-        rounds=_rounds(run_dir / "rounds", problems),
+        rounds=_rounds(run_dir / "rounds", problems) if rounds else [],
         problems=problems,
     )
 

@@ -144,6 +144,21 @@ def run_key(args: NEATConfig, parts: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def set_options(args: NEATConfig) -> dict[str, Any]:
+    """The options that decide results and differ from their defaults, as plain JSON."""
+    resolved = cast("Any", args).to_dict()
+    options = {
+        f.name: resolved[f.name]
+        for f in fields(NEATConfig)
+        if f.name not in FREE_OPTIONS | _SETTLED and resolved.get(f.name) != default_of(f)
+    }
+    return cast("dict[str, Any]", json.loads(json.dumps(redacted(options), default=str)))
+
+
+# What a configuration fills in by itself, from the machine or from another option.
+_SETTLED = frozenset(["accelerator_config", "use_cpu", "fsdp_config"])
+
+
 def key_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences of two run keys, a line each.
 

@@ -4,6 +4,8 @@ neat_trainer.py    NEATTrainer, a subclass of `transformers.Trainer` alone
 given.py           what a script gives the trainer, or asks of it, and what cannot work
 startup_checks.py  what Trainer would find out only after the first round
 setup.py           data, policy and layout, checked before anything is sampled
+trackers.py        tables of groups and the report for trackers (report_to)
+hub.py             a model with its card, and on the hub where that was asked for
 memory_plan.py     what a run will take of the memory; decides about checkpointing
 outlook.py         what it will take of memory and time, from a few timed passes
 reward_setup.py    rewards and judges, checked before anything is sampled

@@ -10,6 +10,7 @@ from transformers import ProgressCallback, Trainer
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
+from neat_align.trainer.trackers import TrackerCallback, shows_tables
 
 
 def as_config(args: Any) -> NEATConfig:
@@ -62,14 +63,20 @@ def _not_here(name: str, why: str) -> Callable[..., NoReturn]:
 refused_predict = _not_here(
     "predict", "has no labels to compare with: use evaluate(eval_dataset), which samples"
 )
-refused_push_to_hub = _not_here(
-    "push_to_hub",
-    "would upload the whole run directory, and rounds/ holds text that was written to be harmful: "
-    "use policy.push_to_hub(…) and processing_class.push_to_hub(…)",
-)
 
 
-def keep_one_progress_bar(trainer: Trainer) -> None:
+def settle_callbacks(trainer: Any) -> None:
+    """Beside those that were given: one progress bar, and what trackers get beyond numbers."""
+    _keep_one_progress_bar(trainer)
+    if shows_tables(trainer.args):
+        rewards = trainer.parts.scored_by.rewards
+        names = [reward.name for reward in rewards]
+        trainer.add_callback(
+            TrackerCallback(trainer.args, names, lambda: trainer.callback_handler.callbacks)
+        )
+
+
+def _keep_one_progress_bar(trainer: Trainer) -> None:
     """A progress bar that was given stands in the place of Trainer's own."""
     bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
     own = [c for c in bars if type(c) is ProgressCallback]

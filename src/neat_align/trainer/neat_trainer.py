@@ -34,7 +34,7 @@ from neat_align.rounds.round_files import FinishedRound
 from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
-from neat_align.trainer import given
+from neat_align.trainer import given, hub
 from neat_align.trainer.memory_plan import settle_memory
 from neat_align.trainer.parts import TrainerParts, compose, sharding_of
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
@@ -73,7 +73,9 @@ class NEATTrainer(Trainer):
     loss_is_scaled_for_ga = True
     args: NEATConfig
     predict = given.refused_predict
-    push_to_hub = given.refused_push_to_hub
+    init_hf_repo = hub.init_hf_repo
+    create_model_card = hub.create_model_card  # type: ignore[assignment]
+    push_to_hub = hub.push_to_hub  # type: ignore[assignment]
     last_evaluation: Evaluation | None = None
 
     def __init__(
@@ -121,7 +123,7 @@ class NEATTrainer(Trainer):
             on_open=lambda done: self.parts.announce(self.callback_handler.callbacks, done),
         )
         rehearse(self, self.parts.plan.optimizer_steps)
-        given.keep_one_progress_bar(self)
+        given.settle_callbacks(self)
         self.add_callback(StopAfterSaveCallback(self.parts.ranks))  # all others have seen the save
 
     def _sum_logprobs(self, *rows: Any) -> list[float]:
@@ -262,6 +264,12 @@ class NEATTrainer(Trainer):
             required=required_files(self.args, sharding_of(self.accelerator)),
             best=self.state.best_model_checkpoint,
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model, tokenizer and model card; pushed where `push_to_hub` (see `push_to_hub`)."""
+        super().save_model(output_dir, _internal_call=True)
+        pushes = self.args.push_to_hub and not _internal_call
+        hub.after_save(self, output_dir, pushes=pushes)
 
     def save_checkpoint_now(self) -> None:
         """A complete checkpoint of the last step, outside of Trainer's order."""

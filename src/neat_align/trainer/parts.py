@@ -22,7 +22,7 @@ from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_polic
 from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.learning.step_metrics import sum_dtype
-from neat_align.modeling.load_options import held_as
+from neat_align.modeling.load_options import held_as, named_as
 from neat_align.modeling.lockstep import class_of
 from neat_align.modeling.packing import Layout
 from neat_align.modeling.requirements import check_learns, context_of
@@ -253,7 +253,7 @@ class TrainerParts:
         facts: dict[str, Any] = {"data": data, "plan": self.plan.to_json()}
         if self.scored_by.in_place is not None:
             facts["evaluated_by"] = [reward.name for reward in self.scored_by.in_place]
-        facts["model"] = held_as(self.setup.model)
+        facts["model"] = {**held_as(self.setup.model), **named_as(self.setup.model)}
         self.directory.record_start(names, facts)
 
     def run_key(self) -> dict[str, object]:

@@ -61,6 +61,7 @@ from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.runs.events import shows_groups
 from neat_align.runs.run_key import fingerprint, weights_fingerprint
 from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
+from neat_align.trainer.trackers import shows_tables
 
 logger = logging.getLogger(__name__)
 
@@ -119,16 +120,17 @@ class PolicySetup:
 def _check_settings(
     args: NEATConfig, callbacks: Sequence[TrainerCallback | type], data: TrainingData
 ) -> None:
-    """Refuse `log_completions` when nothing would print them, what needs evaluations when there
+    """Refuse `log_completions` when nothing would show them, what needs evaluations when there
     will be none, and a folder that cannot be made.
     """
     check_output_dir(args)
     check_evaluates(args, bool(data.eval_rows), callbacks)
-    if args.log_completions and not any(shows_groups(c) for c in callbacks):
+    shown = shows_tables(args) or any(shows_groups(c) for c in callbacks)
+    if args.log_completions and not shown:
         raise ConfigError(
-            "log_completions is true and no callback prints groups: pass "
-            "callbacks=neat_align.terminal_callbacks(args), as the command line does, or one with "
-            "on_round_made of your own"
+            "log_completions is true, no callback prints groups and no tracker shows them: pass "
+            "callbacks=neat_align.terminal_callbacks(args), as the command line does, one with "
+            "on_round_made of your own, or set report_to"
         )
 
 

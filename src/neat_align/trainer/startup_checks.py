@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError, did_you_mean, one_line
+from neat_align.errors import ConfigError, NEATError, did_you_mean, one_line
 from neat_align.modeling.requirements import is_trained
 
 # Steps of a schedule that are looked at: the first ones, and this many more until the last.
@@ -35,7 +35,7 @@ def refused(what: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, torch.OutOfMemoryError):
+    except (NEATError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # somebody else's package builds it and can raise anything
         said = one_line(error) or type(error).__name__
