@@ -50,11 +50,18 @@ def load_data(
 
     `on_bad_row` and `skipped` are those of `load_rows`.
     """
-    if not script.dataset_name:
+    if not script.training_sources:
         raise ConfigError(
             "dataset_name is missing: name a file with prompts, a hub data set, or demo"
         )
-    read = functools.partial(load_rows, on_bad_row=on_bad_row, skipped=skipped)
+    if script.dataset_streaming:
+        raise ConfigError(
+            "dataset_streaming is true, and only expand streams: every other command needs to know "
+            "all of the data; leave it out, or set dataset_limit"
+        )
+    read = functools.partial(
+        load_rows, on_bad_row=on_bad_row, skipped=skipped, mixed_forms=script.as_conversations
+    )
     rows = _training_rows(script, read)
     held_out = _held_out_rows(script, rows, read)
     rows = _without(rows, held_out)
@@ -64,13 +71,15 @@ def load_data(
 
 
 def _training_rows(script: ScriptArguments, read: Reader) -> list[PromptRow]:
-    split, limit = script.dataset_train_split, script.dataset_limit
+    limit = script.dataset_limit
     if script.dataset_name != "demo":
-        return read(script.dataset_name, split=split, limit=limit)
-    if split is not None:
-        raise ConfigError(
-            f"dataset_train_split is {split!r}, but the demo's prompts have no splits: take it out"
-        )
+        return read(script.training_sources, limit=limit)
+    for name in ("dataset_train_split", "dataset_config", "dataset_columns"):
+        if (given := getattr(script, name)) is not None:
+            raise ConfigError(
+                f"{name} is {given!r}, but the demo's prompts have no splits, configurations or "
+                "other columns: take it out"
+            )
     return demo_rows("train")[:limit]
 
 
@@ -79,8 +88,8 @@ def _held_out_rows(
 ) -> list[PromptRow]:
     """Rows of `eval_dataset_name`, else `holdout` of the demo's own or of the training rows."""
     n = script.holdout
-    if script.eval_dataset_name is not None:
-        return read(script.eval_dataset_name, split=script.eval_dataset_split)
+    if (source := script.eval_source) is not None:
+        return read(source)
     if script.dataset_name == "demo":
         shipped = demo_rows("heldout")
         if n > len(shipped):
@@ -205,6 +214,7 @@ def _usable_to_evaluate(
         max_prompt_length=config.max_prompt_length,
         conversational=conversational,
         instructed=limits.held_out,
+        drop_old_turns=config.drop_old_turns,
     )
 
 
@@ -310,7 +320,7 @@ def _write_result(
         "processes": trainer.args.world_size,
         "peak_rss_bytes": peak_rss_bytes(),
         "model": script.model_name_or_path,
-        "dataset": Path(script.dataset_name).name,
+        "dataset": script.data_title,
         "commit": commit(),
         "versions": versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},

@@ -29,10 +29,11 @@ Drawn: TypeAlias = tuple[int, Record]
 def mixed_records(sources: Sequence[DatasetConfig], *, streaming: bool = False) -> Iterator[Drawn]:
     """The records of all data sets.
 
-    Without fractions, one data set after the other. With fractions, in turns, so that every stretch
-    of the mixture has each data set's share; the mixture ends where the next record would be that
-    of a data set that has run out, so that no record comes twice, and what is left of the others is
-    not used. Depends on the order of the data sets, and on nothing random. Raises DataError.
+    Without fractions, one data set after the other. With fractions, in turns (by Sainte-Laguë's
+    rule), so that every stretch of the mixture has each data set's share to about one record. The
+    mixture ends where the next record would be that of a data set that has run out: no record comes
+    twice, and what is left of the others is not used. Nothing is drawn at random: the same data
+    sets give the same mixture. Raises DataError.
     """
     readers = [records_of(source, streaming=streaming) for source in sources]
     fractions = [s.fraction for s in sources if s.fraction is not None]
@@ -43,7 +44,7 @@ def mixed_records(sources: Sequence[DatasetConfig], *, streaming: bool = False) 
         return
     taken = [0] * len(sources)
     while True:
-        due = min(range(len(sources)), key=lambda i: ((taken[i] + 1) / fractions[i], i))
+        due = min(range(len(sources)), key=lambda i: ((2 * taken[i] + 1) / fractions[i], i))
         record = next(readers[due], None)
         if record is None:
             return

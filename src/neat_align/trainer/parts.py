@@ -241,6 +241,8 @@ class TrainerParts:
         data: dict[str, Any] = {"rows": len(self.data.rows), "sha256": self.data.fingerprints[0]}
         if self.data.skipped.count:
             data |= {"skipped_rows": self.data.skipped.count, "skipped_file": SKIPPED_FILE}
+        if self.data.shortened:
+            data["shortened_rows"] = self.data.shortened
         facts: dict[str, Any] = {"data": data, "plan": self.plan.to_json()}
         if self.scored_by.in_place is not None:
             facts["evaluated_by"] = [reward.name for reward in self.scored_by.in_place]

@@ -35,7 +35,7 @@ from neat_align.modeling.self_check import (
     check_training_forward,
     showing_adapter,
 )
-from neat_align.prompts.instructed_limit import InstructedLimit, instructed_limit
+from neat_align.prompts.instructed_limit import InstructedLimit, InstructedLimits, instructed_limit
 from neat_align.prompts.instruction_banks import (
     CONTRASTED,
     Contrasted,
@@ -44,6 +44,7 @@ from neat_align.prompts.instruction_banks import (
 )
 from neat_align.prompts.row_checks import (
     UsablePrompts,
+    apart,
     as_rows,
     check_group_size,
     check_prompts,
@@ -73,7 +74,8 @@ class TrainingData:
     """Rows to learn from, and held-out rows.
 
     `conversational`: prompts are messages, not text. `skipped`: rows that were left out.
-    `prompt_lengths`: tokens of each row's prompt, once they were checked.
+    `prompt_lengths`: tokens of each row's prompt, once they were checked. `shortened`: rows to
+    learn from that lost turns (`drop_old_turns`).
     """
 
     rows: list[PromptRow]
@@ -81,19 +83,12 @@ class TrainingData:
     conversational: bool
     skipped: SkippedRows = field(default_factory=SkippedRows)
     prompt_lengths: Sequence[int] = ()
+    shortened: int = 0
 
     @functools.cached_property
     def fingerprints(self) -> tuple[str, str]:
         """Of the rows to learn from, and of the held-out rows; taken once."""
         return fingerprint(self.rows), fingerprint(self.eval_rows)
-
-
-@dataclass(frozen=True)
-class InstructedLimits:
-    """How long prompts may be under the instructions that a run reads; None: reads none."""
-
-    training: InstructedLimit | None
-    held_out: InstructedLimit | None
 
 
 @dataclass(frozen=True)
@@ -180,6 +175,7 @@ def usable_rows(
         skipped=skipped,
         most=most,
         instructed=instructed,
+        drop_old_turns=args.drop_old_turns,
     )
 
 
@@ -206,8 +202,15 @@ def _usable_data(
         instructed=instructed.held_out,
     )
     warn_of_unused_template(tokenizer, conversational=data.conversational)
+    train = apart(train, held_out)
     check_group_size(train.rows, args)
-    return replace(data, rows=train.rows, eval_rows=held_out.rows, prompt_lengths=train.lengths)
+    return replace(
+        data,
+        rows=train.rows,
+        eval_rows=held_out.rows,
+        prompt_lengths=train.lengths,
+        shortened=len(train.shortened),
+    )
 
 
 def instructed_limits(
