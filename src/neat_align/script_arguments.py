@@ -76,7 +76,7 @@ class ScriptArguments(DataOptions):
         "(`data/*.jsonl`), a saved data set, a hub name, or `demo`.",
     )
     dataset_train_split: str | None = option(
-        None, "Split to train on, or a part of one: test, train[:1000], train[10%:]."
+        None, "Split to train on, or a part of one: test, train[:1000], train[10%%:]."
     )
     dataset_limit: int | None = option(
         None,
