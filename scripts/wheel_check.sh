@@ -17,14 +17,14 @@ else
 fi
 export PYTHONPATH= HF_HUB_OFFLINE=1
 
-"$PYTHON" -m pip wheel --quiet --no-deps -w "$FOLDER" .
+"$PYTHON" -m pip wheel -qq --no-deps -w "$FOLDER" .
 WHEEL=$(ls -t "$FOLDER"/neat_align-*.whl | head -1)
 echo "wheel: $(basename "$WHEEL"), $(du -k "$WHEEL" | cut -f1) KiB"
 
 "$PYTHON" -m venv "$FOLDER/venv"
 BIN="$FOLDER/venv/bin"
 # shellcheck disable=SC2086
-"$BIN/python" -m pip install --quiet ${PIP_ARGS:-} "$WHEEL"
+"$BIN/python" -m pip install -qq ${PIP_ARGS:-} "$WHEEL"
 "$BIN/python" -m pip check
 cd "$FOLDER" # nothing of the repository is to be found by accident
 

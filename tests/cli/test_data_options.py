@@ -121,3 +121,13 @@ def test_the_recipes_line_is_named(folder: Path) -> None:
 def test_the_demos_prompts_are_what_they_are(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load_data(ScriptArguments(dataset_name="demo", **options))
+
+
+def test_the_recipe_of_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "using.md").read_text()
+    _, _, rest = text.partition("### Several data sets\n\n```yaml\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(rest.partition("```")[0])
+    script = parse_options(["--output_dir", "x"], recipe)[0]
+    assert [source.fraction for source in script.datasets] == [0.75, 0.25]
+    assert script.as_conversations

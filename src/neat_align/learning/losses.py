@@ -263,8 +263,8 @@ def unlikelihood_penalty(
     the usual code clamps 1 − p from below; both keep value and gradient finite, but a clamp has
     gradient 0 at p = 1 and would leave alone exactly the tokens that the policy is surest of.
     """
-    # Rounding can leave a log-probability a little above 0, beyond what ε forgives. No `clamp`: from
-    # torch 2.14 on it has no gradient at its bound, which is where the policy is surest.
+    # Rounding can leave a log-probability a little above 0, beyond what ε forgives. No `clamp`: in
+    # torch 2.14 it has no gradient at its bound, which is where the policy is surest.
     known = _masked(logps, mask)
     p = torch.where(known > 0, 0.0, known).exp()
     return _token_mean(-torch.log1p(-(1 - UNLIKELIHOOD_EPSILON) * p), mask)

@@ -130,7 +130,7 @@ def _calls(value: object, at: str) -> list[dict[str, Any]]:
             calls = json.loads(value)
         except (ValueError, RecursionError):
             calls = None
-    listed = calls if isinstance(calls, list) else [calls]
+    listed: list[Any] = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) and call.get("name") for call in listed):
         raise DataError(
             f"{at}.value is {_short(value)}; a function_call's must be JSON with name and "

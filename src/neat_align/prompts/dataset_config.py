@@ -112,7 +112,7 @@ def _checked(source: DatasetConfig, at: str) -> DatasetConfig:
             f"{at}.data_files is {files!r}; it must be a file's name or pattern, or a list of "
             "them: correct it (with split names, give each split an entry of its own)"
         )
-    fraction = source.fraction
+    fraction: Any = source.fraction
     is_share = isinstance(fraction, Real) and not isinstance(fraction, bool)
     if fraction is not None and not (is_share and fraction > 0 and math.isfinite(fraction)):
         raise ConfigError(

@@ -80,17 +80,16 @@ def check_prompts(
     """
     bad = BadRows(name, on_bad_row, SkippedRows() if skipped is None else skipped)
     looked_at = rows if most is None or bad.skips else rows[:most]
-    kept: list[PromptRow] = []
-    lengths, too_long, shortened = array("I"), _TooLong(max_prompt_length), Shortened()
+    kept, lengths = list[PromptRow](), array("I")
+    too_long, shortened = _TooLong(max_prompt_length), Shortened()
     for given, length in _lengths(looked_at, tokenizer, conversational=conversational):
-        if most is not None and len(kept) >= most:
+        if len(kept) == most:
             break
-        row, found = given, _instructed(given, tokenizer, length, max_prompt_length, instructed)
-        if drop_old_turns and isinstance(length, int) and _is_too_long(found, max_prompt_length):
-            shorter = _shortened(row, tokenizer, max_prompt_length, instructed)
-            if shorter is not None:
-                row, found = shorter
-                shortened.add(given, row)
+        row, found = _as_used(
+            given, tokenizer, length, max_prompt_length, instructed, drop_old_turns=drop_old_turns
+        )
+        if row is not given:
+            shortened.add(given, row)
         if isinstance(found, int) and found <= max_prompt_length:
             kept.append(row)
             lengths.append(found)
@@ -152,10 +151,26 @@ def is_usable(
 ) -> bool:
     """Whether `check_prompts` keeps this row; what is odd is said there, of all rows at once."""
     ((_, length),) = _lengths([row], tokenizer, conversational=conversational)
+    _, found = _as_used(
+        row, tokenizer, length, max_prompt_length, instructed, drop_old_turns=drop_old_turns
+    )
+    return isinstance(found, int) and found <= max_prompt_length
+
+
+def _as_used(
+    row: PromptRow,
+    tokenizer: Any,
+    length: int | DataError | PromptError,
+    max_prompt_length: int,
+    instructed: InstructedLimit | None,
+    *,
+    drop_old_turns: bool,
+) -> tuple[PromptRow, int | DataError | PromptError]:
+    """The row as it is used, whole or shortened, and its tokens or what is wrong with it."""
     found = _instructed(row, tokenizer, length, max_prompt_length, instructed)
     if drop_old_turns and isinstance(length, int) and _is_too_long(found, max_prompt_length):
-        return _shortened(row, tokenizer, max_prompt_length, instructed) is not None
-    return isinstance(found, int) and found <= max_prompt_length
+        return _shortened(row, tokenizer, max_prompt_length, instructed) or (row, found)
+    return row, found
 
 
 def _is_too_long(found: int | DataError | PromptError, limit: int) -> bool:
