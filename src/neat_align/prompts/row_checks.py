@@ -71,12 +71,11 @@ def check_prompts(
     """The rows whose prompts can be sampled from; messages name the row, and `name` the data.
 
     Others are refused, or with `on_bad_row="skip"` left out and listed in `skipped`. With `most`,
-    only the first this many good rows are looked for. With `drop_old_turns`, conversations that are
-    too long are used without their oldest turns, which is said once. DataError: longer than
-    `max_prompt_length` tokens, over the context with an instruction on it (`instructed`), of
-    another form than the others, or no row is left. PromptError: the chat template refuses or
-    shortens it, or does not read the row's tools; an answer holds nothing but its end. Variables
-    that the template does not read are warned of.
+    only the first this many good rows are looked for. With `drop_old_turns`, too long conversations
+    lose their oldest turns. DataError: longer than `max_prompt_length` tokens, over the context
+    with an instruction on it (`instructed`), of another form than the others, or no row is left.
+    PromptError: the chat template refuses or shortens it, or does not read the row's tools; an
+    answer holds nothing but its end. Variables that the template does not read are warned of.
     """
     bad = BadRows(name, on_bad_row, SkippedRows() if skipped is None else skipped)
     looked_at = rows if most is None or bad.skips else rows[:most]
@@ -86,7 +85,7 @@ def check_prompts(
         if len(kept) == most:
             break
         row, found = _as_used(
-            given, tokenizer, length, max_prompt_length, instructed, drop_old_turns=drop_old_turns
+            given, tokenizer, length, max_prompt_length, instructed, drop_old_turns
         )
         if row is not given:
             shortened.add(given, row)
@@ -99,9 +98,8 @@ def check_prompts(
         elif isinstance(found, int):
             too_long.add(row, found)
         else:
-            raise type(found)(
-                f"{row.where}: {found} (change this row, or drop it; {ADVICE})"
-            ) from found
+            said = f"{row.where}: {found} (change this row, or drop it; {ADVICE})"
+            raise type(found)(said) from found
     too_long.settle()
     bad.settle(len(kept))
     shortened.tell(name, max_prompt_length)
@@ -151,9 +149,7 @@ def is_usable(
 ) -> bool:
     """Whether `check_prompts` keeps this row; what is odd is said there, of all rows at once."""
     ((_, length),) = _lengths([row], tokenizer, conversational=conversational)
-    _, found = _as_used(
-        row, tokenizer, length, max_prompt_length, instructed, drop_old_turns=drop_old_turns
-    )
+    _, found = _as_used(row, tokenizer, length, max_prompt_length, instructed, drop_old_turns)
     return isinstance(found, int) and found <= max_prompt_length
 
 
@@ -163,7 +159,6 @@ def _as_used(
     length: int | DataError | PromptError,
     max_prompt_length: int,
     instructed: InstructedLimit | None,
-    *,
     drop_old_turns: bool,
 ) -> tuple[PromptRow, int | DataError | PromptError]:
     """The row as it is used, whole or shortened, and its tokens or what is wrong with it."""
