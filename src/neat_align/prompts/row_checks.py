@@ -84,9 +84,7 @@ def check_prompts(
     for given, length in _lengths(looked_at, tokenizer, conversational=conversational):
         if len(kept) == most:
             break
-        row, found = _as_used(
-            given, tokenizer, length, max_prompt_length, instructed, drop_old_turns
-        )
+        row, found = _used(given, tokenizer, length, max_prompt_length, instructed, drop_old_turns)
         if row is not given:
             shortened.add(given, row)
         if isinstance(found, int) and found <= max_prompt_length:
@@ -149,11 +147,11 @@ def is_usable(
 ) -> bool:
     """Whether `check_prompts` keeps this row; what is odd is said there, of all rows at once."""
     ((_, length),) = _lengths([row], tokenizer, conversational=conversational)
-    _, found = _as_used(row, tokenizer, length, max_prompt_length, instructed, drop_old_turns)
+    _, found = _used(row, tokenizer, length, max_prompt_length, instructed, drop_old_turns)
     return isinstance(found, int) and found <= max_prompt_length
 
 
-def _as_used(
+def _used(
     row: PromptRow,
     tokenizer: Any,
     length: int | DataError | PromptError,
