@@ -45,11 +45,11 @@ def mixed_records(sources: Sequence[DatasetConfig], *, streaming: bool = False) 
     taken = [0] * len(sources)
     while True:
         due = min(range(len(sources)), key=lambda i: ((2 * taken[i] + 1) / fractions[i], i))
-        record = next(readers[due], None)
-        if record is None:
+        drawn = next(readers[due], None)
+        if drawn is None:
             return
         taken[due] += 1
-        yield due, record
+        yield due, drawn
 
 
 def records_of(source: DatasetConfig, *, streaming: bool = False) -> Iterator[Record]:
