@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         SamplerError,
         SamplerUnavailableError,
     )
+    from neat_align.prompts.dataset_config import DatasetConfig
     from neat_align.prompts.loading import load_rows
     from neat_align.prompts.rows import PromptRow
     from neat_align.reporting.run_report import write_report
@@ -55,6 +56,7 @@ _HOMES = {
     "SampleRequest": "sampling.protocol",
     "Sampler": "sampling.protocol",
     "SamplingParams": "sampling.protocol",
+    "DatasetConfig": "prompts.dataset_config",
     "PromptRow": "prompts.rows",
     "load_rows": "prompts.loading",
     "Unscorable": "rewards.protocol",
@@ -80,6 +82,7 @@ __all__ = [
     "ConfigError",
     "ContrastLogitsProcessor",
     "DataError",
+    "DatasetConfig",
     "GroupFile",
     "HubError",
     "NEATConfig",

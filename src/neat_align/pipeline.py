@@ -65,11 +65,18 @@ def load_data(
     `on_bad_row` and `skipped` are those of `load_rows`. What a reader of the result has to know
     about the data is warned of, and added to `notices`.
     """
-    if not script.dataset_name:
+    if not script.training_sources:
         raise ConfigError(
             "dataset_name is missing: name a file with prompts, a hub data set, or demo"
         )
-    read = functools.partial(load_rows, on_bad_row=on_bad_row, skipped=skipped)
+    if script.dataset_streaming:
+        raise ConfigError(
+            "dataset_streaming is true, and only expand streams: every other command needs to know "
+            "all of the data; leave it out, or set dataset_limit"
+        )
+    read = functools.partial(
+        load_rows, on_bad_row=on_bad_row, skipped=skipped, mixed_forms=script.as_conversations
+    )
     rows = _training_rows(script, read)
     held_out, notice = _held_out_rows(script, rows, read)
     if notice is not None:
@@ -85,13 +92,17 @@ def load_data(
 
 
 def _training_rows(script: ScriptArguments, read: Reader) -> list[PromptRow]:
-    split, limit = script.dataset_train_split, script.dataset_limit
+    limit = script.dataset_limit
     if script.dataset_name != "demo":
-        return read(script.dataset_name, split=split, limit=limit)
-    if split is not None:
-        raise ConfigError(
-            f"dataset_train_split is {split!r}, but the demo's prompts have no splits: take it out"
-        )
+        return read(script.training_sources, limit=limit)
+    lacks = {"split": script.dataset_train_split, "configuration": script.dataset_config}
+    lacks["other column"] = script.dataset_columns
+    names = ("dataset_train_split", "dataset_config", "dataset_columns")
+    for name, (what, given) in zip(names, lacks.items(), strict=True):
+        if given is not None:
+            raise ConfigError(
+                f"{name} is {given!r}, but the demo's prompts have no {what}s: take it out"
+            )
     return demo_rows("train")[:limit]
 
 
@@ -102,10 +113,10 @@ def _held_out_rows(
 
     And a notice where they are not as many as that.
     """
-    if script.eval_dataset_name is not None:
-        return read(script.eval_dataset_name, split=script.eval_dataset_split), None
+    if (source := script.eval_source) is not None:
+        return read(source), None
     if script.dataset_name != "demo":
-        return hold_out(rows, script.holdout, Path(script.dataset_name).name)
+        return hold_out(rows, script.holdout, script.data_title)
     shipped, n = demo_rows("heldout"), script.holdout
     if n is None or n == len(shipped):
         return shipped, None
@@ -212,6 +223,7 @@ def _usable_to_evaluate(
         max_prompt_length=config.max_prompt_length,
         conversational=conversational,
         instructed=limits.held_out,
+        drop_old_turns=config.drop_old_turns,
     )
 
 
@@ -328,7 +340,7 @@ def _write_result(
         "processes": trainer.args.world_size,
         "peak_rss_bytes": peak_rss_bytes(),
         "model": script.model_name_or_path,
-        "dataset": Path(script.dataset_name).name,
+        "dataset": script.data_title,
         "notices": list(trainer.parts.data.notices),
         "commit": commit(),
         "versions": versions(),

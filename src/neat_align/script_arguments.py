@@ -6,17 +6,36 @@ No torch until one is made: the command line explains these options without it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from neat_align.config.constraints import OnlyWith, check_options, option, read_numbers
+from neat_align.config.constraints import OnlyWith, Rule, check_options, option, read_numbers
 from neat_align.config.load_values import ATTENTIONS, DTYPES
+from neat_align.data_options import DataOptions
+from neat_align.prompts.dataset_config import DatasetConfig, check_split
 
 if TYPE_CHECKING:
     from neat_align.modeling.load_options import LoadOptions
 
+# What is said of one data set, and in each entry of `datasets` for itself.
+_OF_ONE_DATASET = (
+    ("dataset_name", "path"),
+    ("dataset_config", "name"),
+    ("dataset_train_split", "split"),
+    ("dataset_columns", "columns"),
+)
+_RULES = tuple(
+    Rule(
+        lambda c, name=name: bool(c.datasets and getattr(c, name)),
+        f"{name} is {{c.{name}!r}} and datasets lists a mixture: leave {name} out (in datasets, "
+        f"it is each entry's {key})",
+    )
+    for name, key in _OF_ONE_DATASET
+)
+
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(DataOptions):
     """What a run is made of besides the training configuration. Names follow TRL's scripts."""
 
     model_name_or_path: str = option(
@@ -58,10 +77,12 @@ class ScriptArguments:
     )
     dataset_name: str = option(
         "",
-        "Training prompts: a .jsonl, .json, .parquet or .csv file, a saved data set, a hub name, "
-        "or `demo`.",
+        "Training prompts: a .jsonl, .json, .parquet or .csv file (also .gz, .zst), several "
+        "(`data/*.jsonl`), a saved data set, a hub name, or `demo`.",
     )
-    dataset_train_split: str | None = option(None, "Split of a hub data set to train on.")
+    dataset_train_split: str | None = option(
+        None, "Split to train on, or a part of one: test, train[:1000], train[10%%:]."
+    )
     dataset_limit: int | None = option(
         None,
         "Use only the first this many rows.",
@@ -73,7 +94,7 @@ class ScriptArguments:
     )
     eval_dataset_split: str | None = option(
         None,
-        "Split of a hub data set to evaluate on.",
+        "Split to evaluate on, or a part of one.",
         only_with=(
             OnlyWith(
                 "eval_dataset_name",
@@ -143,7 +164,11 @@ class ScriptArguments:
 
     def __post_init__(self) -> None:
         read_numbers(self)
-        check_options(self)
+        self.read_data_options()
+        check_options(self, _RULES)
+        for name in ("dataset_train_split", "eval_dataset_split"):
+            if (split := getattr(self, name)) is not None:
+                check_split(split, name)
         if self.model_name_or_path:
             from neat_align.modeling.loading import check_source
 
@@ -165,3 +190,40 @@ class ScriptArguments:
             attn_implementation=self.attn_implementation,
             load_in_4bit=self.load_in_4bit,
         )
+
+    @property
+    def training_sources(self) -> list[DatasetConfig]:
+        """The data sets to train on; none where none is named."""
+        if self.datasets or not self.dataset_name:
+            return list(self.datasets)
+        return [
+            DatasetConfig(
+                self.dataset_name,
+                name=self.dataset_config,
+                split=self.dataset_train_split,
+                columns=_columns(self.dataset_columns),
+            )
+        ]
+
+    @property
+    def eval_source(self) -> DatasetConfig | None:
+        """The held-out data set, where one is named."""
+        if self.eval_dataset_name is None:
+            return None
+        return DatasetConfig(
+            self.eval_dataset_name,
+            name=self.eval_dataset_config,
+            split=self.eval_dataset_split,
+            columns=_columns(self.eval_dataset_columns),
+        )
+
+    @property
+    def data_title(self) -> str:
+        """What results call the training data: names without folders."""
+        return " + ".join(Path(source.path).name for source in self.training_sources)
+
+
+def _columns(given: Any) -> Any:
+    """A mapping that may have come as text, which `read_data_options` has read."""
+    assert not isinstance(given, str)
+    return given

@@ -499,13 +499,14 @@ def test_files_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
     text.write_text("x")
     assert (
         refused(text)
-        == f"{text}: files of type .txt are not read; use one of .jsonl, .json, .parquet, .csv"
+        == f"{text}: files of type .txt are not read; use one of .jsonl, .json, .parquet, .csv, as "
+        "it is or packed (.gz, .bz2, .xz, .zst, .lz4)"
     )
     broken = tmp_path / "a.parquet"
     broken.write_bytes(b"PAR1 no")
     assert f"{broken}: cannot be read as Parquet" in refused(broken)
     good = write(tmp_path / "a.jsonl", GOOD)
-    assert "has no splits: remove split" in refused(good, split="train")
+    assert "has no splits: remove split" in refused(good, split="test")
     assert "limit is 0; it must be 1 or more" in refused(good, limit=0)
 
 

@@ -27,6 +27,7 @@ answers at once.
     train.py          a run from a recipe and options
     dry_run.py        what it would do and take of the memory, without weights
     expand.py         the data stage alone
+    expand_stream.py  the data stage over data that does not fit in memory, round by round
     expand_ray.py     the data stage on Ray: its options, the cluster, what a worker is made of
     export.py         what a run or an expansion wrote, as data of other trainers
     export_source.py  where an export's groups come from

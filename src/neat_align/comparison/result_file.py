@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def comparison_result(
         "format": FORMAT,
         "name": spec.name,
         "model": settings.model_name_or_path,
-        "dataset": Path(settings.dataset_name).name,
+        "dataset": settings.data_title,
         "seeds": list(spec.seeds),
         "rewards": settings.reward_funcs,
         "judges": settings.judge_funcs,

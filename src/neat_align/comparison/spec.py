@@ -38,7 +38,9 @@ _FILE_KEYS = (_KEYS[0], "like", *_KEYS[1:])
 # and the budget.
 _COMMON = (
     *("model_name_or_path", "dataset_name", "dataset_train_split", "dataset_limit"),
+    *("datasets", "dataset_config", "dataset_columns", "drop_old_turns"),
     *("as_conversations", "as_texts", "holdout", "eval_dataset_name", "eval_dataset_split"),
+    *("eval_dataset_config", "eval_dataset_columns"),
     *("judge_funcs", "output_dir", "num_train_epochs"),
     *("data_passes", "max_steps", "on_bad_row", "max_prompt_length", "prompts_per_round"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),

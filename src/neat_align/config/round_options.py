@@ -92,8 +92,14 @@ class RoundOptions:
     max_prompt_length: int = option(
         512,
         "Longest plain prompt, in tokens. A longer one is a bad row (`on_bad_row`); nothing is "
-        "cut.",
+        "cut, unless drop_old_turns says so.",
         ge=1,
+    )
+    drop_old_turns: bool = option(
+        False,
+        "Use a conversation that is over max_prompt_length, or over the context under an "
+        "instruction, without its oldest turns: the system turn stays, and the rest begins with a "
+        "user turn.",
     )
     on_bad_row: str = option(
         "error",

@@ -263,8 +263,10 @@ def unlikelihood_penalty(
     the usual code clamps 1 − p from below; both keep value and gradient finite, but a clamp has
     gradient 0 at p = 1 and would leave alone exactly the tokens that the policy is surest of.
     """
-    # Rounding can leave a log-probability a little above 0, beyond what ε forgives.
-    p = _masked(logps, mask).clamp(max=0).exp()
+    # Rounding can leave a log-probability a little above 0, beyond what ε forgives. No `clamp`: in
+    # torch 2.14 it has no gradient at its bound, which is where the policy is surest.
+    known = _masked(logps, mask)
+    p = torch.where(known > 0, 0.0, known).exp()
     return _token_mean(-torch.log1p(-(1 - UNLIKELIHOOD_EPSILON) * p), mask)
 
 
@@ -299,7 +301,7 @@ def kl_k3(
     its tangent, so that a token that the policy gave up has a finite gradient.
     """
     d = _masked(ref_logps, mask) - _masked(logps, mask)
-    near = d.clamp(max=K3_LIMIT)
+    near = torch.where(d > K3_LIMIT, K3_LIMIT, d)  # a `clamp` may have no gradient at its bound
     k3 = torch.expm1(near) - near
     # Chosen, not added: a tangent that adds 0 below the limit has a slope of 5e8 there, in which
     # fp32 loses the gradient.

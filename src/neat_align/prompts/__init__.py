@@ -2,11 +2,17 @@
 
 rows.py               a row: a prompt, with the data's own answers beside it
 loading.py            rows of a file, a folder or a data set, checked against each other
-file_readers.py       .jsonl, .json, .parquet, .csv and `datasets`, record by record
+dataset_config.py     which rows of which data set: path, split, columns, share of a mixture
+data_sources.py       records of files, folders and the hub, one after the other or mixed
+columns.py            columns of the data under the names that are read here
+compressed.py         files that are packed (.gz, .zst, …), as bytes
+file_readers.py       .jsonl, .json, .parquet, .csv, record by record
+conversation_forms.py ShareGPT's, `messages` and Alpaca's rows, as prompt, chosen and rejected
 row_forms.py          the forms a record can have (TRL's, HH-RLHF's transcripts), read into one
 skipped_rows.py       rows that cannot be used: an error, or left out and listed
 hold_out.py        rows that are kept back for evaluation: how many, and which
 row_checks.py         rows against tokenizer and settings, before anything is sampled
+dropped_turns.py      too long conversations, without their oldest turns
 copies.py             deep copies of rows' values
 instruction_banks.py  pairs of instructions, positive and negative (banks/*.yaml)
 placement.py          where on a prompt an instruction goes

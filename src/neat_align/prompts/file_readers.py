@@ -1,4 +1,4 @@
-"""Readers of data files and data sets: records one by one, each with the place where it is.
+"""Readers of data files: records one by one, each with the place where it is.
 
 Every message names the place: `file.jsonl:17` is a line (from 1), `row 17` an index (from 0).
 """
@@ -6,12 +6,16 @@ Every message names the place: `file.jsonl:17` is a line (from 1), `row 17` an i
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from neat_align.errors import DataError, one_line
+from neat_align.prompts.columns import ColumnNames
+from neat_align.prompts.compressed import is_compressed, opened
+from neat_align.prompts.conversation_forms import names_a_form
 from neat_align.prompts.row_forms import short_repr
 
 # Where a row is, and the row, or the DataError that came in reading it.
@@ -39,9 +43,9 @@ def _as_python(rows: Any) -> Iterable[Any]:
     return rows.with_format(None) if isinstance(rows, Dataset | IterableDataset) else rows
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def _jsonl(path: Path, _: ColumnNames) -> Iterator[Record]:
     # Bytes: only \n ends a line, whatever line separators the text holds.
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, raw in enumerate(file, 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             try:
@@ -51,11 +55,11 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 yield f"{path}:{number}", _unreadable(error)
 
 
-def _json(path: Path) -> Iterator[Record]:
-    text = _decode(path)
-    if not text.lstrip().startswith("["):  # one object a line, as many files with this ending are
-        yield from _jsonl(path)
+def _json(path: Path, names: ColumnNames) -> Iterator[Record]:
+    if not _is_list(path):  # one object a line, as many files with this ending are
+        yield from _jsonl(path, names)
         return
+    text = _decode(path)
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -63,8 +67,17 @@ def _json(path: Path) -> Iterator[Record]:
     yield from numbered(items, str(path))
 
 
+def _is_list(path: Path) -> bool:
+    with opened(path) as file:
+        start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        while not start and (more := file.read(1 << 16)):
+            start = more.lstrip()
+    return start.startswith(b"[")
+
+
 def _decode(path: Path) -> str:
-    raw = path.read_bytes()
+    with opened(path) as file:
+        raw = file.read()
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -95,10 +108,12 @@ def _unreadable(error: Exception) -> DataError:
     )
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path, _: ColumnNames) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if is_compressed(path):
+        raise DataError(f"{path}: Parquet is compressed inside: unpack the file first")
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -114,24 +129,27 @@ def _parquet(path: Path) -> Iterator[Record]:
         ) from None
 
 
-def _csv(path: Path) -> Iterator[Record]:
+def _csv(path: Path, names: ColumnNames) -> Iterator[Record]:
     # Bytes that are no UTF-8 become lone surrogates, so that only their own rows are bad.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        yield from _csv_rows(path, file)
+    with (
+        opened(path) as raw,
+        io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        yield from _csv_rows(path, file, names)
 
 
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[Record]:
+def _csv_rows(path: Path, file: Iterable[str], names: ColumnNames) -> Iterator[Record]:
     reader = csv.reader(file, strict=True)
     line = 1
     try:
         header = next(reader, [])
         if (unreadable := _no_utf8("".join(header))) is not None:
             raise DataError(f"{path}:1: {unreadable}")
-        names_a_row = "prompt" in header or {"chosen", "rejected"} <= set(header)
-        if not names_a_row or len(set(header)) < len(header):
+        known = {name: names.renamed(name) for name in header}
+        if not names_a_form(known.values()) or len(known) < len(header):
             raise DataError(
                 f"{path}:1: the header is {short_repr(header)}; it must name prompt, or chosen and "
-                "rejected, and no column twice"
+                "rejected, and no column twice (columns: {prompt: …} says which one is the prompt)"
             )
         line = reader.line_num + 1
         for fields in reader:
@@ -146,8 +164,8 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[Record]:
                 yield where, error
             elif fields:
                 row: dict[str, str | None] = dict(zip(header, fields, strict=True))
-                for name in _OPTIONAL_COLUMNS:
-                    if row.get(name) == "":
+                for name, is_called in known.items():
+                    if is_called in _OPTIONAL_COLUMNS and row[name] == "":
                         row[name] = None
                 yield where, row
     except csv.Error as csv_error:
@@ -157,44 +175,9 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[Record]:
 
 
 # By the ending of the file's name.
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, ColumnNames], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
     ".csv": _csv,
 }
-
-
-def open_dataset(source: str, path: Path, split: str | None) -> Any:
-    """One split of a folder written by `save_to_disk`, of a folder of files, or of the hub.
-
-    `path` is `source` as a path. Without `split`, `train` or the only one there is. Raises
-    DataError.
-    """
-    from datasets.exceptions import DatasetsError
-    from datasets.load import load_dataset, load_from_disk
-
-    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-    try:
-        loaded: Any
-        if saved:
-            loaded = load_from_disk(path)
-        else:
-            loaded = load_dataset(str(path) if path.is_dir() else source, split=split)
-    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
-        raise DataError(
-            f"{source}: there is no such file, and it cannot be loaded as a data set: {error}"
-        ) from error
-    if isinstance(loaded, dict):
-        name = split or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
-        if name not in loaded:
-            raise DataError(
-                f"{source}: there is no split {name!r}; set split to one of "
-                f"{', '.join(map(str, loaded))}"
-            )
-        return loaded[name]
-    if saved and split is not None:
-        raise DataError(
-            f"split is {split!r}, but {source} holds one data set without splits: remove split"
-        )
-    return loaded

@@ -57,6 +57,14 @@ class InstructedLimit:
             )
 
 
+@dataclass(frozen=True)
+class InstructedLimits:
+    """How long prompts may be under the instructions that a run reads; None: reads none."""
+
+    training: InstructedLimit | None
+    held_out: InstructedLimit | None
+
+
 def instructed_limit(
     tokenizer: Any,
     instructions: Sequence[str],

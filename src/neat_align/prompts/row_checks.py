@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError, DataError, PromptError
+from neat_align.prompts.dropped_turns import Shortened, without_old_turns
 from neat_align.prompts.instructed_limit import InstructedLimit
 from neat_align.prompts.loading import rows_from_dataset
 from neat_align.prompts.rendering import text_to_encode
 from neat_align.prompts.row_prompts import row_prompt_ids
-from neat_align.prompts.rows import PromptRow
+from neat_align.prompts.rows import PromptRow, hashable
 from neat_align.prompts.skipped_rows import ADVICE, BadRows, SkippedRows
 from neat_align.prompts.template_reading import (
     check_answers,
@@ -32,10 +33,14 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class UsablePrompts:
-    """Rows whose prompts can be sampled from, and each one's number of tokens."""
+    """Rows whose prompts can be sampled from, and each one's number of tokens.
+
+    `shortened` are the ids of those that lost their oldest turns.
+    """
 
     rows: list[PromptRow]
     lengths: array[int]
+    shortened: Set[str] = field(default_factory=frozenset)
 
 
 def as_rows(
@@ -61,24 +66,27 @@ def check_prompts(
     skipped: SkippedRows | None = None,
     most: int | None = None,
     instructed: InstructedLimit | None = None,
+    drop_old_turns: bool = False,
 ) -> UsablePrompts:
     """The rows whose prompts can be sampled from; messages name the row, and `name` the data.
 
     Others are refused, or with `on_bad_row="skip"` left out and listed in `skipped`. With `most`,
-    only the first this many good rows are looked for. DataError: longer than `max_prompt_length`
-    tokens, over the context with an instruction on it (`instructed`), of another form than the
-    others, or no row is left. PromptError: the chat template refuses or shortens it, or does not
-    read the row's tools; an answer holds nothing but its end. Variables that the template does not
-    read are warned of.
+    only the first this many good rows are looked for. With `drop_old_turns`, too long conversations
+    lose their oldest turns. DataError: longer than `max_prompt_length` tokens, over the context
+    with an instruction on it (`instructed`), of another form than the others, or no row is left.
+    PromptError: the chat template refuses or shortens it, or does not read the row's tools; an
+    answer holds nothing but its end. Variables that the template does not read are warned of.
     """
     bad = BadRows(name, on_bad_row, SkippedRows() if skipped is None else skipped)
     looked_at = rows if most is None or bad.skips else rows[:most]
-    kept: list[PromptRow] = []
-    lengths, too_long = array("I"), _TooLong(max_prompt_length)
-    for row, length in _lengths(looked_at, tokenizer, conversational=conversational):
-        if most is not None and len(kept) >= most:
+    kept, lengths = list[PromptRow](), array("I")
+    too_long, shortened = _TooLong(max_prompt_length), Shortened()
+    for given, length in _lengths(looked_at, tokenizer, conversational=conversational):
+        if len(kept) == most:
             break
-        found = _instructed(row, tokenizer, length, max_prompt_length, instructed)
+        row, found = _used(given, tokenizer, length, max_prompt_length, instructed, drop_old_turns)
+        if row is not given:
+            shortened.add(given, row)
         if isinstance(found, int) and found <= max_prompt_length:
             kept.append(row)
             lengths.append(found)
@@ -88,14 +96,44 @@ def check_prompts(
         elif isinstance(found, int):
             too_long.add(row, found)
         else:
-            raise type(found)(
-                f"{row.where}: {found} (change this row, or drop it; {ADVICE})"
-            ) from found
+            said = f"{row.where}: {found} (change this row, or drop it; {ADVICE})"
+            raise type(found)(said) from found
     too_long.settle()
     bad.settle(len(kept))
+    shortened.tell(name, max_prompt_length)
     warn_of_unread_kwargs(kept, tokenizer)
     warn_of_open_blocks(kept, tokenizer)
-    return UsablePrompts(kept, lengths)
+    return UsablePrompts(kept, lengths, shortened.ids)
+
+
+def apart(train: UsablePrompts, held_out: UsablePrompts) -> UsablePrompts:
+    """The training rows without those whose prompt became a held-out one when turns were dropped.
+
+    Prompts that are alike in both as they came are the caller's.
+    """
+    if not train.shortened and not held_out.shortened:
+        return train
+    of_held_out = {hashable(row.prompt): row.id in held_out.shortened for row in held_out.rows}
+
+    def became_equal(row: PromptRow) -> bool:
+        other = of_held_out.get(hashable(row.prompt))
+        return other is not None and (other or row.id in train.shortened)
+
+    kept = [i for i, row in enumerate(train.rows) if not became_equal(row)]
+    if len(kept) == len(train.rows):
+        return train
+    if not kept:
+        raise DataError(
+            "without their oldest turns, all training prompts are held-out prompts, too: raise "
+            "max_prompt_length, or hold out other rows"
+        )
+    logger.warning(
+        "%d training prompts are left out: without the oldest turns they are held-out prompts",
+        len(train.rows) - len(kept),
+    )
+    rows = [train.rows[i] for i in kept]
+    ids = frozenset(row.id for row in rows)
+    return UsablePrompts(rows, array("I", (train.lengths[i] for i in kept)), train.shortened & ids)
 
 
 def is_usable(
@@ -105,11 +143,49 @@ def is_usable(
     *,
     conversational: bool,
     instructed: InstructedLimit | None = None,
+    drop_old_turns: bool = False,
 ) -> bool:
     """Whether `check_prompts` keeps this row; what is odd is said there, of all rows at once."""
     ((_, length),) = _lengths([row], tokenizer, conversational=conversational)
-    found = _instructed(row, tokenizer, length, max_prompt_length, instructed)
+    _, found = _used(row, tokenizer, length, max_prompt_length, instructed, drop_old_turns)
     return isinstance(found, int) and found <= max_prompt_length
+
+
+def _used(
+    row: PromptRow,
+    tokenizer: Any,
+    length: int | DataError | PromptError,
+    max_prompt_length: int,
+    instructed: InstructedLimit | None,
+    drop_old_turns: bool,
+) -> tuple[PromptRow, int | DataError | PromptError]:
+    """The row as it is used, whole or shortened, and its tokens or what is wrong with it."""
+    found = _instructed(row, tokenizer, length, max_prompt_length, instructed)
+    if drop_old_turns and isinstance(length, int) and _is_too_long(found, max_prompt_length):
+        return _shortened(row, tokenizer, max_prompt_length, instructed) or (row, found)
+    return row, found
+
+
+def _is_too_long(found: int | DataError | PromptError, limit: int) -> bool:
+    """Whether a prompt's length is what is wrong with it: plainly, or (DataError) instructed."""
+    return found > limit if isinstance(found, int) else isinstance(found, DataError)
+
+
+def _shortened(
+    row: PromptRow, tokenizer: Any, max_prompt_length: int, instructed: InstructedLimit | None
+) -> tuple[PromptRow, int] | None:
+    """The conversation without its oldest turns, and its tokens; None where none of it fits."""
+    measured: dict[int, int] = {}
+
+    def fits(shorter: PromptRow) -> bool:
+        ((_, length),) = _lengths([shorter], tokenizer, conversational=True)
+        found = _instructed(shorter, tokenizer, length, max_prompt_length, instructed)
+        if isinstance(found, int):
+            measured[len(shorter.prompt)] = found
+        return isinstance(found, int) and found <= max_prompt_length
+
+    shorter = without_old_turns(row, fits)
+    return None if shorter is None else (shorter, measured[len(shorter.prompt)])
 
 
 def _instructed(
@@ -150,7 +226,8 @@ class _TooLong:
             raise DataError(
                 f"{self.count} prompts are longer than max_prompt_length={self.limit} tokens: "
                 f"{', '.join(self.named)}. Raise it (the model's context allowing), or drop the "
-                f"rows ({ADVICE}); prompts are never cut"
+                f"rows ({ADVICE}); prompts are never cut (drop_old_turns: true takes whole turns "
+                "off the beginning of conversations)"
             )
 
 

@@ -241,6 +241,7 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
         ("Prompts per round", c.get("prompts_per_round")),
         ("Planned prompts", _share_of_data(run.record)),
         ("Rows left out", _rows_left_out(run.record)),
+        ("Conversations shortened", _rows_shortened(run.record)),
         ("Rewards", ", ".join(map(str, rewards)) if isinstance(rewards, list) else rewards),
         ("Evaluated by", ", ".join(map(str, run.record.get("evaluated_by") or [])) or None),
         ("Instructions", c.get("instruction_bank")),
@@ -266,6 +267,12 @@ def _rows_left_out(record: dict[str, Any]) -> str | None:
     """How many rows could not be used, and where they are listed."""
     count = number(mapping(record.get("data")).get("skipped_rows"))
     return f"{count:,.0f} ({SKIPPED_FILE})" if count else None
+
+
+def _rows_shortened(record: dict[str, Any]) -> str | None:
+    """How many conversations were used without their oldest turns."""
+    count = number(mapping(record.get("data")).get("shortened_rows"))
+    return f"{count:,.0f} (drop_old_turns)" if count else None
 
 
 def page_context(run: RunContents) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def _teaches(group: CompletionGroup, params: RoundParams) -> bool:
 def _refuse_too_few_pairs(
     kept: int, sampled: int, params: RoundParams, removed: Counter[str]
 ) -> None:
-    if kept > 0 and kept >= params.min_pair_fraction * sampled:
+    if kept >= params.min_pair_fraction * sampled and (kept > 0 or params.may_be_empty):
         return
     if not params.needs_pairs:
         raise CollapseError(

@@ -26,7 +26,9 @@ LogprobFunction = Callable[
     [Sequence[Sequence[int]], Sequence[Sequence[int]]], list[tuple[float, ...]]
 ]
 # Fields of `RoundParams` that earlier versions did not have: unfinished rounds of these go on.
-_LATER_FIELDS = frozenset({"contrast_pairs", "needs_pairs", "contrast_from", "weighing_pairs"})
+_LATER_FIELDS = frozenset(
+    {"contrast_pairs", "needs_pairs", "contrast_from", "weighing_pairs", "may_be_empty"}
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class RoundParams:
     `contrast_pairs`: under how many instruction pairs a group keeps its prompt (`contrast_ids`).
     `weighing_pairs`: of how many of them, the first ones, completions keep their tokens' contrasts.
     `needs_pairs`: whether a group without two completions that can be ranked is left out.
+    `may_be_empty`: whether a round may end without any group.
     """
 
     seed: int
@@ -54,6 +57,7 @@ class RoundParams:
     needs_pairs: bool = True
     contrast_from: ContrastFrom = "prompt"
     weighing_pairs: int = 0
+    may_be_empty: bool = False
 
     def deciding(self) -> dict[str, Any]:
         """All of it as JSON: what decides a round's samples.

@@ -250,6 +250,8 @@ class TrainerParts:
             data |= {"skipped_rows": self.data.skipped.count, "skipped_file": SKIPPED_FILE}
         if self.data.notices:
             data["notices"] = list(self.data.notices)
+        if self.data.shortened:
+            data["shortened_rows"] = self.data.shortened
         facts: dict[str, Any] = {"data": data, "plan": self.plan.to_json()}
         if self.scored_by.in_place is not None:
             facts["evaluated_by"] = [reward.name for reward in self.scored_by.in_place]

@@ -136,14 +136,17 @@ class RoundMaker:
         is_start: bool,
         start_is_current: bool,
         callbacks: Sequence[TrainerCallback] = (),
+        rows: Sequence[PromptRow] | None = None,
     ) -> FinishedRound:
         """Sample, score and rank a round, or read it when it is finished on the disk.
 
+        With `rows`, it is a round of all of these in the place of the next training prompts.
         `is_start`: no optimizer step has been made. `start_is_current`: the start policy is the
         model's own start, so before the first step both policies are one. Raises ConfigError when
         the round before it is missing, and what `make_round` raises.
         """
-        position = next_position(self.directory.round_folder(index - 1)) if index > 0 else 0
+        goes_on = index > 0 and rows is None
+        position = next_position(self.directory.round_folder(index - 1)) if goes_on else 0
         if position is None:
             raise ConfigError(
                 f"round {index - 1} is missing under {self.directory.path / 'rounds'}: it says "
@@ -162,7 +165,7 @@ class RoundMaker:
 
             def work(tools: RoundTools) -> None:
                 nonlocal made
-                made = self._make(index, position, tools, callbacks)
+                made = self._make(index, position, tools, callbacks, rows)
 
             def tools() -> RoundTools:
                 return self._tools(where, is_start=is_start, start_is_current=start_is_current)
@@ -174,15 +177,23 @@ class RoundMaker:
         return made
 
     def _make(
-        self, index: int, position: int, tools: RoundTools, callbacks: Sequence[TrainerCallback]
+        self,
+        index: int,
+        position: int,
+        tools: RoundTools,
+        callbacks: Sequence[TrainerCallback],
+        rows: Sequence[PromptRow] | None,
     ) -> FinishedRound:
+        params = round_params(self.args)
+        if rows is not None:  # whether there are pairs enough is for whoever knows all rounds
+            params = replace(params, min_pair_fraction=0.0, may_be_empty=True)
         with stage_reporter(callbacks, f"round {index + 1}") as progress:
             return make_round(
-                self.rows,
-                num_groups=self.num_groups,
+                self.rows if rows is None else rows,
+                num_groups=self.num_groups if rows is None else len(rows),
                 position=position,
                 round_index=index,
-                params=round_params(self.args),
+                params=params,
                 tools=replace(tools, count_tokens=partial(tell_tokens, callbacks)),
                 folder=self.directory.round_folder(index),
                 progress=progress,

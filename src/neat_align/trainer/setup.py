@@ -35,7 +35,7 @@ from neat_align.modeling.self_check import (
     check_training_forward,
     showing_adapter,
 )
-from neat_align.prompts.instructed_limit import InstructedLimit, instructed_limit
+from neat_align.prompts.instructed_limit import InstructedLimit, InstructedLimits, instructed_limit
 from neat_align.prompts.instruction_banks import (
     CONTRASTED,
     Contrasted,
@@ -44,6 +44,7 @@ from neat_align.prompts.instruction_banks import (
 )
 from neat_align.prompts.row_checks import (
     UsablePrompts,
+    apart,
     as_rows,
     check_group_size,
     check_prompts,
@@ -75,7 +76,7 @@ class TrainingData:
 
     `conversational`: prompts are messages, not text. `skipped`: rows that were left out.
     `notices`: what a reader of the result has to know about the data. `prompt_lengths`: tokens of
-    each row's prompt, once they were checked.
+    each row's prompt, once they were checked. `shortened`: rows that `drop_old_turns` shortened.
     """
 
     rows: list[PromptRow]
@@ -84,19 +85,12 @@ class TrainingData:
     skipped: SkippedRows = field(default_factory=SkippedRows)
     notices: list[str] = field(default_factory=list)
     prompt_lengths: Sequence[int] = ()
+    shortened: int = 0
 
     @functools.cached_property
     def fingerprints(self) -> tuple[str, str]:
         """Of the rows to learn from, and of the held-out rows; taken once."""
         return fingerprint(self.rows), fingerprint(self.eval_rows)
-
-
-@dataclass(frozen=True)
-class InstructedLimits:
-    """How long prompts may be under the instructions that a run reads; None: reads none."""
-
-    training: InstructedLimit | None
-    held_out: InstructedLimit | None
 
 
 @dataclass(frozen=True)
@@ -120,9 +114,7 @@ class PolicySetup:
 def _check_settings(
     args: NEATConfig, callbacks: Sequence[TrainerCallback | type], data: TrainingData
 ) -> None:
-    """Refuse `log_completions` when nothing would show them, what needs evaluations when there
-    will be none, and a folder that cannot be made.
-    """
+    """Refuse what nothing would show or measure, and a folder that cannot be made."""
     check_output_dir(args)
     check_evaluates(args, bool(data.eval_rows), callbacks)
     shown = shows_tables(args) or any(shows_groups(c) for c in callbacks)
@@ -184,6 +176,7 @@ def usable_rows(
         skipped=skipped,
         most=most,
         instructed=instructed,
+        drop_old_turns=args.drop_old_turns,
     )
 
 
@@ -210,8 +203,15 @@ def _usable_data(
         instructed=instructed.held_out,
     )
     warn_of_unused_template(tokenizer, conversational=data.conversational)
+    train = apart(train, held_out)
     check_group_size(train.rows, args)
-    return replace(data, rows=train.rows, eval_rows=held_out.rows, prompt_lengths=train.lengths)
+    return replace(
+        data,
+        rows=train.rows,
+        eval_rows=held_out.rows,
+        prompt_lengths=train.lengths,
+        shortened=len(train.shortened),
+    )
 
 
 def instructed_limits(
