@@ -16,7 +16,7 @@ import torch
 import neat_align
 from neat_align.cli.tables import print_closing
 from neat_align.files import atomic
-from neat_align.pipeline import peak_rss_bytes
+from neat_align.files.provenance import peak_rss_bytes
 from neat_align.sampling.draw import summed_on
 
 SOURCE = Path(neat_align.__file__).parent

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from neat_align.errors import ConfigError
 from neat_align.evaluation.before_after import before_after
 from neat_align.evaluation.held_out import Evaluation
 from neat_align.files.atomic import read_json, write_folder, write_json
-from neat_align.files.provenance import commit, cpu_name, versions
+from neat_align.files.provenance import commit, cpu_name, peak_rss_bytes, versions
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.requirements import frozen_if_half
@@ -95,11 +94,12 @@ def _training_rows(script: ScriptArguments, read: Reader) -> list[PromptRow]:
     limit = script.dataset_limit
     if script.dataset_name != "demo":
         return read(script.training_sources, limit=limit)
-    lacks = {"split": script.dataset_train_split, "configuration": script.dataset_config}
-    lacks["other column"] = script.dataset_columns
-    names = ("dataset_train_split", "dataset_config", "dataset_columns")
-    for name, (what, given) in zip(names, lacks.items(), strict=True):
-        if given is not None:
+    for name, what in (
+        ("dataset_train_split", "split"),
+        ("dataset_config", "configuration"),
+        ("dataset_columns", "other column"),
+    ):
+        if (given := getattr(script, name)) is not None:
             raise ConfigError(
                 f"{name} is {given!r}, but the demo's prompts have no {what}s: take it out"
             )
@@ -388,13 +388,3 @@ def evaluation_before(trainer: NEATTrainer) -> Evaluation:
         lambda: write_json(path, evaluation.to_json()), "while it wrote the first evaluation"
     )
     return evaluation
-
-
-def peak_rss_bytes() -> int | None:
-    """The most memory that this process has held; None on Windows, which has no `resource`."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,6 +5,7 @@ No torch until one is made: the command line explains these options without it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,15 @@ _OF_ONE_DATASET = (
     ("dataset_train_split", "split"),
     ("dataset_columns", "columns"),
 )
+
+
+def _is_named_twice(name: str, c: Any) -> bool:
+    return bool(c.datasets and getattr(c, name))
+
+
 _RULES = tuple(
     Rule(
-        lambda c, name=name: bool(c.datasets and getattr(c, name)),
+        functools.partial(_is_named_twice, name),
         f"{name} is {{c.{name}!r}} and datasets lists a mixture: leave {name} out (in datasets, "
         f"it is each entry's {key})",
     )

@@ -33,7 +33,7 @@ from neat_align.cli.option_names import (
     option_name,
 )
 from neat_align.config import NEATConfig
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, did_you_mean
 from neat_align.files.yaml import YamlDocument, read_yaml
 from neat_align.script_arguments import ScriptArguments
 

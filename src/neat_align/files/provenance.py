@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -60,3 +61,13 @@ def cpu_name() -> str:
         (line.partition(":")[2].strip() for line in lines if "model name" in line),
         platform.processor(),
     )
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process has held; None on Windows, which has no `resource`."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
