@@ -166,8 +166,8 @@ def build_trainer(
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
     Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
-    `data` are rows in the place of those that the script names, and held-out ones. `may_push`: at
-    the end there is a model to push."""
+    `data` are rows and held-out rows in the place of the script's. `may_push`: a model comes of it.
+    """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     check_command_options(config, may_push=may_push)
@@ -179,9 +179,8 @@ def build_trainer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
-        usable = _usable_to_evaluate(
-            config, start, tokenizer, conversational=is_conversational(rows)
-        )
+        form = is_conversational(rows)
+        usable = _usable_to_evaluate(config, start, tokenizer, conversational=form)
         rows, held_out = refilled(rows, held_out, usable)
     model = start if policy is None else load_policy(policy, script.load_options)
     trainer = NEATTrainer(

@@ -43,7 +43,9 @@ def test_the_verbs_are_these() -> None:
         "export",
         "init",
         "inspect",
+        "merge",
         "probe",
+        "push",
         "report",
         "train",
     ]
@@ -165,7 +167,7 @@ def test_help_all_of_a_verb_that_takes_a_runs_options_has_all(
 
 def test_a_default_is_the_declared_one() -> None:
     known = every_option()
-    assert known["holdout"].default == f"default: {default_of(_field('holdout'))}"
+    assert known["lora_r"].default == f"default: {default_of(_field('lora_r'))}"
     assert known["max_kl"].default == ""
     assert known["bf16"].default == "default: true"
 

@@ -19,18 +19,19 @@ from neat_align.errors import ConfigError
 COMMANDS: dict[str, Any] = dict(typer.main.get_group(app).commands)
 VERBS = sorted(COMMANDS)
 # `expand --output` is the data set, --output_dir the folder in which it is made.
-NOT_THE_SAME = {("expand", "output")}
+NOT_THE_SAME = {(verb, "output") for verb in ("expand", "export", "init", "merge")}
 # Options of a verb that are no option of a run. A name that is new here must not be another word
 # for something that there is.
 OF_A_VERB = {
     "capability": {"base", "tasks", "limit", "include_path", "batch_size"},
     "compare": {"config", "json"},
     "demo": {"overwrite", "no_overwrite"},
+    "doctor": set(),
     "evaluate": {"config"},
     "expand": {
         "config",
         "output",
-        "form",
+        *("form", "format"),
         "engine",
         "num_workers",
         "gpus_per_worker",
@@ -39,6 +40,13 @@ OF_A_VERB = {
         "shard_prompts",
         "ray_address",
     },
+    "export": {
+        *("output", "format", "for", "rounds", "pairs", "allow_negative", "allow_cut"),
+        *("card", "overwrite", "public", "push_to_hub"),
+    },
+    "init": {"output", "measure"},
+    "merge": {"output", "no_trust_remote_code"},
+    "push": {"repo", "public", "revision", "message"},
     "inspect": {"limit", "origin", "sort", "search"},
     "probe": {"prompts", "samples", "alpha", "pairs", "min_p"},
     "report": set(),

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neat_align.cli.option_names import flags
+
 if TYPE_CHECKING:
     from neat_align.cli.doctor_checks import Finding
 
@@ -19,9 +21,9 @@ _HANG = " " * 17
 
 
 def doctor(
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where runs would go.")] = Path(
-        "runs"
-    ),
+    output_dir: Annotated[
+        Path, typer.Option(*flags("output_dir"), help="Where runs would go.")
+    ] = Path("runs"),
     vllm_server: Annotated[
         str | None, typer.Option("--vllm_server", help="URL of a vLLM server to ask, without /v1.")
     ] = None,

@@ -9,7 +9,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -225,10 +224,10 @@ def check_threads() -> Iterator[Finding]:
     """Whether torch's threads help each other, or wait for cores that others use."""
     import torch
 
-    threads, cores = torch.get_num_threads(), _cores()
+    threads, cores, load = torch.get_num_threads(), os.cpu_count() or 1, Path("/proc/loadavg")
     said = f"{threads} of torch, {cores} core{'s' * (cores != 1)}"
-    if sys.platform != "win32":
-        said += f", load {os.getloadavg()[0]:.1f}"
+    if load.is_file():
+        said += f", load {load.read_text(encoding='ascii').split()[0]}"
     if threads == 1:
         yield Finding("threads", "ok", said)
         return
@@ -273,10 +272,6 @@ def _typical(work: Callable[[], object], tries: int = 40, seconds: float = 1.5) 
         work()
         done += 1
     return (time.perf_counter() - started) / done
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def check_memory() -> Iterator[Finding]:

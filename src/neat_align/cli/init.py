@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neat_align.cli.console import quiet
+from neat_align.cli.option_names import flags
 
 if TYPE_CHECKING:
     from neat_align.cli.init_look import DataFacts, ModelFacts
@@ -21,27 +22,24 @@ GIB = 2**30
 def init(
     model: Annotated[
         str,
-        typer.Option("--model", "--model_name_or_path", help="A hub name, a folder, or demo."),
+        typer.Option(*flags("model_name_or_path"), help="A hub name, a folder, or demo."),
     ],
     data: Annotated[
         str,
-        typer.Option(
-            "--data", "--dataset_name", help="A file, a saved data set, a hub name, or demo."
-        ),
+        typer.Option(*flags("dataset_name"), help="A file, a saved data set, a hub name, or demo."),
     ],
     output: Annotated[Path, typer.Option(help="Where the recipe goes.")] = Path("recipe.yaml"),
     bank: Annotated[
         str,
         typer.Option(
-            "--bank",
-            "--instruction_bank",
+            *flags("instruction_bank"),
             help="What answers should be more of: harmlessness, helpfulness, honesty, politeness, "
             "sentiment, or a YAML file.",
         ),
     ] = "helpfulness",
     reward: Annotated[
         str,
-        typer.Option("--reward", "--reward_funcs", help="What scores answers; it may be left out."),
+        typer.Option(*flags("reward_funcs"), help="What scores answers; it may be left out."),
     ] = "",
     split: Annotated[
         str | None,

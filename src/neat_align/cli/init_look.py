@@ -19,7 +19,7 @@ from neat_align.modeling.model_shape import shape_of_model
 from neat_align.modeling.requirements import context_of
 from neat_align.pipeline import load_data
 from neat_align.prompts.instruction_banks import InstructionBank, load_bank
-from neat_align.prompts.row_checks import check_prompts
+from neat_align.prompts.row_checks import UsablePrompts, check_prompts
 from neat_align.prompts.row_forms import to_conversation, to_text
 from neat_align.prompts.row_prompts import instructed_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs, hashable, is_conversational
@@ -122,16 +122,8 @@ def look(script: ScriptArguments, bank_name: str) -> tuple[ModelFacts, DataFacts
             "all", tokenizer, bank, conversational=conversational, inputs=inputs
         )
         picked = used[:: -(-len(used) // COUNTED)]
-        counted = check_prompts(
-            picked,
-            tokenizer,
-            _NO_LIMIT,
-            conversational=conversational,
-            on_bad_row="skip",
-            skipped=skipped,
-        )
-    lengths = list(counted.lengths)
-    by_length = sorted(zip(lengths, counted.rows, strict=True), key=lambda pair: -pair[0])
+        counted = _counted(picked, tokenizer, skipped, conversational=conversational)
+    by_length = sorted(zip(counted.lengths, counted.rows, strict=True), key=lambda pair: -pair[0])
     data = DataFacts(
         rows=len(rows),
         prompts=len({hashable(row.prompt) for row in rows}),
@@ -142,7 +134,7 @@ def look(script: ScriptArguments, bank_name: str) -> tuple[ModelFacts, DataFacts
         with_system=sum(_has_system(row) for row in rows),
         unreadable=skipped.count,
         counted=len(picked),
-        lengths=sorted(lengths),
+        lengths=sorted(counted.lengths),
         instructed=_most_added(by_length[:INSTRUCTED], tokenizer, bank, placements),
         answer_lengths=_answer_lengths(counted.rows, tokenizer),
     )
@@ -156,6 +148,19 @@ def look(script: ScriptArguments, bank_name: str) -> tuple[ModelFacts, DataFacts
         thinks=thinks and conversational,
     )
     return facts, data
+
+
+def _counted(
+    rows: Sequence[PromptRow], tokenizer: Any, skipped: SkippedRows, *, conversational: bool
+) -> UsablePrompts:
+    return check_prompts(
+        rows,
+        tokenizer,
+        _NO_LIMIT,
+        conversational=conversational,
+        on_bad_row="skip",
+        skipped=skipped,
+    )
 
 
 def _inner(model: Any) -> Any:

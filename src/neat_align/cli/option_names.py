@@ -27,7 +27,6 @@ ELSEWHERE: Mapping[str, str] = {
     "base_model": "model_name_or_path",
     "pretrain": "model_name_or_path",
     "torch_dtype": "dtype",
-    "datasets": "dataset_name",
     "prompt_data": "dataset_name",
     "val_set_size": "holdout",
     "test_size": "holdout",

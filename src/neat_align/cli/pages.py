@@ -59,6 +59,26 @@ class Page:
 
 _MORE = "--help-all adds those of transformers' TrainingArguments."
 PAGES: Mapping[str, Page] = {
+    "init": Page(
+        BEGIN,
+        examples=(
+            "neat-align init --model MODEL --data prompts.jsonl --bank politeness",
+            "neat-align init --model MODEL --data prompts.jsonl --measure --output run.yaml",
+        ),
+    ),
+    "doctor": Page(
+        BEGIN,
+        examples=("neat-align doctor", "neat-align doctor --vllm_server http://127.0.0.1:8000"),
+    ),
+    "export": Page(
+        LOOK,
+        examples=(
+            "neat-align export runs/mine --format kto --output kto.jsonl",
+            "neat-align export runs/mine --for axolotl --output pairs/",
+        ),
+    ),
+    "merge": Page(LOOK, examples=("neat-align merge runs/mine --output merged",)),
+    "push": Page(LOOK, examples=("neat-align push runs/mine --repo me/my-model",)),
     "demo": Page(
         BEGIN, examples=("neat-align demo", "neat-align demo --output_dir runs/mine --seed 1")
     ),

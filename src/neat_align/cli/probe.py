@@ -106,6 +106,9 @@ OutputOption = Annotated[
 ]
 
 
+PromptsOption = Annotated[int, typer.Option(help="Prompts to answer.")]
+
+
 def probe(
     bank: BankOption,
     model: ModelOption,
@@ -116,7 +119,7 @@ def probe(
     reward: RewardOption = "vader",
     allow_http_hosts: HostsOption = None,
     placement: PlacementOption = "user_suffix",
-    prompts: Annotated[int, typer.Option(help="Prompts to answer.")] = 24,
+    prompts: PromptsOption = 24,
     samples: Annotated[int, typer.Option(help="Answers to a prompt under each instruction.")] = 2,
     max_completion_length: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 48,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; above 0.")] = 0.7,
