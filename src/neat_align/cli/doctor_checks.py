@@ -276,9 +276,9 @@ def _typical(work: Callable[[], object], tries: int = 40, seconds: float = 1.5) 
 
 
 def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def check_memory() -> Iterator[Finding]:
