@@ -13,13 +13,13 @@ from typing import Any
 
 from neat_align.cli.dry_run import model_on_meta
 from neat_align.cli.probe_run import usable_placements
-from neat_align.errors import ConfigError, DataError, PromptError
+from neat_align.errors import DataError, PromptError
 from neat_align.modeling.loading import load_tokenizer
 from neat_align.modeling.model_shape import shape_of_model
 from neat_align.modeling.requirements import context_of
 from neat_align.pipeline import load_data
 from neat_align.prompts.instruction_banks import InstructionBank, load_bank
-from neat_align.prompts.row_checks import UsablePrompts, check_prompts
+from neat_align.prompts.row_checks import check_prompts
 from neat_align.prompts.row_forms import to_conversation, to_text
 from neat_align.prompts.row_prompts import instructed_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs, hashable, is_conversational
@@ -103,31 +103,59 @@ class DataFacts:
 
 def look(script: ScriptArguments, bank_name: str) -> tuple[ModelFacts, DataFacts]:
     """Look at model and data. Raises what a run would where nothing could be done with them."""
-    if not script.model_name_or_path:
-        raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     bank = load_bank(bank_name)
     model = model_on_meta(script, script.load_options)
     tokenizer = load_tokenizer(model, revision=script.model_revision)
+    template = tokenizer.chat_template
     with _unsaid():
         skipped = SkippedRows()
         rows, _ = load_data(replace(script, holdout=0), "skip", skipped)
-        form = "messages" if is_conversational(rows) else "text"
-        thinks = "enable_thinking" in str(tokenizer.chat_template)
-        used = _as_used(rows, has_template=bool(tokenizer.chat_template), thinks=thinks)
+        used = list(map(to_conversation if template else to_text, rows))
         conversational = is_conversational(used)
-        inputs = used[0].template_inputs if thinks and conversational else TemplateInputs()
-        inputs = TemplateInputs(kwargs={"enable_thinking": False}) if inputs else inputs
+        thinks = conversational and "enable_thinking" in str(template)
+        inputs = TemplateInputs(kwargs={"enable_thinking": False} if thinks else {})
+        used = with_template_kwargs(used, inputs.kwargs)
         check_rendering(tokenizer, conversational=conversational, inputs=inputs)
         placements, refused = usable_placements(
             "all", tokenizer, bank, conversational=conversational, inputs=inputs
         )
-        picked = used[:: -(-len(used) // COUNTED)]
-        counted = _counted(picked, tokenizer, skipped, conversational=conversational)
+        data = _data_facts(rows, used, tokenizer, bank, placements, skipped)
+    facts = ModelFacts(
+        kind=type(_inner(model)).__name__,
+        parameters=shape_of_model(model).parameters,
+        context=context_of(model),
+        has_template=bool(template),
+        placements=placements,
+        refused=refused,
+        thinks=thinks,
+    )
+    return facts, data
+
+
+def _data_facts(
+    rows: Sequence[PromptRow],
+    used: Sequence[PromptRow],
+    tokenizer: Any,
+    bank: InstructionBank,
+    placements: Sequence[str],
+    skipped: SkippedRows,
+) -> DataFacts:
+    """`rows` are as the file has them, `used` as the model takes them."""
+    conversational = is_conversational(used)
+    picked = used[:: -(-len(used) // COUNTED)]
+    counted = check_prompts(
+        picked,
+        tokenizer,
+        _NO_LIMIT,
+        conversational=conversational,
+        on_bad_row="skip",
+        skipped=skipped,
+    )
     by_length = sorted(zip(counted.lengths, counted.rows, strict=True), key=lambda pair: -pair[0])
-    data = DataFacts(
+    return DataFacts(
         rows=len(rows),
         prompts=len({hashable(row.prompt) for row in rows}),
-        form=form,
+        form="messages" if is_conversational(rows) else "text",
         conversational=conversational,
         pairs=sum(row.chosen is not None and row.rejected is not None for row in rows),
         answered=sum(row.chosen is not None or row.rejected is not None for row in rows),
@@ -137,29 +165,6 @@ def look(script: ScriptArguments, bank_name: str) -> tuple[ModelFacts, DataFacts
         lengths=sorted(counted.lengths),
         instructed=_most_added(by_length[:INSTRUCTED], tokenizer, bank, placements),
         answer_lengths=_answer_lengths(counted.rows, tokenizer),
-    )
-    facts = ModelFacts(
-        kind=type(_inner(model)).__name__,
-        parameters=shape_of_model(model).parameters,
-        context=context_of(model),
-        has_template=bool(tokenizer.chat_template),
-        placements=placements,
-        refused=refused,
-        thinks=thinks and conversational,
-    )
-    return facts, data
-
-
-def _counted(
-    rows: Sequence[PromptRow], tokenizer: Any, skipped: SkippedRows, *, conversational: bool
-) -> UsablePrompts:
-    return check_prompts(
-        rows,
-        tokenizer,
-        _NO_LIMIT,
-        conversational=conversational,
-        on_bad_row="skip",
-        skipped=skipped,
     )
 
 
@@ -179,12 +184,6 @@ def _unsaid() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _as_used(rows: Sequence[PromptRow], *, has_template: bool, thinks: bool) -> list[PromptRow]:
-    """The rows in the form that the model takes: messages where it has a chat template."""
-    used = list(map(to_conversation if has_template else to_text, rows))
-    return with_template_kwargs(used, {"enable_thinking": False}) if thinks else used
 
 
 def _has_system(row: PromptRow) -> bool:

@@ -39,9 +39,6 @@ ModelOption = Annotated[
 ConversationsOption = Annotated[
     bool, typer.Option("--as-conversations", help="Turn text prompts into chat messages.")
 ]
-TextsOption = Annotated[
-    bool, typer.Option("--as-texts", help="Turn chat messages into text, for a base model.")
-]
 RewardOption = Annotated[
     str,
     typer.Option(
@@ -115,7 +112,6 @@ def probe(
     dtype: DtypeOption = "float32",
     dataset_name: DataOption = "demo",
     as_conversations: ConversationsOption = False,
-    as_texts: TextsOption = False,
     reward: RewardOption = "vader",
     allow_http_hosts: HostsOption = None,
     placement: PlacementOption = "user_suffix",
@@ -143,7 +139,6 @@ def probe(
         dtype=dtype,
         dataset_name=dataset_name,
         as_conversations=as_conversations,
-        as_texts=as_texts,
         reward=reward,
         allow_http_hosts=tuple(allow_http_hosts or ()),
         placement=placement,
