@@ -52,7 +52,8 @@ class RewardFunction(Protocol):
     or None a row. So are three of TRL's arguments: `trainer_state`, a copy of
     transformers' TrainerState (None outside of a trainer); `log_metric(name, value)`, a number that
     is averaged over the round, or the evaluation, and logged; `log_extra(column, values)`, one
-    value a row, kept beside the completions (`rounds/*/reward-extra.jsonl`).
+    value a row, kept beside the completions (`rounds/*/reward-extra.jsonl`). `log_total(name,
+    value)`, of ours, is a number that is added up in place of averaged: tokens, or money.
 
     A round is scored in batches of whole groups, about 64 rows each: all completions of one prompt
     come in one call, and nothing may be read from where a batch begins or ends. A call that runs
@@ -127,8 +128,8 @@ class ScoredRows:
 
     `components` has one number a function, unweighted; `rewards` is their weighted sum, or None.
     `left_out` are the rows that a function could not score. `metrics` has the numbers that
-    functions logged under a name, one a call; `extra` the columns that they logged, one value a
-    row, as JSON.
+    functions logged under a name, one a call; `totals` those that were to be added up; `extra` the
+    columns that they logged, one value a row, as JSON.
     """
 
     rewards: tuple[float | None, ...]
@@ -136,6 +137,7 @@ class ScoredRows:
     left_out: tuple[LeftOut, ...] = ()
     metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
 
 
 def completion_text(completion: CompletionInput) -> str:

@@ -13,6 +13,8 @@ from typing import Any, cast
 
 from neat_align.errors import RewardError
 from neat_align.rewards.http import DEFAULT_TIMEOUT, HttpReward, check_tokens
+from neat_align.rewards.judge import JudgeReward
+from neat_align.rewards.judge_file import is_judge
 from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec
 
 
@@ -94,7 +96,7 @@ def resolve_rewards(
         while (unique := name if n == 1 else f"{name}_{n}") in taken:
             n += 1
         # A server's tries and pauses together may take longer than one request.
-        limit = None if isinstance(function, HttpReward) else timeout
+        limit = None if isinstance(function, HttpReward | JudgeReward) else timeout
         named.append(NamedReward(unique, function, weight, limit))
     check_tokens([r.function for r in named])
     return tuple(named)
@@ -131,6 +133,8 @@ def _resolve(
             timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
             allow_http_hosts=allow_http_hosts or (),
         )
+    elif isinstance(spec, str) and is_judge(spec):
+        function = JudgeReward.from_file(spec.removeprefix("judge:"), allow_http_hosts or ())
     elif isinstance(spec, str):
         if spec == "contrast":
             raise RewardError(
@@ -172,8 +176,8 @@ def _load_model(name: str, tokenizer: Any) -> RewardFunction:
     except (OSError, ValueError) as error:
         raise RewardError(
             f"the reward {name!r} is not a shipped one ({', '.join(SHIPPED)}, contrast), no "
-            "https:// URL, not of the form 'package.module:function', and could not be loaded as "
-            f"a sequence-classification model: {error}"
+            "https:// URL, no judge (judge:FILE.yaml), not of the form 'package.module:function', "
+            f"and could not be loaded as a sequence-classification model: {error}"
         ) from error
 
 
