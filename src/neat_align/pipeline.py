@@ -32,6 +32,7 @@ from neat_align.prompts.row_forms import to_conversation
 from neat_align.prompts.rows import PromptRow, hashable, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.run_report import write_report
+from neat_align.rewards.judge_totals import judge_totals
 from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.launch import holds_run, is_restart, note_launch
 from neat_align.runs.signals import listening
@@ -315,6 +316,8 @@ def _write_result(
         "versions": versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
     }
+    judges = judge_totals(trainer.parts.directory.metrics_file)
+    result |= {"judges_used": judges} if judges else {}
     write_json(out / "result.json", result)
     write_report(out)
     return result

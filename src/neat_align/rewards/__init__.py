@@ -18,6 +18,7 @@ Higher is better; `None` abstains; a failure is an error and never a zero.
     judge_answers.py   reading what it answers, strictly
     judge_client.py    asking it: through the openai package, from the cache, counted, given up on
     judge_cache.py     judgements on the disk
+    judge_totals.py    what the judges of a run used in all
     vader.py        tone by a lexicon
     minilm_tone.py  tone by a head on sentence embeddings; the demo's second judge
     frozen_model.py    loads the models that judges read their features from

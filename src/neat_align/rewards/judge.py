@@ -12,7 +12,7 @@ tie. What cannot be judged is None, never a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from neat_align.prompts.rows import Prompt
@@ -25,13 +25,37 @@ from neat_align.rewards.judge_forms import (
     judge_groups,
     judge_pairs,
 )
-from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
+from neat_align.rewards.protocol import (
+    CompletionInput,
+    NamedReward,
+    Score,
+    Unscorable,
+    completion_text,
+)
 
 _MILLION = 1_000_000
 _NO_ANSWER = (
     "has no chosen answer, and the judge compares with that (against: chosen): give the row one, "
     "or set against: group"
 )
+
+
+def judge_facts(rewards: Iterable[NamedReward]) -> dict[str, str]:
+    """Who judges by what, for a run's record and its key: a line a judge, by the name of each."""
+    facts = {}
+    for reward in rewards:
+        if isinstance(reward.function, JudgeReward):
+            s = reward.function.settings
+            what = f"{s.model}, {s.form}, rubric {s.rubric.name}, {s.fingerprint()[:12]}"
+            facts[f"judge {reward.name}"] = what
+    return facts
+
+
+def compares_group(reward: NamedReward) -> bool:
+    """Whether a score says how an answer stands among those to its prompt, and nothing of how good
+    they are: its mean is the same for every policy.
+    """
+    return isinstance(reward.function, JudgeReward) and reward.function.settings.compares_group
 
 
 class JudgeReward:

@@ -19,7 +19,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -181,6 +181,15 @@ def read_judge(path: str) -> JudgeSettings:
     settings = JudgeSettings(**values)
     _check_together(settings, raw, document)
     return settings
+
+
+def judges_among(specs: Iterable[Any]) -> dict[str, JudgeSettings]:
+    """The judges among rewards as a user names them, by that name. Raises RewardError."""
+    return {
+        spec: read_judge(spec.removeprefix("judge:"))
+        for spec in specs
+        if isinstance(spec, str) and is_judge(spec)
+    }
 
 
 def load_rubric(name_or_path: str, folder: Path = Path()) -> Rubric:
