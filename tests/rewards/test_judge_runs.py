@@ -70,7 +70,7 @@ def test_a_run_pauses_when_the_judge_is_down_and_goes_on_without_paying_twice(
 ) -> None:
     run = tmp_path / "run"
     cache = {"cache": str(tmp_path / "cache.sqlite"), "concurrency": 1}
-    down = {i: (503, b"down") for i in range(20, 40)}
+    down = dict.fromkeys(range(20, 40), (503, b"down"))
     with RewardServer(first_saying(down, pointwise)) as server:
         spec = judge_file(tmp_path, server, **cache)
         with pytest.raises(RewardUnavailableError, match="failed on 3 of the newest 23"):

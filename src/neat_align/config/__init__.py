@@ -2,6 +2,7 @@
 
     neat_config.py       NEATConfig, a `TrainingArguments` with NEAT's own fields
     objective_options.py the options of the loss
+    reward_options.py    the options of how rewards are put together and their models held
     sampler_options.py   the options of who samples
     trainer_defaults.py  what other defaults and limits `TrainingArguments` has here
     trainer_values.py    what transformers' own options may be set to, and which packages they need

@@ -4,9 +4,8 @@ The import costs what `transformers.TrainingArguments` costs (seconds: it brings
 command line imports it only when a command needs it. Field help texts are what `neat-align train
 --help` prints. What a field may be stands beside it (`constraints.option`), combinations of fields
 in `combinations`, the options of the loss in `objective_options`, of who samples in
-`sampler_options`, what other
-defaults `TrainingArguments` has in `trainer_defaults`, and what is refused of its options in
-`unsupported`.
+`sampler_options`, of how rewards are put together in `reward_options`, what other defaults
+`TrainingArguments` has in `trainer_defaults`, and what is refused of its options in `unsupported`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from neat_align.config.constraints import (
     read_object,
 )
 from neat_align.config.objective_options import ObjectiveOptions
+from neat_align.config.reward_options import RewardOptions
 from neat_align.config.sampler_options import SamplerOptions
 from neat_align.config.sharding import check_sharding, load_whole
 from neat_align.config.trainer_values import RULES as VALUE_RULES
@@ -50,7 +50,7 @@ PLACEMENTS = ("system", "user_suffix", "affix")
 
 
 @dataclass
-class NEATConfig(SamplerOptions, ObjectiveOptions):
+class NEATConfig(SamplerOptions, RewardOptions, ObjectiveOptions):
     """`TrainingArguments` plus NEAT's own fields.
 
     One epoch is one round; one training row is one group. `per_device_train_batch_size` counts

@@ -72,6 +72,11 @@ class JudgeReward:
         return cls(read_judge(path), allow_http_hosts)
 
     @property
+    def token_variable(self) -> str | None:
+        """The environment variable with the API key that is sent."""
+        return self.settings.api_key_env or None
+
+    @property
     def needs_chosen(self) -> bool:
         """Whether answers are held against the data's own."""
         return self.settings.form == "pairwise" and self.settings.against == "chosen"

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from neat_align.network.server_url import Target
 from neat_align.prompts.rows import Message, Prompt
 
 # Text, or the assistant's message(s) as TRL passes them.
@@ -81,6 +82,21 @@ class ChecksPrompts(Protocol):
 
     def unscorable_prompts(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
         """The reason by the prompt's position, for prompts no answer to which can be scored."""
+        ...
+
+
+@runtime_checkable
+class AsksServer(Protocol):
+    """A reward function that asks a server; its tries and pauses have limits of their own."""
+
+    @property
+    def target(self) -> Target:
+        """Where the server is."""
+        ...
+
+    @property
+    def token_variable(self) -> str | None:
+        """The environment variable with the token that is sent there; None where none is."""
         ...
 
 

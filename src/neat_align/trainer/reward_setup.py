@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
@@ -23,6 +23,7 @@ from neat_align.prompts.seeds import draw_pair
 from neat_align.prompts.skipped_rows import BadRows
 from neat_align.prompts.template_inputs import joined_inputs
 from neat_align.rewards.contrast import ContrastReward
+from neat_align.rewards.hf import ModelReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
 from neat_align.rewards.judge import compares_group
 from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec, RewardSum
@@ -85,6 +86,7 @@ def set_up_rewards(
     _check_judges(rewards, judges, told)
     functions = [r.function for r in (*rewards, *judges, *(told or ()))]
     check_tokens(functions)
+    _check_bits(args, [*_listed(reward_funcs), *_listed(judge_funcs)], [*rewards, *judges])
     _check_http_hosts(args, functions)
     if args.distil_answers == "lower_half" and not rewards:
         raise ConfigError(
@@ -208,6 +210,26 @@ def named_rewards(
         processing_classes,
         timeout=args.reward_timeout,
         allow_http_hosts=args.allow_http_hosts,
+        bits=_bits(args),
+    )
+
+
+def _bits(args: NEATConfig) -> Literal[4, 8] | None:
+    """In how many bits reward models that are given by name hold their weights."""
+    return 4 if args.reward_load_in_4bit else 8 if args.reward_load_in_8bit else None
+
+
+def _check_bits(args: NEATConfig, given: Sequence[Any], rewards: Sequence[NamedReward]) -> None:
+    """Refuse bits that nobody reads: only a model that is given by name is loaded here."""
+    bits = _bits(args)
+    pairs = zip(given, rewards, strict=True)
+    if bits is None or any(
+        isinstance(g, str) and isinstance(r.function, ModelReward) for g, r in pairs
+    ):
+        return
+    raise ConfigError(
+        f"reward_load_in_{bits}bit is true, but no reward or judge is a sequence-classification "
+        "model that is given by its name: leave it out, or give the name in place of the model"
     )
 
 
