@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from judge_server import by_length, first_saying, judge_file, judging, question
+from neat_align.cli.options import options_from
+from neat_align.cli.probe_options import ProbeSettings
+from neat_align.cli.probe_run import _rewards
 from neat_align.cli.tables import print_result
+from neat_align.comparison.before_runs import checked_settings, own_options
+from neat_align.comparison.spec import CompareSpec, parse_spec
 from neat_align.errors import ConfigError, RewardUnavailableError
 from neat_align.pipeline import evaluation_before
 from neat_align.reporting.run_files import read_run
@@ -93,12 +98,35 @@ def test_a_run_pauses_when_the_judge_is_down_and_goes_on_without_paying_twice(
         trainer(run, reward=moved).train(resume_from_checkpoint=True)
 
 
+def compared(spec: str, **methods: Any) -> CompareSpec:
+    settings = {"model_name_or_path": "demo", "dataset_name": "demo", "reward_funcs": spec}
+    return parse_spec({"settings": settings, "methods": {"dpo": None, **methods}}, "c.yaml")
+
+
+def test_a_comparison_knows_its_judges_and_takes_none_that_cannot_compare(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:1/v1"
+    spec = judge_file(tmp_path, url)
+    own = judge_file(tmp_path, url, name="own", form="ranking")
+    read = compared(spec, mine={"like": "dpo", "reward_funcs": [own]})
+    mine = next(m for m in read.methods if m.name == "mine")
+    before = own_options(read, mine, {}, 0)["judges' files"]
+    assert list(before) == [spec, own]
+    judge_file(tmp_path, url, rubric="polite")
+    after = own_options(read, mine, {}, 0)["judges' files"]
+    assert (after[own], after[spec] != before[spec]) == (before[own], True)
+    checked_settings(read, options_from, set())
+    with pytest.raises(ConfigError, match="its mean is ½ for every method"):
+        checked_settings(compared(own), options_from, set())
+
+
 def test_a_judge_of_groups_cannot_compare_policies(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = judge_file(tmp_path, "http://127.0.0.1:1/v1", form="ranking")
     with pytest.raises(ConfigError, match="judge_funcs has the judge 'strict', which holds a pro"):
         trainer(tmp_path / "run", judge_funcs=[spec], eval_dataset=ROWS[:2])
+    with pytest.raises(ConfigError, match="reward is the judge 'strict', which holds a prompt's"):
+        _rewards(ProbeSettings("politeness", "demo", reward=spec))
     trainer(tmp_path / "run", reward=spec)
     assert "evaluations go without it; add another one to judge_funcs" in caplog.text
     judge_file(tmp_path, "http://127.0.0.1:1/v1", form="pairwise", against="chosen")
