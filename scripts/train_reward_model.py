@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from trl import RewardConfig, RewardTrainer
 
@@ -41,6 +42,7 @@ def main() -> None:
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=options.batch_size,
             max_length=options.max_length,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
             save_strategy="no",
             report_to="none",
         ),

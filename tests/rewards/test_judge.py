@@ -487,6 +487,14 @@ def test_a_judgement_is_paid_for_once(tmp_path: Path) -> None:
     assert b"seven.." not in raw
 
 
+def test_equal_answers_to_a_prompt_are_judged_once(tmp_path: Path) -> None:
+    with RewardServer(judging(by_length)) as server:
+        rows = scored(judge_file(tmp_path, server), ["four", "four", "x", "four"])
+    assert rows.rewards == (4.0, 4.0, 1.0, 4.0)
+    assert len(server.asked) == 2
+    assert rows.totals["judge/strict/cached"] == 2
+
+
 def test_several_judges_share_a_cache_at_once(tmp_path: Path) -> None:
     cache = str(tmp_path / "judgements.sqlite")
     from neat_align.rewards.judge_cache import open_cache
@@ -637,6 +645,11 @@ def test_a_key_that_is_missing_is_named(tmp_path: Path) -> None:
         resolve_rewards(f"judge:{path}", None)
     with pytest.raises(RewardError, match=r"none\.yaml: cannot be read"):
         resolve_rewards("judge:none.yaml", None)
+
+
+def test_a_judge_without_its_file_is_told_of_it() -> None:
+    with pytest.raises(RewardError, match=r"a judge is named by its file, judge:helpful\.yaml"):
+        resolve_rewards("judge:helpful", None)
 
 
 def test_a_rubric_of_ones_own_is_found_beside_the_judge(tmp_path: Path) -> None:

@@ -10,16 +10,22 @@ and a size.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import httpx2
 
+from neat_align.files.secrets import scrubbed
 from neat_align.network.addresses import CheckedTransport
 from neat_align.network.server_url import Target
 
+logger = logging.getLogger(__name__)
+# Seconds between two warnings of a server that fails: a hundred requests fail together.
+_WARN_EVERY = 15.0
 _SENT_HEADERS = ("host", "content-type", "content-length", "accept")
 
 
@@ -38,12 +44,14 @@ class ClientTransport(httpx2.AsyncBaseTransport):
     """Sends to the target's host alone; `token_variable` names the environment variable with the
     bearer token ("": none is sent).
 
-    What may pass is raised as httpx2's own errors, which the client tries again; an answer that is
-    too long or compressed is the target's `error`.
+    What may pass is raised as httpx2's own errors, which the client tries again, or given back as
+    the status that it is; both are warned of now and then. An answer that is too long or compressed
+    is the target's `error`.
     """
 
     def __init__(self, target: Target, limits: Limits, token_variable: str = "") -> None:
         self._target, self._limits, self._variable = target, limits, token_variable
+        self._warned = -_WARN_EVERY
         self._inner = CheckedTransport(
             target.kind.name,
             target.kind.error,
@@ -76,7 +84,13 @@ class ClientTransport(httpx2.AsyncBaseTransport):
         except TimeoutError as error:
             raise self._late(request) from error
         except OSError as error:  # the host's name cannot be looked up
+            self._warn(str(error))
             raise httpx2.ConnectError(str(error), request=request) from error
+        except httpx2.TransportError as error:
+            self._warn(str(error) or type(error).__name__)
+            raise
+        if response.status_code in (408, 409, 429) or response.status_code >= 500:
+            self._warn(f"answered {response.status_code}")
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
             raise self._target.kind.error(
@@ -98,8 +112,15 @@ class ClientTransport(httpx2.AsyncBaseTransport):
             )
         return token
 
+    def _warn(self, what: str) -> None:
+        now = time.monotonic()
+        if now - self._warned >= _WARN_EVERY:
+            self._warned = now
+            logger.warning("%s: %s", self._target.said, scrubbed(what))
+
     def _late(self, request: httpx2.Request) -> httpx2.ReadTimeout:
         said = f"no complete answer within {self._limits.timeout:g} s"
+        self._warn(said)
         return httpx2.ReadTimeout(said, request=request)
 
     async def read(

@@ -130,7 +130,7 @@ class JudgeReward:
 
     def _totals(self, counts: Counts) -> dict[str, float]:
         """What this call used, for the log; the cost where the judge's file has prices."""
-        totals = {
+        totals: dict[str, float] = {
             "calls": counts.calls,
             "cached": counts.cached,
             "failed": counts.failed.total(),

@@ -199,6 +199,7 @@ class Session:
         self._slots = asyncio.Semaphore(client.settings.concurrency)
         self.counts = Counts()
         self._asked = 0
+        self._under_way: dict[bytes, asyncio.Future[Any]] = {}
         self._failures: list[FailedError] = []
 
     async def judgement(self, question: Question, read: Callable[[Reply], Any]) -> Any:
@@ -208,6 +209,14 @@ class Session:
         and RewardError, see the module's docstring.
         """
         key = self._client.key(question)
+        if key in self._under_way:  # equal answers to one prompt
+            self.counts.cached += 1
+            return await self._under_way[key]
+        task = asyncio.ensure_future(self._judged(key, question, read))
+        self._under_way[key] = task
+        return await task
+
+    async def _judged(self, key: bytes, question: Question, read: Callable[[Reply], Any]) -> Any:
         known = None if self._cache is None else self._cache.get(key)
         if known is not None:
             self.counts.cached += 1

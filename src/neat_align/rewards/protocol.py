@@ -11,9 +11,10 @@ from neat_align.prompts.rows import Message, Prompt
 
 # Text, or the assistant's message(s) as TRL passes them.
 CompletionInput: TypeAlias = str | list[Message]
-# A shipped name (`resolve.SHIPPED`), a server's URL ("https://host/path"),
-# "package.module:function", the name or path of a sequence-classification model, such a model
-# itself (a `PreTrainedModel` is a callable), or a reward function.
+# A shipped name (`resolve.SHIPPED`), a server's URL ("https://host/path"), a judge
+# ("judge:FILE.yaml"), a reward model behind vLLM ("vllm:URL"), "package.module:function", the name
+# or path of a sequence-classification model, such a model itself (a `PreTrainedModel` is a
+# callable), or a reward function.
 RewardSpec: TypeAlias = str | Callable[..., Any]
 
 

@@ -196,7 +196,9 @@ def _import(spec: str) -> RewardFunction:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RewardError(f"the reward {spec!r} cannot be imported: {error}") from error
+        is_judge = f": a judge is named by its file, judge:{attribute}.yaml (docs/judges.md)"
+        hint = is_judge if module_name == "judge" else ""
+        raise RewardError(f"the reward {spec!r} cannot be imported: {error}{hint}") from error
     try:
         reward: Any = operator.attrgetter(attribute)(module)
     except AttributeError:

@@ -139,8 +139,8 @@ def with_rewards(
         rewards, components = scores.rewards[own], scores.components[own]
         if tools.aggregation == "normalize_then_sum":
             # A row that a function could not score has no reward, and is no part of its group.
-            rows = [() if r is None else c for r, c in zip(rewards, components, strict=True)]
-            rewards = _within_group(rows, weights)
+            both = zip(rewards, components, strict=True)
+            rewards = _within_group([() if r is None else c for r, c in both], weights)
         scored = zip(group.completions, rewards, components, strict=True)
         completions = (replace(c, reward=r, reward_components=parts) for c, r, parts in scored)
         rewarded.append(replace(group, completions=tuple(completions)))

@@ -50,8 +50,8 @@ class NEATTrainer(Trainer):
     Args:
         model: a `PreTrainedModel`, a PEFT model, or a name or path (loaded in fp32).
         reward_funcs: one or several of: the name of a shipped reward ("vader", "minilm_tone", …), a
-            server's URL, "contrast" (the policy's own opinion), "package.module:function", the name
-            of a sequence-classification model, such a model, or
+            server's URL, "judge:FILE.yaml", "contrast" (the policy's own opinion), a function as
+            "package.module:function", a sequence-classification model or its name, or
             `f(prompts, completions, completion_ids, **columns)`. None with `rank_by: origin`.
         args: a `NEATConfig`.
         train_dataset: a `datasets.Dataset` or any iterable of rows with `prompt`, or
