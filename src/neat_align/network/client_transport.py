@@ -116,7 +116,7 @@ class ClientTransport(httpx2.AsyncBaseTransport):
         now = time.monotonic()
         if now - self._warned >= _WARN_EVERY:
             self._warned = now
-            logger.warning("%s: %s", self._target.said, scrubbed(what))
+            logger.warning("a request to %s failed: %s", self._target.said, scrubbed(what))
 
     def _late(self, request: httpx2.Request) -> httpx2.ReadTimeout:
         said = f"no complete answer within {self._limits.timeout:g} s"
