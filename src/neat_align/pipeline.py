@@ -36,6 +36,7 @@ from neat_align.prompts.rows import PromptRow, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.reporting.model_card import write_model_card
 from neat_align.reporting.run_report import write_report
+from neat_align.rewards.judge_totals import judge_totals
 from neat_align.rewards.protocol import RewardSum
 from neat_align.runs.launch import holds_run, is_restart, note_launch
 from neat_align.runs.leftovers import is_free, leaving_nothing, remove_leftovers
@@ -345,6 +346,8 @@ def _write_result(
         "versions": versions(),
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
     }
+    judges = judge_totals(trainer.parts.directory.metrics_file)
+    result |= {"judges_used": judges} if judges else {}
     write_json(out / "result.json", result)
     write_report(out)
     write_model_card(out / MODEL_FOLDER, out, card_model(trainer))

@@ -137,7 +137,8 @@ class ScriptArguments(DataOptions):
         default_factory=list,
         metadata={
             "help": "Rewards: vader, minilm_tone, offensiveness, harmless_pairs, similarity, "
-            "contrast, package.module:function, a server's URL, or a classification model."
+            "contrast, package.module:function, a classification model, vllm:URL of one that vLLM "
+            "serves, judge:FILE.yaml (a language model with a rubric), or a reward server's URL."
         },
     )
     judge_funcs: list[str] = field(

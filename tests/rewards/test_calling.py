@@ -470,6 +470,26 @@ def test_what_is_logged_is_checked() -> None:
             log("x", value)
 
 
+def test_totals_are_added_up_over_calls_and_functions() -> None:
+    def counts(completions: Any, log_total: Any, **_: Any) -> Any:
+        if len(completions) > 2:
+            raise MemoryError  # it is called again on halves, each of which counts
+        log_total("tokens", len(completions))
+        log_total("tokens", torch.tensor(0.5))
+        return ones(completions)
+
+    got = scored(counts, counts, **rows(prompts=4, each=1))
+    assert got.totals == {"tokens": 2 * (4 + 2 * 0.5)}
+    assert got.metrics == {}
+
+    def words(completions: Any, log_total: Any, **_: Any) -> Any:
+        log_total("x", "many")
+        return ones(completions)
+
+    with pytest.raises(RewardError, match="'words' gave log_total 'x' as str 'many'; it must be"):
+        scored(words)
+
+
 def test_numbers_that_are_not_finite_are_left_out_and_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

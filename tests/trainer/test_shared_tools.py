@@ -49,9 +49,11 @@ def measure(
     completions: Sequence[str],
     log_metric: Any = None,
     log_extra: Any = None,
+    log_total: Any = None,
     **_: Any,
 ) -> list[Any]:
     log_metric("letters", sum(map(len, completions)))
+    log_total("tokens", sum(map(len, completions)))
     if any("b" in prompt for prompt in prompts):
         log_extra("seen", [c.upper() for c in completions])
     return [Unscorable("is a q") if c == "q" else None if not c else float(len(c))
@@ -86,6 +88,7 @@ def test_scores_in_shares_are_those_of_one_call(answers: list[tuple[str, str]], 
     assert merged.components == whole.components
     assert merged.left_out == whole.left_out
     assert sum(merged.metrics.get("letters", ())) == sum(whole.metrics.get("letters", ()))
+    assert merged.totals == whole.totals
     for place, value in enumerate(merged.extra.get("seen", ())):
         # A call that had no b logged no column.
         assert value in (None, texts[place].upper())

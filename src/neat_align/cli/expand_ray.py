@@ -303,6 +303,7 @@ class WorkerSetup:
         from neat_align.prompts.skipped_rows import check_on_bad_row
         from neat_align.rounds.params import RoundTools
         from neat_align.trainer.reward_setup import named_rewards
+        from neat_align.trainer.round_maker import aggregation
 
         if "contrast" in self.script.reward_funcs:
             return self.policy_tools()
@@ -317,6 +318,7 @@ class WorkerSetup:
             negative_sampler=_Elsewhere(),
             batch_size=config.generation_batch_size,
             on_bad_row=check_on_bad_row(config.on_bad_row),
+            aggregation=aggregation(config),
         )
 
     def _trainer(self) -> NEATTrainer:

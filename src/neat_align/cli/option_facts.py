@@ -14,6 +14,7 @@ from typing import Any
 from neat_align.cli.option_groups import REQUIRED, all_names
 from neat_align.config.constraints import default_of, limits_of
 from neat_align.config.objective_options import ObjectiveOptions
+from neat_align.config.reward_options import RewardOptions
 from neat_align.config.round_options import RoundOptions
 from neat_align.config.sampler_options import SamplerOptions
 from neat_align.config.trainer_defaults import TrainerDefaults
@@ -38,7 +39,10 @@ class OptionFacts:
 
 def our_options() -> dict[str, OptionFacts]:
     """Every option that is explained without transformers, by name."""
-    declared = (ScriptArguments, RoundOptions, SamplerOptions, ObjectiveOptions, TrainerDefaults)
+    declared = (
+        *(ScriptArguments, RoundOptions, SamplerOptions, RewardOptions),
+        *(ObjectiveOptions, TrainerDefaults),
+    )
     return {f.name: facts_of(f) for kind in declared for f in fields(kind)} | {**_THEIRS}
 
 

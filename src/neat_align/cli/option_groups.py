@@ -103,7 +103,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "Rewards and judges": (
         "judge_funcs",
         "reward_weights",
+        "multi_objective_aggregation",
         "reward_timeout",
+        "reward_load_in_8bit",
+        "reward_load_in_4bit",
         "allow_http_hosts",
     ),
     "LoRA": ("lora_r", "lora_alpha", "lora_target_modules"),

@@ -41,6 +41,7 @@ from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, 
 from neat_align.prompts.template_check import check_rendering, check_template
 from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.rewards.http import check_http_hosts
+from neat_align.rewards.judge import compares_group
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rounds.prompt_order import prompt_at
@@ -269,4 +270,10 @@ def _rewards(settings: ProbeSettings) -> tuple[NamedReward, ...] | None:
     hosts = settings.allow_http_hosts or None
     rewards = resolve_rewards(settings.reward, None, allow_http_hosts=hosts)
     check_http_hosts(hosts, [reward.function for reward in rewards])
+    for reward in filter(compares_group, rewards):
+        raise ConfigError(
+            f"reward is the judge {reward.name!r}, which holds a prompt's answers against each "
+            "other, and instructions are compared over all prompts: use form: pointwise, or form: "
+            "pairwise with against: chosen"
+        )
     return rewards

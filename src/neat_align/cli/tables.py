@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neat_align.comparison.outcomes import Run
+from neat_align.rewards.judge_totals import total_line
 
 # ---- a run ---------------------------------------------------------------------------------------
 
@@ -35,6 +36,7 @@ def print_closing(console: Console, result: dict[str, Any], run: Path) -> None:
     rounds, steps = _count(result["rounds"], "round"), _count(result["steps"], "step")
     lines = [
         f"{rounds}, {steps}, {took}",
+        *(f"judge   {n}: {total_line(t)}" for n, t in result.get("judges_used", {}).items()),
         f"model   {run / 'model'}",
         f"report  {run / 'report.html'}",
         f"numbers {run / 'result.json'}",

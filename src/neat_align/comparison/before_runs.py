@@ -19,6 +19,7 @@ from neat_align.modeling.adapters import LOAD_ERRORS
 from neat_align.pipeline import load_data
 from neat_align.prompts.skipped_rows import BadRows, SkippedRows
 from neat_align.rewards.contrast import ContrastReward
+from neat_align.rewards.judge_file import judges_among
 from neat_align.rewards.protocol import ChecksAnswers, ChecksPrompts, RewardSum
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer.reward_setup import named_rewards, scorable_places
@@ -57,6 +58,7 @@ def checked_settings(
             "their budgets are not equal: change num_positive, num_negative and num_plain under "
             "methods until the sums agree"
         )
+    _check_common_judge(read_options(spec.options(spec.methods[0], {}, spec.seeds[0]))[0])
     for name, (settings, config) in own.items():
         _check_own_reward(name, settings, config)
     return configs
@@ -85,10 +87,30 @@ def own_options(
     options = spec.options(method, strength, seed)
     if method.has_own_reward:
         options["evaluated by"] = [spec.settings.get(k) for k in ("reward_funcs", "reward_weights")]
+    named = [spec.settings.get("reward_funcs"), options.get("reward_funcs")]
+    judges = judges_among([*_listed(*named), *_listed(options.get("judge_funcs"))])
+    if judges:
+        options["judges' files"] = {name: judge.fingerprint() for name, judge in judges.items()}
     policy = method.policy_of(seed)
     if policy is not None:
         options |= {"policy": policy, "policy's files": _digest(Path(policy))}
     return options
+
+
+def _listed(*given: Any) -> list[Any]:
+    """Reward functions as a recipe names them: one, several or none."""
+    return [f for value in given for f in ([value] if isinstance(value, str) else value or ())]
+
+
+def _check_common_judge(settings: ScriptArguments) -> None:
+    """Refuse a judge that says nothing about one policy against another. Raises ConfigError."""
+    for name, judge in judges_among(settings.reward_funcs).items():
+        if judge.compares_group:
+            raise ConfigError(
+                f"reward_funcs has {name}, which holds a prompt's answers against each other: its "
+                "mean is ½ for every method. Give it to the methods (reward_funcs under a method), "
+                "and compare them by form: pointwise, or form: pairwise with against: chosen"
+            )
 
 
 def _check_own_reward(method: str, settings: ScriptArguments, config: NEATConfig) -> None:

@@ -40,6 +40,7 @@ from neat_align.learning.batches import without_unread_completions
 from neat_align.modeling.packing import tokens_in
 from neat_align.pipeline import build_trainer
 from neat_align.reporting.comparison_report import write_comparison_report
+from neat_align.rewards.judge import judge_facts
 from neat_align.rounds.round_files import read_round
 from neat_align.trainer import NEATTrainer
 from neat_align.trainer.round_maker import round_params
@@ -326,6 +327,7 @@ def _first_round_key(trainer: NEATTrainer, own_reward: Any) -> str:
         "rewards": [[r.name, r.weight] for r in trainer.parts.scored_by.rewards],
         "groups": len(trainer.rounds),
         "data": _data_key(trainer),
+        **judge_facts(trainer.parts.scored_by.rewards),
     }
     if own_reward is not None:
         decides["reward functions"] = own_reward  # two functions may have one name

@@ -3,6 +3,7 @@
     neat_config.py       NEATConfig, a `TrainingArguments` with NEAT's own fields
     round_options.py     the options of a round: sampling, instructions, rewards, limits
     objective_options.py the options of the loss
+    reward_options.py    the options of how rewards are put together and their models held
     sampler_options.py   the options of who samples
     trainer_defaults.py  what other defaults and limits `TrainingArguments` has here
     load_values.py       number types and attentions that a model may be loaded with

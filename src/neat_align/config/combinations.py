@@ -186,6 +186,22 @@ GENERATION_COPY = (
         one_of=("transformers",),
     ),
 )
+AGGREGATION = (
+    OnlyWith(
+        "rank_by",
+        "multi_objective_aggregation is normalize_then_sum and rank_by is origin, which looks at "
+        "no reward: remove it, or rank by reward",
+        none_of=("origin",),
+    ),
+)
+REWARD_BITS = (
+    OnlyWith(
+        "reward_load_in_4bit",
+        "reward_load_in_4bit and reward_load_in_8bit are both true: a weight is held one way; "
+        "remove one",
+        none_of=(True,),
+    ),
+)
 MAX_KL = (
     OnlyWith(
         "drift_prompts",

@@ -4,8 +4,9 @@ The import costs what `transformers.TrainingArguments` costs (seconds: it brings
 command line imports it only when a command needs it. Field help texts are what `neat-align train
 --help` prints. What a field may be stands beside it (`constraints.option`), combinations of fields
 in `combinations`, the options of a round in `round_options`, of the loss in `objective_options`, of
-who samples in `sampler_options`, what other defaults `TrainingArguments` has in `trainer_defaults`,
-and what is refused of its options in `unsupported`.
+who samples in `sampler_options`, of how rewards are put together in `reward_options`, what other
+defaults `TrainingArguments` has in `trainer_defaults`, and what is refused of its options in
+`unsupported`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from neat_align.config.constraints import (
     read_object,
 )
 from neat_align.config.objective_options import ObjectiveOptions
+from neat_align.config.reward_options import RewardOptions
 from neat_align.config.round_options import RoundOptions
 from neat_align.config.sampler_options import SamplerOptions
 from neat_align.config.sharding import check_sharding, load_whole
@@ -52,7 +54,12 @@ _TRAINING_ARGUMENTS_RAISE = (
 
 @dataclass
 class NEATConfig(  # type: ignore[misc]  # TrainerDefaults has other defaults on purpose
-    RoundOptions, SamplerOptions, ObjectiveOptions, TrainerDefaults, TrainingArguments
+    RoundOptions,
+    SamplerOptions,
+    RewardOptions,
+    ObjectiveOptions,
+    TrainerDefaults,
+    TrainingArguments,
 ):
     """`TrainingArguments` plus NEAT's own fields.
 

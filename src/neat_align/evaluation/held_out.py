@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from neat_align.prompts.rows import Prompt, PromptRow
 from neat_align.prompts.seeds import completion_seed, draw_pair
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward, ScoredRows
-from neat_align.rewards.scoring import ScoreFunction, score_answers
+from neat_align.rewards.scoring import ScoreFunction, added, score_answers
 from neat_align.rounds.human_answers import answer_ids
 from neat_align.rounds.params import LogprobFunction, progress_counter
 from neat_align.rounds.scoring_notes import logged_means
@@ -69,8 +69,8 @@ class Evaluation:
     (mean log-probability a token), 0 where not, 0.5 for equal ones. None, or an empty list, where
     there is nothing to measure. `left_out` are the answers that a reward or judge could not score;
     `by_reward` are the single rewards, unweighted, where `rewards` is the sum of several. `logged`
-    and `extra` are what reward functions logged (`log_metric`, a mean, and `log_extra`, a column of
-    one value an answer).
+    and `extra` are what reward functions logged (`log_metric`, a mean, `log_total`, a sum, and
+    `log_extra`, a column of one value an answer).
     """
 
     prompt_ids: list[str]
@@ -178,9 +178,10 @@ def evaluate_policy(
     drift = _drift(rows, plain[::n], tools)
     human_logprobs = _human_logprobs(rows, tools)
     distinct2 = distinct_n(texts)  # NaN when no answer has two words
-    under = {"plain": mean_of(scored.rewards)}
+    under = {"plain": scored}
     if contrast and tools.rewards:
-        under |= {p: _reward_under(p, rows, tools, seed, progress) for p in CONTRASTED}
+        under |= {p: _scored_under(p, rows, tools, seed, progress) for p in CONTRASTED}
+    rewards = {name: mean_of(of_it.rewards) for name, of_it in under.items()}
     found = Evaluation(
         prompt_ids=[row.id for row in rows],
         prompts=[deep_copy(row.prompt) for row in rows],  # the caller's, to do with as it likes
@@ -193,32 +194,32 @@ def evaluate_policy(
         perplexity=_perplexity(human_logprobs),
         kl=drift.kl_per_token if drift is not None else None,
         entropy=drift.entropy_per_token if drift is not None else None,
-        contrast={k: v for k, v in under.items() if v is not None},
+        contrast={k: v for k, v in rewards.items() if v is not None},
         kl_by_prompt=_kl_by_prompt(drift),
         repetition=_means([repetition(t) for t in texts], n),
         refusals=_means([is_refusal(t) for t in texts], n),
         pair_accuracy=_pair_accuracy(human_logprobs),
         by_reward=_scores(scored.components, tools.rewards, 0, n) if len(tools.rewards) > 1 else {},
     )
-    return _with_notes(found, scored)
+    return _with_notes(found, scored, added(s.totals for s in under.values()))
 
 
 def _texts(samples: Sequence[Sample], tools: EvalTools) -> list[str]:
     return [tools.tokenizer.decode(s.token_ids, skip_special_tokens=True).strip() for s in samples]
 
 
-def _reward_under(
+def _scored_under(
     polarity: Polarity,
     rows: Sequence[PromptRow],
     tools: EvalTools,
     seed: int,
     progress: Callable[[str, int, int], None] | None,
-) -> float | None:
-    """The mean reward of one answer to each prompt under its instruction of that polarity."""
+) -> ScoredRows:
+    """Rewards of one answer to each prompt under its instruction of that polarity."""
     samples = _sample(rows, tools, seed, 1, polarity, progress)
     token_ids = [s.token_ids for s in samples]
     texts = _texts(samples, tools)
-    return mean_of(tools.score(rows, texts, token_ids, tools.rewards, tools.on_bad_row).rewards)
+    return tools.score(rows, texts, token_ids, tools.rewards, tools.on_bad_row)
 
 
 def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
@@ -226,8 +227,8 @@ def _silent(judges: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
     return tuple(replace(judge, weight=0.0) for judge in judges)
 
 
-def _with_notes(found: Evaluation, scored: ScoredRows) -> Evaluation:
-    """The evaluation with what scoring its answers noted."""
+def _with_notes(found: Evaluation, scored: ScoredRows, totals: Mapping[str, float]) -> Evaluation:
+    """The evaluation with what scoring its answers noted, and the totals of all scoring."""
     places = [
         {"prompt_id": prompt_id, "sample": i}
         for prompt_id, answers in zip(found.prompt_ids, found.completions, strict=True)
@@ -239,7 +240,7 @@ def _with_notes(found: Evaluation, scored: ScoredRows) -> Evaluation:
             {**places[left.row], "reward": left.reward, "reason": left.reason}
             for left in scored.left_out
         ],
-        logged={name: fmean(values) for name, values in scored.metrics.items()},
+        logged={**{name: fmean(values) for name, values in scored.metrics.items()}, **totals},
         extra={name: list(values) for name, values in scored.extra.items()},
     )
 

@@ -71,3 +71,10 @@ def _masked(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_masked(v) for v in value]
     return MASK if isinstance(value, str) and value else value
+
+
+def names_secret(name: str, *, of_environment: bool = False) -> bool:
+    """Whether what stands under this name is masked: a key of a configuration, or a variable of
+    the environment.
+    """
+    return (_SECRET_VARIABLE if of_environment else _SECRET).search(name) is not None

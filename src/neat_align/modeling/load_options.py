@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -72,27 +72,39 @@ class LoadOptions:
         if not self.load_in_4bit:
             return {}
         instead = "or set dtype: bfloat16, which holds a frozen weight in 2 bytes"
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "load_in_4bit is true and the package bitsandbytes is not installed: install it "
-                f"(pip install bitsandbytes), {instead}"
-            )
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"load_in_4bit is true and torch {torch.__version__} sees no CUDA device, which "
-                f"its 4-bit kernels need: run on a GPU, {instead}"
-            )
-        from accelerate import PartialState
-        from transformers import BitsAndBytesConfig
-
-        ranks: Any = PartialState()
         computing = torch.float16 if self.dtype == "float16" else torch.bfloat16
-        return {
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computing
-            ),
-            "device_map": {"": ranks.local_process_index},
-        }
+        return in_few_bits(4, "load_in_4bit", instead, computing)
+
+
+def in_few_bits(
+    bits: Literal[4, 8], option: str, instead: str, computing: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """What `from_pretrained` takes for weights of 4 (NF4) or 8 bits (LLM.int8) of bitsandbytes.
+
+    Raises ConfigError, which names the option and what to do `instead`, where this machine cannot.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{option} is true and the package bitsandbytes is not installed: install it "
+            f"(pip install bitsandbytes), {instead}"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"{option} is true and torch {torch.__version__} sees no CUDA device, which its "
+            f"{bits}-bit kernels need: run on a GPU, {instead}"
+        )
+    from accelerate import PartialState
+    from transformers import BitsAndBytesConfig
+
+    ranks: Any = PartialState()
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if bits == 8
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computing
+        )
+    )
+    return {"quantization_config": settings, "device_map": {"": ranks.local_process_index}}
 
 
 FP32 = LoadOptions()

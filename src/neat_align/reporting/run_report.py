@@ -27,6 +27,7 @@ from neat_align.reporting.run_files import RunContents, mapping, number, read_ru
 from neat_align.reporting.run_groups import FEW_PROMPTS, distributions, instruction_rows
 from neat_align.reporting.run_tables import before_after_rows, contrast_rows, single_reward_rows
 from neat_align.reporting.run_warnings import warnings_of
+from neat_align.rewards.judge_totals import total_line
 from neat_align.rounds.completions import ORIGINS, Origin
 from neat_align.rounds.prompt_order import percent_of_data
 from neat_align.rounds.ranking import BAD_ORIGINS, RankBy, rank_keys
@@ -244,6 +245,7 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
         ("Conversations shortened", _rows_shortened(run.record)),
         ("Rewards", ", ".join(map(str, rewards)) if isinstance(rewards, list) else rewards),
         ("Evaluated by", ", ".join(map(str, run.record.get("evaluated_by") or [])) or None),
+        *_judges(run),
         ("Instructions", c.get("instruction_bank")),
         ("Ranking loss", c.get("ranking_loss")),
         ("Learning rate", c.get("learning_rate")),
@@ -252,6 +254,19 @@ def run_facts(run: RunContents) -> list[tuple[str, str]]:
         ("Peak memory", f"{memory / 2**30:.1f} GiB" if memory else None),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _judges(run: RunContents) -> list[tuple[str, str]]:
+    """Each judge, by which model and rubric it judges, and what it used."""
+    used = mapping(run.result.get("judges_used"))
+    lines = []
+    for key, what in run.record.items():
+        if key.startswith("judge "):
+            name = key.removeprefix("judge ")
+            totals = mapping(used.get(name))
+            by = ", ".join(str(what).split(", ")[:-1])  # without the digest of its settings
+            lines.append((f"Judge {name}", f"{by}; {total_line(totals)}" if totals else by))
+    return lines
 
 
 def _share_of_data(record: dict[str, Any]) -> str | None:

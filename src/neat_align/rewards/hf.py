@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -19,11 +19,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from neat_align.errors import RewardError
 from neat_align.modeling.device import compute_device
+from neat_align.modeling.load_options import in_few_bits
 from neat_align.modeling.text_config import context_length
 from neat_align.prompts.rows import Message, Prompt
 from neat_align.rewards.protocol import CompletionInput, Score, Unscorable, completion_text
 
 logger = logging.getLogger(__name__)
+_INSTEAD = "or leave it out: a reward model is loaded in the type in which it was saved"
 # Tokenizers that know no limit say 1e30.
 _NO_LIMIT = 1_000_000
 
@@ -90,9 +92,19 @@ class ModelReward:
 
     @classmethod
     def from_name(
-        cls, name: str, tokenizer: Any = None, *, batch_size: int = 16, bf16: bool = False
+        cls,
+        name: str,
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 16,
+        bf16: bool = False,
+        bits: Literal[4, 8] | None = None,
     ) -> ModelReward:
-        """Load a model by hub name or folder. OSError when there is no such model."""
+        """Load a model by hub name or folder; with `bits` its linear layers are held in so many.
+
+        OSError when there is no such model, ConfigError where this machine has no kernels for bits.
+        """
+        held = {} if bits is None else in_few_bits(bits, f"reward_load_in_{bits}bit", _INSTEAD)
         # No code that comes with a model is run, and no pickle is read.
         _check_num_labels(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -101,6 +113,7 @@ class ModelReward:
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **held,
         )
         missing = sorted(info["missing_keys"])
         if missing:

@@ -47,6 +47,7 @@ from neat_align.network.server_url import ServerKind, Target, parse_url
 from neat_align.prompts.rows import Prompt
 from neat_align.rewards.output import checked_scores
 from neat_align.rewards.protocol import (
+    AsksServer,
     CompletionInput,
     RewardFunction,
     Score,
@@ -99,6 +100,11 @@ class HttpReward:
             rng or random.Random(),
             logger,
         )
+
+    @property
+    def token_variable(self) -> str | None:
+        """The environment variable with the token that is sent."""
+        return self.target.token_variable
 
     async def __call__(
         self,
@@ -179,13 +185,14 @@ def check_tokens(rewards: Sequence[RewardFunction]) -> None:
     """Refuse one token for two hosts: each host would be sent the other's."""
     hosts: dict[str, str] = {}
     for reward in rewards:
-        if not isinstance(reward, HttpReward) or reward.target.token_variable is None:
+        if not isinstance(reward, AsksServer) or not reward.token_variable:
             continue
-        variable, host = reward.target.token_variable, reward.target.host
+        variable, host = reward.token_variable, reward.target.host
         if hosts.setdefault(variable, host) != host:
             raise RewardError(
                 f"the token in {variable} would be sent to {hosts[variable]} and to {host}: give "
-                f"each host its own, in {TOKEN_VARIABLE}_<HOST>"
+                f"each host its own, in {TOKEN_VARIABLE}_<HOST>, or by api_key_env in a judge's "
+                "file"
             )
 
 
@@ -195,7 +202,7 @@ def check_http_hosts(
     others: Sequence[Target] = (),
 ) -> None:
     """Refuse an `allow_http_hosts` that neither a reward nor one of the other servers needs."""
-    servers = [reward.target for reward in rewards if isinstance(reward, HttpReward)] + [*others]
+    servers = [reward.target for reward in rewards if isinstance(reward, AsksServer)] + [*others]
     if allow_http_hosts is not None and not any(target.allowed for target in servers):
         raise ConfigError(
             f"allow_http_hosts is {list(allow_http_hosts)}, but no reward or judge is an http:// "

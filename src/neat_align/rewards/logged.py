@@ -1,4 +1,6 @@
-"""TRL's optional arguments of a reward function: `trainer_state`, `log_metric`, `log_extra`."""
+"""Optional arguments of a reward function: TRL's `trainer_state`, `log_metric` and `log_extra`, and
+`log_total`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from neat_align.prompts.copies import deep_copy
 from neat_align.rewards.protocol import NamedReward
 
 logger = logging.getLogger(__name__)
-OPTIONAL_ARGUMENTS = ("trainer_state", "log_metric", "log_extra")
+OPTIONAL_ARGUMENTS = ("trainer_state", "log_metric", "log_extra", "log_total")
 
 
 class CallLog:
@@ -28,6 +30,7 @@ class CallLog:
 
     def __init__(self, name: str, rows: int) -> None:
         self.metrics: dict[str, list[float]] = {}
+        self.totals: dict[str, float] = {}
         self.extra: dict[str, list[Any]] = {}
         self._name, self._rows, self._is_open = name, rows, True
 
@@ -37,6 +40,7 @@ class CallLog:
             "trainer_state": lambda: _copy_of_state(reward),
             "log_metric": lambda: self.log_metric,
             "log_extra": lambda: self.log_extra,
+            "log_total": lambda: self.log_total,
         }
         return {name: available[name]() for name in named_by(reward.function, OPTIONAL_ARGUMENTS)}
 
@@ -45,17 +49,18 @@ class CallLog:
 
         One that is not finite is warned of and left out: it would hide all others.
         """
-        self._check_open("log_metric")
-        plain = value.item() if getattr(value, "ndim", None) == 0 else value
-        if not isinstance(plain, numbers.Real):
-            raise RewardError(
-                f"reward function {self._name!r} gave log_metric {name!r} as "
-                f"{type(value).__name__} {str(value)[:80]!r}; it must be one number"
-            )
-        if math.isfinite(plain):
-            self.metrics.setdefault(str(name), []).append(float(plain))
-        else:
-            logger.warning("reward function %r logged %s as %r: left out", self._name, plain, name)
+        number = self._number("log_metric", name, value)
+        if number is not None:
+            self.metrics.setdefault(str(name), []).append(number)
+
+    def log_total(self, name: str, value: Any) -> None:
+        """A number of this call, to be added to those of the other calls and logged: tokens, say.
+
+        One that is not finite is warned of and left out.
+        """
+        number = self._number("log_total", name, value)
+        if number is not None:
+            self.totals[str(name)] = self.totals.get(str(name), 0.0) + number
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
         """Values of a column, one a row; several calls add up."""
@@ -71,6 +76,20 @@ class CallLog:
                     f"reward function {self._name!r} gave log_extra {len(values)} values of "
                     f"{column!r} for {self._rows} completions: one a completion is needed"
                 )
+
+    def _number(self, what: str, name: str, value: Any) -> float | None:
+        """The value as a number; None, with a warning, where it is not finite."""
+        self._check_open(what)
+        plain = value.item() if getattr(value, "ndim", None) == 0 else value
+        if not isinstance(plain, numbers.Real):
+            raise RewardError(
+                f"reward function {self._name!r} gave {what} {name!r} as "
+                f"{type(value).__name__} {str(value)[:80]!r}; it must be one number"
+            )
+        if math.isfinite(plain):
+            return float(plain)
+        logger.warning("reward function %r logged %s as %r: left out", self._name, plain, name)
+        return None
 
     def _check_open(self, what: str) -> None:
         if not self._is_open:

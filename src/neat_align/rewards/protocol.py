@@ -6,13 +6,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from neat_align.network.server_url import Target
 from neat_align.prompts.rows import Message, Prompt
 
 # Text, or the assistant's message(s) as TRL passes them.
 CompletionInput: TypeAlias = str | list[Message]
-# A shipped name (`resolve.SHIPPED`), a server's URL ("https://host/path"),
-# "package.module:function", the name or path of a sequence-classification model, such a model
-# itself (a `PreTrainedModel` is a callable), or a reward function.
+# A shipped name (`resolve.SHIPPED`), a server's URL ("https://host/path"), a judge
+# ("judge:FILE.yaml"), a reward model behind vLLM ("vllm:URL"), "package.module:function", the name
+# or path of a sequence-classification model, such a model itself (a `PreTrainedModel` is a
+# callable), or a reward function.
 RewardSpec: TypeAlias = str | Callable[..., Any]
 
 
@@ -52,7 +54,8 @@ class RewardFunction(Protocol):
     or None a row. So are three of TRL's arguments: `trainer_state`, a copy of
     transformers' TrainerState (None outside of a trainer); `log_metric(name, value)`, a number that
     is averaged over the round, or the evaluation, and logged; `log_extra(column, values)`, one
-    value a row, kept beside the completions (`rounds/*/reward-extra.jsonl`).
+    value a row, kept beside the completions (`rounds/*/reward-extra.jsonl`). `log_total(name,
+    value)`, of ours, is a number that is added up in place of averaged: tokens, or money.
 
     A round is scored in batches of whole groups, about 64 rows each: all completions of one prompt
     come in one call, and nothing may be read from where a batch begins or ends. A call that runs
@@ -80,6 +83,21 @@ class ChecksPrompts(Protocol):
 
     def unscorable_prompts(self, prompts: Sequence[Prompt]) -> Mapping[int, str]:
         """The reason by the prompt's position, for prompts no answer to which can be scored."""
+        ...
+
+
+@runtime_checkable
+class AsksServer(Protocol):
+    """A reward function that asks a server; its tries and pauses have limits of their own."""
+
+    @property
+    def target(self) -> Target:
+        """Where the server is."""
+        ...
+
+    @property
+    def token_variable(self) -> str | None:
+        """The environment variable with the token that is sent there; None where none is."""
         ...
 
 
@@ -127,8 +145,8 @@ class ScoredRows:
 
     `components` has one number a function, unweighted; `rewards` is their weighted sum, or None.
     `left_out` are the rows that a function could not score. `metrics` has the numbers that
-    functions logged under a name, one a call; `extra` the columns that they logged, one value a
-    row, as JSON.
+    functions logged under a name, one a call; `totals` those that were to be added up; `extra` the
+    columns that they logged, one value a row, as JSON.
     """
 
     rewards: tuple[float | None, ...]
@@ -136,6 +154,7 @@ class ScoredRows:
     left_out: tuple[LeftOut, ...] = ()
     metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     extra: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
 
 
 def completion_text(completion: CompletionInput) -> str:

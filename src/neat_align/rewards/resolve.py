@@ -9,12 +9,15 @@ import operator
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from neat_align.errors import RewardError, did_you_mean
+from neat_align.errors import NEATError, RewardError, did_you_mean
 from neat_align.files.paths import is_surely_path, no_such_path
 from neat_align.rewards.http import DEFAULT_TIMEOUT, HttpReward, check_tokens
-from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec
+from neat_align.rewards.judge import JudgeReward
+from neat_align.rewards.judge_file import is_judge
+from neat_align.rewards.protocol import AsksServer, NamedReward, RewardFunction, RewardSpec
+from neat_align.rewards.vllm_reward import VllmReward, is_vllm
 
 
 def _vader() -> RewardFunction:
@@ -63,6 +66,7 @@ def resolve_rewards(
     *,
     timeout: float | None = None,
     allow_http_hosts: Sequence[str] | None = None,
+    bits: Literal[4, 8] | None = None,
 ) -> tuple[NamedReward, ...]:
     """Reward functions with their names and weights, in order.
 
@@ -70,7 +74,8 @@ def resolve_rewards(
     tokenizer for a model, None for the model's own and for functions. Equal names get `_2`, `_3`, …
     so that each has its own metric. `timeout` is in seconds: a call of a function, or each request
     to a server (None: no limit for a function, a minute for a server). `allow_http_hosts` names
-    private hosts that may be asked over plain http, such as "10.0.0.5" or "*.svc".
+    private hosts that may be asked over plain http, such as "10.0.0.5" or "*.svc". `bits` is in how
+    many a reward model that is given by name holds its weights; None: as it was saved.
     """
     specs = (
         [reward_funcs]
@@ -89,13 +94,13 @@ def resolve_rewards(
         )
     named: list[NamedReward] = []
     for spec, weight, tokenizer in zip(specs, resolved_weights, tokenizers, strict=True):
-        function = _resolve(spec, tokenizer, timeout, allow_http_hosts)
+        function = _resolve(spec, tokenizer, timeout, allow_http_hosts, bits)
         name, n = _name(spec, function), 1
         taken = {reward.name for reward in named}
         while (unique := name if n == 1 else f"{name}_{n}") in taken:
             n += 1
         # A server's tries and pauses together may take longer than one request.
-        limit = None if isinstance(function, HttpReward) else timeout
+        limit = None if isinstance(function, AsksServer) else timeout
         named.append(NamedReward(unique, function, weight, limit))
     check_tokens([r.function for r in named])
     return tuple(named)
@@ -124,10 +129,14 @@ def _resolve(
     tokenizer: Any,
     timeout: float | None,
     allow_http_hosts: Sequence[str] | None,
+    bits: Literal[4, 8] | None,
 ) -> RewardFunction:
     function: RewardFunction
-    if isinstance(spec, str) and "://" in spec:
-        function = HttpReward(
+    if isinstance(spec, str) and is_judge(spec):
+        function = JudgeReward.from_file(spec.removeprefix("judge:"), allow_http_hosts or ())
+    elif isinstance(spec, str) and "://" in spec:
+        asks = VllmReward if is_vllm(spec) else HttpReward
+        function = asks(
             spec,
             timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
             allow_http_hosts=allow_http_hosts or (),
@@ -141,7 +150,7 @@ def _resolve(
             )
         is_path = Path(spec).exists()
         if spec not in SHIPPED and (":" not in spec or is_path):
-            return _load_model(spec, tokenizer)
+            return _load_model(spec, tokenizer, bits)
         function = SHIPPED[spec]() if spec in SHIPPED else _import(spec)
     elif _is_model(spec):
         from neat_align.rewards.hf import ModelReward
@@ -163,22 +172,22 @@ def _is_model(spec: Any) -> bool:
     return torch is not None and isinstance(spec, torch.nn.Module) and hasattr(spec, "config")
 
 
-def _load_model(name: str, tokenizer: Any) -> RewardFunction:
+def _load_model(name: str, tokenizer: Any, bits: Literal[4, 8] | None) -> RewardFunction:
     from neat_align.rewards.hf import ModelReward
 
     if is_surely_path(name) and not Path(name).expanduser().exists():
         raise RewardError(f"the reward {no_such_path(name)}")
     try:
-        return ModelReward.from_name(name, tokenizer)
-    except RewardError:
+        return ModelReward.from_name(name, tokenizer, bits=bits)
+    except NEATError:
         raise
     except (OSError, ValueError) as error:
         names = [*SHIPPED, "contrast"]
         meant = did_you_mean(name, names)
         raise RewardError(
-            f"the reward {name!r} is not a shipped one ({', '.join(names)}), no https:// URL, not "
-            "of the form 'package.module:function', and could not be loaded as a "
-            f"sequence-classification model{meant and f'; {meant}'}: {error}"
+            f"the reward {name!r} is not a shipped one ({', '.join(names)}), no https:// URL, no "
+            "judge (judge:FILE.yaml), not of the form 'package.module:function', and could not be "
+            f"loaded as a sequence-classification model{meant and f'; {meant}'}: {error}"
         ) from error
 
 
@@ -192,7 +201,9 @@ def _import(spec: str) -> RewardFunction:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise RewardError(f"the reward {spec!r} cannot be imported: {error}") from error
+        is_judge = f": a judge is named by its file, judge:{attribute}.yaml (docs/judges.md)"
+        hint = is_judge if module_name == "judge" else ""
+        raise RewardError(f"the reward {spec!r} cannot be imported: {error}{hint}") from error
     try:
         reward: Any = operator.attrgetter(attribute)(module)
     except AttributeError:

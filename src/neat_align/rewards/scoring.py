@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from neat_align.errors import RewardError
@@ -73,7 +73,8 @@ def score(
     components = tuple(zip(*numbers, strict=True)) if numbers else ((),) * len(completions)
     sums = _sums(rewards, components, left_out, rows.labels)
     flat = [answer for parts in called for answer in parts]
-    return ScoredRows(sums, components, tuple(left_out), _metrics(flat), _extra(flat, len(rows)))
+    logged = (_metrics(flat), _extra(flat, len(rows)), added(a.log.totals for a in flat))
+    return ScoredRows(sums, components, tuple(left_out), *logged)
 
 
 def _sums(
@@ -117,6 +118,15 @@ def _metrics(answers: Sequence[Answer]) -> dict[str, tuple[float, ...]]:
         for name, values in answer.log.metrics.items():
             metrics[name] = (*metrics.get(name, ()), *values)
     return metrics
+
+
+def added(totals: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """What was logged to be added up, added up."""
+    sums: dict[str, float] = {}
+    for logged in totals:
+        for name, value in logged.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
 def _extra(answers: Sequence[Answer], rows: int) -> dict[str, tuple[Any, ...]]:

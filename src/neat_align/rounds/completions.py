@@ -40,7 +40,8 @@ class Completion:
     `contrasts` are the tokens' contrasts of the instructions in nats, empty when not computed
     (`scoring_stage.with_contrasts`).
     `reward` is the weighted sum of `reward_components` (one a reward function, None where it
-    abstained), higher is better; None when every function abstained.
+    abstained), or of what these are within their group (`rewards.aggregation`), higher is better;
+    None when every function abstained.
     """
 
     origin: Origin

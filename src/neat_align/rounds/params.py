@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from neat_align.prompts.instruction_banks import InstructionBank, Polarity
 from neat_align.prompts.skipped_rows import OnBadRow
+from neat_align.rewards.aggregation import Aggregation
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rewards.scoring import ScoreFunction, score_answers
 from neat_align.rounds.ranking import RankBy
@@ -27,7 +28,10 @@ LogprobFunction = Callable[
 ]
 # Fields of `RoundParams` that earlier versions did not have: unfinished rounds of these go on.
 _LATER_FIELDS = frozenset(
-    {"contrast_pairs", "needs_pairs", "contrast_from", "weighing_pairs", "may_be_empty"}
+    {
+        *("contrast_pairs", "needs_pairs", "contrast_from", "weighing_pairs"),
+        *("may_be_empty", "aggregation"),
+    }
 )
 
 
@@ -39,6 +43,7 @@ class RoundParams:
     `weighing_pairs`: of how many of them, the first ones, completions keep their tokens' contrasts.
     `needs_pairs`: whether a group without two completions that can be ranked is left out.
     `may_be_empty`: whether a round may end without any group.
+    `aggregation`: how the rewards of a completion become one.
     """
 
     seed: int
@@ -58,6 +63,7 @@ class RoundParams:
     contrast_from: ContrastFrom = "prompt"
     weighing_pairs: int = 0
     may_be_empty: bool = False
+    aggregation: Aggregation = "sum"
 
     def deciding(self) -> dict[str, Any]:
         """All of it as JSON: what decides a round's samples.
@@ -98,7 +104,7 @@ class RoundTools:
     it also scores plain answers under the instructions. `start_logprobs` is the start policy again,
     whether or not `ref_logprobs` is computed: it scores completions under the instructions where
     tokens are weighed by that. `score` calls the rewards. `on_bad_row`: a completion that a reward
-    cannot score is an error, or has no reward.
+    cannot score is an error, or has no reward. `aggregation` is that of the round's parameters.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no
@@ -119,6 +125,7 @@ class RoundTools:
     count_tokens: Callable[[int], None] = lambda tokens: None
     on_bad_row: OnBadRow = "error"
     score: ScoreFunction = score_answers
+    aggregation: Aggregation = "sum"
 
 
 def progress_counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:

@@ -33,12 +33,13 @@ class ScoringNotes:
 
     `left_out` and `extra` have an entry a completion with its `prompt_id`, `origin` and `index`;
     the first adds `reward` and `reason`, the second `values` by column. `metrics` lists the numbers
-    that reward functions logged under a name.
+    that reward functions logged under a name, and `totals` adds up those that are to be.
     """
 
     left_out: list[dict[str, Any]] = field(default_factory=list)
     extra: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
 
 
 def notes_on(groups: Sequence[CompletionGroup], scored: ScoredRows) -> ScoringNotes:
@@ -58,6 +59,7 @@ def notes_on(groups: Sequence[CompletionGroup], scored: ScoredRows) -> ScoringNo
             for i, place in enumerate(places if scored.extra else ())
         ],
         metrics={name: list(values) for name, values in scored.metrics.items()},
+        totals=dict(scored.totals),
     )
 
 
@@ -86,13 +88,16 @@ def stored_notes(work: Path) -> Iterator[ScoringNotes]:
 def write_lists(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
     """Write the lists that have entries into a round's folder, a batch at a time in memory.
 
-    Gives the metrics, with how many completions could not be scored (if any), and logged means.
+    Gives the metrics, with how many completions could not be scored (if any), and logged means and
+    totals.
     """
-    unscorable, logged = 0, dict[str, list[float]]()
+    unscorable, logged, totals = 0, dict[str, list[float]](), dict[str, list[float]]()
     for notes in stored_notes(folder / "work"):
         unscorable += count_left_out(notes.left_out)
         for name, values in notes.metrics.items():
             logged.setdefault(name, []).extend(values)
+        for name, value in notes.totals.items():
+            totals.setdefault(name, []).append(value)
     left_out = (line for notes in stored_notes(folder / "work") for line in notes.left_out)
     extra = (line for notes in stored_notes(folder / "work") for line in notes.extra)
     for name, lines in ((LEFT_OUT, left_out), (EXTRA, extra)):
@@ -102,7 +107,8 @@ def write_lists(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
     counted = dict(metrics)
     if unscorable:
         counted["removed/unscorable"] = float(unscorable)
-    return counted | logged_means(logged, counted)
+    counted |= logged_means(logged, counted)
+    return counted | logged_means({k: [sum(v)] for k, v in totals.items()}, counted)
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: IO[bytes]) -> None:

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from neat_align.errors import CollapseError, name_list
 from neat_align.prompts.instruction_banks import CONTRASTED, Contrasted
 from neat_align.prompts.rows import PromptRow
+from neat_align.rewards.aggregation import normalized_sums
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.rounds.rollout_store import RolloutStore
@@ -130,15 +131,28 @@ def with_rewards(
         tools.rewards,
         tools.on_bad_row,
     )
-    values = iter(zip(scores.rewards, scores.components, strict=True))
-    rewarded = []
+    weights = [reward.weight for reward in tools.rewards]
+    rewarded, start = [], 0
     for group in groups:
-        completions = []
-        for c in group.completions:
-            reward, components = next(values)
-            completions.append(replace(c, reward=reward, reward_components=components))
+        own = slice(start, start + len(group.completions))
+        start = own.stop
+        rewards, components = scores.rewards[own], scores.components[own]
+        if tools.aggregation == "normalize_then_sum":
+            # A row that a function could not score has no reward, and is no part of its group.
+            both = zip(rewards, components, strict=True)
+            rewards = _within_group([() if r is None else c for r, c in both], weights)
+        scored = zip(group.completions, rewards, components, strict=True)
+        completions = (replace(c, reward=r, reward_components=parts) for c, r, parts in scored)
         rewarded.append(replace(group, completions=tuple(completions)))
     return rewarded, notes_on(groups, scores)
+
+
+def _within_group(
+    components: Sequence[tuple[float | None, ...]], weights: Sequence[float]
+) -> tuple[float | None, ...]:
+    """The normalised sums of a group; None for a completion without components."""
+    sums = iter(normalized_sums([row for row in components if row], weights))
+    return tuple(next(sums) if row else None for row in components)
 
 
 def with_logprobs(

@@ -49,8 +49,8 @@ class NEATTrainer(Trainer):
 
     Args:
         model: a `PreTrainedModel`, a PEFT model, or a name or path (loaded in fp32).
-        reward_funcs: one or several of: a shipped reward ("vader", …), a server's URL, "contrast",
-            "package.module:function", a sequence-classification model or its name,
+        reward_funcs: one or several of: a shipped reward ("vader", …), a URL, "judge:FILE.yaml",
+            "contrast", "package.module:function", a sequence-classification model or its name,
             `f(prompts, completions, completion_ids, **columns)`. None with `rank_by: origin`.
         args: a `NEATConfig`.
         train_dataset: a `datasets.Dataset` or any iterable of rows with `prompt`, or

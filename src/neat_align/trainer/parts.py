@@ -30,6 +30,8 @@ from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, check_on_bad_row
 from neat_align.rewards.contrast import ContrastReward
+from neat_align.rewards.judge import judge_facts
+from neat_align.rewards.protocol import NamedReward
 from neat_align.runs.events import stage_reporter, tell_outlook, tell_plan
 from neat_align.runs.plan import RunPlan, plan_run
 from neat_align.runs.ranks import Ranks
@@ -255,6 +257,7 @@ class TrainerParts:
         facts: dict[str, Any] = {"data": data, "plan": self.plan.to_json()}
         if self.scored_by.in_place is not None:
             facts["evaluated_by"] = [reward.name for reward in self.scored_by.in_place]
+        facts |= judge_facts(self._everybody())
         facts["model"] = {**held_as(self.setup.model), **named_as(self.setup.model)}
         self.directory.record_start(names, facts)
 
@@ -281,9 +284,14 @@ class TrainerParts:
                 "rewards": [[r.name, r.weight] for r in self.scored_by.rewards],
                 "judges": [j.name for j in self.scored_by.judges],
                 **self._evaluated_by(),
+                **judge_facts(self._everybody()),
                 "processes": self.args.world_size,
             },
         )
+
+    def _everybody(self) -> tuple[NamedReward, ...]:
+        scored_by = self.scored_by
+        return (*scored_by.rewards, *scored_by.judges, *(scored_by.in_place or ()))
 
     def _evaluated_by(self) -> dict[str, object]:
         """What an evaluation calls the reward, where it is not what is trained on."""

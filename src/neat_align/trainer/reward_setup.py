@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from neat_align.config import NEATConfig
 from neat_align.errors import ConfigError
@@ -22,7 +23,9 @@ from neat_align.prompts.seeds import draw_pair
 from neat_align.prompts.skipped_rows import BadRows
 from neat_align.prompts.template_inputs import joined_inputs
 from neat_align.rewards.contrast import ContrastReward
+from neat_align.rewards.hf import ModelReward
 from neat_align.rewards.http import check_http_hosts, check_tokens
+from neat_align.rewards.judge import compares_group
 from neat_align.rewards.protocol import NamedReward, RewardFunction, RewardSpec, RewardSum
 from neat_align.rewards.resolve import resolve_rewards
 from neat_align.rewards.scoring import unscorable_rows
@@ -30,6 +33,7 @@ from neat_align.rounds.ranking import ORIGIN_STEP
 from neat_align.sampling.vllm_client import VLLM_SERVER
 from neat_align.trainer.setup import PolicySetup, TrainingData, template_kwargs
 
+logger = logging.getLogger(__name__)
 # (prompt ids, completion ids) → summed log-probabilities in nats, in order.
 SumLogprobs = Callable[[Sequence[TokenIds], Sequence[TokenIds]], list[float]]
 GivenRewards = RewardSpec | Sequence[RewardSpec] | None
@@ -48,8 +52,12 @@ class Rewards:
 
     @property
     def evaluated(self) -> tuple[NamedReward, ...]:
-        """What an evaluation calls the reward."""
-        return self.rewards if self.in_place is None else self.in_place
+        """What an evaluation calls the reward.
+
+        A judge that holds a prompt's answers against each other has no part in it.
+        """
+        given = self.rewards if self.in_place is None else self.in_place
+        return tuple(reward for reward in given if not compares_group(reward))
 
 
 def set_up_rewards(
@@ -75,8 +83,10 @@ def set_up_rewards(
     if evaluated is not None:
         funcs = _loaded_once(evaluated.funcs, reward_funcs, rewards)
         told = named_rewards(funcs, args, contrast, evaluated.weights)
+    _check_judges(rewards, judges, told)
     functions = [r.function for r in (*rewards, *judges, *(told or ()))]
     check_tokens(functions)
+    _check_bits(args, [*_listed(reward_funcs), *_listed(judge_funcs)], [*rewards, *judges])
     _check_http_hosts(args, functions)
     if args.distil_answers == "lower_half" and not rewards:
         raise ConfigError(
@@ -100,6 +110,28 @@ def set_up_rewards(
 
     in_place = None if told is None else with_state(told)
     return Rewards(with_state(rewards), with_state(judges), in_place)
+
+
+def _check_judges(
+    rewards: Sequence[NamedReward],
+    judges: Sequence[NamedReward],
+    told: Sequence[NamedReward] | None,
+) -> None:
+    """Refuse judges that compare a group's answers where two policies are to be compared."""
+    why = "holds a prompt's answers against each other, so that its mean is ½ for every policy"
+    for option, given in (("judge_funcs", judges), ("a comparison's reward_funcs", told or ())):
+        for reward in filter(compares_group, given):
+            raise ConfigError(
+                f"{option} has the judge {reward.name!r}, which {why}: use form: pointwise, or "
+                "form: pairwise with against: chosen"
+            )
+    for reward in filter(compares_group, rewards if told is None else ()):
+        logger.warning(
+            "the judge %r %s: rounds are ranked by it, and evaluations go without it; add another "
+            "one to judge_funcs to see what training does",
+            reward.name,
+            why,
+        )
 
 
 def _check_http_hosts(args: NEATConfig, functions: Sequence[RewardFunction]) -> None:
@@ -178,6 +210,26 @@ def named_rewards(
         processing_classes,
         timeout=args.reward_timeout,
         allow_http_hosts=args.allow_http_hosts,
+        bits=_bits(args),
+    )
+
+
+def _bits(args: NEATConfig) -> Literal[4, 8] | None:
+    """In how many bits reward models that are given by name hold their weights."""
+    return 4 if args.reward_load_in_4bit else 8 if args.reward_load_in_8bit else None
+
+
+def _check_bits(args: NEATConfig, given: Sequence[Any], rewards: Sequence[NamedReward]) -> None:
+    """Refuse bits that nobody reads: only a model that is given by name is loaded here."""
+    bits = _bits(args)
+    pairs = zip(given, rewards, strict=True)
+    if bits is None or any(
+        isinstance(g, str) and isinstance(r.function, ModelReward) for g, r in pairs
+    ):
+        return
+    raise ConfigError(
+        f"reward_load_in_{bits}bit is true, but no reward or judge is a sequence-classification "
+        "model that is given by its name: leave it out, or give the name in place of the model"
     )
 
 

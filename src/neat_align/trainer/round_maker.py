@@ -19,6 +19,7 @@ from neat_align.errors import ConfigError
 from neat_align.prompts.instruction_banks import InstructionBank
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import check_on_bad_row
+from neat_align.rewards.aggregation import Aggregation
 from neat_align.rewards.protocol import NamedReward
 from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.make_round import make_round
@@ -47,6 +48,11 @@ def sampling_params(args: NEATConfig) -> SamplingParams:
     return SamplingParams(args.max_completion_length, args.temperature, args.top_p, args.top_k)
 
 
+def aggregation(args: NEATConfig) -> Aggregation:
+    """How the rewards of a completion become one, from the configuration."""
+    return cast("Aggregation", args.multi_objective_aggregation)
+
+
 def round_params(args: NEATConfig) -> RoundParams:
     """What a round is made of, from the configuration."""
     return RoundParams(
@@ -66,6 +72,7 @@ def round_params(args: NEATConfig) -> RoundParams:
         contrast_pairs=args.contrast_pairs,
         weighing_pairs=args.weighing_pairs,
         needs_pairs=args.needs_pairs,
+        aggregation=aggregation(args),
     )
 
 
@@ -240,4 +247,5 @@ class RoundMaker:
             batch_size=self.args.generation_batch_size,
             between_batches=lambda: self.ranks.raise_if_this_rank_must_stop(where),
             on_bad_row=check_on_bad_row(self.args.on_bad_row),
+            aggregation=aggregation(self.args),
         )

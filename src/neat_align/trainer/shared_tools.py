@@ -18,7 +18,7 @@ from neat_align.modeling.kl import Divergence
 from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import OnBadRow
 from neat_align.rewards.protocol import NamedReward, ScoredRows
-from neat_align.rewards.scoring import ScoreFunction
+from neat_align.rewards.scoring import ScoreFunction, added
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.shared_calls import Functions, Share, SharedCalls, Together
@@ -170,6 +170,7 @@ def merged_scores(
         components=tuple(in_order(places, [s.components for _, s in scored])),
         left_out=tuple(sorted(left_out, key=lambda left: left.row)),
         metrics=metrics,
+        totals=added([s.totals for _, s in scored]),
         extra={
             column: tuple(
                 in_order(places, [s.extra.get(column, (None,) * len(s.rewards)) for _, s in scored])
