@@ -71,6 +71,21 @@ def use_fsdp2() -> None:
     )
 
 
+def zero_settings(what: str) -> dict[str, Any]:
+    """DeepSpeed's configuration; `what` has zero and the stage."""
+    return {
+        "zero_optimization": {
+            "stage": int(what[what.index("zero") + 4]),
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 class OnSecondProcess(TrainerCallback):
     """Before the second step, on the second process alone: a broken weight, or SIGTERM."""
 
@@ -112,17 +127,7 @@ if __name__ == "__main__":
         changes["gradient_checkpointing"] = True
     if "zero" in what:
         neat_config.check_sharding = lambda c: None  # on a CPU
-        changes["deepspeed"] = {
-            "zero_optimization": {
-                "stage": int(what[what.index("zero") + 4]),
-                "stage3_gather_16bit_weights_on_model_save": True,
-                "stage3_param_persistence_threshold": 0,
-            },
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+        changes["deepspeed"] = zero_settings(what)
     args = config(
         folder,
         prompts_per_round=4,

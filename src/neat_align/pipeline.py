@@ -256,7 +256,14 @@ def _goes_on(script: ScriptArguments, folder: Path) -> bool:
 def _train(trainer: NEATTrainer, script: ScriptArguments, *, resume: bool | None) -> dict[str, Any]:
     started = time.monotonic()
     trainer.open_run(resume)  # before an evaluation is paid for
-    before = evaluation_before(trainer) if trainer.parts.data.eval_rows else None
+    before: Evaluation | None = None
+
+    def measure() -> None:
+        nonlocal before
+        before = evaluation_before(trainer)
+
+    if trainer.parts.data.eval_rows:
+        trainer.round_callback.before_training(measure)
     trainer.train(resume_from_checkpoint=resume)
     _save_model(trainer)
     after = None
@@ -335,13 +342,20 @@ def _check_empty(folder: Path) -> None:
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:
     """The start policy on the held-out prompts; a resumed run reads what it measured before.
 
-    Every rank calls it; the first one alone reads and writes, and all evaluate or none does.
+    Every rank calls it; the first one alone reads and writes, and all evaluate or none does. Raises
+    ConfigError where it is not there and the policy is no longer the start policy.
     """
     path, ranks = trainer.output_dir / "evaluation-before.json", trainer.parts.ranks
     found = Evaluation(**read_json(path)) if ranks.is_rank_zero and path.is_file() else None
     measured = ranks.from_rank_zero(found)
     if measured is not None:
         return measured
+    if trainer.state.global_step:
+        raise ConfigError(
+            f"{path} is missing, and the policy is that of step {trainer.state.global_step}, which "
+            "is not the start policy: put the file back, or go on without held-out prompts "
+            "(holdout: 0)"
+        )
     trainer.evaluate(metric_key_prefix="before")
     evaluation = trainer.last_evaluation
     assert evaluation is not None

@@ -10,7 +10,7 @@ sampler_setup.py   who samples, where it is another engine
 parts.py           what the trainer is composed of, and what the parts do together
 round_maker.py     a round from the current policy
 shared_tools.py    its costly calls, and an evaluation's, shared by all ranks
-shared_reference.py  a start policy of its own, divided between processes
+shared_reference.py  weights that processes divide where Trainer divides none
 round_callback.py  rounds among Trainer's events
 """
 

@@ -151,6 +151,7 @@ class NEATTrainer(Trainer):
 
     def make_round(self, index: int) -> FinishedRound:
         """Sample, score and rank a round, or read it when it is finished on the disk."""
+        self.parts.place_policy()
         self.parts.record_skipped()
         return self.parts.round_maker.make(
             index,
@@ -237,7 +238,6 @@ class NEATTrainer(Trainer):
         with listening(self.parts.ranks.stop), self.writing():
             start = directory.take_start(resume_from_checkpoint, self.parts.run_key)
             self.round_callback.start_from(start)
-            self.parts.record_start()
             rounds, has_stopped = self.parts.plan.rounds, self.stopped_because is not None
             with directory.own_limits(start, has_stopped=has_stopped, rounds=rounds):
                 try:
@@ -281,7 +281,8 @@ class NEATTrainer(Trainer):
             eval_dataset,
             self.callback_handler.callbacks,
             is_start=self.state.global_step == 0,
-            may_stop=not self.is_in_train,
+            # In training a checkpoint comes next, but not before its first step.
+            may_stop=not self.is_in_train or self.state.global_step == 0,
         )
         self.last_evaluation = evaluation
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in evaluation.summary().items()}

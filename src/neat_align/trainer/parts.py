@@ -51,6 +51,7 @@ from neat_align.trainer.setup import (
     template_kwargs,
     usable_rows,
 )
+from neat_align.trainer.shared_reference import DIVIDES_WEIGHTS, share_untrained
 from neat_align.trainer.shared_tools import lead_evaluation
 from neat_align.trainer.startup_checks import check_followed_metric
 
@@ -71,6 +72,16 @@ class TrainerParts:
     engine: StepEngine
     round_maker: RoundMaker
     alarms: Alarms
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether each process will hold a part of every weight, once training has begun."""
+        return sharding_of(self.ranks.accelerator) in DIVIDES_WEIGHTS
+
+    def place_policy(self) -> None:
+        """Before the policy is called outside of training: see `share_untrained`."""
+        setup, accelerator = self.setup, self.ranks.accelerator
+        share_untrained(accelerator, sharding_of(accelerator), setup.model, setup.reference)
 
     @property
     def drift(self) -> DriftMonitor:
@@ -125,6 +136,7 @@ class TrainerParts:
             raise ConfigError(
                 "there is nothing to evaluate on: pass an eval_dataset with held-out prompts"
             )
+        self.place_policy()
         self.record_skipped()
         with stage_reporter(callbacks, "evaluate") as report:
 
