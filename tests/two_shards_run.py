@@ -3,7 +3,8 @@ torchrun --nproc-per-node 2 two_shards_run.py FOLDER MODEL WHAT; in one process 
 
 WHAT has lora (an adapter is trained), evaluate (no training), early (and then a script evaluates a
 model that is to be trained), fail (a reward raises on the second process in the first round),
-zero2 and zero3 (DeepSpeed), cut (SIGTERM before the second step) and resume. MODEL is a folder. Each rank writes FOLDER/facts-RANK.json.
+zero2 and zero3 (DeepSpeed), once (the first process alone loads the weights), cut (SIGTERM before
+the second step) and resume. MODEL is a folder. Each rank writes FOLDER/facts-RANK.json.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.divided: list[bool] = []
+        self.loaded: list[str] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.loaded = sorted({str(weight.device) for weight in model.parameters()})
 
     def on_evaluate(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
         self.divided.append(is_sharded(model))
@@ -70,8 +75,11 @@ def script(folder: Path) -> ScriptArguments:
 
 def run(folder: Path, watch: Watch) -> None:
     changes: dict[str, Any] = {}
-    if "zero" in WHAT:
+    if "once" in WHAT:
         neat_config.check_sharding = lambda c: None  # on a CPU
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    if "zero" in WHAT:
+        neat_config.check_sharding = lambda c: None
         changes["deepspeed"] = zero_settings(WHAT)
     args = config(
         RUN,
@@ -104,7 +112,7 @@ if __name__ == "__main__":
         run(folder, watch)
     except (NEATError, RunInterrupted) as error:
         said = f"{type(error).__name__}: {error}"
-    facts = {"divided": watch.divided, "said": said}
+    facts = {"divided": watch.divided, "said": said, "loaded": watch.loaded}
     (folder / f"facts-{RANK}.json").write_text(json.dumps(facts))
     if dist.is_initialized():
         dist.barrier()

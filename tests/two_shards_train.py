@@ -24,7 +24,7 @@ from neat_align import NEATTrainer
 from neat_align.config import neat_config
 from neat_align.errors import NEATError, RunInterrupted
 from neat_align.modeling.lockstep import is_sharded
-from neat_align.trainer.parts import sharding_of
+from neat_align.trainer.shared_reference import sharding_of
 from small_trainer import ROWS, TOKENIZER, config, count_e
 from tiny import tiny_model
 
@@ -56,6 +56,15 @@ class FirstGradients(TrainerCallback):
             self.found |= {
                 n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None
             }
+
+
+def without_numbers(model: torch.nn.Module) -> None:
+    """Put the weights, which may be tied, on the meta device."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            made.setdefault(id(weight), torch.nn.Parameter(weight.detach().to("meta")))
+            module.register_parameter(name, made[id(weight)])
 
 
 def use_fsdp2() -> None:
@@ -148,6 +157,10 @@ if __name__ == "__main__":
         "gpt2" if "tied" in what else "llama", len(TOKENIZER), tokenizer=TOKENIZER
     ).double()
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
+    if "once" in what and processes > 1:
+        args.loads_once = True  # type: ignore[misc]
+        if RANK:
+            without_numbers(model)
     gradients = FirstGradients()
     t = NEATTrainer(
         model,

@@ -157,7 +157,7 @@ def build_trainer(
     skipped = SkippedRows()
     rows, held_out = data or load_data(script, config.on_bad_row, skipped)
     trains = trains and policy is None
-    start = _model(script, trains=trains)
+    start = _model(script, trains=trains, once=config.loads_once)
     tokenizer = load_tokenizer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
@@ -166,7 +166,11 @@ def build_trainer(
             config, start, tokenizer, conversational=is_conversational(rows)
         )
         rows, held_out = refilled(rows, held_out, usable)
-    model = start if policy is None else load_policy(policy, script.load_options)
+    model = (
+        start
+        if policy is None
+        else load_policy(policy, script.load_options, once=config.loads_once)
+    )
     trainer = NEATTrainer(
         model if trains else frozen_if_half(model),
         script.reward_funcs or None,
@@ -184,12 +188,13 @@ def build_trainer(
     return trainer
 
 
-def _model(script: ScriptArguments, *, trains: bool) -> torch.nn.Module:
+def _model(script: ScriptArguments, *, trains: bool, once: bool) -> torch.nn.Module:
     return load_policy(
         model_source(script.model_name_or_path),
         script.load_options_to_train if trains else script.load_options,
         revision=script.model_revision,
         trust_remote_code=script.trust_remote_code,
+        once=once,
     )
 
 

@@ -48,8 +48,9 @@ def assert_close(
         assert float((found[name] - value).abs().max()) <= limit * scale, name
 
 
-@pytest.mark.parametrize("what", ["full-checkpointing", "tied-padded", "distil-lora"])
+@pytest.mark.parametrize("what", ["full-checkpointing", "once-tied-padded", "once-distil-lora"])
 def test_fsdp2_trains_what_one_process_trains(tmp_path: Path, what: str) -> None:
+    """With `once` the first process alone has the weights to begin with."""
     one, two = tmp_path / "one", tmp_path / "two"
     launch(SCRIPT, one, what, processes=1)
     launch(SCRIPT, two, what)
@@ -184,13 +185,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
 def test_the_start_is_evaluated_once_its_weights_are_divided(
     tmp_path: Path, model: str, alone: Path
 ) -> None:
-    """Also where the run then stops in its first round, and goes on without a checkpoint."""
-    launch(RUN_SCRIPT, tmp_path, model, "fail")
+    """Also where the run then stops in its first round, and goes on without a checkpoint.
+
+    The first process alone loads the weights.
+    """
+    launch(RUN_SCRIPT, tmp_path, model, "once-fail")
+    assert [facts(tmp_path, rank)["loaded"] for rank in (0, 1)] == [["cpu"], ["meta"]]
     for rank in (0, 1):
         assert facts(tmp_path, rank)["said"].startswith("RewardError: ")
         assert facts(tmp_path, rank)["divided"] == [True]
     assert befores(tmp_path) == 1
-    launch(RUN_SCRIPT, tmp_path, model, "resume")
+    launch(RUN_SCRIPT, tmp_path, model, "once-resume")
     for rank in (0, 1):
         assert facts(tmp_path, rank)["divided"] == [True]  # the evaluation after training alone
     assert befores(tmp_path) == 1
@@ -203,7 +208,7 @@ def test_the_evaluate_command_divides_a_model_and_a_script_may_not_do_so_before_
     tmp_path: Path, model: str, alone: Path
 ) -> None:
     """A new adapter changes nothing. One row of it has no room for two processes."""
-    launch(RUN_SCRIPT, tmp_path, model, "evaluate-early-lora")
+    launch(RUN_SCRIPT, tmp_path, model, "once-evaluate-early-lora")
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert_same_evaluation(found, evaluation(alone, "before"))
     for rank in (0, 1):

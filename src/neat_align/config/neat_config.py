@@ -12,7 +12,7 @@ defaults `TrainingArguments` has in `trainer_defaults`, and what is refused of i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from neat_align.config import combinations
 from neat_align.config.constraints import (
@@ -256,6 +256,9 @@ class NEATConfig(SamplerOptions, ObjectiveOptions):
         "what did.",
     )
     log_completions: bool = option(False, "Print a few groups of every round to the terminal.")
+
+    # Whether the first process alone loads the policy's weights; `load_whole` says so.
+    loads_once: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         read_numbers(self)

@@ -70,15 +70,23 @@ class SharedCalls:
         self.ranks.run_or_stop(lambda: own(work), what)
 
     def ask(
-        self, name: str, shares: Sequence[Share], own: Callable[..., Any] | None = None
+        self,
+        name: str,
+        shares: Sequence[Share],
+        own: Callable[..., Any] | None = None,
+        heard: Callable[[int, Any], None] = lambda rank, value: None,
     ) -> list[Any]:
         """What the function `name` gives for each rank's share, in order. On rank 0 alone.
 
-        `own` runs in the function's place for rank 0's share. Raises what one of them raised.
+        `own` runs in the function's place for rank 0's share. `heard` is told what each of the
+        others gave, also where one of them, or rank 0, failed. Raises what one of them raised.
         """
         self.ranks.scatter([_Request(name, share) for share in shares])
         mine, failure = self._done(own or self.functions[name], shares[0])
         outcomes = self.ranks.gather(mine)
+        for rank, outcome in enumerate(outcomes):
+            if rank and outcome.value is not None:
+                heard(rank, outcome.value)
         if failure is not None:
             raise failure
         for rank, outcome in enumerate(outcomes):

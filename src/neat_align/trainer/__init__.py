@@ -4,8 +4,10 @@ neat_trainer.py    NEATTrainer, a subclass of `transformers.Trainer` alone
 given.py           what a script gives the trainer, or asks of it, and what cannot work
 startup_checks.py  what Trainer would find out only after the first round
 setup.py           data, policy and layout, checked before anything is sampled
+first_process.py   weights that the first process alone has loaded
 memory_plan.py     what a run will take of the memory; decides about checkpointing
 reward_setup.py    rewards and judges, checked before anything is sampled
+policies_setup.py  the policies, once it is measured how they are called
 sampler_setup.py   who samples, where it is another engine
 parts.py           what the trainer is composed of, and what the parts do together
 round_maker.py     a round from the current policy

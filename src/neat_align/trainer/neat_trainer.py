@@ -35,12 +35,14 @@ from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given
+from neat_align.trainer.first_process import give_room
 from neat_align.trainer.memory_plan import settle_memory
-from neat_align.trainer.parts import TrainerParts, compose, sharding_of
+from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.sampler_setup import GivenSampler
 from neat_align.trainer.setup import read_data, set_up_policy
+from neat_align.trainer.shared_reference import sharding_of
 from neat_align.trainer.startup_checks import refused, rehearse
 
 
@@ -238,6 +240,7 @@ class NEATTrainer(Trainer):
         with listening(self.parts.ranks.stop), self.writing():
             start = directory.take_start(resume_from_checkpoint, self.parts.run_key)
             self.round_callback.start_from(start)
+            give_room(self.policy)
             rounds, has_stopped = self.parts.plan.rounds, self.stopped_because is not None
             with directory.own_limits(start, has_stopped=has_stopped, rounds=rounds):
                 try:

@@ -59,7 +59,8 @@ from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.prompts.template_check import check_rendering, check_template
 from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.runs.events import shows_groups
-from neat_align.runs.run_key import fingerprint, weights_fingerprint
+from neat_align.runs.run_key import fingerprint
+from neat_align.trainer.first_process import start_fingerprint
 from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 
 logger = logging.getLogger(__name__)
@@ -282,7 +283,7 @@ def set_up_policy(
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
     settle_generation_config(policy)
     if isinstance(ref_model, str):
-        ref_model = load_policy(ref_model, held_like(policy))
+        ref_model = load_policy(ref_model, held_like(policy), once=args.loads_once)
     reference_given = ref_model is not None and ref_model is not policy
     if reference_given:
         check_reference(ref_model, policy)
@@ -303,7 +304,7 @@ def set_up_policy(
     if args.disable_dropout:
         disable_dropout(policy)
     check_trainable_weights(policy)
-    start = weights_fingerprint(policy)
+    start = start_fingerprint(args, policy)
     setup = PolicySetup(policy, tokenizer, bank, reference, reference_given, start, limits)
     return setup, data
 
@@ -323,8 +324,9 @@ def _loaded(
     named = read_load_options(given)
     options = named.options if peft_config else named.options.where_all_weights_learn()
     revision, trusted = named.revision, named.trust_remote_code
-    policy = load_policy(model, options, revision=revision, trust_remote_code=trusted)
-    return policy, load_tokenizer(policy, tokenizer, revision=revision, trust_remote_code=trusted)
+    told: dict[str, Any] = {"revision": revision, "trust_remote_code": trusted}
+    policy = load_policy(model, options, once=args.loads_once, **told)
+    return policy, load_tokenizer(policy, tokenizer, **told)
 
 
 def _check_pairs(args: NEATConfig, bank: InstructionBank) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -22,6 +22,13 @@ from neat_align.modeling.requirements import is_trained
 
 # How runs are divided in which a process has a part of every weight.
 DIVIDES_WEIGHTS: tuple[Sharding, ...] = ("fsdp2", "zero3")
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding:
+    """How accelerate divides the run between processes."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return cast("Sharding", f"zero{accelerator.state.deepspeed_plugin.zero_stage}")
+    return "fsdp2" if accelerator.is_fsdp2 else "none"
 
 
 def share_reference(
