@@ -156,21 +156,15 @@ def build_trainer(
     check_command_options(config)
     skipped = SkippedRows()
     rows, held_out = data or load_data(script, config.on_bad_row, skipped)
-    trains = trains and policy is None
-    start = _model(script, trains=trains, once=config.loads_once)
+    trains, once = trains and policy is None, config.loads_once
+    start = _model(script, trains=trains, once=once)
     tokenizer = load_tokenizer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
-        usable = _usable_to_evaluate(
-            config, start, tokenizer, conversational=is_conversational(rows)
-        )
+        usable = _usable_to_evaluate(config, start, tokenizer, rows)
         rows, held_out = refilled(rows, held_out, usable)
-    model = (
-        start
-        if policy is None
-        else load_policy(policy, script.load_options, once=config.loads_once)
-    )
+    model = start if policy is None else load_policy(policy, script.load_options, once=once)
     trainer = NEATTrainer(
         model if trains else frozen_if_half(model),
         script.reward_funcs or None,
@@ -199,10 +193,10 @@ def _model(script: ScriptArguments, *, trains: bool, once: bool) -> torch.nn.Mod
 
 
 def _usable_to_evaluate(
-    config: NEATConfig, model: torch.nn.Module, tokenizer: Any, *, conversational: bool
+    config: NEATConfig, model: torch.nn.Module, tokenizer: Any, rows: Sequence[PromptRow]
 ) -> Callable[[PromptRow], bool]:
     """Which rows can be held out: plainly, and under the instructions of an evaluation."""
-    bank = load_bank(config.instruction_bank)
+    bank, conversational = load_bank(config.instruction_bank), is_conversational(rows)
     limits = instructed_limits(config, tokenizer, bank, [model], conversational=conversational)
     return functools.partial(
         is_usable,

@@ -390,7 +390,7 @@ def test_loading_counts_the_processes_that_hold_the_whole_model(
     assert (plan.loading.processes, plan.loading.size) == (8, 8 * 8 * weights)
     small = replace(plan, loading=replace(plan.loading, room=10))
     said = "\n".join(small.lines())
-    assert "in the machine's memory: 8 processes hold the whole model" in said
+    assert "at most, of the machine's: 8 processes hold the whole model" in said
     assert "less than that; cpu_ram_efficient_loading: true has one process load it" in said
     args.loads_once = True  # type: ignore[misc]
     one = plan_memory(args, model, [], lengths, evaluates=False)

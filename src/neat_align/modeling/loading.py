@@ -94,7 +94,8 @@ def load_policy(
     except LOAD_ERRORS as error:
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
     if adapter is None:
-        load = _without_weights if once and PartialState().process_index else _load_model
+        processes: Any = PartialState() if once else None
+        load = _without_weights if once and processes.process_index else _load_model
         return load(name, options, revision, trust_remote_code)
     if once:
         raise ConfigError(
@@ -170,8 +171,8 @@ def _without_weights(
             )
         model.tie_weights()  # each was put on the meta device by itself
         with contextlib.suppress(OSError):  # it has none
-            settings = GenerationConfig.from_pretrained(name, revision=revision)
-            model.generation_config = settings
+            read: Any = GenerationConfig.from_pretrained
+            model.generation_config = read(name, revision=revision)
     except LOAD_ERRORS as error:
         raise ConfigError(f"the model {name} cannot be made: {_advice(name, error)}") from error
     return cast("PreTrainedModel", model.eval())

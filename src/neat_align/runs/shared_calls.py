@@ -94,8 +94,8 @@ class SharedCalls:
                 logger.error("process %d failed: %s", rank, one_line(outcome.error, 300))
                 raise outcome.error
         # Where another process was asked to stop, so is the run: rank 0 looks between batches.
-        heard = max(outcome.signal_number for outcome in outcomes)
-        self.ranks.stop.signal_number = self.ranks.stop.signal_number or heard
+        signal_number = max(outcome.signal_number for outcome in outcomes)
+        self.ranks.stop.signal_number = self.ranks.stop.signal_number or signal_number
         return [outcome.value for outcome in outcomes]
 
     def _lead(self, work: Callable[[], None]) -> None:

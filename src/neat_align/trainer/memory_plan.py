@@ -67,8 +67,8 @@ _OPTIMIZERS = (
 class Loading:
     """What loading takes of this machine's own memory before weights go to devices or are divided.
 
-    `processes` of this machine hold the whole model then, and a start policy beside it, `size`
-    bytes together; `room` is free, None where nobody can say. `may_be_one`: FSDP2 would let one
+    `processes` of this machine hold the whole model then, and a start policy beside it, at most
+    `size` bytes together: what has the type that its file has is mapped from it, and shared. `room` is free, None where nobody can say. `may_be_one`: FSDP2 would let one
     process load it.
     """
 
@@ -80,7 +80,7 @@ class Loading:
     def rows(self) -> list[tuple[str, float, str]]:
         """Lines of the estimate's table: name, bytes, note."""
         who = f"{self.processes} processes hold" if self.processes > 1 else "one process holds"
-        found = [("loading", self.size, f"in the machine's memory: {who} the whole model")]
+        found = [("loading", self.size, f"at most, of the machine's: {who} the whole model")]
         if self.room is not None:
             note = "" if self.size <= self.room else "less than that"
             if note and self.may_be_one:
