@@ -5,9 +5,9 @@
 A random Llama of 25 million weights, in a folder in bf16, loaded in fp32 as for training all of
 them. `whole`: every process loads it, and each keeps its half. `once`: with
 `cpu_ram_efficient_loading` the first process alone loads it, and hands the halves out. `mapped`: as
-`whole`, loaded in the type of the file, whose pages then are read where they are needed, and shared.
-What each process holds is its resident memory less that before loading; without a GPU the halves are
-in it, too.
+`whole`, loaded in the type of the file, whose pages then are read where they are needed, and
+shared. What each process holds is its resident memory less that before loading; without a GPU the
+halves are in it, too.
 """
 
 from __future__ import annotations

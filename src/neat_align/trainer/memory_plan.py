@@ -68,8 +68,8 @@ class Loading:
     """What loading takes of this machine's own memory before weights go to devices or are divided.
 
     `processes` of this machine hold the whole model then, and a start policy beside it, at most
-    `size` bytes together: what has the type that its file has is mapped from it, and shared. `room` is free, None where nobody can say. `may_be_one`: FSDP2 would let one
-    process load it.
+    `size` bytes together: what has the type that its file has is mapped from it, and shared. `room`
+    is free, None where nobody can say. `may_be_one`: FSDP2 would let one process load it.
     """
 
     processes: int
