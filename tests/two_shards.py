@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from neat_align.errors import NEATError
 from neat_align.modeling.kl import exact_divergence
-from neat_align.modeling.lockstep import is_sharded, lockstep
+from neat_align.modeling.lockstep import is_sharded, lockstep, wait_at_most
 from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout
 from neat_align.modeling.reference import _adapter_off, start_policy
@@ -172,12 +173,16 @@ def sharded_case(family: str, *, adapter: bool) -> tuple[Any, Any]:
     return reference, model
 
 
-def leave(folder: Path) -> None:
-    """The second rank is gone while the first scores."""
+def leave(folder: Path, *, stuck: bool) -> None:
+    """The second rank is gone, or stuck, while the first scores."""
     _, model = sharded_case("llama", adapter=False)
+    if stuck:
+        wait_at_most(2)
     if dist.get_rank() == 1:
         with lockstep(model):
             scored(model, [0], "padded")
+            while stuck and not (folder / "gone.txt").exists():
+                time.sleep(0.1)
             os._exit(0)
     try:
         scored(model, [0, 1, 2, 3], "padded")
@@ -190,8 +195,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank, folder = dist.get_rank(), Path(sys.argv[1])
     torch.set_num_threads(1)
-    if "gone" in sys.argv:
-        leave(folder)
+    if "gone" in sys.argv or "stuck" in sys.argv:
+        leave(folder, stuck="stuck" in sys.argv)
     out: dict[str, Any] = {}
     for name, family, adapter in CASES:
         reference, model = sharded_case(family, adapter=adapter)

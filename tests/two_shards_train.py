@@ -24,7 +24,7 @@ from neat_align import NEATTrainer
 from neat_align.config import neat_config
 from neat_align.errors import NEATError, RunInterrupted
 from neat_align.modeling.lockstep import is_sharded
-from neat_align.trainer.parts import sharding_of
+from neat_align.trainer.shared_reference import sharding_of
 from small_trainer import ROWS, TOKENIZER, config, count_e
 from tiny import tiny_model
 
@@ -58,6 +58,15 @@ class FirstGradients(TrainerCallback):
             }
 
 
+def without_numbers(model: torch.nn.Module) -> None:
+    """Put the weights, which may be tied, on the meta device."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            made.setdefault(id(weight), torch.nn.Parameter(weight.detach().to("meta")))
+            module.register_parameter(name, made[id(weight)])
+
+
 def use_fsdp2() -> None:
     """Let accelerate divide the weights on CPUs too, where it would train as DDP, unasked."""
     state: Any = Accelerator(cpu=True).state
@@ -69,6 +78,21 @@ def use_fsdp2() -> None:
         cpu_ram_efficient_loading=False,
         state_dict_type="FULL_STATE_DICT",
     )
+
+
+def zero_settings(what: str) -> dict[str, Any]:
+    """DeepSpeed's configuration; `what` has zero and the stage."""
+    return {
+        "zero_optimization": {
+            "stage": int(what[what.index("zero") + 4]),
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 class OnSecondProcess(TrainerCallback):
@@ -112,17 +136,7 @@ if __name__ == "__main__":
         changes["gradient_checkpointing"] = True
     if "zero" in what:
         neat_config.check_sharding = lambda c: None  # on a CPU
-        changes["deepspeed"] = {
-            "zero_optimization": {
-                "stage": int(what[what.index("zero") + 4]),
-                "stage3_gather_16bit_weights_on_model_save": True,
-                "stage3_param_persistence_threshold": 0,
-            },
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+        changes["deepspeed"] = zero_settings(what)
     args = config(
         folder,
         prompts_per_round=4,
@@ -143,6 +157,10 @@ if __name__ == "__main__":
         "gpt2" if "tied" in what else "llama", len(TOKENIZER), tokenizer=TOKENIZER
     ).double()
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)
+    if "once" in what and processes > 1:
+        args.loads_once = True  # type: ignore[misc]
+        if RANK:
+            without_numbers(model)
     gradients = FirstGradients()
     t = NEATTrainer(
         model,

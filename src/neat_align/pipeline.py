@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -27,7 +26,7 @@ from neat_align.files.provenance import commit, cpu_name, peak_rss_bytes, versio
 from neat_align.modeling.demo_model import model_source
 from neat_align.modeling.loading import load_policy, load_tokenizer
 from neat_align.modeling.requirements import frozen_if_half
-from neat_align.prompts.hold_out import hold_out, spread, without
+from neat_align.prompts.hold_out import hold_out, refilled, spread, without
 from neat_align.prompts.instruction_banks import load_bank
 from neat_align.prompts.loading import load_rows
 from neat_align.prompts.row_checks import is_usable
@@ -126,30 +125,6 @@ def _held_out_rows(
     return (spread(shipped, n) if n else []), None
 
 
-def refilled(
-    rows: list[PromptRow], held_out: list[PromptRow], fits: Callable[[PromptRow], bool]
-) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Training and held-out rows with a training row in the place of each held-out one that fails.
-
-    The others stay held out whatever fits, so that two models or limits are compared on the same
-    rows as far as that goes. What fails goes to the training rows, and is left out there.
-    """
-    judged = [(row, fits(row)) for row in held_out]
-    failing = [row for row, is_fit in judged if not is_fit]
-    taken: dict[int, PromptRow] = {}
-    usable = functools.cache(lambda k: fits(rows[k]))
-    for i in range(len(failing)):
-        start = i * len(rows) // len(failing)  # evenly spaced, like those that were chosen first
-        order = chain(range(start, len(rows)), range(start))
-        found = next((k for k in order if k not in taken and usable(k)), None)
-        if found is None:
-            break
-        taken[found] = rows[found]
-    left = [row for k, row in enumerate(rows) if k not in taken]
-    kept = [row for row, is_fit in judged if is_fit] + list(taken.values())
-    return [*without(left, list(taken.values())), *failing], kept
-
-
 def build_trainer(
     script: ScriptArguments,
     config: NEATConfig,
@@ -174,16 +149,15 @@ def build_trainer(
     check_command_options(config, may_push=may_push)
     skipped, notices = SkippedRows(), list[str]()
     rows, held_out = data or load_data(script, config.on_bad_row, skipped, notices)
-    trains = trains and policy is None
-    start = _model(script, trains=trains)
+    trains, once = trains and policy is None, config.loads_once
+    start = _model(script, trains=trains, once=once)
     tokenizer = load_tokenizer(
         start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
     )
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
-        form = is_conversational(rows)
-        usable = _usable_to_evaluate(config, start, tokenizer, conversational=form)
+        usable = _usable_to_evaluate(config, start, tokenizer, rows)
         rows, held_out = refilled(rows, held_out, usable)
-    model = start if policy is None else load_policy(policy, script.load_options)
+    model = start if policy is None else load_policy(policy, script.load_options, once=once)
     trainer = NEATTrainer(
         model if trains else frozen_if_half(model),
         script.reward_funcs or None,
@@ -202,20 +176,21 @@ def build_trainer(
     return trainer
 
 
-def _model(script: ScriptArguments, *, trains: bool) -> torch.nn.Module:
+def _model(script: ScriptArguments, *, trains: bool, once: bool) -> torch.nn.Module:
     return load_policy(
         model_source(script.model_name_or_path),
         script.load_options_to_train if trains else script.load_options,
         revision=script.model_revision,
         trust_remote_code=script.trust_remote_code,
+        once=once,
     )
 
 
 def _usable_to_evaluate(
-    config: NEATConfig, model: torch.nn.Module, tokenizer: Any, *, conversational: bool
+    config: NEATConfig, model: torch.nn.Module, tokenizer: Any, rows: Sequence[PromptRow]
 ) -> Callable[[PromptRow], bool]:
     """Which rows can be held out: plainly, and under the instructions of an evaluation."""
-    bank = load_bank(config.instruction_bank)
+    bank, conversational = load_bank(config.instruction_bank), is_conversational(rows)
     limits = instructed_limits(config, tokenizer, bank, [model], conversational=conversational)
     return functools.partial(
         is_usable,
@@ -279,7 +254,14 @@ def _goes_on(script: ScriptArguments, folder: Path) -> bool:
 def _train(trainer: NEATTrainer, script: ScriptArguments, *, resume: bool | None) -> dict[str, Any]:
     started = time.monotonic()
     trainer.open_run(resume)  # before an evaluation is paid for
-    before = evaluation_before(trainer) if trainer.parts.data.eval_rows else None
+    before: Evaluation | None = None
+
+    def measure() -> None:
+        nonlocal before
+        before = evaluation_before(trainer)
+
+    if trainer.parts.data.eval_rows:
+        trainer.round_callback.before_training(measure)
     trainer.train(resume_from_checkpoint=resume)
     _save_model(trainer)
     ranks = trainer.parts.ranks
@@ -376,13 +358,20 @@ def _make_free(folder: Path) -> None:
 def evaluation_before(trainer: NEATTrainer) -> Evaluation:
     """The start policy on the held-out prompts; a resumed run reads what it measured before.
 
-    Every rank calls it; the first one alone reads and writes, and all evaluate or none does.
+    Every rank calls it; the first one alone reads and writes, and all evaluate or none does. Raises
+    ConfigError where it is not there and the policy is no longer the start policy.
     """
     path, ranks = trainer.output_dir / "evaluation-before.json", trainer.parts.ranks
     found = Evaluation(**read_json(path)) if ranks.is_rank_zero and path.is_file() else None
     measured = ranks.from_rank_zero(found)
     if measured is not None:
         return measured
+    if trainer.state.global_step:
+        raise ConfigError(
+            f"{path} is missing, and the policy is that of step {trainer.state.global_step}, which "
+            "is not the start policy: put the file back, or go on without held-out prompts "
+            "(holdout: 0)"
+        )
     trainer.evaluate(metric_key_prefix="before")
     evaluation = trainer.last_evaluation
     assert evaluation is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from accelerate.parallelism_config import ParallelismConfig
 
 import neat_align
 from neat_align import NEATConfig
-from neat_align.config.sharding import check_sharding
+from neat_align.config.sharding import check_sharding, load_whole
 from neat_align.errors import ConfigError
 
 ZERO_3 = {
@@ -60,6 +61,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         {"fsdp": True, "fsdp_config": {"version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}},
         {"fsdp": True, "fsdp_config": '{"reshard_after_forward": false}'},
         {"fsdp": True, "accelerator_config": {"even_batches": True}},
+        {"fsdp": True, "fsdp_config": {"fsdp_cpu_ram_efficient_loading": "true"}},
     ],
 )
 def test_fsdp2_on_accelerators_is_let_through(
@@ -76,6 +78,26 @@ def test_fsdp2_that_accelerate_launch_asks_for_is_let_through(
     check_sharding(asked())
 
 
+@pytest.mark.parametrize(("said", "once"), [("true", True), ("1", True), ("false", False)])
+def test_the_first_process_alone_loads_the_policy_and_every_process_any_other_model(
+    said: str, once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers goes by the variable, for whatever is loaded later: a reward model, say."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", said)
+    settings = asked(deepspeed_plugin=None)
+    load_whole(settings)
+    assert settings.loads_once is once
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+def test_without_fsdp_every_process_loads_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    settings = asked(deepspeed_plugin=None)
+    load_whole(settings)
+    assert settings.loads_once is False
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -85,10 +107,6 @@ def test_fsdp2_that_accelerate_launch_asks_for_is_let_through(
         ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, "cpu_offload is True: it keeps the"),
         ({"fsdp": "full_shard offload"}, "cpu_offload is True: it keeps the weights in the CPU's"),
         ({"fsdp": ["offload"]}, "cpu_offload is True: it keeps the weights in the CPU's memory"),
-        (
-            {"fsdp": True, "fsdp_config": {"fsdp_cpu_ram_efficient_loading": "true"}},
-            "cpu_ram_efficient_loading is true: it loads the weights in one process only",
-        ),
         (
             {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
             "state_dict_type is SHARDED_STATE_DICT: no checkpoint would hold a model.*FULL_STATE",
@@ -134,7 +152,6 @@ def test_one_process_has_nobody_to_share_weights_with(monkeypatch: pytest.Monkey
         ("FSDP_VERSION", None, "FSDP_VERSION .*is 1: FSDP's first version .*--fsdp_version 2"),
         ("FSDP_STATE_DICT_TYPE", None, "FSDP_STATE_DICT_TYPE .*is SHARDED_STATE_DICT: no checkpo"),
         ("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT", "is LOCAL_STATE_DICT: no checkpoint would"),
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "FSDP_CPU_RAM_EFFICIENT_LOADING .*is true: it"),
         ("FSDP_OFFLOAD_PARAMS", "true", "FSDP_OFFLOAD_PARAMS .*is true: it keeps the weights in"),
         ("LOCAL_RANK", None, "ACCELERATE_USE_FSDP=true .* there is one process"),
     ],

@@ -86,7 +86,9 @@ def test_ranks_whose_passes_are_of_different_models_take_turns(
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_rank_that_is_gone_is_an_error_on_the_others(tmp_path: Path) -> None:
-    launch("two_shards.py", tmp_path, "gone")
+@pytest.mark.parametrize("how", ["gone", "stuck"])
+def test_a_rank_that_is_gone_or_stuck_is_an_error_on_the_others(tmp_path: Path, how: str) -> None:
+    """The one that is stuck goes on when the other has given up, after the limit that was set."""
+    launch("two_shards.py", tmp_path, how)
     said = (tmp_path / "gone.txt").read_text()
     assert said.startswith("another process is gone, or is stuck, while all of them were to make")

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from launch import launch
+from small_trainer import TOKENIZER, logged
+from tiny import tiny_model
 
-SCRIPT = "two_shards_train.py"
+SCRIPT, RUN_SCRIPT = "two_shards_train.py", "two_shards_run.py"
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -46,8 +48,9 @@ def assert_close(
         assert float((found[name] - value).abs().max()) <= limit * scale, name
 
 
-@pytest.mark.parametrize("what", ["full-checkpointing", "tied-padded", "distil-lora"])
+@pytest.mark.parametrize("what", ["full-checkpointing", "once-tied-padded", "once-distil-lora"])
 def test_fsdp2_trains_what_one_process_trains(tmp_path: Path, what: str) -> None:
+    """With `once` the first process alone has the weights to begin with."""
     one, two = tmp_path / "one", tmp_path / "two"
     launch(SCRIPT, one, what, processes=1)
     launch(SCRIPT, two, what)
@@ -138,3 +141,95 @@ def test_a_zero_3_run_that_was_stopped_goes_on(
     )
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, rtol=0, atol=0)
+
+
+# ---- what is evaluated before training -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", len(TOKENIZER), tokenizer=TOKENIZER).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def evaluation(folder: Path, when: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run" / f"evaluation-{when}.json").read_text())
+    return found
+
+
+def assert_same_evaluation(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same answers and rewards, and the same numbers but for rounding."""
+    assert found["completions"] == expected["completions"]
+    assert found["rewards"] == expected["rewards"]
+    numbers = ("perplexity", "kl", "entropy")
+    for name in [n for n in numbers if expected[n] is not None]:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def befores(folder: Path) -> int:
+    """How often the evaluation before training stands in metrics.jsonl."""
+    return sum("before_reward" in line for line in logged(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch(RUN_SCRIPT, folder, model, "full", processes=1)
+    return folder
+
+
+def test_the_start_is_evaluated_once_its_weights_are_divided(
+    tmp_path: Path, model: str, alone: Path
+) -> None:
+    """Also where the run then stops in its first round, and goes on without a checkpoint.
+
+    The first process alone loads the weights.
+    """
+    launch(RUN_SCRIPT, tmp_path, model, "once-fail")
+    assert [facts(tmp_path, rank)["loaded"] for rank in (0, 1)] == [["cpu"], ["meta"]]
+    for rank in (0, 1):
+        assert facts(tmp_path, rank)["said"].startswith("RewardError: ")
+        assert facts(tmp_path, rank)["divided"] == [True]
+    assert befores(tmp_path) == 1
+    launch(RUN_SCRIPT, tmp_path, model, "once-resume")
+    for rank in (0, 1):
+        assert facts(tmp_path, rank)["divided"] == [True]  # the evaluation after training alone
+    assert befores(tmp_path) == 1
+    assert "before_reward" in logged(tmp_path / "run")[0]
+    for when in ("before", "after"):
+        assert_same_evaluation(evaluation(tmp_path, when), evaluation(alone, when))
+
+
+def test_the_evaluate_command_divides_a_model_and_a_script_may_not_do_so_before_training(
+    tmp_path: Path, model: str, alone: Path
+) -> None:
+    """A new adapter changes nothing. One row of it has no room for two processes."""
+    launch(RUN_SCRIPT, tmp_path, model, "once-evaluate-early-lora")
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert_same_evaluation(found, evaluation(alone, "before"))
+    for rank in (0, 1):
+        assert facts(tmp_path, rank)["divided"] == [True]
+        said = facts(tmp_path, rank)["said"]
+        assert said.startswith(
+            "ConfigError: the policy is called before it is trained, and the run is divided by"
+        )
+        assert "eval_on_start: true" in said
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("what", ["zero3", "zero2"])
+def test_under_deepspeed_the_start_is_evaluated_as_one_process_does(
+    tmp_path: Path, model: str, alone: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launch(RUN_SCRIPT, tmp_path, model, what)
+    assert facts(tmp_path)["divided"] == [what == "zero3"] * 2
+    expected = evaluation(alone, "before")
+    assert_same_evaluation(evaluation(tmp_path, "before"), expected)
+    launch(RUN_SCRIPT, tmp_path / "evaluated", model, f"evaluate-{what}")
+    found = json.loads((tmp_path / "evaluated" / "run" / "evaluation.json").read_text())
+    assert_same_evaluation(found, expected)

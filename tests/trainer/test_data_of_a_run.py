@@ -11,7 +11,8 @@ import pytest
 from neat_align import read_groups, terminal_callbacks
 from neat_align.cli.expand import write_expansion
 from neat_align.errors import ConfigError, DataError
-from neat_align.pipeline import build_trainer, refilled, run_training
+from neat_align.pipeline import build_trainer, run_training
+from neat_align.prompts.hold_out import refilled
 from neat_align.prompts.loading import rows_from_dataset
 from neat_align.reporting.run_files import read_run
 from neat_align.reporting.run_report import run_facts

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from transformers import LlamaConfig, TrainerCallback
 from typer.testing import CliRunner
 
@@ -28,7 +29,8 @@ from neat_align.modeling.memory_estimate import (
 )
 from neat_align.modeling.model_shape import shape_of, shape_of_model
 from neat_align.trainer.memory_plan import MemoryPlan, plan_memory
-from small_trainer import ROWS, TOKENIZER, lora, trainer
+from neat_align.trainer.setup import read_data, set_up_policy
+from small_trainer import ROWS, TOKENIZER, config, lora, trainer
 from tiny import random_model, save_tiny, tiny_model
 
 LLAMA_8B = LlamaConfig(
@@ -344,6 +346,59 @@ def test_a_run_that_fits_is_left_alone(tmp_path: Path, caplog: pytest.LogCapture
     t = trainer(tmp_path)
     assert t.args.activation_checkpointing is False
     assert "estimated" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("how", "needs", "copied"),
+    [
+        ("full", True, True),
+        ("full", False, False),
+        ("new adapter", True, False),
+        ("own adapter", True, True),
+        ("own adapter", False, False),
+        ("given", False, True),
+    ],
+)
+def test_a_copy_is_counted_where_one_was_made(
+    tmp_path: Path, how: str, needs: bool, copied: bool
+) -> None:
+    """Also of a model that comes with an adapter, which may hold something already."""
+    model: Any = small_llama()
+    if how == "own adapter":
+        model = get_peft_model(model, lora())
+    args, ref = config(tmp_path, kl_weight=0.1 if needs else 0.0), None
+    if how == "given":
+        ref = small_llama()
+    peft_config = lora() if how == "new adapter" else None
+    data = read_data(args, ROWS, None, ())
+    setup, _ = set_up_policy(args, model, data, TOKENIZER, peft_config, ref)
+    assert memory_plan._has_copy(setup) is copied
+
+
+def test_loading_counts_the_processes_that_hold_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are divided. fp32, and a start policy beside them: 8 bytes a weight."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    model = small_llama()
+    weights = sum(p.numel() for p in model.parameters())
+    args = config(tmp_path, kl_weight=0.1)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    lengths = [20] * len(ROWS)
+    plan = plan_memory(args, model, [], lengths, evaluates=False)
+    assert plan.loading is not None
+    assert (plan.loading.processes, plan.loading.size) == (8, 8 * 8 * weights)
+    small = replace(plan, loading=replace(plan.loading, room=10))
+    said = "\n".join(small.lines())
+    assert "at most, of the machine's: 8 processes hold the whole model" in said
+    assert "less than that; cpu_ram_efficient_loading: true has one process load it" in said
+    args.loads_once = True  # type: ignore[misc]
+    one = plan_memory(args, model, [], lengths, evaluates=False)
+    assert one.loading is not None
+    assert (one.loading.processes, one.loading.size) == (1, 8 * weights)
+    assert "one process holds the whole model" in "\n".join(one.lines())
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert plan_memory(args, model, [], lengths, evaluates=False).loading is None  # it stays
 
 
 def test_free_memory_is_that_of_the_device() -> None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neat_align.errors import RunInterrupted, SamplerError
 from neat_align.prompts.rows import PromptRow
 from neat_align.rewards.protocol import LeftOut, NamedReward, ScoredRows, Unscorable
 from neat_align.rewards.scoring import score_answers
-from neat_align.trainer.shared_tools import deal, in_order, merged_scores
+from neat_align.runs.ranks import Ranks
+from neat_align.runs.shared_calls import Share, SharedCalls
+from neat_align.runs.signals import StopRequest
+from neat_align.sampling.protocol import Finished, Sample, SampleRequest, SamplingParams
+from neat_align.trainer.shared_tools import (
+    SharedSampler,
+    _until_stopped,
+    deal,
+    in_order,
+    merged_scores,
+)
 
 ITEMS = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 50)), max_size=40)
 
@@ -103,3 +117,141 @@ def test_rows_that_cannot_be_scored_keep_their_places() -> None:
     assert merged.left_out == (LeftOut(row=2, reward="r", reason="is long"),)
     assert merged.metrics == {"m": (1.0, 5.0)}
     assert merged.extra == {"x": (None, "c", None)}
+
+
+# ---- places that are filled again on every rank --------------------------------------------------
+
+PARAMS = SamplingParams(9)
+REQUESTS = [SampleRequest((i % 7, 1), seed=i) for i in range(40)]
+
+
+def sample_of(request: SampleRequest) -> Sample:
+    """Decided by the request alone, as a sampler's are."""
+    length = 1 + (request.seed * 5) % 9
+    return Sample((request.seed,) * length, "stop", -float(request.seed))
+
+
+class Refilling:
+    """Hands over two completions at a time, the shortest first; `at` hears how many it has."""
+
+    def __init__(self, at: Callable[[int], None] = lambda _: None, *, hands_over: bool = True):
+        self.at, self.hands_over, self.calls = at, hands_over, list[int]()
+
+    def sample(
+        self,
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+        *,
+        progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
+    ) -> list[Sample]:
+        self.calls.append(len(requests))
+        drawn = [sample_of(r) for r in requests]
+        order = sorted(range(len(drawn)), key=lambda i: len(drawn[i].token_ids))
+        for start in range(0, len(order), 2):
+            part = order[start : start + 2]
+            self.at(start)
+            if finished is not None:
+                finished(part, [drawn[i] for i in part])
+            if progress is not None:
+                progress(len(part))
+        return drawn
+
+
+class RanksInTurn(SharedCalls):
+    """The calls of ranks whose shares are done in turn, in this process; `ask` is the real one."""
+
+    def __init__(self, folder: Path, samplers: Sequence[Refilling]) -> None:
+        accelerator = Accelerator(cpu=True)
+        self.others = [
+            SharedCalls(ranks, {"sample": _until_stopped(sampler, ranks)})
+            for sampler in samplers[1:]
+            for ranks in [Ranks(accelerator, StopRequest(), timeout=9, folder=folder)]
+        ]
+        ranks = Ranks(accelerator, StopRequest(), timeout=9, folder=folder)
+        super().__init__(ranks, {})
+        ranks.count = len(samplers)
+        ranks.scatter = self.hand_out  # type: ignore[method-assign, assignment]
+        ranks.gather = self.collect  # type: ignore[method-assign, assignment]
+
+    def hand_out(self, requests: Sequence[Any]) -> None:
+        self.requests = requests
+
+    def collect(self, own: Any) -> list[Any]:
+        asked = zip(self.others, self.requests[1:], strict=True)
+        return [own, *(self.done(other, request.share) for other, request in asked)]
+
+    @staticmethod
+    def done(other: SharedCalls, share: Share) -> Any:
+        return other._done(other.functions["sample"], share)[0]
+
+
+def drawn_by(
+    folder: Path, samplers: Sequence[Refilling], handed: dict[int, Sample] | None
+) -> list[Sample]:
+    """What all of them draw; `handed` is given what is handed over, by place."""
+    calls, counted = RanksInTurn(folder, samplers), list[int]()
+    shared = SharedSampler(calls, "sample", samplers[0])
+
+    def finished(places: Sequence[int], samples: Sequence[Sample]) -> None:
+        assert handed is not None
+        assert not handed.keys() & set(places)
+        handed.update(zip(places, samples, strict=True))
+
+    told = None if handed is None else finished
+    samples = shared.sample(REQUESTS, PARAMS, progress=counted.append, finished=told)
+    assert sum(counted) == len(REQUESTS)
+    return samples
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 9])
+def test_shares_that_are_filled_again_give_the_same_completions(tmp_path: Path, ranks: int) -> None:
+    """However many ranks there are, each of them is called once, and all is handed over once."""
+    samplers = [Refilling() for _ in range(ranks)]
+    handed: dict[int, Sample] = {}
+    expected = [sample_of(r) for r in REQUESTS]
+    assert drawn_by(tmp_path, samplers, handed) == expected
+    assert [handed[i] for i in range(len(REQUESTS))] == expected
+    assert sum(n for s in samplers for n in s.calls) == len(REQUESTS)
+    assert all(len(s.calls) <= 1 for s in samplers)
+    assert drawn_by(tmp_path, samplers, None) == expected
+
+
+def test_ranks_that_hand_nothing_over_are_asked_for_a_batch_at_a_time(tmp_path: Path) -> None:
+    samplers = [Refilling(hands_over=False) for _ in range(3)]
+    assert drawn_by(tmp_path, samplers, None) == [sample_of(r) for r in REQUESTS]
+    shared = SharedSampler(RanksInTurn(tmp_path, samplers), "sample", samplers[0])
+    assert not shared.hands_over
+    assert SharedSampler(RanksInTurn(tmp_path, samplers), "sample", Refilling()).hands_over
+
+
+def test_a_rank_that_is_asked_to_stop_hands_over_what_it_has(tmp_path: Path) -> None:
+    calls: list[RanksInTurn] = []
+
+    def stop(start: int) -> None:
+        if start == 4:
+            calls[0].others[0].ranks.stop.signal_number = 15
+
+    samplers = [Refilling(), Refilling(stop)]
+    calls.append(RanksInTurn(tmp_path, samplers))
+    handed: dict[int, Sample] = {}
+    with pytest.raises(RunInterrupted, match="stopped by SIGTERM while completions were drawn"):
+        SharedSampler(calls[0], "sample", samplers[0]).sample(
+            REQUESTS, PARAMS, finished=lambda at, s: handed.update(zip(at, s, strict=True))
+        )
+    assert len(handed) == samplers[0].calls[0] + 6
+    assert all(handed[i] == sample_of(REQUESTS[i]) for i in handed)
+
+
+def test_an_error_on_one_rank_costs_the_others_nothing(tmp_path: Path) -> None:
+    def fail(start: int) -> None:
+        raise SamplerError("the server is gone")
+
+    for failing in (0, 1):
+        samplers = [Refilling(), Refilling(), Refilling()]
+        samplers[failing].at = fail
+        handed: dict[int, Sample] = {}
+        with pytest.raises(SamplerError, match="the server is gone"):
+            drawn_by(tmp_path, samplers, handed)
+        others = sum(n for i, s in enumerate(samplers) for n in s.calls if i != failing)
+        assert len(handed) == others > 0

@@ -29,6 +29,7 @@ def evaluate_held_out(script: ScriptArguments, config: NEATConfig) -> None:
     from neat_align.pipeline import build_trainer
 
     trainer = build_trainer(script, config, terminal_callbacks(config), trains=False)
+    trainer.policy.requires_grad_(False)  # nothing is trained
     with trainer.writing():
         metrics = trainer.evaluate()
     assert trainer.last_evaluation is not None

@@ -45,6 +45,26 @@ class RayOptions:
     shard_prompts: int | None = None
     ray_address: str | None = None
 
+    @property
+    def policy_workers(self) -> int:
+        """Workers that hold the policy."""
+        return self.num_workers or 1
+
+    @property
+    def reward_workers(self) -> int:
+        """Workers that score."""
+        return self.num_reward_workers or 1
+
+    @property
+    def policy_gpus(self) -> float:
+        """GPUs of a worker that holds the policy; 0 is the CPU."""
+        return self.gpus_per_worker or 0
+
+    @property
+    def reward_gpus(self) -> float:
+        """GPUs of a worker that scores."""
+        return self.gpus_per_reward_worker or 0
+
     def given(self) -> list[str]:
         """The options that were given."""
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]
@@ -156,8 +176,8 @@ def connected(options: RayOptions, *, has_rewards: bool) -> Iterator[None]:
     ray = import_ray(address=address)
     started: dict[str, Any] = {"address": address, "log_to_driver": False}
     if address is None:
-        needed = _cpus(options) * (options.num_workers or 1) + (
-            (options.num_reward_workers or 1) if has_rewards else 0
+        needed = _cpus(options) * options.policy_workers + (
+            options.reward_workers if has_rewards else 0
         )
         started |= {"address": "local", "num_cpus": needed, "include_dashboard": False}
     try:
@@ -173,8 +193,8 @@ def connected(options: RayOptions, *, has_rewards: bool) -> Iterator[None]:
 
 def _check_gpus(ray: Any, options: RayOptions, *, is_local: bool) -> None:
     """Refuse more GPUs than this machine has: Ray would wait for them without a word."""
-    asked = (options.gpus_per_worker or 0) * (options.num_workers or 1)
-    asked += (options.gpus_per_reward_worker or 0) * (options.num_reward_workers or 1)
+    asked = options.policy_gpus * options.policy_workers
+    asked += options.reward_gpus * options.reward_workers
     there = float(ray.cluster_resources().get("GPU", 0))
     if is_local and asked > there:
         raise ConfigError(
@@ -186,9 +206,9 @@ def _check_gpus(ray: Any, options: RayOptions, *, is_local: bool) -> None:
 
 def _cpus(options: RayOptions) -> int:
     """CPUs of a policy worker: on one machine without GPUs the workers share all of them."""
-    if cluster_address(options) is not None or options.gpus_per_worker:
+    if cluster_address(options) is not None or options.policy_gpus:
         return 1
-    return max(1, (os.cpu_count() or 1) // (options.num_workers or 1))
+    return max(1, (os.cpu_count() or 1) // options.policy_workers)
 
 
 # ---- the round -----------------------------------------------------------------------------------
@@ -233,12 +253,10 @@ def _ray_shards(
     parts = trainer.parts
     rewards = parts.scored_by.rewards
     where = "in the expansion; its finished answers and scores are kept"
-    gpus, reward_gpus = options.gpus_per_worker or 0, options.gpus_per_reward_worker or 0
+    gpus, reward_gpus = options.policy_gpus, options.reward_gpus
     setup = WorkerSetup(script, config_values(trainer.args), tuple(parts.data.rows[:_LOOKED_AT]))
-    policy = Workers(options.num_workers or 1, _cpus(options), gpus, setup.on(gpus).policy_tools)
-    scoring = Workers(
-        options.num_reward_workers or 1, 1, reward_gpus, setup.on(reward_gpus).reward_tools
-    )
+    policy = Workers(options.policy_workers, _cpus(options), gpus, setup.on(gpus).policy_tools)
+    scoring = Workers(options.reward_workers, 1, reward_gpus, setup.on(reward_gpus).reward_tools)
     return RayShards(
         policy=policy,
         rewards=scoring if rewards else None,

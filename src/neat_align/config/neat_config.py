@@ -12,7 +12,7 @@ defaults `TrainingArguments` has in `trainer_defaults`, and what is refused of i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -66,6 +66,9 @@ class NEATConfig(  # type: ignore[misc]  # TrainerDefaults has other defaults on
     One epoch is one round; one training row is one group. `per_device_train_batch_size` counts
     groups, not completions. `num_train_epochs` is the number of rounds.
     """
+
+    # Whether the first process alone loads the policy's weights; `load_whole` says so.
+    loads_once: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         read_numbers(self)

@@ -31,6 +31,8 @@ _LAUNCHED: Mapping[str, str] = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
+# What transformers reads before it leaves the weights of a model to another process.
+_LOADS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 # Sections of a DeepSpeed configuration that only DeepSpeed's own data loader or layers read.
 _UNREAD_BY_TRAINER = ("activation_checkpointing", "curriculum_learning", "data_efficiency")
 
@@ -58,14 +60,26 @@ def asked_sharding(c: Any) -> Sharding:
 
 
 def load_whole(c: Any) -> None:
-    """Let models be loaded whole by every process, also where ZeRO-3 will divide the policy.
+    """Let models be loaded whole, also where ZeRO-3 or FSDP2 will divide the policy.
 
-    transformers would divide every model that is loaded from now on, rewards' too, and one that is
-    divided before its engine is there cannot be called: the checks before training call it. Has to
-    come after `TrainingArguments.__post_init__`.
+    transformers would divide every model that is loaded from now on, rewards' too, or leave it
+    without weights; and one that is divided before its engine is there cannot be called: the checks
+    before training call it. Has to come after `TrainingArguments.__post_init__`. Sets
+    `c.loads_once`: whether the first process alone is to load the policy's weights (FSDP2's
+    `cpu_ram_efficient_loading`), which then is done here.
     """
     if c.deepspeed_plugin is not None:
         unset_hf_deepspeed_config()
+    c.loads_once = asked_sharding(c) == "fsdp2" and _is_true(_LOADS_ONCE)
+    if c.loads_once:
+        leave_models_whole()
+
+
+def leave_models_whole() -> None:
+    """transformers loads models with their weights in every process. accelerate's FSDP plugin, when
+    it is made, says otherwise.
+    """
+    os.environ[_LOADS_ONCE] = "false"
 
 
 def _is_true(variable: str) -> bool:
@@ -98,13 +112,6 @@ _MUST_BE_FALSE = (
         "FSDP_OFFLOAD_PARAMS",
         "keeps the weights in the CPU's memory, from where every sampled token would fetch all of "
         "them. Set it to false; LoRA and gradient checkpointing save memory too",
-    ),
-    _FSDPSetting(
-        "cpu_ram_efficient_loading",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING",
-        "loads the weights in one process only, and the others would check and fingerprint a "
-        "model that is not there. Set it to false: every process then loads the model into the "
-        "CPU's memory before it is divided",
     ),
     _FSDPSetting("xla", "", "is for TPUs, which are not supported. Leave it out"),
 )

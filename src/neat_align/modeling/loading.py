@@ -5,6 +5,7 @@ What an adapter folder holds is put on its base by `adapters.py`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState, init_empty_weights
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -69,8 +72,12 @@ def load_policy(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    once: bool = False,
 ) -> torch.nn.Module:
     """A causal language model by name or path, in the number type of `options` (fp32).
+
+    With `once` the first process of the run alone loads the weights; on the others they are on the
+    meta device. Raises ConfigError for an adapter folder then.
 
     The adapter in an adapter folder is merged into its base. Merged, it is a model like any other:
     a run that trained an adapter can be evaluated, and trained on. An adapter that cannot be
@@ -80,13 +87,26 @@ def load_policy(
     they cannot be had.
     """
     check_source(name, revision, trust_remote_code)
+    if once and options.load_in_4bit:
+        raise ConfigError(
+            "cpu_ram_efficient_loading is true, and load_in_4bit is: the first process cannot give "
+            "weights in 4 bits to the others; set cpu_ram_efficient_loading to false"
+        )
     options.quantization()  # refused before anything is read
     try:
         adapter = find_adapter_config_file(name, revision=revision)
     except LOAD_ERRORS as error:
         raise ConfigError(f"the model {name} cannot be loaded: {_advice(name, error)}") from error
     if adapter is None:
-        return load_whole_model(name, options, revision, trust_remote_code)
+        processes: Any = PartialState() if once else None
+        load = _without_weights if once and processes.process_index else load_whole_model
+        return load(name, options, revision, trust_remote_code)
+    if once:
+        raise ConfigError(
+            f"cpu_ram_efficient_loading is true, and {name} is an adapter, which every process has "
+            "to merge into its base: set it to false, or name the merged model (the folder that "
+            "merge_and_unload().save_pretrained wrote)"
+        )
     saved = read_adapter(name, revision)
     base, its_revision = saved.base_name, saved.config.revision
     check_source(base, its_revision, trust_remote_code)
@@ -135,6 +155,32 @@ def load_whole_model(
             "Name a trained causal language model"
         )
     return cast("PreTrainedModel", model)
+
+
+def _without_weights(
+    name: str, options: LoadOptions, revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model that `load_whole_model` gives another process; its weights are on meta."""
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+        make: Any = AutoModelForCausalLM.from_config
+        asked = {"attn_implementation": options.attn_implementation}
+        with init_empty_weights(include_buffers=False):
+            model = make(
+                config,
+                dtype=config.dtype if options.dtype == "auto" else options.torch_dtype,
+                trust_remote_code=trust_remote_code,
+                **{key: value for key, value in asked.items() if value is not None},
+            )
+        model.tie_weights()  # each was put on the meta device by itself
+        with contextlib.suppress(OSError):  # it has none
+            read: Any = GenerationConfig.from_pretrained
+            model.generation_config = read(name, revision=revision)
+    except LOAD_ERRORS as error:
+        raise ConfigError(f"the model {name} cannot be made: {_advice(name, error)}") from error
+    return cast("PreTrainedModel", model.eval())
 
 
 def load_renamed_weights(model: torch.nn.Module, folder: Path) -> bool:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,8 @@ def lockstep(*models: torch.nn.Module) -> Iterator[None]:
     if not sharded:
         yield
         return
-    steps = _Steps([_Model(m) for m in sharded], _announcing(dist.group.WORLD))
+    announcing = _announcing(dist.group.WORLD, _waiting.seconds)
+    steps = _Steps([_Model(m) for m in sharded], announcing)
     with contextlib.ExitStack() as hooks:
         for index, model in enumerate(sharded):
             _IN_STEP.append(model)
@@ -168,7 +170,7 @@ class _Steps:
             raise NEATError(
                 "another process is gone, or is stuck, while all of them were to make the same "
                 f"passes of a model whose weights they share ({one_line(error, 200)}): its own "
-                "message says why"
+                "message says why; if it was only slow, raise ddp_timeout"
             ) from error
         return int(first)
 
@@ -192,10 +194,29 @@ def one_token_pass(model: torch.nn.Module) -> None:
         forward(model, **inputs, use_cache=False)
 
 
+@dataclass
+class _Waiting:
+    """How long a rank waits for another's announcement; None: as long as torch does."""
+
+    seconds: float | None = None
+
+
+_waiting = _Waiting()
+
+
+def wait_at_most(seconds: float) -> None:
+    """How long a rank waits from now on for another's announcement: a run's `ddp_timeout`.
+
+    Every rank has to say the same. One that waits longer raises NEATError.
+    """
+    _waiting.seconds = seconds
+
+
 @functools.cache
-def _announcing(_: Any) -> Any:
+def _announcing(_: Any, seconds: float | None) -> Any:
     """A process group on the CPU: an announcement waits for no GPU, and no GPU for it.
 
-    One for each time that torch.distributed was set up.
+    One for each time that torch.distributed was set up, and each limit.
     """
-    return dist.new_group(backend="gloo")
+    limit = None if seconds is None else timedelta(seconds=seconds)
+    return dist.new_group(backend="gloo", timeout=limit)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from neat_align.errors import ConfigError, one_line
+from neat_align.modeling.lockstep import is_sharded
 from neat_align.modeling.precision import held_in
 from neat_align.modeling.requirements import is_trained
 from neat_align.modeling.shared_prefix import adds_virtual_tokens
@@ -65,7 +66,7 @@ def start_policy(
         return _frozen(given, trained), trained
     kept = {id(p) for p in trained.parameters()}
     if not all(
-        id(p) in kept and torch.equal(_some_numbers(p), numbers)
+        id(p) in kept and (p.is_meta or torch.equal(_some_numbers(p), numbers))
         for p, numbers in zip(weights, before, strict=True)
     ):
         raise ConfigError(
@@ -142,13 +143,17 @@ def _adapter_off(trained: Any) -> Reference:
 
 
 def _frozen(start: torch.nn.Module, trained: torch.nn.Module) -> Reference:
-    """`start` without gradients or dropout; opened, it is on the device of the trained model."""
+    """`start` without gradients or dropout; opened, it is on the device of the trained model.
+
+    Where processes divide that one's weights, whoever divides these puts them there.
+    """
     start.requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def frozen() -> Iterator[torch.nn.Module]:
         device = next(trained.parameters()).device
-        if next(start.parameters()).device != device:  # a model in parts may not be moved
+        # A model in parts may not be moved, and one that is to be divided has no room there.
+        if next(start.parameters()).device != device and not is_sharded(trained):
             start.to(device)
         yield start
 

@@ -65,3 +65,27 @@ def without(rows: list[PromptRow], others: Sequence[PromptRow]) -> list[PromptRo
     """The rows whose prompts are none of the others'."""
     prompts = {hashable(row.prompt) for row in others}
     return [row for row in rows if hashable(row.prompt) not in prompts] if prompts else rows
+
+
+def refilled(
+    rows: list[PromptRow], held_out: list[PromptRow], fits: Callable[[PromptRow], bool]
+) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Training and held-out rows with a training row in the place of each held-out one that fails.
+
+    The others stay held out whatever fits, so that two models or limits are compared on the same
+    rows as far as that goes. What fails goes to the training rows, and is left out there.
+    """
+    judged = [(row, fits(row)) for row in held_out]
+    failing = [row for row, is_fit in judged if not is_fit]
+    taken: dict[int, PromptRow] = {}
+    usable = functools.cache(lambda k: fits(rows[k]))
+    for i in range(len(failing)):
+        start = i * len(rows) // len(failing)  # evenly spaced, like those that were chosen first
+        order = chain(range(start, len(rows)), range(start))
+        found = next((k for k in order if k not in taken and usable(k)), None)
+        if found is None:
+            break
+        taken[found] = rows[found]
+    left = [row for k, row in enumerate(rows) if k not in taken]
+    kept = [row for row, is_fit in judged if is_fit] + list(taken.values())
+    return [*without(left, list(taken.values())), *failing], kept

@@ -70,15 +70,23 @@ class SharedCalls:
         self.ranks.run_or_stop(lambda: own(work), what)
 
     def ask(
-        self, name: str, shares: Sequence[Share], own: Callable[..., Any] | None = None
+        self,
+        name: str,
+        shares: Sequence[Share],
+        own: Callable[..., Any] | None = None,
+        heard: Callable[[int, Any], None] = lambda rank, value: None,
     ) -> list[Any]:
         """What the function `name` gives for each rank's share, in order. On rank 0 alone.
 
-        `own` runs in the function's place for rank 0's share. Raises what one of them raised.
+        `own` runs in the function's place for rank 0's share. `heard` is told what each of the
+        others gave, also where one of them, or rank 0, failed. Raises what one of them raised.
         """
         self.ranks.scatter([_Request(name, share) for share in shares])
         mine, failure = self._done(own or self.functions[name], shares[0])
         outcomes = self.ranks.gather(mine)
+        for rank, outcome in enumerate(outcomes):
+            if rank and outcome.value is not None:
+                heard(rank, outcome.value)
         if failure is not None:
             raise failure
         for rank, outcome in enumerate(outcomes):
@@ -86,8 +94,8 @@ class SharedCalls:
                 logger.error("process %d failed: %s", rank, one_line(outcome.error, 300))
                 raise outcome.error
         # Where another process was asked to stop, so is the run: rank 0 looks between batches.
-        heard = max(outcome.signal_number for outcome in outcomes)
-        self.ranks.stop.signal_number = self.ranks.stop.signal_number or heard
+        signal_number = max(outcome.signal_number for outcome in outcomes)
+        self.ranks.stop.signal_number = self.ranks.stop.signal_number or signal_number
         return [outcome.value for outcome in outcomes]
 
     def _lead(self, work: Callable[[], None]) -> None:

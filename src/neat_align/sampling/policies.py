@@ -16,7 +16,7 @@ from neat_align.modeling.precision import half_precision_copy
 from neat_align.modeling.reference import Reference, not_kept
 from neat_align.modeling.self_check import showing_adapter
 from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
-from neat_align.sampling.batch_check import KnownWay
+from neat_align.sampling.batch_check import KnownWay, SamplingWay
 from neat_align.sampling.checked_sampler import CheckedSampler
 from neat_align.sampling.policy_now import MakeSampler, PolicyNow
 from neat_align.sampling.protocol import (
@@ -64,26 +64,30 @@ class Policies:
         """Whether the start policy can be opened after the first step."""
         return self.reference is not not_kept
 
-    def settle_sampling(self, prompts: Sequence[TokenIds]) -> None:
+    def settle_sampling(
+        self, prompts: Sequence[TokenIds]
+    ) -> tuple[SamplingWay | None, SamplingWay | None]:
         """Measure how both policies sample, with tokens of these prompts, before anything is.
 
-        In the weights' own type, where what differs is no rounding. Raises ConfigError. Another
-        engine's samplers are tried on the first of these prompts when they are made.
+        Gives what was found of the policy and of the start policy. In the weights' own type, where
+        what differs is no rounding. Raises ConfigError. Another engine's samplers are tried on the
+        first of these prompts when they are made.
         """
         asked = [tuple(p) for p in prompts]
         if self.make_sampler is not None:
             self._tried_on[:] = asked[:1]
-            return
+            return None, None
         with showing_adapter(self.model):
             self._sampler_of(self.model, None, self.known_way).settle(asked)
         if not self.keeps_start:
-            return
+            return self.known_way.way, None
         with self.reference() as model:
             if type(unwrapped(model)) is type(unwrapped(self.model)) and not adds_virtual_tokens(
                 self.model
             ):
                 self.known_start_way.way = self.known_way.way
             self._sampler_of(model, None, self.known_start_way).settle(asked)
+        return self.known_way.way, self.known_start_way.way
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:

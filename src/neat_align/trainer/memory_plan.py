@@ -33,6 +33,7 @@ from neat_align.modeling.model_shape import (
     shape_of,
     shape_of_model,
 )
+from neat_align.modeling.reference import not_kept
 from neat_align.modeling.requirements import is_trained
 from neat_align.modeling.shared_prefix import unwrapped, why_not_packed
 from neat_align.prompts.rows import PromptRow
@@ -63,15 +64,42 @@ _OPTIMIZERS = (
 
 
 @dataclass(frozen=True)
+class Loading:
+    """What loading takes of this machine's own memory before weights go to devices or are divided.
+
+    `processes` of this machine hold the whole model then, and a start policy beside it, at most
+    `size` bytes together: what has the type that its file has is mapped from it, and shared. `room`
+    is free, None where nobody can say. `may_be_one`: FSDP2 would let one process load it.
+    """
+
+    processes: int
+    size: float
+    room: int | None
+    may_be_one: bool
+
+    def rows(self) -> list[tuple[str, float, str]]:
+        """Lines of the estimate's table: name, bytes, note."""
+        who = f"{self.processes} processes hold" if self.processes > 1 else "one process holds"
+        found = [("loading", self.size, f"at most, of the machine's: {who} the whole model")]
+        if self.room is not None:
+            note = "" if self.size <= self.room else "less than that"
+            if note and self.may_be_one:
+                note += "; cpu_ram_efficient_loading: true has one process load it"
+            found.append(("free there", float(self.room), note))
+        return found
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """An estimate, and the room for it: what is free on the device, and what the run holds there
-    already; None where nobody can say.
+    already; None where nobody can say. `loading` where that is not on the device.
     """
 
     shape: ModelShape
     run: RunShape
     device: torch.device
     room: int | None
+    loading: Loading | None = None
 
     @property
     def estimate(self) -> MemoryEstimate:
@@ -114,6 +142,7 @@ class MemoryPlan:
         ]
         if self.room is not None:
             rows.append(("free", float(self.room), "" if self.fits else "less than that"))
+        rows += self.loading.rows() if self.loading is not None else []
         lines = [f"memory, estimated ({self.device}{one_of}):"]
         return lines + [
             f"  {name:<13}{size / GIB:>9.3f} GiB{f'  {note}' if note else ''}"
@@ -143,12 +172,14 @@ def plan_memory(
     prompt_lengths: Sequence[int],
     *,
     evaluates: bool,
-    reference_given: bool = False,
+    keeps_copy: bool | None = None,
     in_4_bits: bool | None = None,
 ) -> MemoryPlan:
     """The plan of a run of this model, which may be on the meta device.
 
-    Nothing of it is taken to be on the device yet. `in_4_bits` None: as the model is.
+    Nothing of it is taken to be on the device yet. `keeps_copy` says whether the start policy is a
+    model of its own; None: as for a model whose adapter, if it has one, is new. `in_4_bits` None:
+    as the model is.
     """
     quantised = is_in_4_bits(model) if in_4_bits is None else in_4_bits
     shape = shape_of(unwrapped(model).config) if quantised else shape_of_model(model)
@@ -164,7 +195,7 @@ def plan_memory(
         other_bytes=others,
         compute_bytes=2 if computes_in_half else 4,
         optimizer_bytes=_optimizer_bytes(args) if is_trained(model) else 0.0,
-        keeps_copy=_keeps_copy(args, model, evaluates, reference_given),
+        keeps_copy=_will_copy(args, model, evaluates) if keeps_copy is None else keeps_copy,
         checkpointing=bool(args.activation_checkpointing),
         prompt_tokens=max(prompt_lengths, default=args.max_prompt_length),
         completion_tokens=args.max_completion_length,
@@ -182,7 +213,24 @@ def plan_memory(
     more |= run.groups * run.group_tokens > run.micro_batch_tokens and run.groups > 1
     free = free_bytes(args.device)
     room = None if free is None else free // (_local_processes() if on_cpu else 1)
-    return MemoryPlan(shape, replace(run, accumulates=more), args.device, room)
+    run = replace(run, accumulates=more)
+    return MemoryPlan(shape, run, args.device, room, _loading(args, shape, run))
+
+
+def _loading(args: NEATConfig, shape: ModelShape, run: RunShape) -> Loading | None:
+    """None on a CPU, where what is loaded stays."""
+    if args.device.type == "cpu" and run.sharding != "weights":
+        return None
+    processes = 1 if args.loads_once else _local_processes()
+    # Before autocast's casts and other devices: as many bytes as the weights have.
+    others = shape.parameters - shape.linear
+    size = run.linear_bytes * shape.linear + run.other_bytes * others
+    return Loading(
+        processes,
+        processes * size * (2 if run.keeps_copy else 1),
+        free_bytes(torch.device("cpu")),
+        may_be_one=asked_sharding(args) == "fsdp2" and processes > 1,
+    )
 
 
 def settle_memory(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> TrainingData:
@@ -228,7 +276,7 @@ def memory_now(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> Memo
         data.rows,
         data.prompt_lengths,
         evaluates=bool(data.eval_rows),
-        reference_given=setup.reference_given,
+        keeps_copy=_has_copy(setup),
     )
     return replace(plan, room=_room_with(plan, model))
 
@@ -255,10 +303,19 @@ def _room_with(plan: MemoryPlan, model: torch.nn.Module) -> int | None:
     return plan.room + here + (int(plan.estimate.reference) if here else 0)
 
 
-def _keeps_copy(args: NEATConfig, model: Any, evaluates: bool, reference_given: bool) -> bool:
+def _will_copy(args: NEATConfig, model: Any, evaluates: bool) -> bool:
     is_start = isinstance(model, PeftModel) or not is_trained(model)  # with the adapter off
-    needs = args.needs_start_policy(evaluates=evaluates)
-    return reference_given or (needs and not is_start)
+    return args.needs_start_policy(evaluates=evaluates) and not is_start
+
+
+def _has_copy(setup: PolicySetup) -> bool:
+    """Whether the start policy is no part of the model: one that was given, or a copy. A model that
+    comes with an adapter is copied, too.
+    """
+    if setup.reference is not_kept:
+        return False
+    with setup.reference() as start:
+        return all(start is not module for module in setup.model.modules())
 
 
 def _trained(model: torch.nn.Module) -> int:

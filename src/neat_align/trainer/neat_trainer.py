@@ -35,12 +35,14 @@ from neat_align.runs.run_directory import required_files
 from neat_align.runs.signals import listening
 from neat_align.runs.trainer_internals import logged_step, running_loss
 from neat_align.trainer import given, hub
+from neat_align.trainer.first_process import give_room
 from neat_align.trainer.memory_plan import settle_memory
-from neat_align.trainer.parts import TrainerParts, compose, sharding_of
+from neat_align.trainer.parts import TrainerParts, compose
 from neat_align.trainer.reward_setup import contrast_reward, scorable_data, set_up_rewards
 from neat_align.trainer.round_callback import RoundCallback, StopAfterSaveCallback
 from neat_align.trainer.sampler_setup import GivenSampler
 from neat_align.trainer.setup import read_data, set_up_policy
+from neat_align.trainer.shared_reference import sharding_of
 from neat_align.trainer.startup_checks import refused, rehearse
 
 
@@ -53,16 +55,14 @@ class NEATTrainer(Trainer):
             "contrast", "package.module:function", a sequence-classification model or its name,
             `f(prompts, completions, completion_ids, **columns)`. None with `rank_by: origin`.
         args: a `NEATConfig`.
-        train_dataset: a `datasets.Dataset` or any iterable of rows with `prompt`, or
-            `prompt`/`chosen`/`rejected`.
+        train_dataset: a `datasets.Dataset` or any rows with `prompt`, `chosen` and `rejected`.
         eval_dataset: held-out rows of the same form; `evaluate()` samples on their plain prompts.
         processing_class: the tokenizer; None loads the model's own.
         reward_processing_classes: a tokenizer per reward function, for models given as objects.
         callbacks: as in `Trainer`; `terminal_callbacks(args)` gives the command line's.
         optimizers: as in `Trainer`.
         peft_config: a PEFT configuration; the adapter switched off is then the start policy.
-        ref_model: the start policy for KL, dpo, kto and npo, or its name; None is the adapter
-            switched off, else a frozen copy of `model`.
+        ref_model: the start policy, or its name; None: the adapter switched off, or a frozen copy.
         judge_funcs: rewards that evaluation reports and training never sees.
         eval_rewards: what evaluation reports as the reward; None: what is trained on.
         sampler: another engine: a `Sampler`, or a function of a `PolicyNow` that gives one.
@@ -153,6 +153,7 @@ class NEATTrainer(Trainer):
 
     def make_round(self, index: int) -> FinishedRound:
         """Sample, score and rank a round, or read it when it is finished on the disk."""
+        self.parts.place_policy()
         self.parts.record_skipped()
         return self.parts.round_maker.make(
             index,
@@ -216,8 +217,7 @@ class NEATTrainer(Trainer):
     def open_run(self, resume: str | bool | None) -> None:
         """Begin the run in the output directory or take it up (see `RunDirectory.open`).
 
-        `train` does this itself; call it first (inside of `writing`) to have it done before an
-        evaluation is paid for.
+        `train` does this itself; called first, inside of `writing`, it comes before what costs.
         """
         self.parts.directory.open(resume, self.parts.run_key)
 
@@ -239,7 +239,7 @@ class NEATTrainer(Trainer):
         with listening(self.parts.ranks.stop), self.writing():
             start = directory.take_start(resume_from_checkpoint, self.parts.run_key)
             self.round_callback.start_from(start)
-            self.parts.record_start()
+            give_room(self.policy)
             rounds, has_stopped = self.parts.plan.rounds, self.stopped_because is not None
             with directory.own_limits(start, has_stopped=has_stopped, rounds=rounds):
                 try:
@@ -267,8 +267,7 @@ class NEATTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, tokenizer and model card; pushed where `push_to_hub` (see `push_to_hub`)."""
         super().save_model(output_dir, _internal_call=True)
-        pushes = self.args.push_to_hub and not _internal_call
-        hub.after_save(self, output_dir, pushes=pushes)
+        hub.after_save(self, output_dir, pushes=self.args.push_to_hub and not _internal_call)
 
     def save_checkpoint_now(self) -> None:
         """A complete checkpoint of the last step, outside of Trainer's order."""
@@ -289,12 +288,13 @@ class NEATTrainer(Trainer):
             eval_dataset,
             self.callback_handler.callbacks,
             is_start=self.state.global_step == 0,
-            may_stop=not self.is_in_train,
+            # In training a checkpoint comes next, but not before its first step.
+            may_stop=not self.is_in_train or self.state.global_step == 0,
         )
         self.last_evaluation = evaluation
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in evaluation.summary().items()}
         self.log(dict(metrics))
         metrics |= self.parts.unmeasured(metrics)
-        events = self.callback_handler
-        self.control = events.on_evaluate(self.args, self.state, self.control, metrics)
+        told = (self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(*told)
         return metrics

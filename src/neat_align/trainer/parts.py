@@ -8,14 +8,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerState
 
 from neat_align.config import NEATConfig
-from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError
 from neat_align.evaluation.drift_monitor import DriftMonitor, Facts
 from neat_align.evaluation.held_out import EvalTools, Evaluation, evaluate_policy, metric_names
@@ -23,11 +22,9 @@ from neat_align.learning.alarms import Alarms
 from neat_align.learning.step_engine import ForwardBackward, StepEngine
 from neat_align.learning.step_metrics import sum_dtype
 from neat_align.modeling.load_options import held_as, named_as
-from neat_align.modeling.lockstep import class_of
-from neat_align.modeling.packing import Layout
+from neat_align.modeling.lockstep import class_of, wait_at_most
 from neat_align.modeling.requirements import check_learns, context_of
-from neat_align.prompts.rendering import eos_token_ids
-from neat_align.prompts.rows import PromptRow, TemplateInputs
+from neat_align.prompts.rows import PromptRow
 from neat_align.prompts.skipped_rows import SKIPPED_FILE, BadRows, SkippedRows, check_on_bad_row
 from neat_align.rewards.contrast import ContrastReward
 from neat_align.rewards.judge import judge_facts
@@ -39,20 +36,21 @@ from neat_align.runs.run_directory import RunDirectory
 from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
-from neat_align.sampling.policy_now import MakeSampler
 from neat_align.trainer.outlook import outlook
+from neat_align.trainer.policies_setup import set_up_policies
 from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
 from neat_align.trainer.round_maker import RoundMaker, sampling_params
-from neat_align.trainer.sampler_setup import GivenSampler, sampler_maker
+from neat_align.trainer.sampler_setup import GivenSampler
 from neat_align.trainer.setup import (
     PolicySetup,
     TrainingData,
-    autocast_dtype,
-    first_prompts,
-    layout_for,
     read_rows,
-    template_kwargs,
     usable_rows,
+)
+from neat_align.trainer.shared_reference import (
+    DIVIDES_WEIGHTS,
+    sharding_of,
+    share_untrained,
 )
 from neat_align.trainer.shared_tools import lead_evaluation
 from neat_align.trainer.startup_checks import check_followed_metric
@@ -74,6 +72,16 @@ class TrainerParts:
     engine: StepEngine
     round_maker: RoundMaker
     alarms: Alarms
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether each process will hold a part of every weight, once training has begun."""
+        return sharding_of(self.ranks.accelerator) in DIVIDES_WEIGHTS
+
+    def place_policy(self) -> None:
+        """Before the policy is called outside of training: see `share_untrained`."""
+        setup, accelerator = self.setup, self.ranks.accelerator
+        share_untrained(accelerator, sharding_of(accelerator), setup.model, setup.reference)
 
     @property
     def drift(self) -> DriftMonitor:
@@ -128,6 +136,7 @@ class TrainerParts:
             raise ConfigError(
                 "there is nothing to evaluate on: pass an eval_dataset with held-out prompts"
             )
+        self.place_policy()
         self.record_skipped()
         with stage_reporter(callbacks, "evaluate") as report:
 
@@ -316,9 +325,7 @@ def compose(
     ranks = _ranks(args, accelerator)
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     sharding = sharding_of(accelerator)
-    layout = layout_for(args, setup, data, sharding)
-    make_sampler = sampler_maker(args, setup, data, sampler, sharded=sharding != "none")
-    policies = _policies(args, setup, data, layout, make_sampler)
+    policies = set_up_policies(args, setup, data, accelerator, sampler)
     return TrainerParts(
         args=args,
         data=data,
@@ -331,7 +338,7 @@ def compose(
             args,
             accelerator,
             forward_backward,
-            layout=layout,
+            layout=policies.layout,
             pad_token_id=policies.pad_token_id,
             reference=setup.reference,
             sharded=sharding != "none",
@@ -353,14 +360,8 @@ def compose(
 
 def _ranks(args: NEATConfig, accelerator: Accelerator) -> Ranks:
     folder = Path(str(args.output_dir))
+    wait_at_most(args.ddp_timeout)
     return Ranks(accelerator, StopRequest(), timeout=args.ddp_timeout, folder=folder)
-
-
-def sharding_of(accelerator: Accelerator) -> Sharding:
-    """How accelerate divides the run between processes."""
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        return cast("Sharding", f"zero{accelerator.state.deepspeed_plugin.zero_stage}")
-    return "fsdp2" if accelerator.is_fsdp2 else "none"
 
 
 def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) -> None:
@@ -372,32 +373,3 @@ def _check_followed(args: NEATConfig, data: TrainingData, scored_by: Rewards) ->
         contrast=args.evaluate_contrast,
     )
     check_followed_metric(args, names)
-
-
-def _policies(
-    args: NEATConfig,
-    setup: PolicySetup,
-    data: TrainingData,
-    layout: Layout,
-    make_sampler: MakeSampler | None,
-) -> Policies:
-    dtype = autocast_dtype(args)
-    policies = Policies(
-        model=setup.model,
-        reference=setup.reference,
-        layout=layout,
-        eos_token_ids=eos_token_ids(
-            setup.tokenizer,
-            setup.model,
-            conversational=data.conversational,
-            inputs=TemplateInputs(kwargs=template_kwargs(args)),
-        ),
-        pad_token_id=setup.tokenizer.pad_token_id,
-        batch_size=args.generation_batch_size,
-        autocast_dtype=dtype,
-        copy_dtype=dtype if args.samples_from_copy else None,
-        make_sampler=make_sampler,
-        tolerance=args.sampler_tolerance,
-    )
-    policies.settle_sampling(first_prompts(setup, data))
-    return policies

@@ -7,6 +7,7 @@ save a checkpoint; everything else is done by its parts.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,24 @@ class RoundCallback(TrainerCallback):
         self._state: ResumeState | None = None
         self._owes_save = False
         self._checkpoint: Path | None = None
+        self._before_training: Callable[[], None] | None = None
 
     @property
     def parts(self) -> TrainerParts:
         """What the trainer is composed of; there once its constructor is done."""
         parts: TrainerParts = self.trainer.parts
         return parts
+
+    def before_training(self, measure: Callable[[], None]) -> None:
+        """Call `measure`, which calls the policy as it is before the first step.
+
+        Now; or, where processes are to divide its weights, when `train` has divided them: whole,
+        the policy may have no room anywhere.
+        """
+        if self.parts.divides_weights:
+            self._before_training = measure
+        else:
+            measure()
 
     # ---- going on exactly ----
 
@@ -108,6 +121,10 @@ class RoundCallback(TrainerCallback):
         share_reference(parts.ranks.accelerator, parts.setup.reference, parts.setup.model)
         if self._checkpoint is not None:  # Trainer has read it
             self._load_renamed(self._checkpoint)
+        if self._before_training is not None:
+            self._before_training()
+            self._before_training = None
+        parts.record_start()
         if step == 0:
             facts = parts.drift.measure_start(write=parts.ranks.is_rank_zero)
             if facts is not None:

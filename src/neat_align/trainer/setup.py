@@ -60,7 +60,8 @@ from neat_align.prompts.skipped_rows import SkippedRows
 from neat_align.prompts.template_check import check_rendering, check_template
 from neat_align.prompts.template_inputs import read_kwargs, with_template_kwargs
 from neat_align.runs.events import shows_groups
-from neat_align.runs.run_key import fingerprint, weights_fingerprint
+from neat_align.runs.run_key import fingerprint
+from neat_align.trainer.first_process import start_fingerprint
 from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 from neat_align.trainer.trackers import shows_tables
 
@@ -75,8 +76,8 @@ class TrainingData:
     """Rows to learn from, and held-out rows.
 
     `conversational`: prompts are messages, not text. `skipped`: rows that were left out.
-    `notices`: what a reader of the result has to know about the data. `prompt_lengths`: tokens of
-    each row's prompt, once they were checked. `shortened`: rows that `drop_old_turns` shortened.
+    `notices` are for a reader of the result. `prompt_lengths`: tokens of each row's prompt, once
+    they were checked. `shortened`: rows that `drop_old_turns` shortened.
     """
 
     rows: list[PromptRow]
@@ -121,8 +122,7 @@ def _check_settings(
     if args.log_completions and not shown:
         raise ConfigError(
             "log_completions is true, no callback prints groups and no tracker shows them: pass "
-            "callbacks=neat_align.terminal_callbacks(args), as the command line does, one with "
-            "on_round_made of your own, or set report_to"
+            "callbacks=neat_align.terminal_callbacks(args), or one of your own, or set report_to"
         )
 
 
@@ -140,10 +140,9 @@ def read_data(
         raise ConfigError("NEATTrainer needs a train_dataset with prompts")
     skipped = SkippedRows()
     rows = read_rows(args, train_dataset, "train_dataset", skipped)
-    eval_rows: list[PromptRow] = []
-    if eval_dataset is not None:
-        eval_rows = read_rows(args, eval_dataset, "eval_dataset", skipped)
-    data = TrainingData(rows, eval_rows, is_conversational(rows), skipped)
+    given = eval_dataset is not None
+    held_out = read_rows(args, eval_dataset, "eval_dataset", skipped) if given else []
+    data = TrainingData(rows, held_out, is_conversational(rows), skipped)
     _check_settings(args, callbacks, data)
     return data
 
@@ -286,7 +285,7 @@ def set_up_policy(
     check_policy(policy, tokenizer, args.max_prompt_length, args.max_completion_length)
     settle_generation_config(policy)
     if isinstance(ref_model, str):
-        ref_model = load_policy(ref_model, held_like(policy))
+        ref_model = load_policy(ref_model, held_like(policy), once=args.loads_once)
     reference_given = ref_model is not None and ref_model is not policy
     if reference_given:
         check_reference(ref_model, policy)
@@ -307,7 +306,7 @@ def set_up_policy(
     if args.disable_dropout:
         disable_dropout(policy)
     check_trainable_weights(policy)
-    start = weights_fingerprint(policy)
+    start = start_fingerprint(args, policy)
     setup = PolicySetup(policy, tokenizer, bank, reference, reference_given, start, limits)
     return setup, data
 
@@ -327,8 +326,9 @@ def _loaded(
     named = read_load_options(given)
     options = named.options if peft_config else named.options.where_all_weights_learn()
     revision, trusted = named.revision, named.trust_remote_code
-    policy = load_policy(model, options, revision=revision, trust_remote_code=trusted)
-    return policy, load_tokenizer(policy, tokenizer, revision=revision, trust_remote_code=trusted)
+    told: dict[str, Any] = {"revision": revision, "trust_remote_code": trusted}
+    policy = load_policy(model, options, once=args.loads_once, **told)
+    return policy, load_tokenizer(policy, tokenizer, **told)
 
 
 def _check_pairs(args: NEATConfig, bank: InstructionBank) -> None:

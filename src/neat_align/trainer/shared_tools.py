@@ -7,6 +7,7 @@ which rank computes it.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,14 @@ from neat_align.rewards.scoring import ScoreFunction, added
 from neat_align.rounds.params import LogprobFunction, RoundTools
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.shared_calls import Functions, Share, SharedCalls, Together
-from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
+from neat_align.sampling.protocol import (
+    Finished,
+    Sample,
+    Sampler,
+    SampleRequest,
+    SamplingParams,
+    handing_over,
+)
 
 T = TypeVar("T")
 
@@ -68,11 +76,20 @@ def _dealt(
 
 @dataclass(frozen=True)
 class SharedSampler:
-    """Draws a share of the requests on each rank. `own` is rank 0's, which reports progress."""
+    """Draws a share of the requests on each rank. `own` is rank 0's, which reports progress.
+
+    Each rank fills its places again as completions of its share end. Rank 0's are handed over as
+    they end, the others' when their shares are drawn, or were drawn until one was asked to stop.
+    """
 
     calls: SharedCalls
     name: str
     own: Sampler
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether rank 0's own does so now."""
+        return handing_over(self.own) is not None
 
     def sample(
         self,
@@ -80,19 +97,66 @@ class SharedSampler:
         params: SamplingParams,
         *,
         progress: Callable[[int], None] | None = None,
+        finished: Finished | None = None,
     ) -> list[Sample]:
-        """One `Sample` a request, in order."""
+        """One `Sample` a request, in order.
+
+        Raises RunInterrupted where a rank was asked to stop before its share was drawn.
+        """
         shares = deal(
             [r.prompt_ids for r in requests],
             [len(r.prompt_ids) + r.limit(params) for r in requests],
             self.calls.ranks.count,
         )
+
+        def heard(rank: int, drawn: Sequence[Sample | None]) -> None:
+            ended = [(i, s) for i, s in zip(shares[rank], drawn, strict=True) if s is not None]
+            if finished is not None and ended:
+                finished([i for i, _ in ended], [s for _, s in ended])
+            if progress is not None:
+                progress(len(ended))
+
         own = partial(self.own.sample, progress=progress)
-        drawn = self.calls.ask(self.name, _dealt(shares, [requests], params), own)
-        samples: list[Sample] = in_order(shares, drawn)
-        if progress is not None:
-            progress(len(requests) - len(shares[0]))
-        return samples
+        handing = handing_over(self.own)
+        if handing is not None and finished is not None:
+
+            def of_own(places: Sequence[int], samples: Sequence[Sample]) -> None:
+                finished([shares[0][i] for i in places], samples)
+
+            own = partial(handing.sample, progress=progress, finished=of_own)
+        drawn = self.calls.ask(self.name, _dealt(shares, [requests], params), own, heard)
+        samples: list[Sample | None] = in_order(shares, drawn)
+        if None in samples:
+            self.calls.ranks.raise_if_this_rank_must_stop("while completions were drawn")
+        return cast("list[Sample]", samples)
+
+
+class _AskedToStopError(Exception):
+    """Ends a draw on a rank that was asked to stop."""
+
+
+def _until_stopped(sampler: Sampler, ranks: Ranks) -> Callable[..., list[Any]]:
+    """Draws a share on a rank that serves: None stands for what was not drawn when it had to stop.
+
+    A sampler that does not hand over draws all of its share, which is a batch.
+    """
+
+    def sample(requests: Sequence[SampleRequest], params: SamplingParams) -> list[Any]:
+        handing = handing_over(sampler)
+        if handing is None:
+            return list(sampler.sample(requests, params))
+        drawn: dict[int, Sample] = {}
+
+        def finished(places: Sequence[int], samples: Sequence[Sample]) -> None:
+            drawn.update(zip(places, samples, strict=True))
+            if ranks.stop.signal_number and len(drawn) < len(requests):
+                raise _AskedToStopError
+
+        with contextlib.suppress(_AskedToStopError):
+            return list(handing.sample(requests, params, finished=finished))
+        return [drawn.get(i) for i in range(len(requests))]
+
+    return sample
 
 
 def _asked(
@@ -199,11 +263,11 @@ def _scoring(score: ScoreFunction, known: Sequence[NamedReward]) -> Callable[...
     return scored
 
 
-def round_functions(tools: RoundTools) -> Functions:
+def round_functions(tools: RoundTools, ranks: Ranks) -> Functions:
     """What a rank does for a round, by name."""
     return {
-        "sample": tools.sampler.sample,
-        "sample negatives": tools.negative_sampler.sample,
+        "sample": _until_stopped(tools.sampler, ranks),
+        "sample negatives": _until_stopped(tools.negative_sampler, ranks),
         "score": _scoring(tools.score, tools.rewards),
         **_logprob_functions(tools),
     }
@@ -240,10 +304,10 @@ def shared_round_tools(tools: RoundTools, calls: SharedCalls) -> RoundTools:
     )
 
 
-def eval_functions(tools: EvalTools) -> Functions:
+def eval_functions(tools: EvalTools, ranks: Ranks) -> Functions:
     """What a rank does for an evaluation, by name."""
     named: dict[str, Callable[..., Any] | None] = {
-        "sample": tools.sampler.sample,
+        "sample": _until_stopped(tools.sampler, ranks),
         "policy": tools.logprobs,
         "divergence": tools.divergence,
         "score": _scoring(tools.score, (*tools.rewards, *tools.judges)),
@@ -302,7 +366,7 @@ def lead_evaluation(
 def _lead(
     ranks: Ranks,
     tools: Callable[[], Tools],
-    sharing: tuple[Callable[[Tools], Functions], Callable[[Tools, SharedCalls], Tools]],
+    sharing: tuple[Callable[[Tools, Ranks], Functions], Callable[[Tools, SharedCalls], Tools]],
     work: Callable[[Tools], None],
     what: str,
     together: Together,
@@ -311,5 +375,5 @@ def _lead(
     ranks.run_or_stop(lambda: made.append(tools()), what)
     (own,) = made
     functions, shared = sharing
-    calls = SharedCalls(ranks, functions(own), together)
+    calls = SharedCalls(ranks, functions(own, ranks), together)
     calls.lead(lambda: work(own if ranks.count == 1 else shared(own, calls)), what)
