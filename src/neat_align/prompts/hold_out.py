@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 from neat_align.errors import ConfigError
 from neat_align.prompts.rows import PromptRow, hashable
