@@ -298,7 +298,7 @@ def compose(
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     sharding = sharding_of(accelerator)
     layout = layout_for(args, setup, data, sharding)
-    make_sampler = sampler_maker(args, setup, data, sampler, sharded=sharding != "none")
+    make_sampler = sampler_maker(args, setup, data, sampler, ranks)
     policies = _policies(args, setup, data, layout, make_sampler)
     return TrainerParts(
         args=args,

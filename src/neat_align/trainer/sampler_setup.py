@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -10,6 +12,7 @@ from neat_align.config import NEATConfig
 from neat_align.config.sampler_options import SAMPLER_TOLERANCE
 from neat_align.errors import ConfigError, DataError, SamplerError
 from neat_align.modeling.requirements import context_of
+from neat_align.runs.ranks import Ranks
 from neat_align.sampling.policy_now import MakeSampler, PolicyNow
 from neat_align.sampling.protocol import Sampler
 from neat_align.sampling.vllm_client import VllmClient
@@ -26,8 +29,7 @@ def sampler_maker(
     setup: PolicySetup,
     data: TrainingData,
     given: GivenSampler,
-    *,
-    sharded: bool,
+    ranks: Ranks,
 ) -> MakeSampler | None:
     """Who gives samplers of the policies; None: the policies themselves sample.
 
@@ -41,14 +43,8 @@ def sampler_maker(
                 "the policy itself: remove it, or set sampler: vllm"
             )
         return None
-    if sharded:
-        raise ConfigError(
-            "another engine samples (sampler: vllm, or NEATTrainer's sampler), and the weights are "
-            "sharded over ranks, from which it cannot be given them yet: train without FSDP and "
-            "DeepSpeed, or let the policy itself sample"
-        )
     if given is None:
-        return _vllm(args, setup, data)
+        return _vllm(args, setup, data, ranks)
     if args.sampler != "transformers":
         raise ConfigError(
             f"NEATTrainer was given a sampler and args.sampler is {args.sampler}: leave one out"
@@ -83,7 +79,7 @@ def _maker(given: Sampler | MakeSampler) -> MakeSampler:
     return the_one
 
 
-def _vllm(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> VllmEngine:
+def _vllm(args: NEATConfig, setup: PolicySetup, data: TrainingData, ranks: Ranks) -> VllmEngine:
     client = VllmClient(
         str(args.vllm_server),
         timeout=args.vllm_timeout,
@@ -94,12 +90,21 @@ def _vllm(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> VllmEngin
         client,
         Path(folder).absolute(),
         autocast_dtype(args),
-        writes=args.process_index == 0,
-        timeout=args.vllm_timeout,
+        writes=ranks.is_rank_zero,
+        on_rank_zero=functools.partial(_on_rank_zero, ranks),
     )
     served = client.model()
     _check_room(args, setup, data, client.said, served.max_model_len)
     return VllmEngine(client, weights, args.vllm_concurrency)
+
+
+def _on_rank_zero(ranks: Ranks, give: Callable[[], str]) -> str:
+    """What `give` gave on rank 0; it ends all ranks when it raises."""
+    given = list[str]()
+    ranks.run_on_rank_zero(
+        lambda: given.append(give()), "while vLLM was given the policy's weights"
+    )
+    return ranks.from_rank_zero(given[0] if given else "")
 
 
 def _check_room(
