@@ -1,5 +1,5 @@
-"""A run whose completions a vLLM server samples, in one process or in two, which hold all weights or
-divide them: python two_processes_vllm.py FOLDER URL [lora] [shards | zero3]
+"""A run whose completions a vLLM server samples, in one process or in two, which hold all weights
+or divide them: python two_processes_vllm.py FOLDER URL [lora] [shards | zero3]
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_sharded_runs import needs_deepspeed
 
 from launch import launch
-from test_sharded_runs import needs_deepspeed
 from vllm_server import Asked, RealVllm, StandIn, save_servable, servable_model
 
 pytestmark = [pytest.mark.distributed]

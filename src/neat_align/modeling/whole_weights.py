@@ -7,7 +7,10 @@ after the other, so that no rank holds more than one of them beside its own part
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -24,25 +27,61 @@ def whole_weights(
     parts of the weights every rank has to go through all that this gives, with the same arguments.
     What it gives may be the model's own memory: read it, and copy what is kept.
     """
-    zero = {n: p for n, p in model.named_parameters(remove_duplicate=False) if "ds_id" in vars(p)}
+    zero = _of_zero_3(model)
     # Before a state dict is made FSDP2 puts back what a forward pass has left gathered.
     for name, value in model.state_dict().items():
         if names is not None and name not in names:
             continue
         if name in zero:
             with _gathered(zero[name]):
-                whole = zero[name].detach().to(dtype=dtype, copy=True)
+                whole = _in(zero[name].detach(), dtype).clone()
         else:
-            own = value.detach()
-            cast = own.to(dtype) if dtype is not None and own.is_floating_point() else own
-            # Cast before it is gathered: half the bytes travel.
-            whole = cast.full_tensor() if isinstance(cast, DTensor) else cast
+            # In its type before it is gathered: half the bytes travel.
+            part = _in(value.detach(), dtype)
+            whole = part.full_tensor() if isinstance(part, DTensor) else part
         yield name, whole
+
+
+@dataclass(frozen=True)
+class Form:
+    """Name, number type and whole shape of a weight."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def weight_forms(
+    model: torch.nn.Module,
+    names: Collection[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Form]:
+    """What `whole_weights` gives with the same arguments, in order; nothing is gathered."""
+    zero = _of_zero_3(model)
+    found = []
+    for name, value in model.state_dict().items():
+        if names is None or name in names:
+            # DeepSpeed keeps what was the parameter's shape.
+            shape = getattr(zero[name], "ds_shape") if name in zero else value.shape  # noqa: B009
+            kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            found.append(Form(name, kind, tuple(shape)))
+    return found
+
+
+def _of_zero_3(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that ZeRO-3 divides."""
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in every if "ds_id" in vars(parameter)}
+
+
+def _in(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def _gathered(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[None]:
     """While open, a parameter of ZeRO-3's is whole on every rank."""
-    from deepspeed.zero import GatheredParameters
-
-    context: contextlib.AbstractContextManager[None] = GatheredParameters([parameter])
+    deepspeed: Any = importlib.import_module("deepspeed")  # not everybody has it
+    context: contextlib.AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+        [parameter]
+    )
     return context

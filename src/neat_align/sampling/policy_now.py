@@ -30,8 +30,8 @@ class PolicyNow:
         which: "current", the policy that learns, or "start", the one that it started from.
         adapter_is_off: the model has an adapter, and the policy is the model without it.
         eos_token_ids: what ends a completion.
-        score: the trainer's own log-probabilities under this policy, at any time; where the model is
-            sharded, only while completions are drawn, when all processes make the same passes.
+        score: the trainer's own log-probabilities under this policy, at any time; where the model
+            is sharded, only while completions are drawn, when all processes make the same passes.
     """
 
     model: torch.nn.Module

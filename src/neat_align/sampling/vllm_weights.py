@@ -22,9 +22,10 @@ import torch
 from neat_align.errors import ConfigError
 from neat_align.files.atomic import write_folder
 from neat_align.modeling.shared_prefix import unwrapped
-from neat_align.modeling.whole_weights import whole_weights
+from neat_align.modeling.whole_weights import weight_forms, whole_weights
 from neat_align.sampling.policy_now import PolicyNow
 from neat_align.sampling.vllm_client import ServedModel, VllmClient
+from neat_align.sampling.vllm_nccl import VllmNccl
 
 logger = logging.getLogger(__name__)
 # Runs something on rank 0 alone and gives what it gave to every rank; all of them call it.
@@ -44,7 +45,8 @@ class VllmWeights:
 
     `folder` is written to and read by the server; `dtype` is what whole weights are written in
     (None: their own type). `on_rank_zero` is where the server is given them; `writes`: this process
-    is rank 0. In a run of several processes every one of them calls `serve`, at the same time.
+    is rank 0. In a run of several processes every one of them calls `serve`, at the same time. With
+    `nccl` whole weights go by it, and not through the folder.
     """
 
     client: VllmClient
@@ -52,6 +54,7 @@ class VllmWeights:
     dtype: torch.dtype | None
     writes: bool = True
     on_rank_zero: OnRankZero = _alone
+    nccl: VllmNccl | None = None
     # Of the current and of the start policy: the version that is served, and its name.
     _served: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)
 
@@ -73,10 +76,32 @@ class VllmWeights:
             _check_adapter(policy.model)
         version, name = self._served.get(policy.which, ("", ""))
         if version != policy.version:
-            weights = self._weights(policy)
-            name = self.on_rank_zero(lambda: self._give(policy, weights))
+            if self.nccl is not None:
+                name = self._send(policy, self.nccl)
+            else:
+                weights = self._weights(policy)
+                name = self.on_rank_zero(lambda: self._give(policy, weights))
             self._served[policy.which] = policy.version, name
         return name
+
+    def _send(self, policy: PolicyNow, nccl: VllmNccl) -> str:
+        """Have rank 0 send all weights as they are gathered, one after the other."""
+        model = unwrapped(policy.model)
+        what = (model, untied(model), self.dtype)
+        device = next(model.parameters()).device
+        name = self.on_rank_zero(lambda: nccl.begin(device))
+        failure: Exception | None = None
+        if self.writes:
+            failure = nccl.send(weight_forms(*what), whole_weights(*what))
+        elif policy.is_sharded:
+            for _ in whole_weights(*what):
+                pass
+
+        def finish() -> str:
+            nccl.finish(policy.version, failure)
+            return name
+
+        return self.on_rank_zero(finish)
 
     def _weights(self, policy: PolicyNow) -> Weights:
         """What the server needs of the policy, on the CPU; nothing on a rank that only waits."""
@@ -86,7 +111,7 @@ class VllmWeights:
             given = whole_weights(policy.model, _of_adapters(policy.model))
         else:
             model = unwrapped(policy.model)
-            given = whole_weights(model, _untied(model), self.dtype)
+            given = whole_weights(model, untied(model), self.dtype)
         return {name: value.cpu() for name, value in given if self.writes}
 
     def _give(self, policy: PolicyNow, weights: Weights) -> str:
@@ -179,7 +204,7 @@ def _of_adapters(model: torch.nn.Module) -> Collection[str]:
     return {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
-def _untied(model: Any) -> Collection[str]:
+def untied(model: Any) -> Collection[str]:
     """The names of a model's weights, each once: safetensors does not write one under two names."""
     names = set(model.state_dict())
     is_tied = model.config.get_text_config().tie_word_embeddings
