@@ -312,9 +312,7 @@ def test_a_real_server_knows_every_step(tmp_path: Path) -> None:
         assert client.workers() == 1
         wire: Any = Wire(joins=lambda: waits(30.0), members=2)
         nccl = VllmNccl(client, wire, 60.0)
-        with pytest.raises(
-            SamplerError, match=r"engine with 500.*Cannot access acc"
-        ):
+        with pytest.raises(SamplerError, match=r"engine with 500.*Cannot access acc"):
             nccl.begin(torch.device("cpu"))
         client.transfer(STEPS[0])
         client.transfer(STEPS[1])

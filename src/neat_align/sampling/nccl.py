@@ -50,7 +50,7 @@ class Nccl:
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self.c.ncclCommInitRank.argtypes = [ctypes.POINTER(pointer), number, _UniqueId, number]
         # Send, receive, count, type, operation or root, communicator, stream.
-        sending = [pointer, pointer, ctypes.c_size_t, number, number, pointer, pointer]
+        sending: list[Any] = [pointer, pointer, ctypes.c_size_t, number, number, pointer, pointer]
         self.c.ncclAllReduce.argtypes = self.c.ncclBroadcast.argtypes = sending
         self.c.ncclCommAbort.argtypes = self.c.ncclGetLastError.argtypes = [pointer]
         self.c.ncclGetErrorString.restype = self.c.ncclGetLastError.restype = ctypes.c_char_p

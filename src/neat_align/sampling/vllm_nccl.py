@@ -75,7 +75,8 @@ class VllmNccl:
                 f"{self.timeout:g} s: they need GPUs of their own that reach each other, and the "
                 f"same version of NCCL ({self.nccl.version()} here); NCCL_DEBUG=INFO says more"
             )
-        return joined.result()
+        group: NcclGroup = joined.result()
+        return group
 
     def send(
         self, forms: Sequence[Form], weights: Iterable[tuple[str, torch.Tensor]]
