@@ -143,6 +143,8 @@ def test_weights_arrive_in_the_order_that_vllm_wants(tmp_path: Path, tied: bool)
         "packed": False,
     }
     assert asked[6].body == {"weight_version": now(servable_model()).version} or tied
+    names = asked[5].body["update_info"]["names"]
+    assert len(names) == len(set(names)) == (20 if tied else 21)  # what is tied goes once
     assert wire.said == ["warm-up"]
     for name, value in servable_model().state_dict().items():
         if not (tied and name == "lm_head.weight"):
