@@ -1,5 +1,5 @@
 """A run whose completions a vLLM server samples, in one process or in two, which hold all weights
-or divide them: python two_processes_vllm.py FOLDER URL [lora] [shards | zero3]
+or divide them: python two_processes_vllm.py FOLDER URL [lora] [shards | zero3]; URL may be "given".
 """
 
 from __future__ import annotations
@@ -12,16 +12,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from neat_align import NEATTrainer
+from neat_align import NEATTrainer, PolicyNow
 from neat_align.config import neat_config
 from neat_align.errors import NEATError
 from neat_align.modeling.lockstep import is_sharded
 from neat_align.modeling.whole_weights import whole_weights
+from neat_align.sampling.transformers_sampler import TransformersSampler
 from small_trainer import ROWS, config, count_e, lora
 from two_shards_train import ZERO_3, use_fsdp2
 from vllm_server import TOKENIZER, servable_model
 
 RANK = int(os.environ.get("RANK", "0"))
+
+
+def whole_copy(policy: PolicyNow) -> TransformersSampler:
+    """An engine of each process's own, which samples from all weights."""
+    model = servable_model(5)
+    model.load_state_dict(dict(policy.weights()))
+    return TransformersSampler(model.eval(), policy.eos_token_ids, TOKENIZER.pad_token_id)
+
 
 if __name__ == "__main__":
     folder, url = Path(sys.argv[1]), sys.argv[2]
@@ -31,8 +40,7 @@ if __name__ == "__main__":
         changes["deepspeed"] = ZERO_3
     args = config(
         folder,
-        sampler="vllm",
-        vllm_server=url,
+        **({} if url == "given" else {"sampler": "vllm", "vllm_server": url}),
         num_train_epochs=2,
         prompts_per_round=4,
         max_completion_length=6,
@@ -51,6 +59,7 @@ if __name__ == "__main__":
         ROWS,
         processing_class=TOKENIZER,
         peft_config=lora() if "lora" in sys.argv else None,
+        sampler=whole_copy if url == "given" else None,
     )
     try:
         t.train()

@@ -61,6 +61,15 @@ def test_what_zero_3_divides_is_given_whole(
 
 
 @pytest.mark.slow
+def test_a_scripts_own_engine_gathers_them_too(tmp_path: Path) -> None:
+    """Each process draws its share from a copy; without the weights of the round it would stop."""
+    launch(SCRIPT, tmp_path, "given", "shards")
+    first, second = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert not torch.equal(first["lm_head.weight"], servable_model().lm_head.weight)
+
+
+@pytest.mark.slow
 def test_a_server_that_takes_no_weights_ends_both_at_once(tmp_path: Path) -> None:
     def refuses(asked: Asked) -> object:
         return (500, {"error": "no"}) if asked.path == "/collective_rpc" else ...
