@@ -27,6 +27,10 @@ DOCS_READY := $(VENV)/.docs-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
+# DeepSpeed beside .venv: no lock has it, and no other test is to find it. It compiles an op, with g++.
+ZERO := build/deepspeed
+ZERO_READY := $(ZERO)/.ready
+
 # Tests and demo find all they need on this machine; what would reach for the hub fails at once instead.
 export HF_HUB_OFFLINE := 1
 
@@ -37,7 +41,7 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv docs demo compare bench faults test test-slow test-vllm test-all lint type audit format lock lock-hashes clean
+.PHONY: help venv docs demo compare bench faults test test-slow test-vllm test-all nightly lint type audit format lock lock-hashes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +63,10 @@ test-vllm: $(DEV_READY) $(if $(filter $(CURDIR)/%,$(VLLM_PYTHON)),$(VLLM_READY))
 	NEAT_ALIGN_VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest -m vllm $(ARGS)
 
 test-all: test test-slow ## Every test but those of test-vllm
+
+nightly: test-vllm $(ZERO_READY) ## What takes too long for each change: vLLM, ZeRO-3, faults on two processes (hours)
+	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/$(ZERO) $(BIN)/python -m pytest -m slow -k zero_3 $(ARGS)
+	$(BENCH)/faults.py --processes 2 --jobs 1 --json build/faults-two-processes.json
 
 lint: $(DEV_READY) ## Style, formatting, and who imports whom
 	$(BIN)/ruff check .
@@ -158,6 +166,11 @@ $(SLOW_READY): $(DEV_READY)
 
 $(DOCS_READY): $(DEV_READY)
 	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
+$(ZERO_READY): $(DEV_READY)
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(ZERO) \
+	  'deepspeed>=0.19.8,<0.20' hjson ninja py-cpuinfo msgpack einops
 	@touch $@
 
 $(AUDIT_READY): $(DEV_READY)

@@ -25,6 +25,8 @@ from neat_align.modeling.logprobs import score_completions
 from neat_align.modeling.packing import Layout
 from neat_align.modeling.reference import _adapter_off, start_policy
 from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.modeling.whole_weights import whole_weights
+from neat_align.sampling.policy_now import weights_version
 from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from tiny import tiny_model
@@ -149,6 +151,16 @@ def turns(model: Any, reference: Any, rank: int) -> tuple[list[Any], list[Any]]:
         return first(), second()
 
 
+def gathered(model: Any) -> dict[str, Any]:
+    """Every weight, whole, after a pass: which leaves some of FSDP2's gathered."""
+    scored(model, [0], "packed")
+    return {
+        "weights": {name: value.clone() for name, value in whole_weights(model)},
+        "halves": {name: value.clone() for name, value in whole_weights(model, None, torch.half)},
+        "version": weights_version(model),
+    }
+
+
 def case(family: str, *, adapter: bool) -> tuple[Any, Any]:
     """How to open a start policy, and the policy, which is another."""
     model = policy(family, adapter=adapter)
@@ -202,6 +214,7 @@ if __name__ == "__main__":
         reference, model = sharded_case(family, adapter=adapter)
         out[name] = leaves(model, reference, lambda shares: SHARES[shares][rank])
         out[f"{name} error"] = failing(model, rank)
+        out[f"{name} gathered"] = gathered(model)
         out[f"{name} turns"] = turns(model, reference, rank)
     torch.save(out, folder / f"{rank}.pt")
     dist.barrier()

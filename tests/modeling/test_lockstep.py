@@ -10,6 +10,7 @@ import torch
 
 from launch import launch
 from neat_align.modeling.lockstep import class_of, is_sharded, lockstep
+from neat_align.sampling.policy_now import weights_version
 from tiny import tiny_model
 from two_shards import CASES, LAYOUTS, SHARES, case, leaves
 
@@ -82,6 +83,23 @@ def test_ranks_whose_passes_are_of_different_models_take_turns(
         assert policy == pytest.approx(policy_second, rel=1e-6)
         assert start == pytest.approx(start_first, rel=1e-6)
         assert policy != pytest.approx(start, rel=1e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "family", "adapter"), CASES)
+def test_weights_are_gathered_as_one_process_has_them(
+    name: str, family: str, adapter: bool, ranks: list[dict[str, Any]]
+) -> None:
+    _, model = case(family, adapter=adapter)
+    expected = model.state_dict()
+    for rank in ranks:
+        found = rank[f"{name} gathered"]
+        for kind, dtype in (("weights", torch.double), ("halves", torch.half)):
+            assert found[kind].keys() == expected.keys()
+            for weight, value in expected.items():
+                assert torch.equal(found[kind][weight], value.to(dtype)), weight
+        assert found["version"] == weights_version(model)
 
 
 @pytest.mark.distributed

@@ -143,5 +143,36 @@ def test_what_is_handed_over_is_checked_first(shift: float) -> None:
     assert kept == {i: given[i] for i in ((1, 4) if shift else (1, 4, 2))}
 
 
+@pytest.mark.parametrize("shifted", [None, 1, 2, 5])
+def test_where_nobody_takes_them_all_are_scored_in_one_go(shifted: int | None) -> None:
+    """A pass of a model that ranks share waits for all of them: one a call, at its end."""
+    given = TransformersSampler(MODEL, (), 0).sample(ASKED, PARAMS)
+    if shifted is not None:
+        given[shifted] = replace(given[shifted], logprob=given[shifted].logprob - 9.0)
+    scored = list[list[tuple[int, ...]]]()
+
+    class InParts:
+        hands_over = True
+
+        def sample(self, *_: Any, finished: Any, **__: Any) -> list[Sample]:
+            for places in ([1], [2], [3, 4, 0]):
+                finished(places, [given[i] for i in places])
+            assert not scored
+            return given  # the last was not handed over
+
+    def score(prompts: Any, completions: Any) -> list[tuple[float, ...]]:
+        scored.append([tuple(c) for c in completions])
+        return globals()["score"](prompts, completions)
+
+    policy = replace(POLICY, eos_token_ids=(), score=score)
+    checked = CheckedSampler(InParts(), policy, 0.1)
+    if shifted is None:
+        assert checked.sample(ASKED, PARAMS) == given
+    else:
+        with pytest.raises(SamplerError, match="apart"):
+            checked.sample(ASKED, PARAMS)
+    assert scored == [[given[i].token_ids for i in (1, 2, 4, 5)]]
+
+
 def test_a_plain_sampler_hands_nothing_over() -> None:
     assert not CheckedSampler(each(lambda s: s), POLICY, 1.0).hands_over

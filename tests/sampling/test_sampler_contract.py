@@ -54,7 +54,7 @@ class Engine:
 
 def vllm_engine(url: str, folder: Path, concurrency: int = 64) -> Engine:
     client = VllmClient(url, timeout=120.0, retry=RetryPolicy(tries=2, first_pause=0.01))
-    weights = VllmWeights(client, folder, None, writes=True, timeout=60.0)
+    weights = VllmWeights(client, folder, None)
     return Engine(VllmEngine(client, weights, concurrency), client, weights)
 
 

@@ -52,8 +52,7 @@ def sampler(server: StandIn, concurrency: int = 8) -> VllmSampler:
 
 def weights(server: StandIn, folder: Path, **changes: Any) -> VllmWeights:
     client = VllmClient(server.url, timeout=20.0)
-    settings = {"dtype": None, "writes": True, "timeout": 10.0, **changes}
-    return VllmWeights(client, folder, **settings)
+    return VllmWeights(client, folder, **{"dtype": None, **changes})
 
 
 # ---- completions ---------------------------------------------------------------------------------
@@ -413,22 +412,13 @@ def test_a_server_that_takes_no_weights_says_how_to_start_it(
     assert server.paths().count(path) == (3 if path == "/reset_prefix_cache" else 1)
 
 
-def test_the_other_ranks_wait_for_the_first(tmp_path: Path) -> None:
-    model = lora_model()
+def test_another_rank_writes_nothing_and_hears_the_name(tmp_path: Path) -> None:
     with StandIn(servable_model()) as server:
-        waiting = weights(server, tmp_path, writes=False, timeout=5.0)
-        names = list[str]()
-        thread = threading.Thread(target=lambda: names.append(waiting.serve(now(model))))
-        thread.start()
-        time.sleep(0.1)
-        assert not names
-        given = weights(server, tmp_path).serve(now(model))
-        thread.join(5.0)
-        assert names == [given]
-        assert server.paths().count("/v1/load_lora_adapter") == 1
-        late = weights(server, tmp_path, writes=False, timeout=0.1)
-        with pytest.raises(SamplerUnavailableError, match="rank 0 has not given"):
-            late.serve(now(lora_model(1)))
+        settings = {"writes": False, "on_rank_zero": lambda give: "rank 0's"}
+        for model in (servable_model(), lora_model()):
+            assert weights(server, tmp_path, **settings).serve(now(model)) == "rank 0's"
+        assert not server.paths()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_another_family_is_given_as_it_is(tmp_path: Path) -> None:

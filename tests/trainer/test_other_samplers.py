@@ -187,11 +187,26 @@ def test_a_server_that_forgot_the_weights_stops_the_round(tmp_path: Path) -> Non
         ({"sampler_tolerance": 0.0}, "it must be above 0"),
         ({"vllm_timeout": -1.0}, "it must be above 0"),
         ({"sampler": "sglang"}, "it must be one of transformers, vllm"),
+        ({"vllm_sync_backend": "ipc"}, "it must be one of folder, nccl"),
+        (
+            {"vllm_sync_backend": "nccl", "vllm_sync_folder": "here"},
+            "nccl, which writes no weights: remove",
+        ),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, **asking("http://127.0.0.1:1", **changes))
+
+
+def test_weights_by_nccl_need_a_gpu_and_are_all_weights(tmp_path: Path) -> None:
+    with stand_in() as server:
+        changes = asking(server.url, vllm_sync_backend="nccl")
+        with pytest.raises(ConfigError, match="torch sees none here: set vllm_sync_backend"):
+            trainer(tmp_path, **changes)
+        with pytest.raises(ConfigError, match="an adapter is trained, which goes alone"):
+            trainer(tmp_path, **changes, peft_config=lora())
+        assert set(server.paths()) == {"/v1/models"}
 
 
 @pytest.mark.parametrize(

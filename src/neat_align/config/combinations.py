@@ -178,6 +178,15 @@ DISTIL_INSTRUCTED = (
 )
 _VLLM = "vllm_server, or another option of vLLM's (vllm_...), is set but sampler is {c.sampler}: "
 VLLM = (OnlyWith("sampler", _VLLM + "remove it, or set sampler: vllm", one_of=("vllm",)),)
+VLLM_FOLDER = (
+    *VLLM,
+    OnlyWith(
+        "vllm_sync_backend",
+        "vllm_sync_folder is set but vllm_sync_backend is nccl, which writes no weights: remove "
+        "one of them",
+        one_of=("folder",),
+    ),
+)
 GENERATION_COPY = (
     OnlyWith(
         "sampler",

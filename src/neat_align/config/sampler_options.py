@@ -41,11 +41,19 @@ class SamplerOptions:
         gt=0,
         only_with=combinations.VLLM,
     )
+    vllm_sync_backend: str = option(
+        "folder",
+        "How the vLLM server gets the policy's weights: `folder`, written and read again, or "
+        "`nccl`, from GPU to GPU (all weights, not an adapter; the server needs "
+        '--weight-transfer-config \'{"backend": "nccl"}\', and GPUs of its own).',
+        choices=("folder", "nccl"),
+        only_with=combinations.VLLM,
+    )
     vllm_sync_folder: str | None = option(
         None,
         "Folder through which the vLLM server gets the policy's weights; it has to see it under "
         "the same path. None: vllm-weights in output_dir.",
-        only_with=combinations.VLLM,
+        only_with=combinations.VLLM_FOLDER,
     )
     sampler_tolerance: float = option(
         SAMPLER_TOLERANCE,

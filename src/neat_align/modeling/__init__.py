@@ -25,6 +25,7 @@ chunked_head.py   log-probabilities of chosen tokens without holding the logits
 chunked_values.py what needs a token's whole distribution, chunk by chunk
 head_inputs.py    a model cut in front of its head: logits a chunk at a time
 lockstep.py       ranks that share a model's weights make the same forward passes
+whole_weights.py  weights by name, gathered where ranks hold parts of them
 logprobs.py       model and rows in, per-token log-probabilities out
 contrast.py       the contrast of two instructions at every token, as a distribution
 kl.py             exact KL to the start policy, and entropy

@@ -113,7 +113,7 @@ class ServerClient:
         *,
         retry: bool = True,
     ) -> Answer:
-        """POST a body of JSON, or GET without one; `path` stands in place of the URL's own.
+        """POST a body of JSON, or GET without one; `path`, with a query, in place of the URL's.
 
         `where` says in messages what is asked for. Not `retry`: sent once, and whatever status it
         is answered with is given back.
@@ -174,7 +174,8 @@ class ServerClient:
         retry: bool,
     ) -> Answer:
         """One request. _TransientError for what may pass."""
-        url = self.target.url if path is None else self.target.url.copy_with(path=path)
+        own = self.target.url
+        url = own if path is None else own.copy_with(raw_path=path.encode("ascii"))
         # Not `client.build_request`, which would send cookies and httpx2's own headers as well.
         request = httpx2.Request(
             "GET" if body is None else "POST", url, content=body, headers=self._headers()

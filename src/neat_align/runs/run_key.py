@@ -93,6 +93,7 @@ FREE_OPTIONS = frozenset(
         "vllm_server",
         "vllm_concurrency",
         "vllm_timeout",
+        "vllm_sync_backend",
         "vllm_sync_folder",
         "sampler_tolerance",
         "local_rank",

@@ -9,6 +9,8 @@
     vllm_sampler.py          a vLLM server, asked for a completion a request
     vllm_client.py           what is said to it, and what it answers
     vllm_weights.py          giving it the policy's weights, each version once
+    vllm_nccl.py             the same from GPU to GPU, by vLLM's weight-transfer engine
+    nccl.py                  NCCL's own functions, to send to another program's processes
     draw.py                  one token from one random number: what a sampler owes its seed
     drawing.py               the tokens while they are drawn, and who comes when others have ended
     by_generate.py           the same inside of transformers' `generate`

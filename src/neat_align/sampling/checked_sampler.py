@@ -3,7 +3,8 @@
 Weights that did not arrive, a model that is not the one that trains, log-probabilities of the
 tempered distribution: an engine with any of these gives plausible text. So one completion of
 all that are given or handed over together is scored by the trainer too, and the two
-log-probabilities have to agree.
+log-probabilities have to agree. Where nobody takes what is handed over these are scored in one go
+at the end: a pass of a model that ranks share waits for all of them.
 
 Rounding makes them differ by an amount a token that goes either way, so that their sums differ by
 one that grows with the square root of the tokens; other weights make them differ by one that grows
@@ -61,12 +62,16 @@ class CheckedSampler:
         """One `Sample` a request, in order; what is handed over is checked first."""
         if not requests:
             return []
-        checked = set[int]()
+        checked, to_compare = set[int](), list[int]()
 
         def check(places: Sequence[int], ended: Sequence[Sample]) -> None:
-            self._check(dict(zip(places, ended, strict=True)), requests, params)
+            given = dict(zip(places, ended, strict=True))
+            self._check_forms(given, requests, params)
             checked.update(places)
-            if finished is not None:
+            if finished is None:
+                to_compare.append(_compared(given, requests))
+            else:
+                self._compare(given, [_compared(given, requests)], requests, params)
                 finished(places, ended)
 
         other = handing_over(self.sampler)
@@ -79,8 +84,12 @@ class CheckedSampler:
                 f"the sampler gave {len(samples)} samples for {len(requests)} requests: it has to "
                 "give one a request, in order"
             )
-        rest = {i: sample for i, sample in enumerate(samples) if i not in checked}
-        self._check(rest, requests, params)
+        given = dict(enumerate(samples))
+        rest = {i: sample for i, sample in given.items() if i not in checked}
+        self._check_forms(rest, requests, params)
+        if rest:
+            to_compare.append(_compared(rest, requests))
+        self._compare(given, to_compare, requests, params)
         return samples
 
     def try_on(self, prompt: tuple[int, ...]) -> None:
@@ -95,7 +104,7 @@ class CheckedSampler:
         ):
             self.sample([SampleRequest(prompt, seed=0)], params)
 
-    def _check(
+    def _check_forms(
         self,
         samples: Mapping[int, Sample],
         requests: Sequence[SampleRequest],
@@ -103,9 +112,6 @@ class CheckedSampler:
     ) -> None:
         for i, sample in samples.items():
             self._check_form(sample, requests[i].limit(params))
-        if samples:
-            place = _compared(samples, requests)
-            self._compare(samples[place], requests[place], params)
 
     def _check_form(self, sample: Sample, limit: int) -> None:
         tokens, ends = sample.token_ids, self.policy.eos_token_ids
@@ -132,9 +138,23 @@ class CheckedSampler:
         if wrong is not None:
             raise SamplerError(f"a completion of the sampler {wrong}")
 
-    def _compare(self, sample: Sample, request: SampleRequest, params: SamplingParams) -> None:
+    def _compare(
+        self,
+        samples: Mapping[int, Sample],
+        places: Sequence[int],
+        requests: Sequence[SampleRequest],
+        params: SamplingParams,
+    ) -> None:
+        """Score the samples at these places, and refuse the first that is too far off."""
+        if not places:
+            return
+        prompts = [requests[i].prompt_ids for i in places]
+        scores = self.policy.score(prompts, [samples[i].token_ids for i in places])
+        for i, score in zip(places, scores, strict=True):
+            self._check_number(samples[i], sum(score), params)
+
+    def _check_number(self, sample: Sample, own: float, params: SamplingParams) -> None:
         tokens = len(sample.token_ids)
-        own = sum(self.policy.score([request.prompt_ids], [sample.token_ids])[0])
         gap, allowed = abs(own - sample.logprob), self.tolerance * math.sqrt(tokens)
         if gap <= allowed:
             return

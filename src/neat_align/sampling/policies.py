@@ -188,15 +188,17 @@ class Policies:
     def _made(self, make: MakeSampler) -> Sampler:
         """Another engine's sampler of the current policy, tried."""
         policy = PolicyNow(self.model, "current", False, self.eos_token_ids, self.logprobs)
-        return self._tried(make(policy), policy)
+        with self.in_step():
+            return self._tried(make(policy), policy)
 
     def _made_of_start(self, make: MakeSampler) -> Sampler:
         """The same of the start policy, whose scores open it anew."""
-        with self.reference() as model:
-            is_off = model is self.model
-            policy = PolicyNow(model, "start", is_off, self.eos_token_ids, self.start_logprobs)
-            made = make(policy)
-        return self._tried(made, policy)
+        with self.in_step():
+            with self.reference() as model:
+                is_off = model is self.model
+                policy = PolicyNow(model, "start", is_off, self.eos_token_ids, self.start_logprobs)
+                made = make(policy)
+            return self._tried(made, policy)
 
     def _tried(self, made: Sampler, policy: PolicyNow) -> Sampler:
         checked = CheckedSampler(made, policy, self.tolerance)

@@ -1,7 +1,8 @@
 """What is said to a vLLM server, and what it answers: completions, weights, adapters.
 
 Of vLLM's OpenAI-compatible server: `/v1/models` and `/v1/completions`; for whole weights
-`/collective_rpc` and `/reset_prefix_cache`, which it has with VLLM_SERVER_DEV_MODE=1; for adapters
+`/collective_rpc` and `/reset_prefix_cache`, which it has with VLLM_SERVER_DEV_MODE=1, or the steps
+of its weight-transfer engine (`vllm_nccl`); for adapters
 `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, which it has with --enable-lora and
 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. Which URLs, which tokens, what is tried again: `network`.
 """
@@ -128,9 +129,9 @@ class VllmClient:
                 "(vllm_sync_folder), and to serve the same model. It may have ended: look at its "
                 "log, and start it again"
             )
-        self._reset_cache()
+        self.reset_cache()
 
-    def _reset_cache(self) -> None:
+    def reset_cache(self) -> None:
         """Nothing that was computed with the old weights is used again."""
         for _ in range(3):
             answer = self._ask("an empty prefix cache", "/reset_prefix_cache", {})
@@ -142,6 +143,37 @@ class VllmClient:
             f"{excerpt(answer.data)}): something else is asking it at the same time; a server "
             "that is given a run's weights serves that run alone"
         )
+
+    def check_takes_nccl(self) -> None:
+        """Raises SamplerError where the server was not started to get weights by NCCL."""
+        path = "/init_weight_transfer_engine"
+        # An engine refuses what lacks all that it needs, and says its name.
+        answer = self._ask("which engine gets it weights", path, {"init_info": {}})
+        if b"NCCLWeightTransferEngine" not in answer.data:
+            raise SamplerError(
+                f"{self.said} takes no weights by NCCL ({answer.status}: "
+                f"{excerpt(answer.data, 300)}): start it with "
+                '--weight-transfer-config \'{"backend": "nccl"}\', and with '
+                "VLLM_SERVER_DEV_MODE=1 in its environment (for nobody but you: bind it to "
+                "127.0.0.1 or to your cluster's own network), or set vllm_sync_backend: folder"
+            )
+
+    def workers(self) -> int:
+        """How many processes hold a part of its weights each."""
+        found = _read(self._ask("how many processes it has", "/get_world_size"), "world_size")
+        if not isinstance(found, int) or found < 1:
+            raise SamplerError(f"{self.said} does not say how many processes it has: {found!r}")
+        return found
+
+    def transfer(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """A step of giving it weights by NCCL."""
+        answer = self._ask(f"{path} (weights by NCCL)", path, body or {})
+        if answer.status != 200:
+            raise SamplerError(
+                f"{self.said} answers {path} with {answer.status}: {excerpt(answer.data, 400)}. "
+                "While weights are on their way it does not sample: look at its log, and start it "
+                "again"
+            )
 
     def load_adapter(self, name: str, folder: str) -> None:
         """Have it serve an adapter under this name, from a folder that it sees under this path."""

@@ -2,7 +2,8 @@
 
 All weights go through a folder that the server sees under the same path; an adapter goes alone, as
 an adapter of its own name for every version, so that nothing that was cached for another one is
-used. Rank 0 writes and loads; the others wait for the note that it leaves in the folder.
+used. Rank 0 writes and loads while the others wait. Weights that ranks hold parts of are gathered
+first, one after the other; rank 0 keeps them in the CPU's memory, in the type they are written in.
 """
 
 from __future__ import annotations
@@ -11,21 +12,31 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 
-from neat_align.errors import ConfigError, SamplerUnavailableError
-from neat_align.files.atomic import read_json, write_folder, write_json
+from neat_align.errors import ConfigError
+from neat_align.files.atomic import write_folder
 from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.modeling.whole_weights import weight_forms, whole_weights
 from neat_align.sampling.policy_now import PolicyNow
 from neat_align.sampling.vllm_client import ServedModel, VllmClient
+from neat_align.sampling.vllm_nccl import VllmNccl
 
 logger = logging.getLogger(__name__)
-_LOOK_SECONDS = 0.2
+# Runs something on rank 0 alone and gives what it gave to every rank; all of them call it.
+OnRankZero: TypeAlias = Callable[[Callable[[], str]], str]
+# What a state dict holds, on the CPU.
+Weights: TypeAlias = dict[str, torch.Tensor]
+
+
+def _alone(work: Callable[[], str]) -> str:
+    """What a run of one process does."""
+    return work()
 
 
 @dataclass
@@ -33,15 +44,17 @@ class VllmWeights:
     """Which weights a server has, and how it gets others.
 
     `folder` is written to and read by the server; `dtype` is what whole weights are written in
-    (None: their own type). `writes`: this process gives the server its weights (rank 0); another
-    one waits for that, at most `timeout` seconds.
+    (None: their own type). `on_rank_zero` is where the server is given them; `writes`: this process
+    is rank 0. In a run of several processes every one of them calls `serve`, at the same time. With
+    `nccl` whole weights go by it, and not through the folder.
     """
 
     client: VllmClient
     folder: Path
     dtype: torch.dtype | None
-    writes: bool
-    timeout: float
+    writes: bool = True
+    on_rank_zero: OnRankZero = _alone
+    nccl: VllmNccl | None = None
     # Of the current and of the start policy: the version that is served, and its name.
     _served: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)
 
@@ -59,32 +72,70 @@ class VllmWeights:
                 "weights. Train an adapter (use_peft, without ref_model), whose base the server "
                 "keeps, or set negative_policy: current or sampler: transformers"
             )
-        served = self._served.get(policy.which)
-        if served is None or served[0] != policy.version:
-            served = self._give(policy) if self.writes else self._wait_for(policy)
-            self._served[policy.which] = served
-        return served[1]
+        if _has_adapter(policy.model):
+            _check_adapter(policy.model)
+        version, name = self._served.get(policy.which, ("", ""))
+        if version != policy.version:
+            if self.nccl is not None:
+                name = self._send(policy, self.nccl)
+            else:
+                weights = self._weights(policy)
+                name = self.on_rank_zero(lambda: self._give(policy, weights))
+            self._served[policy.which] = policy.version, name
+        return name
 
-    def _give(self, policy: PolicyNow) -> tuple[str, str]:
+    def _send(self, policy: PolicyNow, nccl: VllmNccl) -> str:
+        """Have rank 0 send all weights as they are gathered, one after the other."""
+        model = unwrapped(policy.model)
+        what = (model, untied(model), self.dtype)
+        device = next(model.parameters()).device
+        name = self.on_rank_zero(lambda: nccl.begin(device))
+        failure: Exception | None = None
+        if self.writes:
+            failure = nccl.send(weight_forms(*what), whole_weights(*what))
+        elif policy.is_sharded:
+            for _ in whole_weights(*what):
+                pass
+
+        def finish() -> str:
+            nccl.finish(policy.version, failure)
+            return name
+
+        return self.on_rank_zero(finish)
+
+    def _weights(self, policy: PolicyNow) -> Weights:
+        """What the server needs of the policy, on the CPU; nothing on a rank that only waits."""
+        if not self.writes and not policy.is_sharded:
+            return {}
+        if _has_adapter(policy.model):
+            given = whole_weights(policy.model, _of_adapters(policy.model))
+        else:
+            model = unwrapped(policy.model)
+            given = whole_weights(model, untied(model), self.dtype)
+        return {name: value.cpu() for name, value in given if self.writes}
+
+    def _give(self, policy: PolicyNow, weights: Weights) -> str:
         started, served = time.monotonic(), self.client.model()
         path = self.folder / f"{policy.which}-{policy.version}"
         if _has_adapter(policy.model):
-            name = self._give_adapter(policy, path, served)
+            name = self._give_adapter(policy, weights, path, served)
         else:
-            write_folder(path, lambda to: _write_weights(policy.model, to, self.dtype))
+            whole = unwrapped(policy.model)
+            write_folder(path, lambda to: whole.save_pretrained(str(to), state_dict=weights))
             self.client.load_weights(str(path))
             name = served.name
         for other in self.folder.glob(f"{policy.which}-*"):
             if other != path:
                 shutil.rmtree(other, ignore_errors=True)
-        write_json(self._note(policy), {"version": policy.version, "model": name})
         seconds = time.monotonic() - started
         logger.info("%s has weights %s after %.1f s", self.client.said, policy.version, seconds)
-        return policy.version, name
+        return name
 
-    def _give_adapter(self, policy: PolicyNow, path: Path, served: ServedModel) -> str:
+    def _give_adapter(
+        self, policy: PolicyNow, weights: Weights, path: Path, served: ServedModel
+    ) -> str:
         adapter = _check_adapter(policy.model)
-        write_folder(path, lambda to: _write_adapter(policy.model, to))
+        write_folder(path, lambda to: _write_adapter(policy.model, weights, to))
         prefix = self._prefix(policy)
         name = f"{prefix}{policy.version}"
         if name in served.adapters:  # an earlier process of this run
@@ -100,23 +151,6 @@ class VllmWeights:
         """Of the names of this run's adapters: other runs may use the same server."""
         run = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         return f"neat-align-{run}-{policy.which}-"
-
-    def _note(self, policy: PolicyNow) -> Path:
-        """Where rank 0 writes what the server has."""
-        return self.folder / f"served-{policy.which}.json"
-
-    def _wait_for(self, policy: PolicyNow) -> tuple[str, str]:
-        note, deadline = self._note(policy), time.monotonic() + self.timeout
-        while time.monotonic() < deadline:
-            said = read_json(note) if note.is_file() else {}
-            if said.get("version") == policy.version:
-                return policy.version, str(said["model"])
-            time.sleep(_LOOK_SECONDS)
-        raise SamplerUnavailableError(
-            f"rank 0 has not given {self.client.said} the weights {policy.version} within "
-            f"{self.timeout:g} s, by {note}: all ranks have to see the run directory, and to hold "
-            "the same weights; a large model may need a higher vllm_timeout"
-        )
 
 
 def _has_adapter(model: torch.nn.Module) -> bool:
@@ -156,22 +190,22 @@ def _check_adapter(model: Any) -> str:
     return str(active[0])
 
 
-def _write_adapter(model: Any, folder: Path) -> None:
-    active = list(model.active_adapters)
-    model.save_pretrained(str(folder), selected_adapters=active, save_embedding_layers=False)
+def _write_adapter(model: Any, weights: Weights, folder: Path) -> None:
+    model.save_pretrained(
+        str(folder),
+        selected_adapters=list(model.active_adapters),
+        save_embedding_layers=False,
+        state_dict=weights,
+    )
 
 
-def _write_weights(model: torch.nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
-    whole = cast("Any", unwrapped(model))
-    save: Callable[..., Any] = whole.save_pretrained
-    if dtype is None:
-        save(str(folder))
-        return
-    tied = set(cast("Any", whole)._tied_weights_keys or ())
-    shared = whole.state_dict()
-    state = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-        for name, value in shared.items()
-        if name not in tied or not whole.config.get_text_config().tie_word_embeddings
-    }
-    save(str(folder), state_dict=state)
+def _of_adapters(model: torch.nn.Module) -> Collection[str]:
+    """The names of LoRA's weights, all adapters'."""
+    return {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+def untied(model: Any) -> Collection[str]:
+    """The names of a model's weights, each once: safetensors does not write one under two names."""
+    names = set(model.state_dict())
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    return names - set(model._tied_weights_keys or ()) if is_tied else names

@@ -325,7 +325,7 @@ def compose(
     ranks = _ranks(args, accelerator)
     directory = RunDirectory(args, ranks, steps_per_round=steps_per_round, on_open=on_open)
     sharding = sharding_of(accelerator)
-    policies = set_up_policies(args, setup, data, accelerator, sampler)
+    policies = set_up_policies(args, setup, data, accelerator, sampler, ranks)
     return TrainerParts(
         args=args,
         data=data,

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from neat_align.config import NEATConfig
 from neat_align.prompts.rendering import eos_token_ids
 from neat_align.prompts.rows import TemplateInputs
+from neat_align.runs.ranks import Ranks
 from neat_align.sampling.policies import Policies
 from neat_align.trainer.first_process import found_by_first, hands_out_weights
 from neat_align.trainer.sampler_setup import GivenSampler, sampler_maker
@@ -27,6 +28,7 @@ def set_up_policies(
     data: TrainingData,
     accelerator: Accelerator,
     sampler: GivenSampler,
+    ranks: Ranks,
 ) -> Policies:
     """The policies, once Trainer has made the accelerator. `sampler` is what the trainer was given.
 
@@ -51,7 +53,7 @@ def set_up_policies(
         batch_size=args.generation_batch_size,
         autocast_dtype=dtype,
         copy_dtype=dtype if args.samples_from_copy else None,
-        make_sampler=sampler_maker(args, setup, data, sampler, sharded=sharding != "none"),
+        make_sampler=sampler_maker(args, setup, data, sampler, ranks),
         tolerance=args.sampler_tolerance,
     )
     prompts, said = first_prompts(setup, data), "while it tried how the model samples"

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
+
+import torch
 
 from neat_align.config import NEATConfig
 from neat_align.config.sampler_options import SAMPLER_TOLERANCE
 from neat_align.errors import ConfigError, DataError, SamplerError
 from neat_align.modeling.requirements import context_of
+from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.modeling.whole_weights import weight_forms
+from neat_align.runs.ranks import Ranks
+from neat_align.sampling.nccl import Nccl
 from neat_align.sampling.policy_now import MakeSampler, PolicyNow
 from neat_align.sampling.protocol import Sampler
 from neat_align.sampling.vllm_client import VllmClient
+from neat_align.sampling.vllm_nccl import VllmNccl, check_sendable
 from neat_align.sampling.vllm_sampler import VllmEngine
-from neat_align.sampling.vllm_weights import VllmWeights
+from neat_align.sampling.vllm_weights import VllmWeights, untied
 from neat_align.trainer.setup import PolicySetup, TrainingData, autocast_dtype
 
 # What NEATTrainer takes: a sampler, or a function that gives one of the policy as it is now.
@@ -26,8 +35,7 @@ def sampler_maker(
     setup: PolicySetup,
     data: TrainingData,
     given: GivenSampler,
-    *,
-    sharded: bool,
+    ranks: Ranks,
 ) -> MakeSampler | None:
     """Who gives samplers of the policies; None: the policies themselves sample.
 
@@ -41,14 +49,8 @@ def sampler_maker(
                 "the policy itself: remove it, or set sampler: vllm"
             )
         return None
-    if sharded:
-        raise ConfigError(
-            "another engine samples (sampler: vllm, or NEATTrainer's sampler), and the weights are "
-            "sharded over ranks, from which it cannot be given them yet: train without FSDP and "
-            "DeepSpeed, or let the policy itself sample"
-        )
     if given is None:
-        return _vllm(args, setup, data)
+        return _vllm(args, setup, data, ranks)
     if args.sampler != "transformers":
         raise ConfigError(
             f"NEATTrainer was given a sampler and args.sampler is {args.sampler}: leave one out"
@@ -83,23 +85,53 @@ def _maker(given: Sampler | MakeSampler) -> MakeSampler:
     return the_one
 
 
-def _vllm(args: NEATConfig, setup: PolicySetup, data: TrainingData) -> VllmEngine:
+def _vllm(args: NEATConfig, setup: PolicySetup, data: TrainingData, ranks: Ranks) -> VllmEngine:
     client = VllmClient(
         str(args.vllm_server),
         timeout=args.vllm_timeout,
         allow_http_hosts=args.allow_http_hosts or (),
     )
+    served = client.model()
+    _check_room(args, setup, data, client.said, served.max_model_len)
     folder = args.vllm_sync_folder or Path(str(args.output_dir)) / "vllm-weights"
     weights = VllmWeights(
         client,
         Path(folder).absolute(),
         autocast_dtype(args),
-        writes=args.process_index == 0,
-        timeout=args.vllm_timeout,
+        writes=ranks.is_rank_zero,
+        on_rank_zero=functools.partial(_on_rank_zero, ranks),
+        nccl=_nccl(args, setup, client) if args.vllm_sync_backend == "nccl" else None,
     )
-    served = client.model()
-    _check_room(args, setup, data, client.said, served.max_model_len)
     return VllmEngine(client, weights, args.vllm_concurrency)
+
+
+def _nccl(args: NEATConfig, setup: PolicySetup, client: VllmClient) -> VllmNccl:
+    """Raises ConfigError and SamplerError where weights cannot go to the server by NCCL."""
+    from peft import PeftModel
+
+    if isinstance(setup.model, PeftModel):
+        raise ConfigError(
+            "vllm_sync_backend is nccl, by which all weights go, and an adapter is trained, which "
+            "goes alone, through a folder: set vllm_sync_backend: folder"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "vllm_sync_backend is nccl, which goes from GPU to GPU, and torch sees none here: set "
+            "vllm_sync_backend: folder"
+        )
+    model = unwrapped(setup.model)
+    check_sendable(model, weight_forms(model, untied(model), autocast_dtype(args)))
+    client.check_takes_nccl()
+    return VllmNccl(client, Nccl(), args.vllm_timeout)
+
+
+def _on_rank_zero(ranks: Ranks, give: Callable[[], str]) -> str:
+    """What `give` gave on rank 0; it ends all ranks when it raises."""
+    given = list[str]()
+    ranks.run_on_rank_zero(
+        lambda: given.append(give()), "while vLLM was given the policy's weights"
+    )
+    return ranks.from_rank_zero(given[0] if given else "")
 
 
 def _check_room(

@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedType
 from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError
 from neat_align.modeling.lockstep import is_sharded
-from neat_align.modeling.reference import Reference
+from neat_align.modeling.reference import Reference, not_kept
 from neat_align.modeling.requirements import is_trained
 
 # How runs are divided in which a process has a part of every weight.
@@ -34,11 +34,11 @@ def sharding_of(accelerator: Accelerator) -> Sharding:
 def share_reference(
     accelerator: Accelerator, reference: Reference, policy: torch.nn.Module
 ) -> None:
-    """Divide the start policy's weights where the policy's are divided and it has its own.
+    """Divide the start policy's weights where the policy's are divided and it was kept apart.
 
     Every rank calls this, once the policy is divided. A second call does nothing.
     """
-    if not is_sharded(policy):
+    if reference is not_kept or not is_sharded(policy):
         return
     with reference() as start:
         parts_of_policy = {id(module) for module in policy.modules()}
