@@ -68,12 +68,13 @@ def server() -> Iterator[str]:
 def nobody_connects(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     asked: list[object] = []
 
-    def refused(self: socket.socket, address: object) -> None:
+    def refused(self: object, address: object) -> None:
         asked.append(address)
         raise OSError("nothing may be asked")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(socket.socket, "connect_ex", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: refused(host, host))
     return asked
 
 
@@ -96,6 +97,7 @@ def test_it_reads_well_on_a_terminal_and_ends_with_0_where_nothing_fails(
     assert names >= {"neat-align", "packages", "extras", "bf16", "threads", "disk", "hub"}
     assert {word for _, word in heads} <= {"ok", "warn"}
     assert nobody_connects == []
+    assert "not asked: HF_HUB_OFFLINE is set" in " ".join(" ".join(lines).split())
 
 
 def test_a_failure_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
