@@ -22,7 +22,9 @@ def test_the_verbs_are_these() -> None:
         "evaluate",
         "expand",
         "inspect",
+        "merge",
         "probe",
+        "push",
         "report",
         "train",
     ]
