@@ -23,7 +23,10 @@ def merge(
         ),
     ] = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run Python that comes with the base; read it first.")
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python that comes with the base; read it first."
+        ),
     ] = False,
 ) -> None:
     """Merge a run's adapter into its base: a model that plain transformers and servers load.
