@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,15 @@ _OF_ONE_DATASET = (
     ("dataset_train_split", "split"),
     ("dataset_columns", "columns"),
 )
+
+
+def _is_beside_a_mixture(name: str, script: Any) -> bool:
+    return bool(script.datasets and getattr(script, name))
+
+
 _RULES = tuple(
     Rule(
-        lambda c, name=name: bool(c.datasets and getattr(c, name)),
+        functools.partial(_is_beside_a_mixture, name),
         f"{name} is {{c.{name}!r}} and datasets lists a mixture: leave {name} out (in datasets, "
         f"it is each entry's {key})",
     )

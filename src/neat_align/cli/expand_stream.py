@@ -7,6 +7,7 @@ interrupted: the rows before are read again, and nothing is sampled twice.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -120,8 +121,7 @@ def _make_rounds(
         folder = parts.directory.round_folder(index)
         made_from = {**key, "training data": fingerprint(rows)}
         parts.ranks.run_on_rank_zero(
-            lambda folder=folder, made_from=made_from: _check_made_from(folder, made_from),
-            "before a round was sampled",
+            functools.partial(_check_made_from, folder, made_from), "before a round was sampled"
         )
         parts.round_maker.make(
             index,
