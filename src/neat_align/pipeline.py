@@ -94,14 +94,14 @@ def _training_rows(script: ScriptArguments, read: Reader) -> list[PromptRow]:
     limit = script.dataset_limit
     if script.dataset_name != "demo":
         return read(script.training_sources, limit=limit)
-    for name, what in (
-        ("dataset_train_split", "split"),
-        ("dataset_config", "configuration"),
-        ("dataset_columns", "other column"),
+    for name, lacking in (
+        ("dataset_train_split", "splits"),
+        ("dataset_config", "configurations"),
+        ("dataset_columns", "other columns"),
     ):
         if (given := getattr(script, name)) is not None:
             raise ConfigError(
-                f"{name} is {given!r}, but the demo's prompts have no {what}s: take it out"
+                f"{name} is {given!r}, but the demo's prompts have no {lacking}: take it out"
             )
     return demo_rows("train")[:limit]
 

@@ -27,13 +27,13 @@ _OF_ONE_DATASET = (
 )
 
 
-def _is_named_twice(name: str, c: Any) -> bool:
-    return bool(c.datasets and getattr(c, name))
+def _is_beside_a_mixture(name: str, script: Any) -> bool:
+    return bool(script.datasets and getattr(script, name))
 
 
 _RULES = tuple(
     Rule(
-        functools.partial(_is_named_twice, name),
+        functools.partial(_is_beside_a_mixture, name),
         f"{name} is {{c.{name}!r}} and datasets lists a mixture: leave {name} out (in datasets, "
         f"it is each entry's {key})",
     )

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from neat_align.errors import ConfigError, DataError
 from neat_align.prompts.data_sources import mixed_records
 from neat_align.prompts.dataset_config import DatasetConfig, as_dataset_config, read_split
-from neat_align.prompts.loading import load_rows
+from neat_align.prompts.loading import load_rows, stream_rows
 from neat_align.prompts.skipped_rows import SkippedRows
 
 
@@ -338,3 +338,28 @@ def test_an_entry_may_be_written_in_each_way() -> None:
     for given_as in (full, text, json.loads(text), DatasetConfig(text)):
         assert as_dataset_config(given_as, "datasets[0]") == full
     assert as_dataset_config("a.jsonl", "datasets[0]") == DatasetConfig("a.jsonl")
+
+
+def test_a_folder_is_streamed_by_datasets(tmp_path: Path) -> None:
+    """As a data set of the hub is: its splits have names, and no length until they are read."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    file(folder / "train.jsonl", "a", 10)
+    file(folder / "test.jsonl", "b", 4)
+    for split, said in (
+        ("train[50%:]", "is not known while it is streamed: name rows, as in train[:1000]"),
+        ("dev", "there is no split 'dev'; set split to one of train, test"),
+        ("train+test", "one split or a part of one is read: correct it"),
+    ):
+        with pytest.raises(DataError) as caught:
+            next(stream_rows([DatasetConfig(str(folder), split=split)], 3))
+        assert said in str(caught.value)
+    for split, expected in (
+        (None, [f"a{i}" for i in range(10)]),
+        ("test", [f"b{i}" for i in range(4)]),
+        ("train[2:5]", ["a2", "a3", "a4"]),
+    ):
+        source = DatasetConfig(str(folder), split=split)
+        rows = [str(row.prompt) for part in stream_rows([source], 3) for row in part]
+        assert rows == expected
+        assert read(source) == expected

@@ -121,8 +121,7 @@ def _make_rounds(
         folder = parts.directory.round_folder(index)
         made_from = {**key, "training data": fingerprint(rows)}
         parts.ranks.run_on_rank_zero(
-            functools.partial(_check_made_from, folder, made_from),
-            "before a round was sampled",
+            functools.partial(_check_made_from, folder, made_from), "before a round was sampled"
         )
         parts.round_maker.make(
             index,
