@@ -68,34 +68,3 @@ def test_the_shipped_rubrics_say_all_that_a_judge_needs(name: str) -> None:
     assert rubric.description
     assert rubric.source
     assert "not count" in rubric.criteria
-
-
-@pytest.mark.slow
-def test_the_script_trains_a_reward_model_on_ones_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("trl", reason="it needs trl: pip install -e '.[bench]'")
-    save_tiny(tmp_path / "model", "llama")
-    prompt = [{"role": "user", "content": "What do you say?"}]
-    pairs = [
-        {
-            "prompt": prompt,
-            "chosen": [{"role": "assistant", "content": f"thank you {i}"}],
-            "rejected": [{"role": "assistant", "content": f"I hate {i}"}],
-        }
-        for i in range(40)
-    ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
-    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl")]
-    given += ["--output", str(tmp_path / "reward"), "--holdout", "8", "--learning-rate", "1e-3"]
-    monkeypatch.setattr(sys, "argv", ["train_reward_model.py", *given, "--epochs", "4"])
-    script("train_reward_model").main()
-    assert "right about 100% of 8 held-out pairs" in capsys.readouterr().out
-    told = {"prompts": [prompt] * 2, "completion_ids": [[1]] * 2, "columns": {}}
-    answers = [pairs[0]["chosen"], pairs[0]["rejected"]]
-    good, bad = score(
-        resolve_rewards(str(tmp_path / "reward"), None), completions=answers, **told
-    ).rewards
-    assert good is not None
-    assert bad is not None
-    assert good > bad
