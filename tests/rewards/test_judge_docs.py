@@ -4,9 +4,7 @@ script makes a reward model.
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from textwrap import dedent
@@ -15,10 +13,6 @@ import pytest
 
 from neat_align.rewards.aggregation import normalized_sums
 from neat_align.rewards.judge_file import SHIPPED_RUBRICS, JudgeSettings, load_rubric, read_judge
-from neat_align.rewards.resolve import resolve_rewards
-from neat_align.rewards.scoring import score
-from scripts_as_modules import script
-from tiny import save_tiny
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "judges.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
