@@ -110,7 +110,9 @@ def sampled_groups(
 def text_pairs(groups: Sequence[CompletionGroup], tokenizer: Any) -> list[PromptRow]:
     """Best against worst, as text prompts with a chosen and a rejected answer."""
     rows = []
-    for i, row in enumerate(preference_rows(groups)):
+    for i, row in enumerate(
+        preference_rows(groups, allow_negative_chosen=True, allow_cut_chosen=True)
+    ):
         chosen, rejected = (
             a if isinstance(a, str) else a[0]["content"] for a in (row["chosen"], row["rejected"])
         )

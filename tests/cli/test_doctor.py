@@ -91,7 +91,7 @@ def test_it_reads_well_on_a_terminal_and_ends_with_0_where_nothing_fails(
         main(["doctor", "--output-dir", str(tmp_path)])
     assert end.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     heads = [line.split()[:2] for line in lines if not line.startswith(" ")]
     names = {name for name, _ in heads}
     assert names >= {"neat-align", "packages", "extras", "bf16", "threads", "disk", "hub"}

@@ -42,10 +42,10 @@ OF_A_VERB = {
     },
     "export": {
         *("output", "format", "for", "rounds", "pairs", "allow_negative", "allow_cut"),
-        *("card", "overwrite", "public", "push_to_hub"),
+        *("card", "overwrite", "public"),
     },
     "init": {"output", "measure"},
-    "merge": {"output", "no_trust_remote_code"},
+    "merge": {"output"},
     "push": {"repo", "public", "revision", "message"},
     "inspect": {"limit", "origin", "sort", "search"},
     "probe": {"prompts", "samples", "alpha", "pairs", "min_p"},

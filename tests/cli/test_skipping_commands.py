@@ -97,8 +97,9 @@ def test_evaluate(place: Path, tmp_path: Path) -> None:
 
 def test_expand(place: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
+    words = ["expand", "--format", "ranked", "--output", str(output)]
     with pytest.raises(SystemExit) as done:
-        main(["expand", "--output", str(output), "--config", recipe(place, tmp_path / "run")])
+        main([*words, "--config", recipe(place, tmp_path / "run")])
     assert not done.value.code
     assert places(next(tmp_path.rglob("skipped-rows.jsonl"))) == [4, 5, 6]
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from neat_align.cli.dry_run import dry_run
+from neat_align.cli.dry_run import planned
 from neat_align.cli.options import parse_options
 from neat_align.errors import ConfigError, NEATError, PromptError, RewardError, did_you_mean
 from neat_align.files.paths import is_likely_path, is_surely_path
@@ -94,7 +94,7 @@ def test_a_misspelt_module_among_others_is_refused_and_not_left_out(tmp_path: Pa
     words = f"--model_name_or_path={folder} --dataset_name=demo --use_peft --bf16=false"
     given = [*words.split(), "--lora_target_modules", "q_proj", "--max_prompt_length=200"]
     with pytest.raises(ConfigError, match=r"names 'q_proj', .*Its layers are wte, wpe, c_attn"):
-        dry_run(*parse_options(given, None))
+        planned(*parse_options(given, None))
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_every_method_is_run_with_every_seed_and_the_result_says_so(
     assert not list(out.rglob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_budget_counts_the_prompts_that_there_were_and_a_run_is_one_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +268,7 @@ def test_runs_that_sample_alike_share_their_first_round_and_not_their_second(
     assert all((run_folder(out, m, s) / "run.json").is_file() for m in METHODS for s in (0, 1))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_whether_its_first_round_was_shared_or_not(
     place: Path, whole: tuple[Path, dict[str, Any], str]
 ) -> None:
@@ -284,12 +286,14 @@ def test_a_run_is_the_same_whether_its_first_round_was_shared_or_not(
         assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_ways_of_sampling_that_differ_share_nothing(place: Path, tmp_path: Path) -> None:
     methods = {"neat-plain": None, "hot": {"like": "neat-plain", "reward_margin": 0.001}}
     compared(spec(place, methods=methods, seeds=[0], settings={"num_train_epochs": 1}), tmp_path)
     assert len(list((tmp_path / "shared-rounds").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_shared_first_round_has_the_reference_that_one_method_needs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +323,7 @@ def test_a_shared_first_round_has_the_reference_that_one_method_needs(
 # ---- interruptions -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
     place: Path, whole: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +371,7 @@ def test_interrupted_and_taken_up_is_the_comparison_without_an_interruption(
         assert files_of(out / "runs", pattern) == files_of(whole[0] / "runs", pattern)
 
 
+@pytest.mark.slow
 def test_a_copy_that_was_cut_short_is_not_taken_for_a_round(
     place: Path, whole: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

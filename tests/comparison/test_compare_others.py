@@ -106,6 +106,7 @@ def test_two_rewards_of_one_name_do_not_share_a_round(
             assert c.reward == c.text.count(letter)
 
 
+@pytest.mark.slow
 def test_common_weights_judge_and_are_not_asked_of_a_methods_own_rewards(
     place: Path, tmp_path: Path
 ) -> None:
@@ -277,6 +278,7 @@ def close(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
+@pytest.mark.slow
 def test_a_policy_that_was_trained_elsewhere_is_evaluated_as_a_run_is(
     place: Path, trained: tuple[Path, dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -310,6 +312,7 @@ def test_a_policy_that_was_trained_elsewhere_is_evaluated_as_a_run_is(
     assert files_of(tmp_path / "runs") == before
 
 
+@pytest.mark.slow
 def test_strengths_do_not_multiply_it_and_another_model_in_its_folder_is_refused(
     place: Path, tmp_path: Path
 ) -> None:

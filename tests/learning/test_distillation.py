@@ -436,6 +436,7 @@ def test_how_a_step_is_cut_changes_nothing(tmp_path: Path, size: int) -> None:
         torch.testing.assert_close(weight, found[1][name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_goes_on_exactly(tmp_path: Path) -> None:
     run = {"reward": None, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "whole", **run, **ALONE)

@@ -153,7 +153,12 @@ def test_under_an_adapter_the_base_is_half_and_the_adapter_learns_in_fp32(
     assert all("lora_" in name for name in moved)
     assert types_of(trainer.policy, trained=True) == {torch.float32}
     said = json.loads((tmp_path / "run" / "run.json").read_text())["model"]
-    assert said == {"weights": sorted([str(half)[6:], "float32"]), "attention": "sdpa"}
+    assert said == {
+        "weights": sorted([str(half)[6:], "float32"]),
+        "attention": "sdpa",
+        "name": str(folder),
+        "adapter": "LORA",
+    }
 
 
 def test_auto_is_fp32_where_all_weights_learn(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ class Replica:
 
 def test_only_the_first_process_shows_a_run(tmp_path: Path) -> None:
     shown = config(tmp_path, disable_tqdm=False, log_completions=True)
-    assert len(terminal_callbacks(shown)) == 4
+    assert len(terminal_callbacks(shown)) == 3
     assert terminal_callbacks(Replica(shown)) == []
 
 

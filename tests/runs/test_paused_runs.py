@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from neat_align import ConfigError, NEATConfig, NEATTrainer, cli
+from neat_align.cli.progress import PrintPlan
 from neat_align.comparison.runner import _check_key
 from neat_align.files.secrets import redacted, scrubbed
 from neat_align.rewards import http
@@ -95,6 +96,8 @@ class Log:
             return sample(sampler, requests, *rest, **more)
 
         monkeypatch.setattr(TransformersSampler, "sample", counted)
+        # The plan's timed draws are no work of the run.
+        monkeypatch.setattr(PrintPlan, "on_outlook", lambda *_: None)
 
     def down_after(self, good: int) -> Behaviour:
         """A server that answers so many requests."""
@@ -143,6 +146,7 @@ def test_a_run_pauses_while_the_server_is_down_and_pays_for_nothing_twice(
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +189,7 @@ def contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
         yield path, data
 
 
+@pytest.mark.slow
 def test_a_planted_secret_turns_up_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -309,6 +309,7 @@ def wide(path: Path, **options: Any) -> NEATTrainer:
     return trainer(path, model=model, max_completion_length=64, save_strategy="no", **options)
 
 
+@pytest.mark.slow
 def test_checkpointing_is_on_where_the_run_would_not_fit_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -474,7 +475,10 @@ def test_a_configuration_is_enough_and_an_8b_model_takes_what_it_should(tmp_path
     ("more", "message"),
     [
         (["--dtype", "bfloat16"], "dtype is bfloat16 and the weights are trained"),
-        (["--model_name_or_path", "/nowhere"], "the configuration of the model /nowhere cannot"),
+        (
+            ["--model_name_or_path", "/nowhere"],
+            "the model /nowhere: there is no such file or folder",
+        ),
         (["--num_plain", "-1"], "num_plain is -1; it must not be negative"),
     ],
 )

@@ -104,6 +104,7 @@ def test_the_start_policy_is_the_servers_base(tmp_path: Path) -> None:
     assert len(set(asked)) == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_costs_no_finished_completion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "vllm_concurrency",
         "vllm_timeout",
         "vllm_sync_folder",
+        "vllm_sync_backend",
         "sampler_tolerance",
     ),
     "Rewards and judges": (
