@@ -95,7 +95,9 @@ def tiny_recipe(name: str, folder: Path, family: Family, **changes: Any) -> list
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_on_every_family(tmp_path: Path, name: str, family: Family) -> None:
     settings, config = parse_options(tiny_recipe(name, tmp_path, family), recipe_path(name))

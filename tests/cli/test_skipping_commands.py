@@ -104,6 +104,7 @@ def test_expand(place: Path, tmp_path: Path) -> None:
     assert places(next(tmp_path.rglob("skipped-rows.jsonl"))) == [4, 5, 6]
 
 
+@pytest.mark.slow
 def test_compare_says_the_plan_of_its_runs_once(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

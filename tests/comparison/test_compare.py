@@ -582,6 +582,7 @@ def test_the_command_reads_a_file_and_writes_where_it_is_told(
     assert read_json(tmp_path / "a" / "b.json") == read_json(copied / "comparison.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_nothing_of_a_run_is_in_memory_when_the_next_begins(
     place: Path, tmp_path: Path, use_peft: bool

@@ -167,6 +167,7 @@ def test_auto_is_fp32_where_all_weights_learn(tmp_path: Path) -> None:
     assert types_of(trainer.policy, trained=True) == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_weights_of_another_type_or_another_attention(
     tmp_path: Path,
 ) -> None:

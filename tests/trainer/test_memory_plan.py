@@ -111,8 +111,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-# One of each kind always, the others with the slow tests.
-QUICK = ("all weights", "an adapter, checkpointing")
+# One always, the others with the slow tests.
+QUICK = ("an adapter, checkpointing",)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_a_run_learns_from_what_a_server_samples(tmp_path: Path, adapter: bool) 
         assert server.paths().count("/collective_rpc") == (0 if adapter else 3)
 
 
+@pytest.mark.slow
 def test_the_start_policy_is_the_servers_base(tmp_path: Path) -> None:
     with stand_in() as server:
         changes = asking(server.url, negative_policy="initial", peft_config=lora())
@@ -250,6 +251,7 @@ def own_engine(policy: PolicyNow) -> TransformersSampler:
     return TransformersSampler(model, policy.eos_token_ids, TOKENIZER.pad_token_id)
 
 
+@pytest.mark.slow
 def test_a_function_is_asked_before_every_round_and_evaluation(tmp_path: Path) -> None:
     seen = list[tuple[str, str]]()
 

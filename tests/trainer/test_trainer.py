@@ -84,7 +84,9 @@ def test_accumulating_one_group_at_a_time_is_one_big_batch(tmp_path: Path, loss:
         assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_any_layout_and_token_budget_make_the_same_step(
     tmp_path: Path, family: Family, checkpointing: bool
@@ -298,7 +300,7 @@ def test_the_model_learns_what_the_reward_asks_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-@pytest.mark.parametrize("stop_after", [3, 4, 6])
+@pytest.mark.parametrize("stop_after", [pytest.param(3, marks=pytest.mark.slow), 4, 6])
 def test_resumed_is_uninterrupted_bit_for_bit(
     tmp_path: Path, stop_after: int, use_lora: bool
 ) -> None:
@@ -359,6 +361,7 @@ def test_a_used_folder_without_resume_and_an_empty_one_with_it_are_refused(tmp_p
         trainer(tmp_path / "b").train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_crash_while_scoring_the_first_round_is_resumed_without_sampling_again(
     tmp_path: Path,
 ) -> None:
@@ -418,6 +421,7 @@ def test_the_reference_stays_at_the_start_with_and_without_an_adapter(tmp_path: 
         assert t.parts.policies.logprobs(prompts, answers) != before
 
 
+@pytest.mark.slow
 def test_negatives_can_be_written_by_the_start_policy(tmp_path: Path) -> None:
     """After a step the current policy writes other negatives than the initial one, which repeats
     itself.

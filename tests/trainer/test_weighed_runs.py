@@ -29,6 +29,7 @@ WEIGHED: dict[str, Any] = {"token_weight_scale": 1.0, "token_weight_pairs": 2}
 TWO_ROUNDS: dict[str, Any] = {**WEIGHED, "num_train_epochs": 2, "generation_batch_size": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "use_lora"), [("llama", False), ("gpt2", True)])
 def test_contrasts_are_the_start_policys_own_also_after_steps(
     tmp_path: Path, family: Family, *, use_lora: bool
