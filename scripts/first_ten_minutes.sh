@@ -65,9 +65,8 @@ served() {
     local port
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     .venv/bin/transformers serve --host 127.0.0.1 --port "$port" merged >serve.log 2>&1 &
-    local server=$!
-    trap 'kill "$server" 2>/dev/null || true' RETURN
-    .venv/bin/python - "$port" <<'ASK' || { tail -20 serve.log >&2; exit 1; }
+    local server=$! asked=0
+    .venv/bin/python - "$port" <<'ASK' || asked=1
 import json, sys, time, urllib.request
 
 url = f"http://127.0.0.1:{sys.argv[1]}/v1/chat/completions"
@@ -84,6 +83,8 @@ while True:
         time.sleep(1)
 print("served:", answer["choices"][0]["message"]["content"][:60])
 ASK
+    kill "$server"
+    [ "$asked" = 0 ] || { tail -20 serve.log >&2; exit 1; }
 }
 
 cd "$place"
