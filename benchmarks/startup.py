@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from neat_align import NEATConfig, NEATTrainer
 from neat_align.errors import ConfigError
-from neat_align.pipeline import load_data, peak_rss_bytes
+from neat_align.files.provenance import peak_rss_bytes
+from neat_align.pipeline import load_data
 from neat_align.script_arguments import ScriptArguments
 
 SIZES = (1_000, 10_000, 100_000)

@@ -8,7 +8,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -230,7 +229,7 @@ def run_training(
     with leaving_nothing(folder) if is_first else contextlib.nullcontext():
         # Only what the first process finds counts: it opens the run.
         resume = is_first and _goes_on(script, folder)
-        told = [*callbacks, RecordMore({"script": asdict(script)})]
+        told = [*callbacks, RecordMore({"script": script.chosen()})]
         trainer = build_trainer(script, config, told, may_push=True)
         with listening(trainer.parts.ranks.stop), trainer.writing():
             if trainer.parts.ranks.is_rank_zero:

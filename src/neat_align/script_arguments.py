@@ -6,11 +6,18 @@ No torch until one is made: the command line explains these options without it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neat_align.config.constraints import OnlyWith, Rule, check_options, option, read_numbers
+from neat_align.config.constraints import (
+    OnlyWith,
+    Rule,
+    check_options,
+    default_of,
+    option,
+    read_numbers,
+)
 from neat_align.config.load_values import ATTENTIONS, DTYPES
 from neat_align.data_options import DataOptions
 from neat_align.prompts.dataset_config import DatasetConfig, check_split
@@ -169,6 +176,15 @@ class ScriptArguments(DataOptions):
             ),
         ),
     )
+
+    def chosen(self) -> dict[str, Any]:
+        """What is not at its default, but for whether an earlier run is gone on with."""
+        values = asdict(self)
+        return {
+            f.name: values[f.name]
+            for f in fields(self)
+            if f.name not in ("resume", "auto_resume") and getattr(self, f.name) != default_of(f)
+        }
 
     def __post_init__(self) -> None:
         read_numbers(self)

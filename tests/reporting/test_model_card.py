@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from neat_align.files.atomic import write_json
@@ -16,6 +17,7 @@ from neat_align.reporting.card_facts import DEMO_BASE, CardModel, CardWishes
 from neat_align.reporting.card_texts import is_hub_name, safe_value, words
 from neat_align.reporting.model_card import model_card, write_model_card
 from neat_align.reporting.pages import bounds, plain, signed
+from neat_align.script_arguments import ScriptArguments
 from pages import HOSTILE
 from run_files import BAD, build_run, change_json, poison
 
@@ -189,3 +191,17 @@ def test_a_folder_that_looks_like_a_hub_name_is_none(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert not is_hub_name("org/name")
     assert words("a|b\n<c> `d`") == "a\\|b \\<c\\> \\`d\\`"
+
+
+def test_the_recipe_keeps_what_was_set_to_nothing(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    recorded(run, holdout=0)
+    change_json(run / "run.json", set_options={"kl_weight": 0.0, "bf16": False})
+    recipe = str(model_card(run)).split("```yaml\n")[1].split("```")[0]
+    chosen = yaml.safe_load(recipe)
+    assert (chosen["kl_weight"], chosen["bf16"], chosen["holdout"]) == (0.0, False, 0)
+
+
+def test_a_run_that_was_gone_on_with_has_the_recipe_of_the_unbroken_one() -> None:
+    script = ScriptArguments(model_name_or_path="m", dataset_name="d", lora_r=8, resume=True)
+    assert script.chosen() == {"model_name_or_path": "m", "dataset_name": "d", "lora_r": 8}

@@ -291,8 +291,7 @@ def _method(run: RunContents) -> str:
 def _recipe(run: RunContents) -> str:
     """The options that differ from their defaults, as a recipe that `neat-align train` reads."""
     script, options = mapping(run.record.get("script")), mapping(run.record.get("set_options"))
-    chosen = {**script, **options}
-    shown = {k: safe_value(v) for k, v in chosen.items() if v not in (None, "", [], {}, False)}
+    shown = {k: safe_value(v) for k, v in {**script, **options}.items() if v is not None}
     if not shown:
         return ""
     text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).replace("`", "'").strip()

@@ -181,7 +181,7 @@ class Ranks:
         """Raise RunInterrupted on all ranks when one was asked to stop."""
         signal_number = self.max_over_ranks(self.stop.signal_number)
         if signal_number:
-            raise interrupted(signal_number, where, show=self.is_rank_zero)
+            raise interrupted(signal_number, where, show=self._tells())
 
     def raise_if_this_rank_must_stop(self, where: str) -> None:
         """Raise RunInterrupted when this rank was asked to stop, whatever the others do.
@@ -189,7 +189,12 @@ class Ranks:
         For work that ranks do alone; no other rank has to call it.
         """
         if self.stop.signal_number:
-            raise interrupted(self.stop.signal_number, where, show=self.is_rank_zero)
+            raise interrupted(self.stop.signal_number, where, show=self._tells())
+
+    def _tells(self) -> bool:
+        """Whether this rank says why the run stops: the first one does, once."""
+        told, self.stop.told = self.stop.told, True
+        return self.is_rank_zero and not told
 
 
 def _nothing() -> None:

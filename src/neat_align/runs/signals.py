@@ -30,12 +30,14 @@ SAME_REQUEST_SECONDS = 0.5
 class StopRequest:
     """Whether this process was asked to stop.
 
-    `signal_number` is 0 until then; `heard` says whether handlers are in place.
+    `signal_number` is 0 until then; `heard` says whether handlers are in place, `told` whether it
+    was said why the run stops: on its way out a call may be stopped more than once.
     """
 
     signal_number: int = 0
     at: float = 0.0
     heard: bool = False
+    told: bool = False
 
 
 @contextlib.contextmanager
