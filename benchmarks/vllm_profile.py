@@ -46,6 +46,11 @@ def kind_of(name: str) -> str:
     return next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
 
 
+def has_operators(trace: dict[str, Any]) -> bool:
+    """Whether a trace is of a process that runs the model: the server's own has none."""
+    return any(event.get("cat") == "cpu_op" for event in trace["traceEvents"])
+
+
 def by_kind(trace: dict[str, Any]) -> dict[str, float]:
     """Shares of the busiest thread's wall time, from a chrome trace."""
     threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
@@ -119,7 +124,8 @@ def of_server(args: Any, asked: list[SampleRequest], params: SamplingParams) -> 
         sampler.sample(asked, params)
         post(f"{url}/stop_profile")
         time.sleep(5)
-        found = [by_kind(read(path)) for path in Path(folder).rglob("*.json*")]
+        traces = [read(path) for path in Path(folder).rglob("*.json*")]
+        found = [by_kind(trace) for trace in traces if has_operators(trace)]
     return max(found, key=lambda shares: shares["matrix products"] * shares["wall_seconds"])
 
 
