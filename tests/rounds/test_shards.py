@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -187,8 +188,8 @@ def slices_of(p: RoundParams = TWO, t: RoundTools | None = None, **changes: Any)
         raise Enough
 
     options = {"data": DATA, "slice_prompts": 5, **changes}
-    with pytest.raises(Enough):
-        small_rounds.run(Path("nowhere"), t or tools(), p=p, slice_maker=keep, **options)
+    with pytest.raises(Enough), tempfile.TemporaryDirectory() as folder:
+        small_rounds.run(Path(folder), t or tools(), p=p, slice_maker=keep, **options)
     return found
 
 
