@@ -33,7 +33,7 @@ class CardModel:
     was_merged: bool = False
 
     @property
-    def library(self) -> str:
+    def loaded_by(self) -> str:
         """The library that loads it, as the hub names it."""
         return "transformers" if self.adapter is None else "peft"
 

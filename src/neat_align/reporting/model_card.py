@@ -105,7 +105,7 @@ def _metadata(run: RunContents, model: CardModel, wishes: CardWishes, name: str)
         base_model=base,
         license=wishes.license or license_of(base or model.base),
         language=[*wishes.language] or None,
-        library_name=model.library,
+        library_name=model.loaded_by,
         pipeline_tag="text-generation",
         datasets=datasets or None,
         tags=tags,
