@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from neat_align import NEATConfig
 from neat_align.errors import ConfigError, RunInterrupted, SaveError
@@ -34,6 +35,7 @@ from neat_align.runs.checkpoints import (
     unmark,
 )
 from neat_align.runs.lock import HELD_FILE, LOCK_FILE, one_writer
+from neat_align.runs.ranks import Ranks
 from neat_align.runs.resume_state import ResumeState, read_resume_state, write_resume_state
 from neat_align.runs.run_key import check_same_run, key_changes, new_split, run_key, write_key
 from neat_align.runs.signals import StopRequest, interrupted, listening
@@ -240,6 +242,20 @@ def test_a_signal_is_noted_and_the_handlers_come_back(
     assert stop.signal_number == number
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     assert f"{number.name}: what is being done is finished" in capfd.readouterr().err
+
+
+def test_a_run_that_is_gone_on_with_says_again_why_it_stops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """train() is called twice on one trainer, and stopped twice."""
+    ranks = Ranks(Accelerator(cpu=True), StopRequest(), timeout=9, folder=tmp_path)
+    for _ in range(2):
+        with listening(ranks.stop):
+            ranks.stop.signal_number = signal.SIGTERM
+            for _ in range(2):
+                with pytest.raises(RunInterrupted, match="stopped by SIGTERM in a test"):
+                    ranks.raise_if_stop_requested("in a test")
+        assert capsys.readouterr().err.count("stopped by SIGTERM in a test") == 1
 
 
 def test_a_second_signal_leaves_at_once() -> None:

@@ -243,6 +243,25 @@ def test_a_rank_that_is_asked_to_stop_hands_over_what_it_has(tmp_path: Path) -> 
     assert all(handed[i] == sample_of(REQUESTS[i]) for i in handed)
 
 
+def test_a_stop_that_is_seen_while_answers_are_stored_costs_no_rank_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who stores looks for a stop after each rank's: the next rank's are stored all the same."""
+    samplers = [Refilling(), Refilling(), Refilling()]
+    calls = RanksInTurn(tmp_path, samplers)
+    handed: dict[int, Sample] = {}
+
+    def finished(places: Sequence[int], samples: Sequence[Sample]) -> None:
+        handed.update(zip(places, samples, strict=True))
+        calls.ranks.stop.signal_number = 15 if len(handed) > 6 else 0
+        calls.ranks.raise_if_this_rank_must_stop("in a test")
+
+    with pytest.raises(RunInterrupted, match="stopped by SIGTERM in a test"):
+        SharedSampler(calls, "sample", samplers[0]).sample(REQUESTS, PARAMS, finished=finished)
+    assert len(handed) == 8 + sum(n for s in samplers[1:] for n in s.calls)
+    assert capsys.readouterr().err.count("stopped by SIGTERM") == 1
+
+
 def test_an_error_on_one_rank_costs_the_others_nothing(tmp_path: Path) -> None:
     def fail(start: int) -> None:
         raise SamplerError("the server is gone")

@@ -83,6 +83,13 @@ def start_policy(
     return _adapter_off(trained), trained
 
 
+def is_part_of(start: torch.nn.Module, policy: torch.nn.Module) -> bool:
+    """Whether an opened start policy is the policy itself or in it, and not one that was given, or
+    a copy. (Of a model that comes with an adapter it is a copy, too.)
+    """
+    return any(start is module for module in policy.modules())
+
+
 def _with_adapter(model: Any, peft_config: Any) -> Any:
     from peft import PeftModel, get_peft_model
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from neat_align.files.atomic import read_json, write_atomic, write_json
 from neat_align.rewards.protocol import ScoredRows
+from neat_align.rewards.scoring import added
 from neat_align.rounds.completions import CompletionGroup
 
 logger = logging.getLogger(__name__)
@@ -91,13 +92,12 @@ def write_lists(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
     Gives the metrics, with how many completions could not be scored (if any), and logged means and
     totals.
     """
-    unscorable, logged, totals = 0, dict[str, list[float]](), dict[str, list[float]]()
+    unscorable, logged, totals = 0, dict[str, list[float]](), list[dict[str, float]]()
     for notes in stored_notes(folder / "work"):
         unscorable += count_left_out(notes.left_out)
         for name, values in notes.metrics.items():
             logged.setdefault(name, []).extend(values)
-        for name, value in notes.totals.items():
-            totals.setdefault(name, []).append(value)
+        totals.append(notes.totals)
     left_out = (line for notes in stored_notes(folder / "work") for line in notes.left_out)
     extra = (line for notes in stored_notes(folder / "work") for line in notes.extra)
     for name, lines in ((LEFT_OUT, left_out), (EXTRA, extra)):
@@ -108,7 +108,7 @@ def write_lists(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
     if unscorable:
         counted["removed/unscorable"] = float(unscorable)
     counted |= logged_means(logged, counted)
-    return counted | logged_means({k: [sum(v)] for k, v in totals.items()}, counted)
+    return counted | logged_means({k: [v] for k, v in added(totals).items()}, counted)
 
 
 def _write_lines(lines: Iterable[dict[str, Any]], file: IO[bytes]) -> None:

@@ -32,7 +32,7 @@ from neat_align.runs.checkpoints import (
     unmark,
 )
 from neat_align.runs.launch import LAUNCH_FILE
-from neat_align.runs.leftovers import is_free, remove_leftovers
+from neat_align.runs.leftovers import remove_leftovers
 from neat_align.runs.lock import LOCK_FILE, one_writer
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.record import record_changes, update_run_record, write_run_record
@@ -189,7 +189,7 @@ class RunDirectory:
         )
 
     def _check_may_open(self, resume: str | bool | None, *, has_key: bool) -> None:
-        if not resume and is_free(self.path):  # what it was to be may have been another run
+        if not resume:  # what it was to be may have been another run
             remove_leftovers(self.path, keep=(LOCK_FILE, LAUNCH_FILE, SKIPPED_FILE))
         started = any((self.path / name).exists() for name in ("rounds", "run.json"))
         if not resume and started:

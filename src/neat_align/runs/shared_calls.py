@@ -79,14 +79,18 @@ class SharedCalls:
         """What the function `name` gives for each rank's share, in order. On rank 0 alone.
 
         `own` runs in the function's place for rank 0's share. `heard` is told what each of the
-        others gave, also where one of them, or rank 0, failed. Raises what one of them raised.
+        others gave, also where one of them, or rank 0, failed, or `heard` raised for another.
+        Raises the first of what was raised, rank 0's own before `heard`'s and the others'.
         """
         self.ranks.scatter([_Request(name, share) for share in shares])
         mine, failure = self._done(own or self.functions[name], shares[0])
         outcomes = self.ranks.gather(mine)
         for rank, outcome in enumerate(outcomes):
             if rank and outcome.value is not None:
-                heard(rank, outcome.value)
+                try:
+                    heard(rank, outcome.value)
+                except BaseException as error:  # noqa: BLE001 - raised once all were heard
+                    failure = failure or error
         if failure is not None:
             raise failure
         for rank, outcome in enumerate(outcomes):

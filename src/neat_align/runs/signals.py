@@ -66,7 +66,7 @@ def listening(stop: StopRequest) -> Iterator[None]:
                 "more to leave at once\n".encode(),
             )
 
-    stop.signal_number, stop.heard = 0, True
+    stop.signal_number, stop.heard, stop.told = 0, True, False
     before = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield

@@ -33,7 +33,7 @@ from neat_align.modeling.model_shape import (
     shape_of,
     shape_of_model,
 )
-from neat_align.modeling.reference import not_kept
+from neat_align.modeling.reference import is_part_of, not_kept
 from neat_align.modeling.requirements import is_trained
 from neat_align.modeling.shared_prefix import unwrapped, why_not_packed
 from neat_align.prompts.rows import PromptRow
@@ -309,13 +309,11 @@ def _will_copy(args: NEATConfig, model: Any, evaluates: bool) -> bool:
 
 
 def _has_copy(setup: PolicySetup) -> bool:
-    """Whether the start policy is no part of the model: one that was given, or a copy. A model that
-    comes with an adapter is copied, too.
-    """
+    """Whether the start policy is no part of the model: one that was given, or a copy."""
     if setup.reference is not_kept:
         return False
     with setup.reference() as start:
-        return all(start is not module for module in setup.model.modules())
+        return not is_part_of(start, setup.model)
 
 
 def _trained(model: torch.nn.Module) -> int:

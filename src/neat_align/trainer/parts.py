@@ -166,9 +166,8 @@ class TrainerParts:
 
     def _check_without_start(self) -> None:
         """An evaluation after the first step of a run that kept no start policy."""
-        everybody = (*self.scored_by.evaluated, *self.scored_by.judges)
         advice = "pass eval_dataset to NEATTrainer, too, and it is kept"
-        if any(isinstance(r.function, ContrastReward) for r in everybody):
+        if any(isinstance(r.function, ContrastReward) for r in self.scored_by.in_evaluations):
             raise ConfigError(
                 "the start policy judges by contrast in evaluations, and it was not kept since no "
                 f"option reads it and the trainer was made without held-out prompts: {advice}"
@@ -201,9 +200,8 @@ class TrainerParts:
             skipped=skipped,
             instructed=self.setup.instructed.held_out,
         )
-        everybody = (*self.scored_by.evaluated, *self.scored_by.judges)
         bad = BadRows(name, self.args.on_bad_row, skipped)
-        kept = scorable_places(usable.rows, everybody, bad)
+        kept = scorable_places(usable.rows, self.scored_by.in_evaluations, bad)
         self.data.skipped.take(skipped)
         return [usable.rows[i] for i in kept]
 

@@ -59,6 +59,11 @@ class Rewards:
         given = self.rewards if self.in_place is None else self.in_place
         return tuple(reward for reward in given if not compares_group(reward))
 
+    @property
+    def in_evaluations(self) -> tuple[NamedReward, ...]:
+        """All that score an evaluation's answers."""
+        return (*self.evaluated, *self.judges)
+
 
 def set_up_rewards(
     args: NEATConfig,
@@ -146,14 +151,13 @@ def scorable_data(data: TrainingData, scored_by: Rewards, on_bad_row: str) -> Tr
 
     Raises DataError where there are such prompts and `on_bad_row` is "error".
     """
-    everybody = (*scored_by.evaluated, *scored_by.judges)
     # Runs that are evaluated by one reward learn from the same prompts, whatever they train on.
     both = (*scored_by.rewards, *(scored_by.in_place or ()))
     trained = tuple({id(r.function): r for r in both}.values())
     bad = BadRows("training prompts", on_bad_row, data.skipped)
     kept = scorable_places(data.rows, trained, bad)
     bad = BadRows("held-out prompts", on_bad_row, data.skipped)
-    held_out = scorable_places(data.eval_rows, everybody, bad)
+    held_out = scorable_places(data.eval_rows, scored_by.in_evaluations, bad)
     if len(kept) == len(data.rows) and len(held_out) == len(data.eval_rows):
         return data
     return replace(

@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedType
 from neat_align.config.sharding import Sharding
 from neat_align.errors import ConfigError
 from neat_align.modeling.lockstep import is_sharded
-from neat_align.modeling.reference import Reference, not_kept
+from neat_align.modeling.reference import Reference, is_part_of, not_kept
 from neat_align.modeling.requirements import is_trained
 
 # How runs are divided in which a process has a part of every weight.
@@ -41,8 +41,7 @@ def share_reference(
     if reference is not_kept or not is_sharded(policy):
         return
     with reference() as start:
-        parts_of_policy = {id(module) for module in policy.modules()}
-        if id(start) in parts_of_policy or is_sharded(start):
+        if is_part_of(start, policy) or is_sharded(start):
             return
         _divide(accelerator, start)
         start.requires_grad_(False).eval()

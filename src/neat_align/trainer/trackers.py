@@ -38,7 +38,7 @@ class TrackerCallback(RunCallback):
     """Gives the trackers of a run its groups and its report, where `log_completions` asks for it.
 
     `reward_names` are those of `CompletionGroup`'s components; `callbacks` gives the trainer's. A
-    tracker that fails says so once, and the run goes on.
+    tracker that fails says so each time, and is asked again: the run goes on.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TrackerCallback(RunCallback):
         if not self._sends_text or not self._trackers:
             return
         rows = table_rows(groups, round_index, self._reward_names)
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in self._trackers.items():
             with self._guarded(name):
                 tracker.table(rows, round_index, self._step)
 
@@ -90,12 +90,12 @@ class TrackerCallback(RunCallback):
                 tracker.reopen()
         try:
             yield
-            for name, tracker in list(self._trackers.items()):
+            for name, tracker in self._trackers.items():
                 if self._sends_text and report.is_file():
                     with self._guarded(name):
                         tracker.report(report)
         finally:
-            for name, tracker in list(self._trackers.items()):
+            for name, tracker in self._trackers.items():
                 with self._guarded(name):
                     tracker.close()
 
