@@ -40,8 +40,9 @@ from neat_align.reporting.card_texts import (
     table,
     words,
 )
-from neat_align.reporting.pages import bounds, change, digits_for, percent, plain, signed
+from neat_align.reporting.pages import change, digits_for, percent, plain
 from neat_align.reporting.run_files import RunContents, mapping, number, read_run
+from neat_align.reporting.run_tables import kl_row, measured_row
 from neat_align.reporting.run_warnings import warnings_of
 
 CARD = "README.md"
@@ -162,9 +163,8 @@ def _measured(run: RunContents) -> list[tuple[str, str]]:
 
 
 def _reward_words(run: RunContents) -> str:
-    named = run.record.get("evaluated_by") or run.record.get("rewards") or []
-    names = [named] if isinstance(named, str) else named
-    return ", ".join(words(safe_value(str(n))) for n in names) or "not recorded"
+    named = run.record.get("evaluated_by") or run.record.get("rewards")
+    return ", ".join(_names(named)) or "not recorded"
 
 
 def _summary(run: RunContents, model: CardModel) -> str:
@@ -239,20 +239,8 @@ def _trained_words(run: RunContents, model: CardModel) -> str:
 
 
 def _results(run: RunContents) -> str:
-    rows = []
-    for label, key in _measured(run):
-        both = run.both(key)
-        if both is not None:
-            digits = 1 if key == "mean_length" else digits_for(both)
-            sides = [plain(v, digits) for v in both]
-            rows.append(
-                (label, *sides, signed(run.delta(key), digits), bounds(*run.interval(key), digits))
-            )
-    kl = number(run.result.get("kl_per_token"))
-    if kl is not None:
-        rows.append(
-            ("KL to the start, nats per token", plain(0, 3), plain(kl, 3), signed(kl, 3), "")
-        )
+    found = [measured_row(run, label, key) for label, key in _measured(run)]
+    rows = [row for row in (*found, kl_row(run)) if row is not None]
     if not rows:
         return f"## Before and after\n\n{_unmeasured(run)}"
     prompts = number(run.result.get("held_out_prompts")) or 0
