@@ -331,7 +331,7 @@ def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Renderab
             Text(printable(name)),
             str(counts.groups),
             str(counts.answers.total()),
-            *(_number(counts.mean_reward(origin)) for origin in present),
+            *(_number(counts.rewards[origin].mean) for origin in present),
             f"{counts.inverted / counts.pairs:.0%}" if counts.pairs else "–",
         )
     single = _single_rewards(counted, present)
