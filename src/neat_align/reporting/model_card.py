@@ -43,11 +43,9 @@ from neat_align.reporting.card_texts import (
 from neat_align.reporting.pages import change, digits_for, percent, plain
 from neat_align.reporting.run_files import RunContents, mapping, number, read_run
 from neat_align.reporting.run_tables import kl_row, measured_row
-from neat_align.reporting.run_warnings import warnings_of
+from neat_align.reporting.run_warnings import FEW_HELD_OUT, warnings_of
 
 CARD = "README.md"
-# Below this, results are no row of a leaderboard.
-FEW_PROMPTS = 30
 _NOTHING_ASKED = CardWishes()
 
 
@@ -127,7 +125,7 @@ def _eval_results(run: RunContents) -> list[EvalResult]:
     names = data_names(run)
     held_out = hub_name(names[-1]) if names else None
     prompts = number(run.result.get("held_out_prompts"))
-    if held_out is None or prompts is None or prompts < FEW_PROMPTS:
+    if held_out is None or prompts is None or prompts < FEW_HELD_OUT:
         return []
     rows = []
     for label, key in _measured(run):
@@ -294,7 +292,7 @@ def _recipe(run: RunContents) -> str:
 def _cautions(run: RunContents) -> str:
     told = [words(sentence) for _, sentence in warnings_of(run)]
     prompts = number(run.result.get("held_out_prompts"))
-    if prompts is not None and prompts < FEW_PROMPTS:
+    if prompts is not None and prompts < FEW_HELD_OUT:
         told.append(f"The results are from {prompts:.0f} prompts only: they say little.")
     return "## Caution\n\n" + "\n".join(f"- {sentence}" for sentence in (*told, *CAUTION))
 
