@@ -17,7 +17,7 @@ from typer.main import get_group
 
 from neat_align import NEATConfig
 from neat_align.cli import app, main
-from neat_align.cli.expand import _work_key, write_expansion
+from neat_align.cli.expand import work_key, write_expansion
 from neat_align.cli.expand_ray import (
     RayOptions,
     WorkerSetup,
@@ -265,7 +265,7 @@ def test_work_of_another_model_is_not_mixed_in(
 
 def test_how_to_learn_is_no_part_of_what_is_sampled(place: Path, tmp_path: Path) -> None:
     def key(**changes: Any) -> dict[str, Any]:
-        return _work_key(build_trainer(script(place), config(tmp_path / "run", **changes)))
+        return work_key(build_trainer(script(place), config(tmp_path / "run", **changes)))
 
     same = key()
     assert key(learning_rate=1.0, per_device_train_batch_size=4, logging_steps=3) == same

@@ -16,6 +16,7 @@ import pytest
 
 from neat_align.cli.expand import write_expansion
 from neat_align.cli.expand_stream import expand_stream
+from neat_align.cli.export_source import find_groups
 from neat_align.errors import CollapseError, ConfigError, DataError
 from neat_align.pipeline import load_data
 from neat_align.prompts.dataset_config import DatasetConfig
@@ -70,6 +71,9 @@ def test_rounds_of_rows_until_the_data_ends(
         write_expansion(script(place), args, out, "ranked")
     write_expansion(script(place, resume=True), args, tmp_path / "again.jsonl", "ranked")
     assert written(tmp_path / "again.jsonl") == rows
+    # What `export` takes the run's own rules from.
+    kept = find_groups(tmp_path / "run").settings()
+    assert (kept["rank_by"], kept["reward_margin"]) == (args.rank_by, args.reward_margin)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neat_align.cli.help_page import width as page_width
 from neat_align.cli.option_names import flags
 
 if TYPE_CHECKING:
     from neat_align.cli.doctor_checks import Finding
 
-WIDTH = 80
 _COLOURS = {"ok": typer.colors.GREEN, "warn": typer.colors.YELLOW, "fail": typer.colors.RED}
 _HANG = " " * 17
 
@@ -39,7 +38,7 @@ def doctor(
     """
     from neat_align.cli.doctor_checks import examine
 
-    width = min(WIDTH, shutil.get_terminal_size().columns)
+    width = page_width()
     failed = False
     for finding in examine(output_dir, vllm_server, tuple(allow_http_hosts or ())):
         failed |= finding.word == "fail"

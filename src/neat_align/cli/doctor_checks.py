@@ -60,7 +60,7 @@ def examine(
     if _version("torch") is not None:
         yield from check_devices()
         yield from check_threads()
-    yield from check_memory()
+        yield from check_memory()
     yield from check_disk(output_dir)
     yield from check_hub()
     if vllm_server is not None:
@@ -276,8 +276,6 @@ def _typical(work: Callable[[], object], tries: int = 40, seconds: float = 1.5) 
 
 def check_memory() -> Iterator[Finding]:
     """Memory of this machine that a run could take."""
-    if _version("torch") is None:
-        return
     import torch
 
     from neat_align.modeling.device import free_bytes

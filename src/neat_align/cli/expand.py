@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # A panel of the help.
 RAY = "On Ray (--engine ray)"
+# In the run directory: what the groups were made from.
+ORIGIN = "expansion.json"
 FORMS = ("preference", "ranked", "kto", "sft", "reward", "groups")
 # Options of transformers' own that decide what is sampled.
 _DECIDING = frozenset({"seed", "bf16", "fp16", "tf32", "full_determinism", "use_cpu"})
@@ -120,6 +122,7 @@ def write_expansion(
     With `ray`, Ray's workers make it; without, this process does. The groups are the same.
     """
     from neat_align.cli.progress import terminal_callbacks
+    from neat_align.files.atomic import write_json
     from neat_align.pipeline import build_trainer
 
     _check_output(output, form)
@@ -139,21 +142,14 @@ def write_expansion(
         return
     callbacks = terminal_callbacks(config)
     trainer = build_trainer(replace(script, holdout=0), config, callbacks, trains=False)
-    goes_on = script.resume or script.auto_resume
-    if (trainer.parts.directory.round_folder(0) / "manifest.json").is_file() and not goes_on:
-        raise ConfigError(
-            f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
-            "--output, or pass --resume true to write the same groups out again"
-        )
-    _warn_of_what_is_left_out(trainer.parts.data.rows)
+    is_finished = (trainer.parts.directory.round_folder(0) / "manifest.json").is_file()
+    refuse_finished(trainer, script, is_finished=is_finished)
+    warn_of_what_is_left_out(trainer.parts.data.rows)
     plan = replace(trainer.parts.plan, rounds=1, prompt_tokens=None, optimizer_steps=0)
     print("\n".join(plan.lines(more=f"prompts_per_round: {plan.rows} is all of it")), flush=True)
     made = _make(trainer, script, ray)
-    _write_origin(trainer, script)
-    written = _write(made, trainer, output, form)
-    print(f"{written} rows ({form}) in {output}; they hold text written to be harmful, on purpose")
-    print(f"look at the groups: neat-align inspect {trainer.output_dir}")
-    print(f"in other formats: neat-align export {trainer.output_dir} --format kto")
+    write_json(trainer.output_dir / ORIGIN, origin_of(trainer, script))
+    write_made(made, trainer, output, form)
 
 
 def _make(trainer: NEATTrainer, script: ScriptArguments, ray: RayOptions | None) -> FinishedRound:
@@ -170,15 +166,15 @@ def _make(trainer: NEATTrainer, script: ScriptArguments, ray: RayOptions | None)
         if ray is not None:  # before the signals' handlers: Ray has one of its own
             during.enter_context(connected(ray, has_rewards=bool(script.reward_funcs)))
         during.enter_context(listening(parts.ranks.stop))
-        key = _work_key(trainer)
-        _set_aside_other_work(parts.directory.round_folder(0) / "work", key)
+        key = work_key(trainer)
+        set_aside_other_work(parts.directory.round_folder(0) / "work", key)
         if ray is None:
             return trainer.make_round(0)
         parts.record_skipped()
         return make_round_on_ray(trainer, script, ray, key)
 
 
-def _work_key(trainer: NEATTrainer) -> dict[str, Any]:
+def work_key(trainer: NEATTrainer) -> dict[str, Any]:
     """What tells work on another model, data or NEAT option from this one's.
 
     Most of Trainer's own options say how to learn, which nothing is made of here.
@@ -191,7 +187,7 @@ def _work_key(trainer: NEATTrainer) -> dict[str, Any]:
     return key
 
 
-def _set_aside_other_work(work: Path, key: dict[str, Any]) -> None:
+def set_aside_other_work(work: Path, key: dict[str, Any]) -> None:
     """Delete what an interrupted expansion of another model or with other options has left.
 
     What samples were asked for is compared with each of them (`RolloutStore`); who answered is not.
@@ -209,6 +205,15 @@ def _set_aside_other_work(work: Path, key: dict[str, Any]) -> None:
     write_json(path, key)
 
 
+def refuse_finished(trainer: NEATTrainer, script: ScriptArguments, *, is_finished: bool) -> None:
+    """Raise ConfigError for a finished expansion that is not to be written out again."""
+    if is_finished and not (script.resume or script.auto_resume):
+        raise ConfigError(
+            f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
+            "--output, or pass --resume true to write the same groups out again"
+        )
+
+
 def _check_output(output: Path, form: str) -> None:
     if form not in FORMS:
         raise ConfigError(f"format is {form!r}; it must be one of {', '.join(FORMS)}")
@@ -220,7 +225,7 @@ def _check_output(output: Path, form: str) -> None:
         )
 
 
-def _warn_of_what_is_left_out(rows: list[PromptRow]) -> None:
+def warn_of_what_is_left_out(rows: list[PromptRow]) -> None:
     """Rows that are written hold a message's role and content alone."""
     given = [row for row in rows if row.template_inputs or has_more_fields(row.prompt)]
     if given:
@@ -232,25 +237,31 @@ def _warn_of_what_is_left_out(rows: list[PromptRow]) -> None:
         )
 
 
-def _write_origin(trainer: NEATTrainer, script: ScriptArguments) -> None:
-    """Keep with the groups what they were made from, for who exports them: expansion.json."""
-    from neat_align.files.atomic import write_json
+def origin_of(trainer: NEATTrainer, script: ScriptArguments) -> dict[str, Any]:
+    """What the groups were made from, which is kept with them for who exports them (`ORIGIN`)."""
     from neat_align.files.provenance import versions
     from neat_align.files.secrets import redacted
     from neat_align.reporting.data_card import public_name
 
-    record = {
+    return {
         "config": redacted(cast("Any", trainer.args).to_dict()),
         "versions": versions(),
         "rewards": [reward.name for reward in trainer.parts.scored_by.rewards],
         "model": public_name(script.model_name_or_path),
         "dataset": public_name(script.dataset_name),
     }
-    write_json(trainer.output_dir / "expansion.json", record)
+
+
+def write_made(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -> None:
+    """Write the round in this form, a few groups at a time, and say where everything is."""
+    rows = _write(made, trainer, output, form)
+    print(f"{rows} rows ({form}) in {output}; they hold text written to be harmful, on purpose")
+    print(f"look at the groups: neat-align inspect {trainer.output_dir}")
+    print(f"in other formats: neat-align export {trainer.output_dir} --format kto")
 
 
 def _write(made: FinishedRound, trainer: NEATTrainer, output: Path, form: str) -> int:
-    """Write the round in this form, a few groups at a time; gives the number of rows."""
+    """Gives the number of rows."""
     from neat_align.cli.export import write_data
     from neat_align.files.atomic import write_atomic
     from neat_align.rounds.exports import RowRules

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, overload
 
 from neat_align.cli.expand import (
-    _set_aside_other_work,
-    _warn_of_what_is_left_out,
-    _work_key,
-    _write,
+    ORIGIN,
+    origin_of,
+    refuse_finished,
+    set_aside_other_work,
+    warn_of_what_is_left_out,
+    work_key,
+    write_made,
 )
 from neat_align.cli.progress import terminal_callbacks
 from neat_align.config import NEATConfig
@@ -41,9 +44,6 @@ from neat_align.trainer.reward_setup import scorable_places
 from neat_align.trainer.setup import read_rows, usable_rows
 
 logger = logging.getLogger(__name__)
-
-# In the run directory, once every row of the data has been taken.
-_FINISHED = "expansion.json"
 
 
 def expand_stream(
@@ -70,18 +70,13 @@ def expand_stream(
     )
     del first
     trainer.parts.data.skipped.take(skipped)
-    if (trainer.output_dir / _FINISHED).is_file() and not (script.resume or script.auto_resume):
-        raise ConfigError(
-            f"{trainer.output_dir} holds a finished expansion: delete it, choose another "
-            "--output, or pass --resume true to write the same groups out again"
-        )
+    # Written once every row of the data has been taken.
+    refuse_finished(trainer, script, is_finished=(trainer.output_dir / ORIGIN).is_file())
     print(f"plan: rounds of {config.prompts_per_round:,} prompts until the data ends", flush=True)
     with trainer.writing(), listening(trainer.parts.ranks.stop):
-        rounds = _make_rounds(trainer, parts, skipped)
+        rounds = _make_rounds(trainer, parts, skipped, origin_of(trainer, script))
     files = [trainer.parts.directory.round_folder(i) / "groups.parquet" for i in range(rounds)]
-    written = _write(FinishedRound(0, _InOrder(files), {}, 0), trainer, output, form)
-    print(f"{written} rows ({form}) in {output}; they hold text written to be harmful, on purpose")
-    print(f"look at the groups: neat-align inspect {trainer.output_dir}")
+    write_made(FinishedRound(0, _InOrder(files), {}, 0), trainer, output, form)
 
 
 def _row_parts(
@@ -106,18 +101,21 @@ def _row_parts(
 
 
 def _make_rounds(
-    trainer: NEATTrainer, others: Iterator[list[PromptRow]], skipped: SkippedRows
+    trainer: NEATTrainer,
+    others: Iterator[list[PromptRow]],
+    skipped: SkippedRows,
+    origin: dict[str, Any],
 ) -> int:
     """Make a round of the trainer's own rows and of each of the others; gives their number."""
     parts, prompts, kept, count = trainer.parts, 0, 0, 0
-    key = _work_key(trainer)
+    key = work_key(trainer)
     usable = (_usable(trainer, rows) for rows in others)
     for index, rows in enumerate(filter(None, chain([parts.data.rows], usable))):
         count = index + 1
         parts.ranks.raise_if_stop_requested(f"after round {index}; run the same command again")
         parts.data.skipped.take(skipped)
         parts.record_skipped()
-        _warn_of_what_is_left_out(rows)
+        warn_of_what_is_left_out(rows)
         folder = parts.directory.round_folder(index)
         made_from = {**key, "training data": fingerprint(rows)}
         parts.ranks.run_on_rank_zero(
@@ -135,8 +133,9 @@ def _make_rounds(
         _refuse_too_few(kept, prompts, trainer.args)
     if not kept:
         raise CollapseError(f"none of {prompts} prompts gave something to learn from")
+    origin = {**origin, "rounds": count, "prompts": prompts}
     parts.ranks.run_on_rank_zero(
-        lambda: write_json(trainer.output_dir / _FINISHED, {"rounds": count, "prompts": prompts}),
+        lambda: write_json(trainer.output_dir / ORIGIN, origin),
         "while it noted the end",
     )
     return count
@@ -178,7 +177,7 @@ def _check_made_from(folder: Path, key: dict[str, Any]) -> None:
                 f"{folder.parent.parent}, or choose another --output"
             )
         return
-    _set_aside_other_work(folder / "work", key)
+    set_aside_other_work(folder / "work", key)
     write_json(path, key)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from neat_align.reporting.trainer_configs import TrainerConfig
     from neat_align.rounds.export_file import ExportCounts
     from neat_align.rounds.exports import RowForm, RowRules
-    from neat_align.rounds.ranking import PairSelection, RankBy
+    from neat_align.rounds.ranking import PairSelection
     from neat_align.rounds.trainer_rows import TrainerName
 
 
@@ -130,15 +130,22 @@ def export(
     """What a run or an expansion wrote, as data that TRL and other trainers read."""
     from neat_align.cli.export_push import check_push, push
     from neat_align.cli.export_source import find_groups
+    from neat_align.rounds.exports import RowRules
 
     if public and push_to_hub is None:
         raise ConfigError("public is given and push_to_hub is not: leave it out")
     if push_to_hub is not None:
         check_push(push_to_hub)
     source = find_groups(path, rounds)
-    given = {"rank_by": rank_by.value if rank_by else None, "reward_margin": reward_margin}
-    rules = _rules(form.value, source, pairs.value, given)
-    rules = _allowing(rules, negative=allow_negative, cut=allow_cut)
+    _check_rules(form.value, pairs.value, reward_margin)
+    own = source.settings()
+    rules = RowRules(
+        rank_by.value if rank_by else own.get("rank_by") or "reward",
+        own.get("reward_margin", 0.0) if reward_margin is None else reward_margin,
+        pairs.value,
+        allow_negative_chosen=allow_negative,
+        allow_cut_chosen=allow_cut,
+    )
     to = _target(path, output, form.value, wants_card=card)
     _check_free(to, overwrite=overwrite)
     made = _write(source, to, form.value, trainer.value, rules, push_to_hub)
@@ -175,17 +182,11 @@ class Exported:
 # ---- what is asked for ---------------------------------------------------------------------------
 
 
-def _rules(
-    form: RowForm, source: GroupSource, pairs: PairSelection, given: dict[str, Any]
-) -> RowRules:
-    """The options, and the run's own where they are left out."""
-    from neat_align.rounds.exports import RowRules
-
+def _check_rules(form: RowForm, pairs: PairSelection, margin: float | None) -> None:
     if pairs != "best_worst" and form not in ("preference", "reward"):
         raise ConfigError(
             f"pairs is {pairs} and format is {form}, which has no pairs: leave --pairs out"
         )
-    margin = given["reward_margin"]
     if margin is not None and not 0 <= margin < float("inf"):
         raise ConfigError(f"reward_margin is {margin:g}; it must be 0 or more")
     if margin is not None and form in ("ranked", "sft"):
@@ -193,15 +194,6 @@ def _rules(
             f"reward_margin is {margin:g} and format is {form}, which compares no two answers: "
             "leave it out"
         )
-    own = source.settings()
-    rank_by = cast("RankBy", given["rank_by"] or own.get("rank_by") or "reward")
-    return RowRules(rank_by, own.get("reward_margin", 0.0) if margin is None else margin, pairs)
-
-
-def _allowing(rules: RowRules, *, negative: bool, cut: bool) -> RowRules:
-    from dataclasses import replace
-
-    return replace(rules, allow_negative_chosen=negative, allow_cut_chosen=cut)
 
 
 def _target(path: Path, output: str | None, form: str, *, wants_card: bool) -> Target:

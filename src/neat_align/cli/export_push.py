@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from neat_align.errors import ConfigError, one_line
-
-_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+from neat_align.reporting.data_card import HUB_NAME
 
 
 def check_push(repo: str) -> None:
     """Refuse what cannot be sent, before anything is written."""
     from huggingface_hub import constants
 
-    if _NAME.fullmatch(repo) is None:
+    if HUB_NAME.fullmatch(repo) is None:
         raise ConfigError(f"push_to_hub is {repo!r}; it must be a hub name, such as me/my-pairs")
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(

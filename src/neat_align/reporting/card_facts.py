@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from neat_align.files.atomic import read_json
 from neat_align.reporting.card_texts import hub_name, is_hub_name, words
-from neat_align.reporting.run_files import RunContents, mapping, read_run
+from neat_align.reporting.run_files import RunContents, mapping
 
 # What `demo` stands for, and its license.
 DEMO_BASE, DEMO_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
@@ -50,13 +50,8 @@ class CardWishes:
     datasets: Sequence[str] = ()
 
 
-def recorded_model(run_dir: Path) -> CardModel:
-    """The model as a run has recorded it, or as it lies in the run's model/."""
-    return recorded_of(read_run(run_dir, rounds=False), run_dir)
-
-
 def recorded_of(run: RunContents, run_dir: Path) -> CardModel:
-    """The same, of a run that was read."""
+    """The model as a run has recorded it, or as it lies in the run's model/."""
     model, script = mapping(run.record.get("model")), mapping(run.record.get("script"))
     named = model.get("name") or script.get("model_name_or_path") or run.result.get("model") or ""
     adapter, saved = model.get("adapter"), run_dir / "model" / "adapter_config.json"

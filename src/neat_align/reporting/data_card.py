@@ -17,6 +17,7 @@ import yaml
 
 from neat_align.files.atomic import read_json
 from neat_align.files.secrets import redacted
+from neat_align.reporting.card_facts import DEMO_BASE
 from neat_align.reporting.run_files import mapping
 from neat_align.reporting.trainer_configs import TITLES, TrainerConfig
 from neat_align.rounds.completions import ORIGINS
@@ -27,7 +28,8 @@ from neat_align.rounds.trainer_rows import TrainerName
 
 # Told by it from a README of somebody's own, which is never written over.
 MADE_BY = "<!-- data card written by neat-align export -->"
-_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+# A name on the hub, its owner left out or not.
+HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _SIZES = (
     (1_000, "n<1K"),
     (10_000, "1K<n<10K"),
@@ -39,7 +41,6 @@ _SIZES = (
 # Instructions that a card names; the rest is counted.
 _NAMED = 20
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".yaml", ".yml")
-_DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def public_name(name: Any) -> str | None:
     if not isinstance(name, str) or not name:
         return None
     if name == "demo":
-        return _DEMO
+        return DEMO_BASE
     path = Path(name)
-    is_local = _HUB_NAME.fullmatch(name) is None or name.startswith(".") or path.exists()
+    is_local = HUB_NAME.fullmatch(name) is None or name.startswith(".") or path.exists()
     return "local" if is_local or path.suffix in _DATA_SUFFIXES else name
 
 

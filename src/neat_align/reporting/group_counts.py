@@ -36,18 +36,12 @@ class Counts:
 
     groups: int = 0
     answers: Counter[Origin] = field(default_factory=Counter)
-    rewarded: Counter[Origin] = field(default_factory=Counter)
-    rewards: dict[Origin, float] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0.0))
+    rewards: defaultdict[Origin, Mean] = field(default_factory=lambda: defaultdict(Mean))
     inverted: float = 0.0
     pairs: int = 0
     # Of several: by origin and by the reward's place.
     reward_names: Sequence[str] = ()
     single: defaultdict[tuple[Origin, int], Mean] = field(default_factory=lambda: defaultdict(Mean))
-
-    def mean_reward(self, origin: Origin) -> float | None:
-        """None without rewards."""
-        n = self.rewarded[origin]
-        return self.rewards[origin] / n if n else None
 
 
 def counts_of(groups: Sequence[CompletionGroup]) -> Counts:
@@ -61,11 +55,9 @@ def counts_of(groups: Sequence[CompletionGroup]) -> Counts:
             counts.answers[c.origin] += 1
             for i, value in enumerate(c.reward_components if counts.reward_names else ()):
                 counts.single[c.origin, i].add(value)
+            counts.rewards[c.origin].add(c.reward)
             if c.reward is not None:
                 of[c.origin].append(c.reward)
-        for origin, rewards in of.items():
-            counts.rewarded[origin] += len(rewards)
-            counts.rewards[origin] += sum(rewards)
         good, bad = of["positive"], of["negative"]
         counts.inverted += inversions(good, bad)
         counts.pairs += len(good) * len(bad)

@@ -40,13 +40,12 @@ from neat_align.reporting.card_texts import (
     table,
     words,
 )
-from neat_align.reporting.pages import bounds, change, digits_for, percent, plain, signed
+from neat_align.reporting.pages import change, digits_for, percent, plain
 from neat_align.reporting.run_files import RunContents, mapping, number, read_run
-from neat_align.reporting.run_warnings import warnings_of
+from neat_align.reporting.run_tables import kl_row, measured_row
+from neat_align.reporting.run_warnings import FEW_HELD_OUT, warnings_of
 
 CARD = "README.md"
-# Below this, results are no row of a leaderboard.
-FEW_PROMPTS = 30
 _NOTHING_ASKED = CardWishes()
 
 
@@ -126,7 +125,7 @@ def _eval_results(run: RunContents) -> list[EvalResult]:
     names = data_names(run)
     held_out = hub_name(names[-1]) if names else None
     prompts = number(run.result.get("held_out_prompts"))
-    if held_out is None or prompts is None or prompts < FEW_PROMPTS:
+    if held_out is None or prompts is None or prompts < FEW_HELD_OUT:
         return []
     rows = []
     for label, key in _measured(run):
@@ -162,9 +161,8 @@ def _measured(run: RunContents) -> list[tuple[str, str]]:
 
 
 def _reward_words(run: RunContents) -> str:
-    named = run.record.get("evaluated_by") or run.record.get("rewards") or []
-    names = [named] if isinstance(named, str) else named
-    return ", ".join(words(safe_value(str(n))) for n in names) or "not recorded"
+    named = run.record.get("evaluated_by") or run.record.get("rewards")
+    return ", ".join(_names(named)) or "not recorded"
 
 
 def _summary(run: RunContents, model: CardModel) -> str:
@@ -239,20 +237,8 @@ def _trained_words(run: RunContents, model: CardModel) -> str:
 
 
 def _results(run: RunContents) -> str:
-    rows = []
-    for label, key in _measured(run):
-        both = run.both(key)
-        if both is not None:
-            digits = 1 if key == "mean_length" else digits_for(both)
-            sides = [plain(v, digits) for v in both]
-            rows.append(
-                (label, *sides, signed(run.delta(key), digits), bounds(*run.interval(key), digits))
-            )
-    kl = number(run.result.get("kl_per_token"))
-    if kl is not None:
-        rows.append(
-            ("KL to the start, nats per token", plain(0, 3), plain(kl, 3), signed(kl, 3), "")
-        )
+    found = [measured_row(run, label, key) for label, key in _measured(run)]
+    rows = [row for row in (*found, kl_row(run)) if row is not None]
     if not rows:
         return f"## Before and after\n\n{_unmeasured(run)}"
     prompts = number(run.result.get("held_out_prompts")) or 0
@@ -306,7 +292,7 @@ def _recipe(run: RunContents) -> str:
 def _cautions(run: RunContents) -> str:
     told = [words(sentence) for _, sentence in warnings_of(run)]
     prompts = number(run.result.get("held_out_prompts"))
-    if prompts is not None and prompts < FEW_PROMPTS:
+    if prompts is not None and prompts < FEW_HELD_OUT:
         told.append(f"The results are from {prompts:.0f} prompts only: they say little.")
     return "## Caution\n\n" + "\n".join(f"- {sentence}" for sentence in (*told, *CAUTION))
 

@@ -20,23 +20,28 @@ def before_after_rows(run: RunContents) -> list[Row]:
     rewards, judges = run.single("by_reward"), run.single("by_judge")
     of_sum = f"Reward, weighted sum of {len(rewards)}" if rewards else "Reward"
     rows = [
-        _measured(run, of_sum, "reward"),
+        measured_row(run, of_sum, "reward"),
         *(_single(f"Reward: {name}", found) for name, found in rewards),
-        _measured(run, f"Second judge: {judge}", "second_judge"),
+        measured_row(run, f"Second judge: {judge}", "second_judge"),
         *(_single(f"Judge: {name}", found) for name, found in judges if name != judge),
-        _measured(run, "Perplexity of preferred answers", "perplexity"),
-        _measured(run, "Distinct-2", "distinct2"),
-        _measured(run, "Length, tokens", "mean_length"),
-        _measured(run, "Share cut at the limit", "clipped"),
+        measured_row(run, "Perplexity of preferred answers", "perplexity"),
+        measured_row(run, "Distinct-2", "distinct2"),
+        measured_row(run, "Length, tokens", "mean_length"),
+        measured_row(run, "Share cut at the limit", "clipped"),
     ]
+    return [row for row in (*rows, kl_row(run)) if row is not None]
+
+
+def kl_row(run: RunContents) -> Row | None:
+    """The KL to the start, which begins at 0; None where it was not measured."""
     kl = number(run.result.get("kl_per_token"))
-    if kl is not None:
-        label = "KL to the start, nats per token"
-        rows.append((label, plain(0, 3), plain(kl, 3), signed(kl, 3), ""))
-    return [row for row in rows if row is not None]
+    if kl is None:
+        return None
+    return "KL to the start, nats per token", plain(0, 3), plain(kl, 3), signed(kl, 3), ""
 
 
-def _measured(run: RunContents, label: str, name: str) -> Row | None:
+def measured_row(run: RunContents, label: str, name: str) -> Row | None:
+    """A number of the result that was measured twice; None where a side is missing."""
     both = run.both(name)
     if both is None:
         return None

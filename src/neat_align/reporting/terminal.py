@@ -90,7 +90,7 @@ def render_group(
     table.add_column("end", no_wrap=True)
     table.add_column("text", ratio=1, overflow="fold")
     rewards = [c.reward for c in group.completions if c.reward is not None]
-    for c in sorted(group.completions, key=lambda c: (c.reward is None, -(c.reward or 0.0))):
+    for c in best_first(group):
         if origin is not None and c.origin != origin:
             continue
         rank = "–" if c.reward is None else str(1 + sum(r > c.reward for r in rewards))
@@ -100,7 +100,7 @@ def render_group(
             Text(c.origin, style=style),
             _number(c.reward),
             str(len(c.token_ids)),
-            _end(c),
+            end_of(c),
             _answer(c, reward_names),
         )
         table.add_row()
@@ -145,7 +145,13 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _end(c: Completion) -> str:
+def best_first(group: CompletionGroup) -> list[Completion]:
+    """A group's completions, best reward first; those without one at the end."""
+    return sorted(group.completions, key=lambda c: (c.reward is None, -(c.reward or 0.0)))
+
+
+def end_of(c: Completion) -> str:
+    """How a completion ended, in a word: cut at the length limit, or not."""
     return "cut" if c.finish_reason == "length" else "stop"
 
 
@@ -325,7 +331,7 @@ def _header(rounds: Sequence[tuple[str, Sequence[CompletionGroup]]]) -> Renderab
             Text(printable(name)),
             str(counts.groups),
             str(counts.answers.total()),
-            *(_number(counts.mean_reward(origin)) for origin in present),
+            *(_number(counts.rewards[origin].mean) for origin in present),
             f"{counts.inverted / counts.pairs:.0%}" if counts.pairs else "–",
         )
     single = _single_rewards(counted, present)

@@ -8,6 +8,7 @@ from typing import Any
 from neat_align.prompts.rows import Prompt
 from neat_align.reporting.card_texts import table, words
 from neat_align.reporting.pages import plain
+from neat_align.reporting.terminal import best_first, end_of
 from neat_align.rounds.completions import CompletionGroup
 
 # A table is to be looked at: rounds/ has all of it.
@@ -34,7 +35,7 @@ def table_rows(
         if rows and len(rows) + len(group.completions) > most:
             break
         prompt = _clipped(prompt_text(group.prompt), MOST_CHARACTERS)
-        for c in sorted(group.completions, key=lambda c: (c.reward is None, -(c.reward or 0.0))):
+        for c in best_first(group):
             each = dict(zip(reward_names, c.reward_components, strict=False))
             rows.append(
                 {
@@ -45,7 +46,7 @@ def table_rows(
                     **({f"reward/{k}": v for k, v in each.items()} if len(each) > 1 else {}),
                     "completion": _clipped(c.text, MOST_CHARACTERS),
                     "tokens": len(c.token_ids),
-                    "end": "cut" if c.finish_reason == "length" else "stop",
+                    "end": end_of(c),
                 }
             )
     return rows[:most]
