@@ -110,8 +110,8 @@ def test_what_a_run_leaves_before_its_first_work_keeps_nobody_from_the_folder(
         ("evaluation-before.json", "{}"),
         ("drift-start.json", "{}"),
         ("metrics.jsonl", "{}\n"),
-        ("rounds/00000/work/000000/samples-000000.parquet", "PAR1"),
-        ("rounds/00000/work/groups.parquet.part", "PAR1"),
+        ("/".join(("rounds", "00000", "work", "000000", "samples-000000.parquet")), "PAR1"),
+        ("/".join(("rounds", "00000", "work", "groups.parquet.part")), "PAR1"),
         ("rounds/00000/manifest.json", "{}"),
         ("rounds/notes.txt", ""),
         ("checkpoint-4/COMPLETE.json", "{}"),
@@ -194,8 +194,9 @@ def test_a_run_that_was_killed_early_is_in_nobodys_way_whatever_it_was(
     (other / "rounds" / "00000" / "work" / "000000" / "plan.json").unlink()
     for folder in ("000000", "."):
         (other / "rounds" / "00000" / "work" / folder / "groups.parquet.part").unlink(True)
-    for folder in ("00000/work/000000", "00000/work", "00000", "."):
-        (other / "rounds" / folder).resolve().rmdir()
+    emptied = other / "rounds" / "00000" / "work" / "000000"
+    for folder in (emptied, *emptied.parents[:3]):
+        folder.rmdir()
     trainer(other).train()
     trainer(begun(tmp_path / "third")).train()
     assert (other / "notes.txt").read_text() == "mine"
