@@ -5,7 +5,6 @@ Whatever is finished, somebody else's, or another process's stays.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from file_locks import NO_LOCKS, no_locks
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.pipeline import _goes_on, run_training
 from neat_align.runs.leftovers import is_free, leaving_nothing, remove_leftovers
@@ -207,16 +207,6 @@ import sys, time
 from pathlib import Path
 from neat_align.runs.lock import one_writer
 """
-NO_LOCKS = """
-import errno, fcntl
-def refuse(*_):
-    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-fcntl.flock = refuse
-"""
-
-
-def no_locks(*_: object) -> None:
-    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
