@@ -202,7 +202,7 @@ def load_rubric(name_or_path: str, folder: Path = Path()) -> Rubric:
     looks_like_path = path.suffix in (".yaml", ".yml") or os.sep in name_or_path
     if not looks_like_path and not path.is_file():
         meant = did_you_mean(name_or_path, SHIPPED_RUBRICS)
-        hint = f" {meant.capitalize()}" if meant else ""
+        hint = f" D{meant[1:]}" if meant else ""
         raise RewardError(
             f"there is no rubric {name_or_path!r}.{hint} Shipped rubrics: "
             f"{', '.join(SHIPPED_RUBRICS)}. For one of your own, give the path of its .yaml file"

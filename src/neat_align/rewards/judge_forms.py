@@ -176,7 +176,7 @@ async def judge_groups(
     )
     scores: list[float | None] = [None] * len(answers)
     for group, places in zip(groups, ranked, strict=True):
-        for i, score in zip(group, places or [None] * len(group), strict=True):
+        for i, score in zip(group, places, strict=True) if places is not None else ():
             scores[i] = score
     return Judged(scores)
 
