@@ -176,8 +176,9 @@ async def judge_groups(
     )
     scores: list[float | None] = [None] * len(answers)
     for group, places in zip(groups, ranked, strict=True):
-        for i, score in zip(group, places, strict=True) if places is not None else ():
-            scores[i] = score
+        if places is not None:
+            for i, score in zip(group, places, strict=True):
+                scores[i] = score
     return Judged(scores)
 
 
