@@ -19,7 +19,7 @@ from neat_align.modeling.lockstep import is_sharded
 from neat_align.modeling.whole_weights import whole_weights
 from neat_align.sampling.transformers_sampler import TransformersSampler
 from small_trainer import ROWS, config, count_e, lora
-from two_shards_train import ZERO_3, use_fsdp2
+from two_shards_train import use_fsdp2, zero_settings
 from vllm_server import TOKENIZER, servable_model
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     in_turn, changes = "RANK" in os.environ, dict[str, Any]()
     if "zero3" in sys.argv:
         neat_config.check_sharding = lambda c: None  # on a CPU
-        changes["deepspeed"] = ZERO_3
+        changes["deepspeed"] = zero_settings("zero3")
     args = config(
         folder,
         **({} if url == "given" else {"sampler": "vllm", "vllm_server": url}),

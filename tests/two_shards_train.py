@@ -41,18 +41,6 @@ LONG = [
     for i, row in enumerate(ROWS)
 ]
 
-ZERO_3: dict[str, Any] = {
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_gather_16bit_weights_on_model_save": True,
-        "stage3_param_persistence_threshold": 0,
-    },
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
-
 
 class FirstGradients(TrainerCallback):
     """Every gradient of the first step, before it is clipped or used."""

@@ -35,12 +35,9 @@ TOKENIZER = tiny_tokenizer()
 REAL_PYTHON = "NEAT_ALIGN_VLLM_PYTHON"
 
 
-def servable_model(seed: int = 0, context: int = 512) -> PreTrainedModel:
-    """A tiny llama that vLLM serves on a CPU: heads of 32, and its output weights not tied.
-
-    With tied ones vLLM 0.32 on a CPU goes on with the old output weights after a reload.
-    """
-    config = LlamaConfig(
+def servable_config(context: int = 512, **more: Any) -> LlamaConfig:
+    """A tiny llama that vLLM serves on a CPU: heads of 32."""
+    return LlamaConfig(
         vocab_size=len(TOKENIZER),
         hidden_size=64,
         intermediate_size=128,
@@ -52,9 +49,16 @@ def servable_model(seed: int = 0, context: int = 512) -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=TOKENIZER.eos_token_id,
         pad_token_id=TOKENIZER.pad_token_id,
-        tie_word_embeddings=False,
+        **more,
     )
-    return random_model(config, seed)
+
+
+def servable_model(seed: int = 0, context: int = 512) -> PreTrainedModel:
+    """A tiny llama that vLLM serves on a CPU, its output weights not tied.
+
+    With tied ones vLLM 0.32 on a CPU goes on with the old output weights after a reload.
+    """
+    return random_model(servable_config(context, tie_word_embeddings=False), seed)
 
 
 def save_servable(path: Path, seed: int = 0) -> Path:

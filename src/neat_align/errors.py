@@ -92,6 +92,12 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def short(value: object) -> str:
+    """A value for a message, of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def did_you_mean(name: object, known: Iterable[str], most: int = 1) -> str:
     """ "did you mean 'vader'?", for a name that is none of the known ones; "" where none is near.
 

@@ -53,7 +53,7 @@ def test_the_metadata_is_the_hubs(tmp_path: Path) -> None:
     data = read_back(model_card(run)).data
     assert data.base_model == "some-org/some-model"
     assert data.datasets == ["some-org/some-prompts"]
-    assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
+    assert (data.to_dict()["library_name"], data.pipeline_tag) == ("peft", "text-generation")
     assert "base_model:adapter:some-org/some-model" in data.tags
     assert data.get("base_model_relation") == "adapter"
     assert data.license is None  # nobody here knows it
@@ -130,7 +130,7 @@ def test_what_has_no_comparison_says_so(tmp_path: Path) -> None:
     assert "| Held-out reward" not in text
     write_json(tmp_path / "new" / "nothing.json", {})
     card = model_card(tmp_path / "new", CardModel("some-org/some-model"))
-    assert read_back(card).data.library_name == "transformers"
+    assert read_back(card).data.to_dict()["library_name"] == "transformers"
     assert "A fine-tuned [some-org/some-model]" in str(card)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.network.client import RetryPolicy
@@ -24,7 +24,7 @@ from neat_align.rewards.vllm_reward import VllmReward
 from reward_server import Asked, Handler, RewardServer
 from small_trainer import trainer
 from tiny import tiny_tokenizer
-from vllm_server import TOKENIZER, RealVllm
+from vllm_server import TOKENIZER, RealVllm, servable_config
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello?"}]
 PROMPTS: list[Any] = ["What do you say?", CHAT, CHAT]
@@ -145,21 +145,7 @@ def test_hosts_and_tokens_are_checked_as_those_of_reward_servers(
 def classifier(context: int = 512) -> LlamaForSequenceClassification:
     """A tiny reward model that vLLM serves on a CPU: heads of 32."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=context,
-        initializer_range=0.1,
-        num_labels=1,
-        bos_token_id=None,
-        eos_token_id=TOKENIZER.eos_token_id,
-        pad_token_id=TOKENIZER.pad_token_id,
-    )
-    return LlamaForSequenceClassification(config).eval()
+    return LlamaForSequenceClassification(servable_config(context, num_labels=1)).eval()
 
 
 @pytest.fixture(scope="module")

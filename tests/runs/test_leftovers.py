@@ -5,7 +5,6 @@ Whatever is finished, somebody else's, or another process's stays.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from file_locks import NO_LOCKS, no_locks
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.pipeline import _goes_on, run_training
 from neat_align.runs.leftovers import is_free, leaving_nothing, remove_leftovers
@@ -110,8 +110,8 @@ def test_what_a_run_leaves_before_its_first_work_keeps_nobody_from_the_folder(
         ("evaluation-before.json", "{}"),
         ("drift-start.json", "{}"),
         ("metrics.jsonl", "{}\n"),
-        ("rounds/00000/work/000000/samples-000000.parquet", "PAR1"),
-        ("rounds/00000/work/groups.parquet.part", "PAR1"),
+        ("/".join(("rounds", "00000", "work", "000000", "samples-000000.parquet")), "PAR1"),
+        ("/".join(("rounds", "00000", "work", "groups.parquet.part")), "PAR1"),
         ("rounds/00000/manifest.json", "{}"),
         ("rounds/notes.txt", ""),
         ("checkpoint-4/COMPLETE.json", "{}"),
@@ -194,8 +194,9 @@ def test_a_run_that_was_killed_early_is_in_nobodys_way_whatever_it_was(
     (other / "rounds" / "00000" / "work" / "000000" / "plan.json").unlink()
     for folder in ("000000", "."):
         (other / "rounds" / "00000" / "work" / folder / "groups.parquet.part").unlink(True)
-    for folder in ("00000/work/000000", "00000/work", "00000", "."):
-        (other / "rounds" / folder).resolve().rmdir()
+    emptied = other / "rounds" / "00000" / "work" / "000000"
+    for folder in (emptied, *emptied.parents[:3]):
+        folder.rmdir()
     trainer(other).train()
     trainer(begun(tmp_path / "third")).train()
     assert (other / "notes.txt").read_text() == "mine"
@@ -206,16 +207,6 @@ import sys, time
 from pathlib import Path
 from neat_align.runs.lock import one_writer
 """
-NO_LOCKS = """
-import errno, fcntl
-def refuse(*_):
-    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-fcntl.flock = refuse
-"""
-
-
-def no_locks(*_: object) -> None:
-    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
+from file_locks import NO_LOCKS, no_locks
 from neat_align import NEATConfig
 from neat_align.errors import ConfigError, RunInterrupted, SaveError
 from neat_align.files.atomic import cut_to, write_folder
@@ -56,18 +57,6 @@ def python(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 # ---- one writer ----------------------------------------------------------------------------------
-
-# What a file system without locks answers, in this process and in a second one.
-NO_LOCKS = """
-import errno, fcntl
-def refuse(*_):
-    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-fcntl.flock = refuse
-"""
-
-
-def no_locks(*_: object) -> None:
-    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
 @pytest.fixture(params=["locks", "no locks"])

@@ -58,7 +58,7 @@ def test_a_run_pushes_its_model_and_nothing_else(
         d.decode("utf-8", "replace") for d in pushed.values()
     )
     card = ModelCard(pushed["README.md"].decode())
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert f"On {result['held_out_prompts']} held-out prompts" in card.text
     assert "# aligned" in card.text
@@ -109,7 +109,7 @@ def test_an_adapter_on_a_folder_of_this_machine_is_not_pushed(
             push_folder(tmp_path / "saved", "me/x", message="no")
     assert [r for r in server.requests if "commit" in r] == []
     card = ModelCard.load(tmp_path / "saved" / "README.md")  # not PEFT's blank one
-    assert (card.data.library_name, card.data.base_model) == ("peft", None)
+    assert (card.data.to_dict()["library_name"], card.data.base_model) == ("peft", None)
     assert str(tmp_path) not in (tmp_path / "saved" / "README.md").read_text()
 
 

@@ -92,17 +92,7 @@ class ServerClient:
 
     def connections(self, most: int | None = None) -> httpx2.AsyncClient:
         """Connections for one piece of work, in the event loop that runs it; `most` at once."""
-        target = self.target
-        transport = CheckedTransport(
-            target.kind.name,
-            target.kind.error,
-            encrypted=target.encrypted,
-            allowed=target.allowed,
-            most=most,
-        )
-        return httpx2.AsyncClient(
-            transport=transport, trust_env=False, follow_redirects=False, timeout=None
-        )
+        return client_over(checked_transport(self.target, most))
 
     async def ask(
         self,
@@ -251,6 +241,24 @@ class ServerClient:
             f"{self.target.said} sent an answer of more than {self.max_response_bytes} "
             f"bytes: it must be {self.expected}"
         )
+
+
+def checked_transport(target: Target, most: int | None = None) -> CheckedTransport:
+    """Connections to a server whose addresses are checked; `most` at once."""
+    return CheckedTransport(
+        target.kind.name,
+        target.kind.error,
+        encrypted=target.encrypted,
+        allowed=target.allowed,
+        most=most,
+    )
+
+
+def client_over(transport: httpx2.AsyncBaseTransport) -> httpx2.AsyncClient:
+    """A client without proxies, redirects and time limits of its own."""
+    return httpx2.AsyncClient(
+        transport=transport, trust_env=False, follow_redirects=False, timeout=None
+    )
 
 
 def excerpt(data: bytes, most: int = _EXCERPT) -> str:

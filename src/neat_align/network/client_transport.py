@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import httpx2
 
 from neat_align.files.secrets import scrubbed
-from neat_align.network.addresses import CheckedTransport
+from neat_align.network.client import checked_transport
 from neat_align.network.server_url import Target
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,7 @@ class ClientTransport(httpx2.AsyncBaseTransport):
     def __init__(self, target: Target, limits: Limits, token_variable: str = "") -> None:
         self._target, self._limits, self._variable = target, limits, token_variable
         self._warned = -_WARN_EVERY
-        self._inner = CheckedTransport(
-            target.kind.name,
-            target.kind.error,
-            encrypted=target.encrypted,
-            allowed=target.allowed,
-            most=limits.connections,
-        )
+        self._inner = checked_transport(target, limits.connections)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """One request. Raises httpx2.TransportError for what may pass."""

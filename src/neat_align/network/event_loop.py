@@ -13,7 +13,7 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -24,6 +24,17 @@ T = TypeVar("T")
 CLEAN_UP_SECONDS = 5.0
 # A wait without end cannot be interrupted on Windows.
 _LOOK_EVERY = 1.0
+
+
+async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results in order; the first failure ends the rest, and is raised itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in work]
+    except ExceptionGroup as failures:
+        failure = failures.exceptions[0]
+        raise failure from failure.__cause__
+    return [task.result() for task in tasks]
 
 
 class LoopBlockedError(Exception):

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from neat_align.errors import DataError
+from neat_align.errors import DataError, short
 
 _CONVERSATIONS = ("messages", "conversations")
 # As axolotl and LLaMA-Factory have them.
@@ -172,5 +172,4 @@ def _from_alpaca(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 
 
 def _short(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return "null" if value is None else short(value)

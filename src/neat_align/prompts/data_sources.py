@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from neat_align.errors import DataError
+from neat_align.files.paths import no_such_path
 from neat_align.prompts.columns import ColumnNames
 from neat_align.prompts.compressed import COMPRESSED, inner_suffix
 from neat_align.prompts.dataset_config import DatasetConfig, Split, read_split
@@ -146,10 +147,7 @@ def _of_dataset(source: DatasetConfig, streaming: bool) -> Iterator[Record]:
         inner_suffix(path) not in READERS and _HUB_NAME.fullmatch(source.path) is not None
     )
     if not path.exists() and not may_be_on_hub:
-        raise DataError(
-            f"{source.path}: there is no such file or folder: check the path (the current folder "
-            f"is {Path.cwd()})"
-        )
+        raise DataError(no_such_path(source.path))
     name = f"dataset '{source.path}'"
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if not saved and not streaming:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from neat_align.errors import ConfigError
+from neat_align.errors import ConfigError, did_you_mean
 
 # What users of other trainers write, and what it is called here.
 _ELSEWHERE = {
@@ -81,10 +80,8 @@ def as_dataset_config(value: Any, at: str) -> DatasetConfig:
     known = [f.name for f in fields(DatasetConfig)]
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = _ELSEWHERE.get(str(key)) or (
-                f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(known)}"
-            )
+            hint = _ELSEWHERE.get(str(key)) or did_you_mean(key, known)
+            hint = hint or f"it may have {', '.join(known)}"
             raise ConfigError(f"{at} has {key!r}, which is not read; {hint}")
     if not value.get("path"):
         raise ConfigError(f"{at} has no path: name a file, a folder or a data set on the hub")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, TypeAlias
 
-from neat_align.errors import DataError
+from neat_align.errors import DataError, short
 from neat_align.prompts.rows import Message, Prompt, PromptRow, has_more_fields
 from neat_align.prompts.template_inputs import without_nulls
 
@@ -330,9 +330,7 @@ def short_repr(value: object) -> str:
     """A value for a message: short, and with its type where the value does not tell it."""
     if value is None:
         return "null"
-    text = repr(value)
-    if len(text) > 80:
-        text = text[:79] + "…"
+    text = short(value)
     if isinstance(value, str | list | tuple | Mapping):
         return text
     return f"{text} ({type(value).__name__})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from neat_align.errors import DataError
+from neat_align.errors import DataError, short
 from neat_align.prompts.rows import NO_INPUTS, PromptRow, TemplateInputs
 
 COLUMNS = ("tools", "chat_template_kwargs")
@@ -56,7 +56,7 @@ def read_kwargs(value: object, field: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise DataError(
-            f"{field} is {_short(value)}; it must be an object with the variables that the chat "
+            f"{field} is {short(value)}; it must be an object with the variables that the chat "
             'template reads, such as {"enable_thinking": false}: correct it, or leave it out'
         )
     for name in value:
@@ -91,7 +91,7 @@ def _read_tools(value: object) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(parsed, list | tuple):
         raise DataError(
-            f"tools is {_short(parsed)}; it must be a list of JSON schemas, one a tool: correct "
+            f"tools is {short(parsed)}; it must be a list of JSON schemas, one a tool: correct "
             "it, or leave it out"
         )
     tools = [_read_tool(item, f"tools[{i}]") for i, item in enumerate(parsed)]
@@ -111,7 +111,7 @@ def _read_tool(value: object, at: str) -> dict[str, Any]:
     is_named = any(isinstance(name, str) and name for name in names)
     if not isinstance(tool, dict) or not (is_named or kind != "function"):
         raise DataError(
-            f"{at} is {_short(value)}; it must be a tool's JSON schema, such as "
+            f"{at} is {short(value)}; it must be a tool's JSON schema, such as "
             '{"type": "function", "function": {"name": …, "parameters": …}}: correct it'
         )
     _check_json(tool, at)
@@ -128,7 +128,7 @@ def _parsed(value: object, field: str) -> object:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{field} is the text {_short(value)}, which is no JSON "
+            f"{field} is the text {short(value)}, which is no JSON "
             f"({getattr(error, 'msg', error)}): correct it, or leave it out"
         ) from None
 
@@ -149,8 +149,3 @@ def _check_json(value: object, field: str) -> None:
         raise DataError(
             f"{field} is no JSON ({error}): use texts, numbers, lists and objects"
         ) from None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

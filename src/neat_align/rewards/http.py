@@ -43,6 +43,7 @@ import httpx2
 
 from neat_align.errors import ConfigError, RewardError, RewardUnavailableError
 from neat_align.network.client import RetryPolicy, ServerClient, excerpt
+from neat_align.network.event_loop import all_of
 from neat_align.network.server_url import ServerKind, Target, parse_url
 from neat_align.prompts.rows import Prompt
 from neat_align.rewards.output import checked_scores
@@ -123,16 +124,9 @@ class HttpReward:
 
         # A client a call: its connections belong to the call's event loop.
         async with self._server.connections() as client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    chunks = [
-                        group.create_task(scores(client, first))
-                        for first in range(0, len(completions), self.batch_size)
-                    ]
-            except ExceptionGroup as failures:
-                failure = failures.exceptions[0]
-                raise failure from failure.__cause__
-        return [reward for chunk in chunks for reward in chunk.result()]
+            firsts = range(0, len(completions), self.batch_size)
+            chunks = await all_of(scores(client, first) for first in firsts)
+        return [reward for chunk in chunks for reward in chunk]
 
     async def _chunk(
         self,

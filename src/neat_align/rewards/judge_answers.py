@@ -41,7 +41,8 @@ def read_verdict(text: str, key: str) -> Verdict:
     said = text.rsplit("</think>", 1)[-1].strip()
     if not said:
         raise NoVerdictError("empty answer")
-    found = [_whole(said)] if _whole(said) is not _MISSING else list(_objects(said))
+    whole = _whole(said)
+    found = _objects(said) if whole is _MISSING else [whole]
     objects = [value for value in found if isinstance(value, Mapping) and key in value]
     if not objects:
         if len(found) == 1 and not isinstance(found[0], Mapping | list):

@@ -26,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx2
-
 from neat_align.errors import RewardError, RewardUnavailableError
 from neat_align.files.secrets import scrubbed
+from neat_align.network.client import client_over
 from neat_align.network.client_transport import ClientTransport, Limits
 from neat_align.network.server_url import ServerKind, parse_url
 from neat_align.rewards.judge_answers import NoVerdictError
@@ -110,9 +109,7 @@ class JudgeClient:
         transport = ClientTransport(self.target, self._limits, settings.api_key_env)
         file = default_file() if settings.cache is True else Path(str(settings.cache))
         with open_cache(file if settings.cache else None) as cache:
-            async with httpx2.AsyncClient(
-                transport=transport, trust_env=False, follow_redirects=False, timeout=None
-            ) as http:
+            async with client_over(transport) as http:
                 # The transport sends the key; the package would take any from the environment.
                 client = AsyncOpenAI(
                     api_key="sent by the transport",

@@ -12,7 +12,6 @@ Errors are RewardError and name the file, the key, and what to change.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 from urllib.parse import urlsplit
 
-from neat_align.errors import RewardError
+from neat_align.errors import RewardError, did_you_mean
 from neat_align.files.secrets import names_secret
 from neat_align.files.yaml import YamlDocument, parse_yaml, read_yaml
 
@@ -50,6 +49,7 @@ _AT_LEAST: dict[str, float] = {
     "max_failures": 0,
 }
 _AT_MOST: dict[str, float] = {"orders": 2, "temperature": 2, "max_failures": 1}
+_MOST_LEVELS = 1000
 # Options that only one form reads.
 _ONLY_FOR: dict[str, Form] = {
     "against": "pairwise",
@@ -201,8 +201,8 @@ def load_rubric(name_or_path: str, folder: Path = Path()) -> Rubric:
     path = folder / Path(name_or_path).expanduser()
     looks_like_path = path.suffix in (".yaml", ".yml") or os.sep in name_or_path
     if not looks_like_path and not path.is_file():
-        near = difflib.get_close_matches(name_or_path.lower(), SHIPPED_RUBRICS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        meant = did_you_mean(name_or_path, SHIPPED_RUBRICS)
+        hint = f" D{meant[1:]}" if meant else ""
         raise RewardError(
             f"there is no rubric {name_or_path!r}.{hint} Shipped rubrics: "
             f"{', '.join(SHIPPED_RUBRICS)}. For one of your own, give the path of its .yaml file"
@@ -228,8 +228,7 @@ def _mapping(document: YamlDocument, what: str, allowed: Sequence[str]) -> dict[
                     f"{where}: {key} would be a secret in a file: put it into an environment "
                     "variable, and that variable's name into api_key_env"
                 )
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it;"
+            hint = did_you_mean(key, allowed) or "remove it;"
             raise RewardError(
                 f"{where}: unknown key {str(key)!r}: {hint} allowed are {', '.join(allowed)}"
             )
@@ -241,8 +240,8 @@ def _value(name: str, value: Any, kind: Any, document: YamlDocument) -> Any:
     if not _fits(value, kind):
         raise _wrong(document, name, value, _words(name, kind))
     if name in _CHOICES and value not in _CHOICES[name]:
-        near = difflib.get_close_matches(value, _CHOICES[name], n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        meant = did_you_mean(value, _CHOICES[name]).replace("'", "")  # as the list has it
+        hint = f" ({meant})" if meant else ""
         raise _wrong(document, name, value, f"one of {', '.join(_CHOICES[name])}{hint}")
     if value is not None and not isinstance(value, bool | str | dict):
         low, high = _AT_LEAST.get(name, -math.inf), _AT_MOST.get(name, math.inf)
@@ -370,7 +369,7 @@ def _parsed_rubric(document: YamlDocument, name: str | None = None) -> Rubric:
 def _scale(raw: Any, document: YamlDocument) -> tuple[int, int]:
     are_whole = (
         isinstance(raw, list)
-        and len(raw) == len(("low", "high"))
+        and len(raw) == 2
         and all(isinstance(n, int) and not isinstance(n, bool) for n in raw)
     )
     if not are_whole or raw[0] >= raw[1]:
@@ -379,9 +378,6 @@ def _scale(raw: Any, document: YamlDocument) -> tuple[int, int]:
     if raw[1] - raw[0] > _MOST_LEVELS:
         raise _wrong(document, "scale", raw, f"at most {_MOST_LEVELS} wide")
     return cast("tuple[int, int]", tuple(raw))
-
-
-_MOST_LEVELS = 1000
 
 
 def _levels(raw: Any, scale: tuple[int, int], document: YamlDocument) -> dict[int, str]:

@@ -5,13 +5,12 @@ Each makes its calls at once and gives an entry an answer: a score, or None wher
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, TypeVar
 
+from neat_align.network.event_loop import all_of
 from neat_align.prompts.rows import Prompt
 from neat_align.rewards import judge_prompts as ask
 from neat_align.rewards.judge_answers import (
@@ -25,7 +24,6 @@ from neat_align.rewards.judge_answers import (
 from neat_align.rewards.judge_client import Reply, Session
 from neat_align.rewards.judge_file import JudgeSettings
 
-T = TypeVar("T")
 # What the first of a pair gets for a verdict.
 _WON = {"A": 1.0, "B": 0.0, ask.TIE: 0.5}
 
@@ -61,7 +59,7 @@ async def judge_each(
         verdict = read_verdict(reply.text, "score")
         return Verdict(read_score(verdict.value, rubric.scale), verdict.reasoning)
 
-    found = await _all(judged(p, a) for p, a in zip(prompts, answers, strict=True))
+    found = await all_of(judged(p, a) for p, a in zip(prompts, answers, strict=True))
     scores = [None if v is None else float(v.value) for v in found]
     return Judged(scores, [None if v is None else v.reasoning for v in found])
 
@@ -79,7 +77,7 @@ async def judge_pairs(
         for group in groups
     ]
     flat = [pair for of_group in pairs for pair in of_group]
-    results = await _all(
+    results = await all_of(
         _first_wins(session, settings, prompts[i], answers[i], answers[j]) for i, j in flat
     )
     return Judged(win_rates(len(answers), dict(zip(flat, results, strict=True))))
@@ -94,7 +92,7 @@ async def judge_against_chosen(
 ) -> Judged:
     """1 for each answer that is better than the data's own, 0 for a worse one, ½ for a tie."""
     asked = zip(prompts, answers, chosen, strict=True)
-    return Judged(await _all(_first_wins(session, settings, p, a, c) for p, a, c in asked))
+    return Judged(await all_of(_first_wins(session, settings, p, a, c) for p, a, c in asked))
 
 
 async def _first_wins(
@@ -108,7 +106,7 @@ async def _first_wins(
         return read_better(read_verdict(reply.text, "better").value)
 
     rubric, explain = settings.rubric, settings.explain
-    there, back = await _all(
+    there, back = await all_of(
         session.judgement(ask.pairwise(rubric, prompt, a, b, explain=explain), read)
         for a, b in ((first, second), (second, first))
     )
@@ -173,13 +171,14 @@ async def judge_groups(
 ) -> Judged:
     """Each answer's place among those to its prompt, 1 to 0; None for a single one."""
     groups = [group for group in groups_of(prompts) if len(group) > 1]
-    ranked = await _all(
+    ranked = await all_of(
         _rank(session, settings, prompts[group[0]], [answers[i] for i in group]) for group in groups
     )
     scores: list[float | None] = [None] * len(answers)
     for group, places in zip(groups, ranked, strict=True):
-        for i, score in zip(group, places or [None] * len(group), strict=True):
-            scores[i] = score
+        if places is not None:
+            for i, score in zip(group, places, strict=True):
+                scores[i] = score
     return Judged(scores)
 
 
@@ -198,7 +197,7 @@ async def _rank(
         places: list[int] | None = await session.judgement(asked, read)
         return None if places is None else [shown[place] for place in places]
 
-    orders = await _all(order(shown) for shown in (shuffled, shuffled[::-1])[: settings.orders])
+    orders = await all_of(order(shown) for shown in (shuffled, shuffled[::-1])[: settings.orders])
     known = [found for found in orders if found is not None]
     return place_scores(known) if len(known) == len(orders) else None
 
@@ -212,15 +211,3 @@ def place_scores(orders: Sequence[Sequence[int]]) -> list[float]:
 def _digest(prompt: Prompt, answer: str, i: int) -> bytes:
     # By the answer first: the order in which a group came says who wrote what.
     return hashlib.sha256(repr((answer, prompt, i)).encode("utf-8", "surrogatepass")).digest()
-
-
-async def _all(work: Any) -> list[Any]:
-    """The results in order; the first failure ends the rest, and is raised itself."""
-    coroutines: list[Coroutine[Any, Any, Any]] = list(work)
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except ExceptionGroup as failures:
-        failure = failures.exceptions[0]
-        raise failure from failure.__cause__
-    return [task.result() for task in tasks]

@@ -23,6 +23,7 @@ import httpx2
 
 from neat_align.errors import RewardError
 from neat_align.network.client import Answer, RetryPolicy, ServerClient, excerpt
+from neat_align.network.event_loop import all_of
 from neat_align.network.server_url import Target, parse_url
 from neat_align.prompts.rows import Message, Prompt
 from neat_align.rewards.http import DEFAULT_TIMEOUT, REWARD_SERVER
@@ -89,13 +90,7 @@ class VllmReward:
             return checked_scores(self.name, [value], [completions[i]], [f"row {i}"])[0]
 
         async with self._server.connections(most=CONCURRENT_REQUESTS) as client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    rows = [group.create_task(score(client, i)) for i in range(len(completions))]
-            except ExceptionGroup as failures:
-                failure = failures.exceptions[0]
-                raise failure from failure.__cause__
-        return [row.result() for row in rows]
+            return await all_of(score(client, i) for i in range(len(completions)))
 
     def _score_in(self, answer: Answer) -> Any:
         said = self.target.said
