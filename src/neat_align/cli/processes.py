@@ -61,8 +61,9 @@ def _is_first_to_say(text: str) -> bool:
 def leaving() -> Iterator[None]:
     """Leave the process group in order; after an error, leave without it.
 
-    What an error leaves of a process group has threads on which the interpreter's end may abort:
-    the exit code would be theirs.
+    What is left of a process group has threads on which the interpreter's end may abort: the exit
+    code would be theirs. So it is waited for only on rank 0 and only where all went well, since
+    trackers send their last words then.
     """
     try:
         yield
@@ -72,7 +73,8 @@ def leaving() -> Iterator[None]:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code == 0:
             _close_group()
-            raise
+            if launch.rank() == 0:
+                raise
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
