@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import httpx2
 
 from neat_align.errors import SamplerError, SamplerUnavailableError
+from neat_align.network.event_loop import all_of
 from neat_align.sampling.policy_now import PolicyNow
 from neat_align.sampling.protocol import Finished, Sample, SampleRequest, SamplingParams
 from neat_align.sampling.vllm_client import VllmClient
@@ -94,17 +95,12 @@ class _Drawing:
     async def all(self, connections: httpx2.AsyncClient) -> None:
         slots = asyncio.Semaphore(self.sampler.concurrency)
         try:
-            async with asyncio.TaskGroup() as group:
-                for i in range(len(self.requests)):
-                    group.create_task(self._one(i, slots, connections))
-        except ExceptionGroup as failures:
-            failure = failures.exceptions[0]
-            if isinstance(failure, SamplerUnavailableError):
-                raise SamplerUnavailableError(
-                    f"{failure}; {len(self.samples)} of the {len(self.requests)} completions that "
-                    "were asked for had ended. See that it runs, and start the run again"
-                ) from failure
-            raise failure from failure.__cause__
+            await all_of(self._one(i, slots, connections) for i in range(len(self.requests)))
+        except SamplerUnavailableError as failure:
+            raise SamplerUnavailableError(
+                f"{failure}; {len(self.samples)} of the {len(self.requests)} completions that were "
+                "asked for had ended. See that it runs, and start the run again"
+            ) from failure
 
     async def _one(self, i: int, slots: asyncio.Semaphore, connections: httpx2.AsyncClient) -> None:
         async with slots:  # also while it pauses: a busy server is asked less
