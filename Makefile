@@ -99,7 +99,12 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/generation.py --continuous --prompts 4 --k 4 --completion 16 --repeats 1 --json $(RESULTS)/generation-continuous-bf16.json
 	$(BENCH)/refill.py --json $(RESULTS)/refill.json
 	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
+	for peer in grpo_best grpo_compact_head; do \
+	  $(BENCH)/round.py --peer $$peer --repeats 3 --json $(RESULTS)/round-$$peer-bf16.json || exit 1; \
+	done
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json
+	$(BENCH)/round.py --peer online_dpo_best --k 2 --prompts 8 --repeats 3 --json $(RESULTS)/round-online_dpo_best-bf16.json
+	$(BENCH)/round_settings.py --json $(RESULTS)/round_settings-bf16.json
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
 	$(BENCH)/startup.py --json $(RESULTS)/startup.json
 	$(BENCH)/round_size.py --json $(RESULTS)/round_size.json

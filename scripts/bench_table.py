@@ -16,6 +16,15 @@ from typing import Any
 # (prompt, completion, K), in the order of the table.
 POINTS = ((64, 64, 4), (256, 64, 8), (512, 128, 8))
 
+# Whole rounds: the peer's name, and its result file. The first three stand in the README, too.
+ROUNDS = (
+    ("GRPO", "round-grpo"),
+    ("GRPO at its best settings", "round-grpo_best"),
+    ("Online DPO", "round-online_dpo"),
+    ("Online DPO at its best settings", "round-online_dpo_best"),
+    ("GRPO at its best settings, its code changed", "round-grpo_compact_head"),
+)
+
 
 def main(folder: Path) -> None:
     """The training step at three points in two number types, then sampling and whole rounds."""
@@ -35,10 +44,6 @@ def main(folder: Path) -> None:
                 f"| {shown(found, 'memory_ratio_vs_trl', '.0%')} |"
             )
     sampling = read(folder / "generation-bf16.json")
-    rounds = {
-        "GRPO": folder / "round-grpo-bf16.json",
-        "Online DPO": folder / "round-online_dpo-bf16.json",
-    }
     rate = sampling["tokens_per_second"]
     print()
     print("| bf16 | ours | TRL | ratio |")
@@ -47,7 +52,8 @@ def main(folder: Path) -> None:
         f"| sampling, tokens per second | {rate['neat']:.0f} | {rate['trl']:.0f} | "
         f"{sampling['speedup_vs_trl']:.1f}x |"
     )
-    for name, path in rounds.items():
+    for name, file in ROUNDS:
+        path = folder / f"{file}-bf16.json"
         if not path.is_file():
             continue
         found = read(path)
@@ -72,9 +78,11 @@ def readme(folder: Path) -> None:
     )
     sampling = read(folder / "generation-bf16.json")
     print(f"| sampling | {sampling['speedup_vs_trl']:.1f}x |")
-    for name, file in (("GRPO", "round-grpo"), ("Online DPO", "round-online_dpo")):
-        found = read(folder / f"{file}-bf16.json")
-        print(f"| a whole round, against {name} | {found['speedup_vs_trl']:.1f}x |")
+    for name, file in ROUNDS[:3]:
+        path = folder / f"{file}-bf16.json"
+        if path.is_file():
+            found = read(path)
+            print(f"| a whole round, against {name} | {found['speedup_vs_trl']:.1f}x |")
 
 
 def grid(folder: Path) -> None:
