@@ -17,7 +17,8 @@ configured with, and how long our stages took (`our_stages`).
               is chunked: since 1.16 that is no option
   grpo_best   the same, with every setting that a careful user of a CPU would change and that leaves
               the work equal:
-                attn_implementation="eager"  torch's fused attention has a slow backward on CPUs
+                attn_implementation="eager"  torch's fused attention has a slow backward on CPUs;
+                    prompts are read slower, which costs less than that gains
                 torch.set_float32_matmul_precision("medium")  the chunked loss multiplies its
                     gradients in fp32, also under autocast; this lets oneDNN do it in bf16, which is
                     how everything else of the step is multiplied. With --dtype bf16 only
@@ -340,6 +341,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if PEERS[args.peer].trainer is online_dpo and args.k != 2:
         raise SystemExit(f"{args.peer} samples two completions a prompt: give --k 2")
+    if PEERS[args.peer].attention == "eager" and harness.device().type != "cpu":
+        raise SystemExit(
+            f"{args.peer} has the settings that are best on a CPU: give another --peer"
+        )
     return args
 
 
