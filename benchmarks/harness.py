@@ -184,10 +184,29 @@ class PeakMemory:
             self.bytes = peak_rss() - self.start
 
 
+def in_memory(model: torch.nn.Module) -> None:
+    """Have all of a model and of its gradients in memory, so that a step adds neither.
+
+    Weights that were read from a file come into memory when they are used.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+        parameter.grad = torch.ones_like(parameter)
+
+
 def in_own_process(arguments: Sequence[str]) -> Any:
-    """Run this script again with other arguments; its last line of output is JSON."""
+    """Run this script again with other arguments; its last line of output is JSON.
+
+    Whatever is freed goes back to the system at once, so that its peak is that of what is used and
+    does not depend on what the allocator keeps.
+    """
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, sys.argv[0], *arguments], capture_output=True, text=True, check=False
+        [sys.executable, sys.argv[0], *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **at_once},
     )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")

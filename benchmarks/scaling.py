@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
-import torch
 from torch import Tensor
 from train_step import gradient_step, make_ids, strong_logprobs
 
@@ -53,8 +52,7 @@ def make_sides(model: Any, point: dict[str, int], dtype: str) -> dict[str, Calla
 def memory_of(args: argparse.Namespace) -> None:
     """Peak bytes over model and gradients of one side at one point, as JSON."""
     model = harness.load_model(args.model).to(harness.device()).train()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    harness.in_memory(model)
     side = make_sides(model, json.loads(args.point), args.dtype)[args.memory_of]
     with harness.PeakMemory() as peak:
         side()

@@ -140,8 +140,7 @@ def gradient_step(logps: Callable[[], Tensor]) -> None:
 def memory_of(args: argparse.Namespace) -> None:
     """Peak bytes over model and gradients of one side, as JSON."""
     model, sides = make_sides(args, (args.memory_of,))
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    harness.in_memory(model)
     (side,) = sides.values()
     with harness.PeakMemory() as peak:
         gradient_step(side)

@@ -108,7 +108,10 @@ class Stopwatch:
             try:
                 return function(*args, **kwargs)
             finally:
-                line.calls, line.seconds = line.calls + 1, line.seconds + time.perf_counter() - start
+                line.calls, line.seconds = (
+                    line.calls + 1,
+                    line.seconds + time.perf_counter() - start,
+                )
                 self.open.pop()
 
         return timed
@@ -161,6 +164,7 @@ def ratios(root: Line) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run the recipe, print the page, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--config", type=Path, default=recipe_path("demo"))

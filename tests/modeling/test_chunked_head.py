@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -46,12 +48,18 @@ def test_by_hand() -> None:
     assert found.tolist() == pytest.approx([-1.3862943611, -0.2876820724])
 
 
+# Bytes that are kept of gradients at the product: none, so that it is made again, or all.
+KEPT = pytest.mark.parametrize("kept", [0, 2**20], ids=["made-again", "kept"])
+
+
+@KEPT
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_values_and_gradients_are_those_of_the_formula(
-    tail: LogitTail, rows: int, with_bias: bool
+    tail: LogitTail, rows: int, with_bias: bool, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", kept)
     states, weight, bias, ids = inputs()
     given = bias if with_bias else None
     wanted = [states, weight, *([bias] if with_bias else [])]
@@ -69,15 +77,19 @@ def test_values_and_gradients_are_those_of_the_formula(
         torch.testing.assert_close(a, b)
 
 
+@KEPT
 @pytest.mark.parametrize("tail", TAILS)
-def test_gradcheck(tail: LogitTail) -> None:
+def test_gradcheck(tail: LogitTail, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", kept)
     states, weight, bias, ids = inputs()
     assert torch.autograd.gradcheck(
         lambda s, w, b: chosen_logprobs(s, w, b, ids, tail, 3), (states, weight, bias)
     )
 
 
-def test_backward_can_run_twice() -> None:
+@KEPT
+def test_backward_can_run_twice(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", kept)
     states, weight, _, ids = inputs()
     out = chosen_logprobs(states, weight, None, ids, LogitTail(), 3).sum()
     first, second = (torch.autograd.grad(out, states, retain_graph=True)[0] for _ in range(2))
@@ -109,7 +121,32 @@ def test_gradcheck_of_a_frozen_head() -> None:
     )
 
 
-def test_under_autocast_the_product_is_bf16_and_the_rest_fp32() -> None:
+@pytest.mark.parametrize(
+    ("limit", "products"), [(N * VOCAB * 4, 1), (N * VOCAB * 4 - 1, 2)], ids=["fits", "over"]
+)
+def test_what_fits_is_not_made_again(
+    limit: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N · VOCAB fp32 numbers: one product with the head's weight, or two."""
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", limit)
+    made = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        made.append(len(given[0]))
+        return final_logits(*given)
+
+    final_logits = chunked_head._final_logits
+    monkeypatch.setattr(chunked_head, "_final_logits", counted)
+    states, weight, _, ids = inputs(torch.float32)
+    chosen_logprobs(states, weight, None, ids, LogitTail(), 3).sum().backward()
+    assert sum(made) == products * N
+
+
+@KEPT
+def test_under_autocast_the_product_is_bf16_and_the_rest_fp32(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", kept)
     states, weight, _, ids = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         ours = chosen_logprobs(states, weight, None, ids, LogitTail(), 3)

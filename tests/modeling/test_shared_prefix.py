@@ -32,7 +32,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from neat_align.modeling import logprobs
+from neat_align.modeling import chunked_head, logprobs, shared_prefix
 from neat_align.modeling.logprobs import completion_logprobs, packed_logprobs, padded_logprobs
 from neat_align.modeling.packing import pack_rows, pad_rows
 from neat_align.modeling.requirements import disable_dropout
@@ -162,6 +162,13 @@ def test_packed_is_padded(family: str, checkpointing: bool) -> None:
     assert_same(model)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_is_padded_by_torchs_kernel(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As attention is computed on a GPU."""
+    monkeypatch.setattr(shared_prefix, "by_products", lambda query: False)
+    assert_same(model_of(family))
+
+
 @pytest.mark.parametrize("target", ["attention", "head"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_packed_is_padded_with_an_adapter(family: str, target: str) -> None:
@@ -177,12 +184,14 @@ def test_packed_is_padded_with_an_adapter(family: str, target: str) -> None:
     assert all("lora" in n for n in gradients(model, pack_rows(PROMPTS, COMPLETIONS)))
 
 
+@pytest.mark.parametrize("kept", [0, 2**20], ids=["made-again", "kept"])
 @pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_chunks_of_the_head_change_nothing(
-    family: str, rows: int, monkeypatch: pytest.MonkeyPatch
+    family: str, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "chunk_rows", lambda vocabulary, device: rows)
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", kept)
     assert_same(model_of(family))
 
 
@@ -195,6 +204,7 @@ def test_the_logits_are_never_held_as_a_whole(
     (The head's weight and its gradient have VOCAB rows.)
     """
     monkeypatch.setattr(logprobs, "chunk_rows", lambda vocabulary, device: 4)
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", 0)  # what is over the limit
     model: Any = model_of("llama")
     if adapter:
         model = get_peft_model(

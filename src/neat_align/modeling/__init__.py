@@ -21,6 +21,7 @@ rounding.py       how far apart two computations may be by rounding alone
 known_padding.py  attention masks without asking a GPU whether rows are padded
 outputs.py        a model called for its logits, whatever its configuration asks for
 shared_prefix.py  attention in which the completions of a group share one prompt
+prefix_products.py  the same by matrix products: in half precision on CPUs
 chunked_head.py   log-probabilities of chosen tokens without holding the logits
 chunked_values.py what needs a token's whole distribution, chunk by chunk
 head_inputs.py    a model cut in front of its head: logits a chunk at a time

@@ -4,9 +4,10 @@ The head's matrix product and the log-softmax run over a chunk of states at a ti
 the backward pass, where the chunk's softmax turns into the gradient in place and the weight's
 gradient adds up in one buffer. (Checkpointing each chunk instead gives the same numbers, but every
 chunk then makes a gradient of the whole vocabulary matrix, and the log-softmax three more passes
-over the chunk: a fifth of a training step on a CPU.) A head that is not trained, as under LoRA,
-does not run again: what a state's gradient is per unit of its output's is as small as the state,
-and is kept.
+over the chunk: a fifth of a training step on a CPU.) Two cases do not run again. A head that is not
+trained, as under LoRA: what a state's gradient is per unit of its output's is as small as the
+state, and is kept. And on a CPU so few states that the same of the product is small, too: it is
+kept from the forward to the backward pass, in the product's own type.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch.autograd.function import once_differentiable
 # pages from the system for every chunk; a GPU wants fewer, larger products.
 CPU_CHUNK_LOGITS = 6 * 2**20
 GPU_CHUNK_LOGITS = 128 * 2**20
+# Bytes of gradients at the product that a CPU keeps rather than making the product again.
+KEPT_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,30 @@ class _ChosenLogprobs(torch.autograd.Function):
         frozen = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
         out, normalizers = [], []
         directions = torch.empty_like(states) if frozen else None
+        kept = None
+        if not frozen and any(ctx.needs_input_grad[:3]) and _is_kept(len(ids), weight, dtype):
+            kept = states.new_empty(len(ids), len(weight), dtype=dtype)
         for part in parts(len(ids), rows):
             logits = _final_logits(states[part].to(dtype), head, tail)
             normalizers.append(logits.logsumexp(-1))
             out.append(logits.gather(-1, ids[part, None]).squeeze(-1) - normalizers[-1])
+            if directions is None and kept is None:
+                continue
+            unit = torch.ones_like(normalizers[-1])
+            grad_product = _grad_product(logits, normalizers[-1], ids[part], unit, tail)
             if directions is not None:
-                unit = torch.ones_like(normalizers[-1])
-                grad_product = _grad_product(logits, normalizers[-1], ids[part], unit, tail)
                 directions[part] = grad_product.to(dtype) @ head[0]
+            if kept is not None:
+                kept[part] = grad_product
         empty = states.new_zeros(0, dtype=wide_dtype(dtype))
-        if directions is None:
-            ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]))
-        else:
+        if directions is not None:
             ctx.save_for_backward(directions)
+        elif kept is not None:
+            ctx.save_for_backward(states, weight, bias, kept)
+        else:
+            ctx.save_for_backward(states, weight, bias, ids, torch.cat([empty, *normalizers]))
         ctx.frozen, ctx.tail, ctx.rows, ctx.dtype = frozen, tail, rows, dtype
+        ctx.kept = kept is not None
         return torch.cat([empty, *out])
 
     @staticmethod
@@ -110,6 +123,8 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
     if ctx.frozen:
         (directions,) = ctx.saved_tensors
         return (directions * grad[:, None]).to(directions.dtype), None, None, None, None, None, None
+    if ctx.kept:
+        return (*_of_kept(ctx, grad), None, None, None, None)
     states, weight, bias, ids, normalizers = ctx.saved_tensors
     tail, dtype = ctx.tail, ctx.dtype
     wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -128,6 +143,24 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
         if grad_weight is not None:
             _add_product(grad_weight, grad_product, states[part].to(dtype))
     return grad_states, grad_weight, grad_bias, None, None, None, None
+
+
+def _is_kept(states: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    return weight.device.type == "cpu" and states * len(weight) * dtype.itemsize <= KEPT_BYTES
+
+
+def _of_kept(ctx: Any, grad: Float[Tensor, " n"]) -> list[Tensor | None]:
+    """Gradients of states, weight and bias from those at the product per unit of the output's."""
+    states, weight, bias, kept = ctx.saved_tensors
+    wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    grads: list[Tensor | None] = [None, None, None]
+    if wants_states:
+        grads[0] = ((kept @ weight.to(kept.dtype)) * grad[:, None]).to(states.dtype)
+    if wants_weight:
+        grads[1] = (kept.T @ (states * grad[:, None]).to(kept.dtype)).to(weight.dtype)
+    if wants_bias:
+        grads[2] = (grad.to(kept.dtype) @ kept).to(bias.dtype)
+    return grads
 
 
 def _grad_product(

@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from neat_align.modeling.packing import PrefixLayout
+from neat_align.modeling.prefix_products import product_attention
 from neat_align.modeling.text_config import text_config
 
 ATTENTION = "neat_shared_prefix"
@@ -48,6 +49,9 @@ def shared_prefix_attention(
     layout = shared_prefix
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [flat, heads, dim]
+    plain = softcap is None and sliding_window is None and not dropout
+    if plain and by_products(query):
+        return product_attention(q, k, v, layout, scale)[None], None
     groups, longest = layout.prompt_index.shape
     prompt_q, prompt_k, prompt_v = (_gather(x, layout.prompt_index) for x in (q, k, v))
     mask = None
@@ -63,6 +67,11 @@ def shared_prefix_attention(
         visible = _visible(layout, sliding_window)
         out.append(_flat(_attend(own_q, keys, values, visible, scale, softcap, dropout)))
     return torch.cat(out).index_select(0, layout.inverse)[None], None
+
+
+def by_products(query: Tensor) -> bool:
+    """Whether attention is computed as products: on a CPU, whose fused kernel is no faster."""
+    return query.device.type == "cpu"
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)
