@@ -22,7 +22,7 @@ COMMITTED = BENCHMARKS / "results" / "quick.json"
 def scripts() -> Iterator[SimpleNamespace]:
     """guard.py, quick.py, growth.py and what they share."""
     pytest.importorskip("psutil", reason="accelerate brings it")
-    names = ("guard", "quick", "harness", "train_step")
+    names = ("guard", "quick", "growth", "harness", "train_step")
     sys.path.insert(0, str(BENCHMARKS))
     try:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -139,6 +139,32 @@ def test_instructions_are_read_by_whole_words(guard: Any) -> None:
     assert guard.instructions_in("") == frozenset()
 
 
+# ---- how a step grows ----------------------------------------------------------------------------
+
+
+def test_time_per_group_is_beside_the_small_steps_around(scripts: SimpleNamespace) -> None:
+    """A machine that becomes slower from step to step, by as much each time."""
+    # 1 s a group of the first step, 1.6 of the last: 1.3 in the middle, for each size.
+    order = scripts.growth.ORDER
+    row = [n * (1 + i / 10) for i, n in enumerate(order)]
+    growth = scripts.growth.per_group_growth([row, row], order)
+    assert growth == {n: [pytest.approx(1)] * 2 for n in (8, 32, 128)}
+    row[order.index(128)] *= 1.1
+    assert scripts.growth.per_group_growth([row], order)[128] == [pytest.approx(1.1)]
+
+
+def test_an_exponent_is_a_slope_of_logarithms(scripts: SimpleNamespace) -> None:
+    assert scripts.growth.exponent([3.0, 7.0, 48.0], [2.0, 4.0, 8.0]) == pytest.approx(2)
+
+
+def test_what_goes_through_the_model_is_counted(scripts: SimpleNamespace) -> None:
+    # Prompt of 2, two completions of 3, of which 2 tokens are fed: 1 + 2 pairs in the prompt; a
+    # completion's tokens see 3 and 4.
+    assert scripts.growth.ours(2, 3, 2) == scripts.growth.Counted(6, 3 + 2 * (3 + 4), 6)
+    # Two rows of 5: 1 + 2 + 3 + 4 + 5 pairs each.
+    assert scripts.growth.padded(2, 3, 2) == scripts.growth.Counted(10, 30, 6)
+
+
 # ---- from start to end ---------------------------------------------------------------------------
 
 
@@ -170,8 +196,7 @@ def clock(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> TokenClo
     monkeypatch.setattr(scripts.harness, "load_model", lambda name: ticking.watch(load(name)))
     monkeypatch.setattr(scripts.harness, "time", ticking)
     monkeypatch.setattr(quick, "time", ticking)
-    monkeypatch.setattr(quick, "BEGIN_BEFORE", math.inf)
-    monkeypatch.setattr(quick, "LOOK_AGAIN_BEFORE", math.inf)
+    monkeypatch.setattr(quick, "STOP_AFTER", math.inf)
     figures = (quick.Figure("train", "fp32", 24, 8, 4), quick.Figure("sample", "bf16", 24, 4, 4))
     monkeypatch.setattr(quick, "FIGURES", figures)
     monkeypatch.setattr(quick, "NOISE", quick.Figure("train", "fp32", 8, 4, 2))
@@ -183,10 +208,18 @@ def run(quick: Any, path: Path, *more: str) -> int:
     return status
 
 
+_WRITTEN: list[str] = []
+
+
 @pytest.fixture
 def written(scripts: SimpleNamespace, clock: TokenClock, tmp_path: Path) -> Path:
+    """A file that --write made: once, since the clock makes it the same every time."""
     path = tmp_path / "quick.json"
-    assert run(scripts.quick, path, "--write") == 0
+    if _WRITTEN:
+        path.write_text(_WRITTEN[0], encoding="utf-8")
+    else:
+        assert run(scripts.quick, path, "--write") == 0
+        _WRITTEN.append(path.read_text(encoding="utf-8"))
     return path
 
 
@@ -303,6 +336,20 @@ def test_a_fall_is_looked_at_again(
     monkeypatch.setattr(scripts.quick, "completion_logprobs", disturbed)
     assert run(scripts.quick, written) == 0
     assert runs[0] == 4
+
+
+def test_nothing_is_timed_once_three_minutes_are_near(
+    scripts: SimpleNamespace,
+    written: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Noise: 9 · 2·(8 + 4) tokens; the first figure: 2 · (52 + 128).
+    monkeypatch.setattr(scripts.quick, "STOP_AFTER", 9 * 24 + 2 * (52 + 128) + 1)
+    assert run(scripts.quick, written) == 0
+    out = capsys.readouterr().out
+    assert f"not compared: {SAMPLE} (577 s had passed: others have the cores" in out
+    assert "no ratio is under 80%" in out
 
 
 def test_bf16_is_left_out_on_another_kind_of_cpu(
