@@ -46,8 +46,8 @@ COMMITTED = Path(__file__).parent / "results" / "quick.json"
 THREADS = 2
 # Nothing is timed any more after so many seconds: others took the cores, or this machine is slow.
 STOP_AFTER = 150
-# Runs of identical work that show the noise.
-NOISE_RUNS = 8
+# Runs of identical work that show the noise: fewer where they take long, which others' work does.
+NOISE_RUNS, FEWEST_NOISE_RUNS, NOISE_SECONDS = 8, 3, 30
 
 Sides = Mapping[str, Callable[[], object]]
 
@@ -187,16 +187,18 @@ def _checked(sampled: int, wanted: int) -> int:
     return sampled
 
 
-def noise_of(bench: Bench, runs: int) -> Noise:
+def noise_of(bench: Bench) -> Noise:
     """Identical work, again and again: padded rows, which our code has no part in."""
     work = bench.sides(NOISE)["peer"]
     work()
     seconds = []
     start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(runs):
+    for _ in range(NOISE_RUNS):
         begun = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - begun)
+        if len(seconds) >= FEWEST_NOISE_RUNS and time.perf_counter() - start > NOISE_SECONDS:
+            break
     wall = time.perf_counter() - start
     share = (time.process_time() - cpu) / (wall * torch.get_num_threads())
     return Noise(guard.pair_noise(seconds), share)
@@ -240,7 +242,7 @@ class Run:
 
     def look_at_noise(self) -> None:
         self.say("noise")
-        found = noise_of(self.bench, NOISE_RUNS)
+        found = noise_of(self.bench)
         self.noise = self.noise.worse(found) if self.measured else found
 
     def look_at(self, figure: Figure) -> str | None:

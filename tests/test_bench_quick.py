@@ -197,6 +197,7 @@ def clock(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> TokenClo
     monkeypatch.setattr(scripts.harness, "time", ticking)
     monkeypatch.setattr(quick, "time", ticking)
     monkeypatch.setattr(quick, "STOP_AFTER", math.inf)
+    monkeypatch.setattr(quick, "NOISE_SECONDS", math.inf)
     figures = (quick.Figure("train", "fp32", 24, 8, 4), quick.Figure("sample", "bf16", 24, 4, 4))
     monkeypatch.setattr(quick, "FIGURES", figures)
     monkeypatch.setattr(quick, "NOISE", quick.Figure("train", "fp32", 8, 4, 2))
@@ -317,6 +318,15 @@ def test_other_programs_on_the_cores_fail_nothing(
     assert "too noisy to tell: other programs have the cores" in capsys.readouterr().out
     assert run(scripts.quick, written.with_name("new.json"), "--write") == 1
     assert "not written: other programs have the cores" in capsys.readouterr().err
+
+
+def test_noise_is_not_waited_for_on_a_busy_machine(
+    scripts: SimpleNamespace, clock: TokenClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts.quick, "NOISE_SECONDS", 2 * 24)  # a run takes 24
+    bench = scripts.quick.Bench("tiny")
+    assert scripts.quick.noise_of(bench).pair == 0
+    assert clock.now == 24 + 3 * 24
 
 
 def test_a_fall_is_looked_at_again(
