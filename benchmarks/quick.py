@@ -5,7 +5,7 @@
 
 Ratios, not seconds: each figure is the time of padded rows (`strong` of train_step.py), or of
 transformers' `generate`, over ours, the sides in turn on the same token ids in the same number
-type. They are small points of one model on two threads, so that a run is short; the figures that
+type. They are small points of one model on few threads, so that a run is short; the figures that
 are published come from the other scripts.
 
 First the noise of the machine: the same padded rows, timed again and again. (Not our side: a
@@ -42,7 +42,7 @@ from neat_align.sampling.protocol import SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
 
 COMMITTED = Path(__file__).parent / "results" / "quick.json"
-# The figures are of so many threads, on machines of more cores, too.
+# New figures are of so many threads, on machines of more cores, too.
 THREADS = 2
 # Nothing is timed any more after so many seconds: others took the cores, or this machine is slow.
 STOP_AFTER = 150
@@ -428,9 +428,17 @@ def main(arguments: list[str] | None = None) -> int:
     default = "demo" if find_gguf() is not None else "demo-shape"
     parser.set_defaults(repeats=3, model=default, json=COMMITTED)
     parser.add_argument("--write", action="store_true", help="write the result file (--json)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help=f"at most so many; else the committed file's, and {THREADS} to --write. One is slower, "
+        "and less disturbed by what else runs",
+    )
     args = parser.parse_args(arguments)
     began = time.perf_counter()
     committed = None if args.write else read_committed(args.json)
+    threads = args.threads or (committed.here.threads if committed else THREADS)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
     here = Here(
         args.model, harness.device().type, torch.get_num_threads(), guard.instructions_here()
     )
@@ -443,5 +451,4 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     sys.exit(main())

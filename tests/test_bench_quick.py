@@ -189,7 +189,7 @@ class TokenClock:
 
 
 @pytest.fixture
-def clock(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> TokenClock:
+def clock(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[TokenClock]:
     """Sides take as long as tokens go through them; a figure of each kind; nothing times out."""
     ticking, quick = TokenClock(), scripts.quick
     load = scripts.harness.load_model
@@ -201,7 +201,9 @@ def clock(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> TokenClo
     figures = (quick.Figure("train", "fp32", 24, 8, 4), quick.Figure("sample", "bf16", 24, 4, 4))
     monkeypatch.setattr(quick, "FIGURES", figures)
     monkeypatch.setattr(quick, "NOISE", quick.Figure("train", "fp32", 8, 4, 2))
-    return ticking
+    threads = torch.get_num_threads()
+    yield ticking
+    torch.set_num_threads(threads)
 
 
 def run(quick: Any, path: Path, *more: str) -> int:
@@ -385,5 +387,5 @@ def test_without_a_committed_file_it_says_how_to_make_one(
 def test_the_committed_file_has_every_figure(scripts: SimpleNamespace) -> None:
     committed = scripts.guard.from_result(json.loads(COMMITTED.read_text(encoding="utf-8")))
     assert list(committed.ratios) == [f.name for f in scripts.quick.FIGURES]
-    assert committed.here.threads == scripts.quick.THREADS
+    assert committed.here.threads <= scripts.quick.THREADS
     assert committed.here.instructions
