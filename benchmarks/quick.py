@@ -431,8 +431,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--threads",
         type=int,
-        help=f"at most so many; else the committed file's, and {THREADS} to --write. One is slower, "
-        "and less disturbed by what else runs",
+        help=f"at most so many; else the committed file's, and {THREADS} to --write. One is "
+        "slower, and less disturbed by what else runs",
     )
     args = parser.parse_args(arguments)
     began = time.perf_counter()
