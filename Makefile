@@ -41,7 +41,7 @@ BENCH := $(BIN)/python benchmarks
 RESULTS := benchmarks/results
 DTYPES ?= fp32 bf16
 
-.PHONY: help venv docs demo compare bench faults test test-slow test-vllm test-all nightly lint type audit format lock lock-hashes clean
+.PHONY: help venv docs demo compare bench bench-quick faults test test-slow test-vllm test-all nightly lint type audit format lock lock-hashes clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -108,6 +108,10 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
 	$(BENCH)/startup.py --json $(RESULTS)/startup.json
 	$(BENCH)/round_size.py --json $(RESULTS)/round_size.json
+	$(BENCH)/growth.py --json $(RESULTS)/growth-bf16.json
+
+bench-quick: $(DEV_READY) ## Fail where training or sampling fell below 80 % of the committed ratios (three minutes)
+	$(BENCH)/quick.py $(ARGS)
 
 faults: $(DEV_READY) ## Break a tiny run in every way and go on with it: docs/reliability.md (about 300 tries)
 	$(BENCH)/faults.py --jobs 2 --json $(RESULTS)/faults.json
