@@ -95,6 +95,7 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	  done; \
 	  $(BENCH)/attention_forms.py --dtype $$dtype --repeats 3 --json $(RESULTS)/attention_forms-$$dtype.json; \
 	done
+	$(BENCH)/step_profile.py --json $(RESULTS)/step_profile-p256-r64-k8-fp32.json
 	$(BENCH)/generation.py --json $(RESULTS)/generation-bf16.json
 	$(BENCH)/generation.py --continuous --prompts 4 --k 4 --completion 16 --repeats 1 --json $(RESULTS)/generation-continuous-bf16.json
 	$(BENCH)/refill.py --json $(RESULTS)/refill.json
@@ -106,6 +107,7 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/round.py --peer online_dpo_best --k 2 --prompts 8 --repeats 3 --json $(RESULTS)/round-online_dpo_best-bf16.json
 	$(BENCH)/round_settings.py --json $(RESULTS)/round_settings-bf16.json
 	$(BENCH)/scaling.py --repeats 2 --json $(RESULTS)/scaling-bf16.json
+	$(BENCH)/command_times.py --json $(RESULTS)/command_times.json
 	$(BENCH)/startup.py --json $(RESULTS)/startup.json
 	$(BENCH)/round_size.py --json $(RESULTS)/round_size.json
 	$(BENCH)/growth.py --json $(RESULTS)/growth-bf16.json

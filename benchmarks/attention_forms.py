@@ -1,10 +1,11 @@
-"""Four ways to let K completions share their prompt in training, timed on the same tokens.
+"""Ways to let K completions share their prompt in training, timed on the same tokens.
 
 Forward and backward pass.
 
   python benchmarks/attention_forms.py --json OUT
 
-pieces  one row; attention in its two dense pieces (what neat_align uses)
+pieces  one row; attention in its two dense pieces (what neat_align uses; on a CPU as products)
+kernel  the same pieces by torch's scaled-dot-product attention (CPU only: elsewhere pieces is that)
 mask    one row; scaled-dot-product attention under a boolean mask over the whole row
 flex    one row; FlexAttention with a block mask, compiled (GPU only)
 cache   the prompt first, its keys and values then repeated for a batch of completions
@@ -16,12 +17,14 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import harness
 import torch
 from torch import Tensor
 from train_step import gradient_step, make_ids
 
+from neat_align.modeling import shared_prefix
 from neat_align.modeling.chunked_head import LogitTail, chosen_logprobs, chunk_rows
 from neat_align.modeling.logprobs import completion_logprobs
 from neat_align.modeling.packing import PADDING_POSITION, PackedRows, pack_rows
@@ -58,6 +61,11 @@ def by_mask(model: Any, rows: PackedRows) -> Tensor:
         use_cache=False,
     ).last_hidden_state[0]
     return head(model, states[rows.read_at], rows)
+
+
+def by_kernel(model: Any, rows: PackedRows) -> Tensor:
+    with patch.object(shared_prefix, "by_products", return_value=False):
+        return completion_logprobs(model, rows)
 
 
 def by_flex(model: Any, rows: PackedRows) -> Tensor:
@@ -141,8 +149,7 @@ def main() -> None:
         "mask": by_mask,
         "cache": by_cache,
     }
-    if harness.device().type != "cpu":
-        forms["flex"] = by_flex
+    forms |= {"kernel": by_kernel} if harness.device().type == "cpu" else {"flex": by_flex}
     settings = [measured(model, forms, point, args) for point in POINTS]
     table = []
     for m in settings:

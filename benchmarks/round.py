@@ -17,8 +17,6 @@ configured with, and how long our stages took (`our_stages`).
               is chunked: since 1.16 that is no option
   grpo_best   the same, with every setting that a careful user of a CPU would change and that leaves
               the work equal:
-                attn_implementation="eager"  torch's fused attention has a slow backward on CPUs;
-                    prompts are read slower, which costs less than that gains
                 torch.set_float32_matmul_precision("medium")  the chunked loss multiplies its
                     gradients in fp32, also under autocast; this lets oneDNN do it in bf16, which is
                     how everything else of the step is multiplied. With --dtype bf16 only
@@ -32,10 +30,11 @@ configured with, and how long our stages took (`our_stages`).
               less than bf16 can tell, so that most weights do not move
   online_dpo  TRL's experimental OnlineDPOTrainer, which samples two completions a prompt (--k 2)
               and runs a reference model
-  online_dpo_best  the same, with eager attention and all prompts in one batch, since it samples
-              batch by batch
+  online_dpo_best  the same, with all prompts in one batch, since it samples batch by batch
 
 Tried on a CPU, and left out (`round_settings.py` times those that run):
+  attn_implementation="eager"  faster with short prompts, whose backward pass is slow in torch's
+              fused attention on a CPU; slower with prompts of 256 tokens
   more or fewer rows a forward pass (grpo)  no difference beyond the noise; --rows sets them
   cache_implementation="static"  fails under autocast: a cache in fp32, keys in bf16; and it reads
               the whole length at every token
@@ -258,15 +257,11 @@ def compact_heads() -> Iterator[None]:
 NEAT = Side(neat_settings, neat)
 PEERS = {
     "grpo": Side(grpo_settings, grpo),
-    "grpo_best": Side(grpo_settings, grpo, attention="eager", matmul="medium"),
-    "grpo_compact_head": Side(
-        grpo_settings, grpo, attention="eager", matmul="medium", compact_head=True
-    ),
-    "grpo_bf16_weights": Side(
-        grpo_settings, grpo, attention="eager", matmul="medium", weights="bfloat16"
-    ),
+    "grpo_best": Side(grpo_settings, grpo, matmul="medium"),
+    "grpo_compact_head": Side(grpo_settings, grpo, matmul="medium", compact_head=True),
+    "grpo_bf16_weights": Side(grpo_settings, grpo, matmul="medium", weights="bfloat16"),
     "online_dpo": Side(online_dpo_settings, online_dpo),
-    "online_dpo_best": Side(online_dpo_best_settings, online_dpo, attention="eager"),
+    "online_dpo_best": Side(online_dpo_best_settings, online_dpo),
 }
 
 # Our stages: what a stage is called, and where its function is looked up.
@@ -341,7 +336,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if PEERS[args.peer].trainer is online_dpo and args.k != 2:
         raise SystemExit(f"{args.peer} samples two completions a prompt: give --k 2")
-    if PEERS[args.peer].attention == "eager" and harness.device().type != "cpu":
+    if args.peer.endswith("_best") and harness.device().type != "cpu":
         raise SystemExit(
             f"{args.peer} has the settings that are best on a CPU: give another --peer"
         )

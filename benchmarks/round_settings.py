@@ -6,10 +6,10 @@ One step as `round.py` times it, at a small size: TRL as it comes, each setting 
 by itself, and those together that `round.py` takes for its best peers. Seconds of a whole step and
 of the sampling in it, in turn; a setting that fails is reported with its error. What no run can
 show, and why it is left out, stands in `round.py`. The size matters to attention: see the best with
-and without torch's fused one where `round.py` is to be run, with
+and without torch's fused attention where `round.py` is to be run, with
 
     python benchmarks/round_settings.py --prompt 256 --completion 64 --prompts 4 --only best \
-        "best, torch's fused attention"
+        "best, eager attention"
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def tried(args: argparse.Namespace) -> dict[str, Tried]:
         }
         found["all prompts in one batch"] = Tried(plain, one_batch)
         found["best, medium precision"] = Tried(replace(best, matmul="medium"))
-    found["best, torch's fused attention"] = Tried(replace(best, attention="sdpa"))
+    found["best, eager attention"] = Tried(replace(best, attention="eager"))
     found["best"] = Tried(best)
     return found
 

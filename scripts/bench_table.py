@@ -16,7 +16,7 @@ from typing import Any
 # (prompt, completion, K), in the order of the table.
 POINTS = ((64, 64, 4), (256, 64, 8), (512, 128, 8))
 
-# Whole rounds: the peer's name, and its result file. The first three stand in the README, too.
+# Whole rounds: the peer's name, and its result file. Its best settings stand in the README, too.
 ROUNDS = (
     ("GRPO", "round-grpo"),
     ("GRPO at its best settings", "round-grpo_best"),
@@ -78,10 +78,9 @@ def readme(folder: Path) -> None:
     )
     sampling = read(folder / "generation-bf16.json")
     print(f"| sampling | {sampling['speedup_vs_trl']:.1f}x |")
-    for name, file in ROUNDS[:3]:
-        path = folder / f"{file}-bf16.json"
-        if path.is_file():
-            found = read(path)
+    for name, file in ROUNDS:
+        if file.endswith("_best"):
+            found = read(folder / f"{file}-bf16.json")
             print(f"| a whole round, against {name} | {found['speedup_vs_trl']:.1f}x |")
 
 

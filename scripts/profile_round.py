@@ -182,7 +182,11 @@ def main() -> None:
     print("\n".join(f"{name.replace('_', ' ')}: {value:.3f}" for name, value in found.items()))
     if args.json is None:
         return
-    wanted = ("reward_before", "reward_after", "second_judge_before", "second_judge_after")
+    wanted = (
+        *("reward_before", "reward_after", "reward_delta_ci95"),
+        *("second_judge_before", "second_judge_after", "second_judge_delta_ci95"),
+        *("perplexity_before", "perplexity_after", "wall_seconds", "peak_rss_bytes"),
+    )
     write_json(
         args.json,
         {

@@ -63,7 +63,7 @@ def test_a_side_leaves_torch_as_it_found_it(benchmark: Any) -> None:
 def test_every_side_reports_what_it_was_configured_with(benchmark: Any) -> None:
     found = {name: side.configuration(SIZE) for name, side in benchmark.PEERS.items()}
     assert [name for name, one in found.items() if not one["equal_work"]] == ["grpo_bf16_weights"]
-    assert found["grpo_best"]["attn_implementation"] == "eager"
+    assert found["grpo_best"]["attn_implementation"] == "sdpa"
     assert found["online_dpo_best"]["training_arguments"]["per_device_train_batch_size"] == 2
     assert found["grpo_compact_head"]["changed_in_trl"]
     assert all("output_dir" not in one["training_arguments"] for one in found.values())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -50,14 +50,13 @@ def product_attention(
 class _Piece:
     """Rows of queries over [the keys of a prompt before them; their own], the own ones causally.
 
-    `own` are the places of the rows' tokens in the packed row; `before` are those of the prompt
-    before each, whose group is in `group`. `hidden` is true where `before` only fills up (None:
-    nowhere).
+    `own` are the places of the rows' tokens in the packed row, `before` those of the prompt before
+    each row. `hidden` is true where `before` only fills up (None: nowhere).
     """
 
     own: Int[Tensor, "rows tokens"]
     before: Int[Tensor, "rows prompt"]
-    hidden: Tensor | None
+    hidden: Bool[Tensor, "rows prompt"] | None
 
     def queries(self, x: Float[Tensor, "flat heads dim"], kv_heads: int) -> Tensor:
         """[rows, kv_heads, sharing, tokens, dim]: the query heads of one key head together."""
