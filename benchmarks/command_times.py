@@ -1,5 +1,7 @@
 """How long a command takes before it does anything: the import, the help, a dry run of the demo.
 
+`libraries` is the part of a dry run that imports torch, transformers and what else a run needs.
+
     python benchmarks/command_times.py --json OUT
 
 Each is a process of its own, after one run to warm the disk's cache; medians.
@@ -25,6 +27,7 @@ def commands(folder: str) -> dict[str, list[str]]:
     return {
         "import": [sys.executable, "-c", "import neat_align"],
         "help": [program, "--help"],
+        "libraries": [sys.executable, "-c", "import neat_align.pipeline"],
         "dry_run": [program, "train", *dry],
     }
 

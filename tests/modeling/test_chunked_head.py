@@ -48,8 +48,11 @@ def test_by_hand() -> None:
     assert found.tolist() == pytest.approx([-1.3862943611, -0.2876820724])
 
 
-# Bytes that are kept of gradients at the product: none, so that it is made again, or all.
-KEPT = pytest.mark.parametrize("kept", [0, 2**20], ids=["made-again", "kept"])
+# Bytes that are kept of gradients at the product: none, so that it is made again; those of two
+# chunks of 1 or 3 states, which are multiplied together; or all.
+KEPT = pytest.mark.parametrize(
+    "kept", [0, 6 * VOCAB * 8 + 1, 2**20], ids=["made-again", "together", "kept"]
+)
 
 
 @KEPT

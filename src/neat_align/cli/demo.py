@@ -23,7 +23,7 @@ WHAT_HAPPENS = (
     "every token of its answers, the model that it started as says how much likelier each next "
     "word is when it is told to be kind than when it is told to be rude: that is what it learns, "
     "on the plain prompt. Two judges of tone that are never trained on, VADER and MiniLM, check "
-    "the result. It takes 4 to 8 minutes on two CPU cores."
+    "the result. It takes 3 to 7 minutes on two CPU cores."
 )
 
 

@@ -132,17 +132,31 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
     grad_states = torch.empty_like(states) if wants_states else None
     grad_weight = torch.zeros_like(weight) if wants_weight else None
     grad_bias = torch.zeros_like(bias) if wants_bias else None
-    for part in parts(len(ids), ctx.rows):
-        logits = _final_logits(states[part].to(dtype), head, tail)
-        grad_product = _grad_product(logits, normalizers[part], ids[part], grad[part], tail)
-        if grad_bias is not None:
-            grad_bias += grad_product.sum(0)
-        grad_product = grad_product.to(dtype)
+    for some in parts(len(ids), _held_rows(ctx.rows, weight, dtype)):
+        numbers = range(len(ids))[some]
+        held = states.new_empty(len(numbers), len(weight), dtype=dtype)
+        for chunk in parts(len(numbers), ctx.rows):
+            part = slice(some.start + chunk.start, min(some.stop, some.start + chunk.stop))
+            logits = _final_logits(states[part].to(dtype), head, tail)
+            grad_product = _grad_product(logits, normalizers[part], ids[part], grad[part], tail)
+            held[chunk] = grad_product
+            if grad_bias is not None:
+                grad_bias += grad_product.sum(0)
         if grad_states is not None:
-            grad_states[part] = grad_product @ head[0]
+            grad_states[some] = held @ head[0]
         if grad_weight is not None:
-            _add_product(grad_weight, grad_product, states[part].to(dtype))
+            _add_product(grad_weight, held, states[some].to(dtype))
     return grad_states, grad_weight, grad_bias, None, None, None, None
+
+
+def _held_rows(rows: int, weight: Tensor, dtype: torch.dtype) -> int:
+    """States whose gradients at the product are multiplied together, in chunks of `rows`.
+
+    On a CPU as many as `KEPT_BYTES` hold: adding a product to the weight's gradient goes through
+    all of it.
+    """
+    fit = KEPT_BYTES // (len(weight) * dtype.itemsize) if weight.device.type == "cpu" else 0
+    return max(rows, fit - fit % rows)
 
 
 def _is_kept(states: int, weight: Tensor, dtype: torch.dtype) -> bool:

@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from neat_align.modeling.chunked_head import wide_dtype
 from neat_align.modeling.packing import PADDING_POSITION, PrefixLayout
 
-# Scores that are held at a time: 2 MiB of fp32.
+# Scores that are held at a time: 2 MiB of fp32, or those of so many queries of one row.
 BLOCK_SCORES = 2**19
+LEAST_QUERIES = 64
 
 
 def product_attention(
@@ -71,9 +72,11 @@ class _Piece:
         return found.transpose(1, 2).contiguous()
 
     def blocks(self, heads: int) -> Iterator[tuple[slice, slice]]:
-        """(rows, their queries): so few that they have at most `BLOCK_SCORES` scores."""
+        """(rows, their queries): so few that they have at most `BLOCK_SCORES` scores, or are
+        `LEAST_QUERIES`: products of fewer take longer than their scores take room.
+        """
         rows, tokens = self.own.shape
-        most = max(1, BLOCK_SCORES // (heads * (self.before.shape[1] + tokens)))
+        most = max(LEAST_QUERIES, BLOCK_SCORES // (heads * (self.before.shape[1] + tokens)))
         at_once = max(1, most // tokens)  # whole rows
         step = min(tokens, most)
         for row in range(0, rows, at_once):
