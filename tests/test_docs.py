@@ -42,6 +42,12 @@ def test_the_results_show_the_committed_benchmarks() -> None:
         assert line in shown
 
 
+def test_the_results_show_what_the_speed_goals_were_held_against() -> None:
+    shown = lines_of("docs", "results.md")
+    for line in table("speed_goals.py"):
+        assert line in shown
+
+
 def test_the_readme_shows_committed_numbers_only() -> None:
     shown = lines_of("README.md")
     tables = [
