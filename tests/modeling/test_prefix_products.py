@@ -143,15 +143,23 @@ def test_under_autocast_it_computes_in_autocasts_type_and_keeps_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "by_products"),
-    # A window wider than the row and a cap far above the scores change no number.
-    [({}, True), ({"sliding_window": 1000}, False), ({"softcap": 1e9}, False)],
-    ids=["plain", "window", "cap"],
+    ("small", "other", "by_products"),
+    # A window wider than the row and a cap far above the scores change no number. The row has 30
+    # places.
+    [
+        (30, {}, True),
+        (31, {}, False),
+        (30, {"sliding_window": 1000}, False),
+        (30, {"softcap": 1e9}, False),
+    ],
+    ids=["plain", "small", "window", "cap"],
 )
 def test_plain_attention_on_a_cpu_goes_by_products(
-    other: dict[str, Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
+    small: int, other: dict[str, Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shared_prefix, "SMALL_ROW", small)
     rows = rows_of(LENGTHS)
+    assert rows.input_ids.shape[1] == 30
     query, key, _ = (x.detach() for x in inputs(rows))
     taken = []
 
@@ -174,3 +182,14 @@ def test_plain_attention_on_a_cpu_goes_by_products(
     torch.testing.assert_close(
         out[0], expected, atol=1e-5, rtol=1e-5
     )  # the softmax of a cap is fp32
+
+
+def test_nothing_is_read_back_from_the_device() -> None:
+    """On a GPU each such read would wait for all that it was asked for."""
+    rows = rows_of(LENGTHS)
+    given = inputs(rows)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        product_attention(*given, rows.layout, SCALE).sum().backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::bmm" in names
+    assert not names & {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}

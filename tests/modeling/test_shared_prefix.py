@@ -163,9 +163,9 @@ def test_packed_is_padded(family: str, checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_packed_is_padded_by_torchs_kernel(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As attention is computed on a GPU."""
-    monkeypatch.setattr(shared_prefix, "by_products", lambda query: False)
+def test_packed_is_padded_by_products(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As attention is computed on a CPU in rows that are not small."""
+    monkeypatch.setattr(shared_prefix, "SMALL_ROW", 0)
     assert_same(model_of(family))
 
 

@@ -89,9 +89,11 @@ def _pieces(layout: PrefixLayout) -> list[_Piece]:
     prompts, completions = layout.prompt_index, layout.completion_index
     pieces = [_Piece(prompts, prompts[:, :0], None)]
     if completions.shape[1] > 0:
-        padding = layout.key_position[:, : prompts.shape[1]] == PADDING_POSITION
-        before = prompts.index_select(0, layout.group)
-        pieces.append(_Piece(completions, before, padding if bool(padding.any()) else None))
+        hidden = None
+        # Told by sizes: to look at a mask would be to wait for it.
+        if len(prompts) > 1 and prompts.numel() + completions.numel() > layout.inverse.numel():
+            hidden = layout.key_position[:, : prompts.shape[1]] == PADDING_POSITION
+        pieces.append(_Piece(completions, prompts.index_select(0, layout.group), hidden))
     return pieces
 
 

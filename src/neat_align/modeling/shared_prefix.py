@@ -28,6 +28,8 @@ from neat_align.modeling.prefix_products import product_attention
 from neat_align.modeling.text_config import text_config
 
 ATTENTION = "neat_shared_prefix"
+# Tokens of a packed row under which a CPU's fused kernel is taken.
+SMALL_ROW = 128
 
 
 def shared_prefix_attention(
@@ -69,9 +71,11 @@ def shared_prefix_attention(
     return torch.cat(out).index_select(0, layout.inverse)[None], None
 
 
-def by_products(query: Tensor) -> bool:
-    """Whether attention is computed as products: on a CPU, whose fused kernel is no faster."""
-    return query.device.type == "cpu"
+def by_products(query: Float[Tensor, "1 heads flat dim"]) -> bool:
+    """Whether attention is computed as products: on a CPU, whose fused kernel is faster for small
+    rows only, where launching operators is what takes the time.
+    """
+    return query.device.type == "cpu" and query.shape[2] >= SMALL_ROW
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)
