@@ -14,11 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -149,6 +150,31 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def speedup(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     """The peer's time over ours, paired by round."""
     return spread([p / o for p, o in zip(peer, ours, strict=True)])
+
+
+@contextlib.contextmanager
+def timed_calls(calls: Sequence[tuple[str, Any, str]], seconds: dict[str, float]) -> Iterator[None]:
+    """While open, adds the seconds of calls to `seconds`, by what they are called.
+
+    Each of `calls` is that, where the function is looked up, and its name there.
+    """
+
+    def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            synchronize()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize()
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed
+
+    with contextlib.ExitStack() as patched:
+        for name, owner, attribute in calls:
+            function = around(name, getattr(owner, attribute))
+            patched.enter_context(patch.object(owner, attribute, function))
+        yield
 
 
 def reset_peak_rss() -> None:

@@ -272,28 +272,6 @@ STAGES = (
 )
 
 
-@contextlib.contextmanager
-def timed_stages(seconds: dict[str, float]) -> Iterator[None]:
-    """While open, adds to each of our stages' seconds; the rest of a round is not among them."""
-
-    def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            harness.synchronize()
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            harness.synchronize()
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            return result
-
-        return timed
-
-    with contextlib.ExitStack() as patched:
-        for name, owner, attribute in STAGES:
-            function = around(name, getattr(owner, attribute))
-            patched.enter_context(patch.object(owner, attribute, function))
-        yield
-
-
 @dataclass(frozen=True)
 class Run:
     """One side's first step: its seconds and, if it is ours, our stages' and what was kept."""
@@ -311,7 +289,7 @@ def one_step(side: Side, args: Any, base: Any, tokenizer: Any, texts: list[str])
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
         side.training(args),
-        timed_stages(stages),
+        harness.timed_calls(STAGES, stages),
     ):
         trainer = side.make(args, base, tokenizer, texts, folder)
         trainer.add_callback(clock)
@@ -354,13 +332,18 @@ def share_kept(trainer: NEATTrainer, args: argparse.Namespace) -> float:
     return kept
 
 
-def main() -> None:
-    args = arguments()
+def prepared(args: argparse.Namespace) -> tuple[Any, Any, list[str]]:
+    """Model, tokenizer and prompts of all sides, who say nothing beside the tables."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     base, tokenizer = harness.load_model(args.model), harness.load_tokenizer()
     tokenizer.chat_template = None
-    texts = [text_of(tokenizer, args.prompt, i) for i in range(args.prompts)]
+    return base, tokenizer, [text_of(tokenizer, args.prompt, i) for i in range(args.prompts)]
+
+
+def main() -> None:
+    args = arguments()
+    base, tokenizer, texts = prepared(args)
     sides = {"neat": NEAT, args.peer: PEERS[args.peer]}
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for number in range(args.repeats + 1):

@@ -15,17 +15,11 @@ and without torch's fused attention where `round.py` is to be run, with
 from __future__ import annotations
 
 import argparse
-import contextlib
-import time
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest.mock import patch
 
 import harness
-import transformers
-from round import PEERS, Side, one_step, online_dpo, text_of
+from round import PEERS, Side, one_step, online_dpo, prepared
 
 
 @dataclass(frozen=True)
@@ -74,26 +68,15 @@ def tried(args: argparse.Namespace) -> dict[str, Tried]:
     return found
 
 
-@contextlib.contextmanager
-def timed_sampling(seconds: list[float]) -> Iterator[None]:
-    """While open, adds the seconds of either trainer's sampling to the list's last."""
+def sampling_calls() -> tuple[tuple[str, Any, str], ...]:
+    """Either trainer's sampling, as `harness.timed_calls` takes it."""
     from trl import GRPOTrainer
     from trl.experimental.online_dpo import OnlineDPOTrainer
 
-    def around(function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds[-1] += time.perf_counter() - start
-            return result
-
-        return timed
-
-    sampling = ((GRPOTrainer, "_generate_single_turn"), (OnlineDPOTrainer, "_generate"))
-    with contextlib.ExitStack() as patched:
-        for owner, name in sampling:
-            patched.enter_context(patch.object(owner, name, around(getattr(owner, name))))
-        yield
+    return (
+        ("sample", GRPOTrainer, "_generate_single_turn"),
+        ("sample", OnlineDPOTrainer, "_generate"),
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -115,11 +98,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    base, tokenizer = harness.load_model(args.model), harness.load_tokenizer()
-    tokenizer.chat_template = None
-    texts = [text_of(tokenizer, args.prompt, i) for i in range(args.prompts)]
+    base, tokenizer, texts = prepared(args)
     wanted = {n: t for n, t in tried(args).items() if args.only is None or n in args.only}
     seconds: dict[str, list[float]] = {name: [] for name in wanted}
     sampling: dict[str, list[float]] = {name: [] for name in wanted}
@@ -128,16 +107,16 @@ def main() -> None:
         for name, one in wanted.items():
             if name in errors:
                 continue
-            sampled = [0.0]
+            sampled: dict[str, float] = {}
             try:
-                with timed_sampling(sampled):
+                with harness.timed_calls(sampling_calls(), sampled):
                     run = one_step(one.whole(), args, base, tokenizer, texts)
             except RuntimeError as error:
                 errors[name] = str(error)
                 continue
             if number > 0:
                 seconds[name].append(run.seconds)
-                sampling[name].append(sampled[0])
+                sampling[name].append(sampled["sample"])
     report(args, seconds, sampling, errors)
 
 

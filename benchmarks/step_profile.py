@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import harness
 import torch
-from train_step import gradient_step, make_sides
+from train_step import gradient_step, make_sides, point_parser
 
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::addmm_"),
@@ -47,12 +47,7 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--completion", type=int, default=64)
-    parser.add_argument("--k", type=int, default=8)
-    parser.add_argument("--dtype", choices=list(harness.DTYPES), default="fp32")
-    args = parser.parse_args()
+    args = point_parser(__doc__).parse_args()
     model, sides = make_sides(args, ("neat", "strong"))
 
     def step(side: Callable[[], torch.Tensor]) -> None:

@@ -220,12 +220,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    parser = harness.parser(__doc__)
+def point_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of a benchmark of one group."""
+    parser = harness.parser(description)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--completion", type=int, default=64)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="fp32")
+    return parser
+
+
+def main() -> None:
+    parser = point_parser(__doc__)
     parser.add_argument("--sides", help="comma-separated, neat first; all by default")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory processes out")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)

@@ -12,6 +12,7 @@ kept from the forward to the backward pass, in the product's own type.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +96,11 @@ class _ChosenLogprobs(torch.autograd.Function):
             out.append(logits.gather(-1, ids[part, None]).squeeze(-1) - normalizers[-1])
             if directions is None and kept is None:
                 continue
-            unit = torch.ones_like(normalizers[-1])
-            grad_product = _grad_product(logits, normalizers[-1], ids[part], unit, tail)
+            unit = _unit_gradient(logits, normalizers[-1], ids[part], tail)
             if directions is not None:
-                directions[part] = grad_product.to(dtype) @ head[0]
+                directions[part] = unit.to(dtype) @ head[0]
             if kept is not None:
-                kept[part] = grad_product
+                kept[part] = unit
         empty = states.new_zeros(0, dtype=wide_dtype(dtype))
         if directions is not None:
             ctx.save_for_backward(directions)
@@ -123,30 +123,50 @@ def _backward(ctx: Any, grad: Float[Tensor, " n"]) -> tuple[Tensor | None, ...]:
     if ctx.frozen:
         (directions,) = ctx.saved_tensors
         return (directions * grad[:, None]).to(directions.dtype), None, None, None, None, None, None
-    if ctx.kept:
-        return (*_of_kept(ctx, grad), None, None, None, None)
-    states, weight, bias, ids, normalizers = ctx.saved_tensors
-    tail, dtype = ctx.tail, ctx.dtype
+    states, weight, bias, *_ = ctx.saved_tensors
     wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    head = (weight.to(dtype), None if bias is None else bias.to(dtype))
     grad_states = torch.empty_like(states) if wants_states else None
-    grad_weight = torch.zeros_like(weight) if wants_weight else None
+    grad_weight: Tensor | None = None
     grad_bias = torch.zeros_like(bias) if wants_bias else None
-    for some in parts(len(ids), _held_rows(ctx.rows, weight, dtype)):
-        numbers = range(len(ids))[some]
-        held = states.new_empty(len(numbers), len(weight), dtype=dtype)
-        for chunk in parts(len(numbers), ctx.rows):
-            part = slice(some.start + chunk.start, min(some.stop, some.start + chunk.stop))
-            logits = _final_logits(states[part].to(dtype), head, tail)
-            grad_product = _grad_product(logits, normalizers[part], ids[part], grad[part], tail)
-            held[chunk] = grad_product
-            if grad_bias is not None:
-                grad_bias += grad_product.sum(0)
+    for some, units in _unit_gradients(ctx):
+        flow = grad[some, None]
         if grad_states is not None:
-            grad_states[some] = held @ head[0]
-        if grad_weight is not None:
-            _add_product(grad_weight, held, states[some].to(dtype))
+            grad_states[some] = (units @ weight.to(units.dtype)) * flow
+        if wants_weight:
+            grad_weight = _with_product(grad_weight, units, (states[some] * flow).to(units.dtype))
+        if grad_bias is not None:
+            grad_bias += flow.squeeze(-1).to(units.dtype) @ units
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    elif wants_weight:  # of no states
+        grad_weight = torch.zeros_like(weight)
     return grad_states, grad_weight, grad_bias, None, None, None, None
+
+
+def _unit_gradients(ctx: Any) -> Iterator[tuple[slice, Float[Tensor, "n vocab"]]]:
+    """Some of the states, and the gradients at their products per unit of their outputs'."""
+    if ctx.kept:
+        *_, kept = ctx.saved_tensors
+        yield slice(0, len(kept)), kept
+        return
+    states, weight, bias, ids, normalizers = ctx.saved_tensors
+    rows, dtype = ctx.rows, ctx.dtype
+    head = (weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def of_chunk(part: slice) -> Float[Tensor, "n vocab"]:
+        logits = _final_logits(states[part].to(dtype), head, ctx.tail)
+        return _unit_gradient(logits, normalizers[part], ids[part], ctx.tail)
+
+    for some in parts(len(ids), _held_rows(rows, weight, dtype)):
+        chunks = parts(len(ids[some]), rows)
+        if len(chunks) == 1:
+            yield some, of_chunk(some).to(dtype)
+            continue
+        held = states.new_empty(len(ids[some]), len(weight), dtype=dtype)
+        for chunk in chunks:
+            within = slice(some.start + chunk.start, min(some.stop, some.start + chunk.stop))
+            held[chunk] = of_chunk(within)
+        yield some, held
 
 
 def _held_rows(rows: int, weight: Tensor, dtype: torch.dtype) -> int:
@@ -163,55 +183,42 @@ def _is_kept(states: int, weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.device.type == "cpu" and states * len(weight) * dtype.itemsize <= KEPT_BYTES
 
 
-def _of_kept(ctx: Any, grad: Float[Tensor, " n"]) -> list[Tensor | None]:
-    """Gradients of states, weight and bias from those at the product per unit of the output's."""
-    states, weight, bias, kept = ctx.saved_tensors
-    wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    grads: list[Tensor | None] = [None, None, None]
-    if wants_states:
-        grads[0] = ((kept @ weight.to(kept.dtype)) * grad[:, None]).to(states.dtype)
-    if wants_weight:
-        grads[1] = (kept.T @ (states * grad[:, None]).to(kept.dtype)).to(weight.dtype)
-    if wants_bias:
-        grads[2] = (grad.to(kept.dtype) @ kept).to(bias.dtype)
-    return grads
-
-
-def _grad_product(
+def _unit_gradient(
     logits: Float[Tensor, "n vocab"],
     normalizers: Float[Tensor, " n"],
     ids: Int[Tensor, " n"],
-    grad: Float[Tensor, " n"],
     tail: LogitTail,
 ) -> Float[Tensor, "n vocab"]:
-    """The gradient at the head's matrix product, written over the final logits.
+    """The gradient of d log p_y at the head's matrix product, written over the final logits.
 
-    grad · d log p_y / d product, where d log p_y = (1[y] − p) · d logits, and then back through
-    the tail.
+    d log p_y = (1[y] − p) · d logits, and then back through the tail.
     """
     slope = None if tail.cap is None else 1 - (logits / tail.cap) ** 2
-    grad_product = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
-    grad_product.scatter_add_(-1, ids[:, None], grad[:, None])
+    unit = logits.sub_(normalizers[:, None]).exp_().neg_()
+    unit.scatter_add_(-1, ids[:, None], torch.ones_like(normalizers)[:, None])
     if slope is not None:
-        grad_product *= slope
+        unit *= slope
     if tail.scale != 1:
-        grad_product *= tail.scale
-    return grad_product
+        unit *= tail.scale
+    return unit
 
 
 def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: LogitTail) -> Tensor:
     return tail(torch.nn.functional.linear(states, *head).to(wide_dtype(states.dtype)))
 
 
-def _add_product(
-    total: Float[Tensor, "vocab dim"],
-    grad_product: Float[Tensor, "n vocab"],
+def _with_product(
+    total: Float[Tensor, "vocab dim"] | None,
+    units: Float[Tensor, "n vocab"],
     states: Float[Tensor, "n dim"],
-) -> None:
-    if total.dtype == grad_product.dtype:
-        total.addmm_(grad_product.T, states)
-    else:
-        total += grad_product.T @ states
+) -> Float[Tensor, "vocab dim"]:
+    """The total with unitsᵀ · states added, in wide numbers from the second product on."""
+    if total is None:
+        return units.T @ states
+    wide = total.to(wide_dtype(total.dtype))
+    if wide.dtype == units.dtype:
+        return wide.addmm_(units.T, states)
+    return wide.add_(units.T @ states)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
