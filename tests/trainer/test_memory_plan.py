@@ -111,8 +111,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-# One always, the others with the slow tests.
-QUICK = ("an adapter, checkpointing",)
+# These always, the others with the slow tests.
+QUICK = ("all weights in fp32", "an adapter, checkpointing")
 
 
 @pytest.mark.parametrize(

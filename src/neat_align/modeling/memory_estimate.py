@@ -13,10 +13,11 @@ H hidden size, Q and K widths of all query heads and of all key heads, I of the 
     inputs      c x (5 H + Q): autocast casts the input of each linear layer anew; c x (2 H + Q)
                 without autocast
     MLP         c x 4 I
-    attention   c x (Q + 2 K); more in packed rows, which gather the prompt's keys and values for
-                every completion and keep their mask
+    attention   c x (Q + 2 K); more in packed rows on a GPU and in small ones, which gather the
+                prompt's keys and values for every completion and keep their mask
 
-and once, the weights of the linear layers in the compute type where autocast casts them. With
+and once, the weights of the linear layers in the compute type where autocast casts them, and on a
+CPU the gradients at the head's product where they are kept. With
 checkpointing a layer keeps its input alone, and one layer at a time is computed again. A test holds
 the sum within 15 % of what is measured; models of another make (mixtures of experts, state spaces)
 may be further off.
@@ -27,8 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from neat_align.modeling.chunked_head import CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS, KEPT_BYTES
 from neat_align.modeling.logprobs import HEAD_CHUNK, SCORING_TOKENS
 from neat_align.modeling.model_shape import ModelShape
+from neat_align.modeling.shared_prefix import SMALL_ROW
 
 GIB = 2**30
 # A weight in NF4: half a byte, and a fp32 scale for every 64.
@@ -58,7 +61,7 @@ class RunShape:
         accumulates: whether gradients are there already when a micro-batch begins.
         sampled_at_once: completions.
         sampling_copy: whether a copy in the compute type samples.
-        chunk_logits: logits that are held at a time.
+        on_cpu: whether the device is one.
         world_size, sharding: how many ranks divide what.
     """
 
@@ -78,7 +81,7 @@ class RunShape:
     accumulates: bool = True
     sampled_at_once: int = 64
     sampling_copy: bool = False
-    chunk_logits: int = 128 * 2**20
+    on_cpu: bool = False
     world_size: int = 1
     sharding: Divided = "none"
 
@@ -86,6 +89,16 @@ class RunShape:
     def casts(self) -> bool:
         """Whether autocast computes in another type than the linear layers' weights have."""
         return self.compute_bytes < min(self.linear_bytes, 4)
+
+    @property
+    def chunk_logits(self) -> int:
+        """Logits that are made at a time."""
+        return CPU_CHUNK_LOGITS if self.on_cpu else GPU_CHUNK_LOGITS
+
+    @property
+    def attends_by_products(self) -> bool:
+        """Whether packed rows keep queries, keys and values of their attention, and no more."""
+        return self.on_cpu and self.groups_at_once * self.group_tokens >= SMALL_ROW
 
     @property
     def groups_at_once(self) -> int:
@@ -219,6 +232,9 @@ def _layer(shape: ModelShape, run: RunShape) -> float:
 def _attention(shape: ModelShape, run: RunShape) -> float:
     c, groups = run.compute_bytes, run.groups_at_once
     rows, prompt, own = groups * run.completions, run.prompt_tokens, run.completion_tokens
+    if run.packed and run.attends_by_products:
+        tokens = groups * run.group_tokens
+        return float(tokens * c * (shape.query_width + 2 * shape.key_width))
     if not run.packed:
         tokens = rows * (prompt + own)
         out = 0 if run.trained is None else c * shape.query_width
@@ -234,8 +250,8 @@ def _attention(shape: ModelShape, run: RunShape) -> float:
 def _head(shape: ModelShape, run: RunShape) -> float:
     """Logits, their gradient, and the head's weight in the compute type.
 
-    Packed rows hold a chunk of logits at a time. Padded rows hold the model's own, and a chunk of
-    their log-softmax.
+    Packed rows hold a chunk of logits at a time, and on a CPU gradients at the product of a head
+    that learns. Padded rows hold the model's own, and a chunk of their log-softmax.
     """
     c, states = run.compute_bytes, run.groups_at_once * run.completions * run.completion_tokens
     if run.packed:
@@ -244,7 +260,9 @@ def _head(shape: ModelShape, run: RunShape) -> float:
         logits = states * 2 * c + min(states, HEAD_CHUNK) * 16
     casts = c < min(run.other_bytes, 4)
     of_weight = c * shape.head * (2 if run.trained is None else 1) if casts else 0
-    return float(logits * shape.vocabulary + of_weight)
+    learns_on_cpu = run.packed and run.on_cpu and run.trained is None
+    kept = min(states * shape.vocabulary * c, KEPT_BYTES) if learns_on_cpu else 0
+    return float(logits * shape.vocabulary + of_weight + kept)
 
 
 def _in_step(

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from neat_align.config import NEATConfig
 from neat_align.config.sharding import Sharding, asked_sharding
-from neat_align.modeling.chunked_head import CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS
 from neat_align.modeling.device import free_bytes
 from neat_align.modeling.load_options import is_in_4_bits
 from neat_align.modeling.memory_estimate import (
@@ -205,7 +204,7 @@ def plan_memory(
         packed=args.prefix_sharing != "off" and why_not_packed(model) is None,
         sampled_at_once=max(1, min(args.generation_batch_size, sampled)),
         sampling_copy=dtype is not None and args.samples_from_copy,
-        chunk_logits=CPU_CHUNK_LOGITS if on_cpu else GPU_CHUNK_LOGITS,
+        on_cpu=on_cpu,
         world_size=args.world_size,
         sharding=_DIVIDED[asked_sharding(args)],
     )
