@@ -23,7 +23,7 @@ import torch
 from transformers import StaticCache
 
 from neat_align.modeling.precision import half_precision_copy, inference
-from neat_align.sampling.decode_attention import fast_decoding
+from neat_align.sampling.decode_check import fast_decoding
 from neat_align.sampling.token_rows import CachedRows
 
 Decode = Callable[[], torch.Tensor]

@@ -45,7 +45,7 @@ STAGES = (
     ("log-probabilities", "neat_align.rounds.scoring_stage", "with_logprobs"),
     ("contrasts", "neat_align.rounds.scoring_stage", "with_contrasts"),
     ("copy that samples", "neat_align.sampling.policies", "half_precision_copy"),
-    ("is decoding the same", "neat_align.sampling.decode_attention", "_gives_the_same"),
+    ("is decoding the same", "neat_align.sampling.decode_check", "_fastest"),
     ("decode", "neat_align.sampling.transformers_sampler", "draw_tokens"),
     ("read prompts", "neat_align.sampling.token_rows", "CachedRows.__init__"),
     ("rewards and judges", "neat_align.rewards.scoring", "score"),

@@ -80,7 +80,8 @@ def sampler(model: torch.nn.Module, batch_size: int, **changes: Any) -> Transfor
     settings: dict[str, Any] = {
         "eos_token_ids": ENDS,
         "pad_token_id": PAD,
-        "known_way": KnownWay("together"),
+        # Known, so that no passes compare it.
+        "known_way": KnownWay("together", attention="neat_decode"),
     }
     return TransformersSampler(model, batch_size=batch_size, **{**settings, **changes})
 
@@ -112,8 +113,8 @@ class Passes:
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _: torch.nn.Module, __: Any, inputs: dict[str, Any]) -> None:
-        # Before a draw, attention is compared in passes with no mask's columns beside positions.
-        if "position_ids" in inputs:
+        # What was drawn is scored without a cache when it is measured how a model samples.
+        if "past_key_values" in inputs:
             cache = inputs["past_key_values"]
             self.seen.append((*inputs["input_ids"].shape, cache.get_seq_length()))
 
@@ -147,13 +148,14 @@ def test_a_completion_is_the_one_that_it_is_alone(name: str) -> None:
     """
     model = MODELS[name]()
     requests = asked(15, limits=(None, None, 3, None, 1))
-    own = [sampler(model, 1).sample([r], PARAMS)[0] for r in requests]
+    known = {"known_way": KnownWay("together")}
+    own = [sampler(model, 1, **known).sample([r], PARAMS)[0] for r in requests]
     lengths = [len(s.token_ids) for s in own]
     assert min(lengths) == 1
     assert max(lengths) > 8
-    same(sampler(model, 2).sample(requests, PARAMS), own)
+    same(sampler(model, 2, **known).sample(requests, PARAMS), own)
     with Passes(model) as passes:
-        same(sampler(model, 5, look_every=8).sample(requests, PARAMS), own)
+        same(sampler(model, 5, look_every=8, **known).sample(requests, PARAMS), own)
     assert len(passes.prompts) > 3  # else there was nothing to compare: batches read them 3 times
     for request, s in zip(requests, own, strict=True):
         scored = alone(model.eval(), request.prompt_ids, s.token_ids)
@@ -165,7 +167,8 @@ def test_a_completion_is_the_one_that_it_is_alone(name: str) -> None:
 def test_what_joins_is_among_what_is_measured_before_the_first_draw() -> None:
     model = tiny_model("llama", VOCAB)
     with Passes(model) as passes:
-        sampler(model, 64, known_way=KnownWay()).settle([(4, 5, 6)])
+        known = KnownWay(attention="neat_decode")
+        sampler(model, 64, known_way=known).settle([(4, 5, 6)])
     joins = [i for i, (_, new, before) in enumerate(passes.seen) if (new, before) == (2, 0)]
     assert joins
     assert passes.seen[joins[0] + 1][0] == 3  # beside the two that are still on their way
@@ -389,8 +392,6 @@ def test_memory_that_runs_out_later_costs_only_what_was_being_drawn(failing: int
     limit, heard, rows = BatchLimit(), Counter[int](), list[int]()
 
     def tight(_: Any, __: Any, inputs: Any) -> None:
-        if "position_ids" not in inputs:
-            return  # attention, that is compared before a draw
         rows.append(len(inputs["input_ids"]))
         if len(rows) == failing + 1:
             raise torch.OutOfMemoryError("injected")

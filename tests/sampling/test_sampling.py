@@ -21,7 +21,7 @@ from transformers import (
 from neat_align import CollapseError
 from neat_align.modeling.precision import half_precision_copy, inference
 from neat_align.sampling import decode_attention
-from neat_align.sampling.decode_attention import fast_decoding
+from neat_align.sampling.decode_check import fast_decoding
 from neat_align.sampling.drawing import SHRINK_AT
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
@@ -172,7 +172,7 @@ def test_decoding_by_products_is_torchs_kernel(
     model, asked, params = models[family], requests(12), SamplingParams(max_new_tokens=10)
     assert model.config._attn_implementation == "sdpa"
     with inference(model, None), fast_decoding(model):
-        assert model.config._attn_implementation == "neat_decode"
+        assert model.config._attn_implementation == "neat_decode_shared_prompts"
     fast = sampler(model).sample(asked, params)
     assert model.config._attn_implementation == "sdpa"
     with inference(model, None):
@@ -185,24 +185,8 @@ def test_a_half_precision_copy_decodes_by_products_too(
 ) -> None:
     half = half_precision_copy(models[family], torch.bfloat16)
     with inference(half, None), fast_decoding(half):
-        assert half.config._attn_implementation == "neat_decode"
+        assert half.config._attn_implementation == "neat_decode_shared_prompts"
     assert half.config._attn_implementation == "sdpa"
-
-
-def test_products_that_disagree_with_torchs_kernel_are_not_used(
-    models: dict[Family, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def without_mask(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **others: Any
-    ) -> Any:
-        return decode(
-            module, query, key, value, None if query.shape[2] == 1 else attention_mask, **others
-        )
-
-    decode = decode_attention.decode_attention
-    monkeypatch.setattr(decode_attention, "decode_attention", without_mask)
-    with inference(models["llama"], None), fast_decoding(models["llama"]):
-        assert models["llama"].config._attn_implementation == "sdpa"
 
 
 def test_other_attention_is_left_alone(models: dict[Family, PreTrainedModel]) -> None:
@@ -269,6 +253,26 @@ ODD: dict[str, Any] = {
         v_head_dim=6,
     ),
 }
+
+
+def test_products_that_disagree_with_torchs_kernel_are_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def without_mask(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **others: Any
+    ) -> Any:
+        return decode(
+            module, query, key, value, None if query.shape[2] == 1 else attention_mask, **others
+        )
+
+    decode = decode_attention.decode_attention
+    # One with a window, whose prompts are not shared.
+    model = random_model(ODD["mistral"])
+    with inference(model, None), fast_decoding(model):
+        assert model.config._attn_implementation == "neat_decode"
+    monkeypatch.setattr(decode_attention, "decode_attention", without_mask)
+    with inference(model, None), fast_decoding(model):
+        assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("family", ODD)

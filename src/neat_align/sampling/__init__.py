@@ -16,9 +16,12 @@
     by_generate.py           the same inside of transformers' `generate`
     shares.py                requests that are drawn together, and who hears what has ended
     token_rows.py            rows that a model reads on, a token at a time
+    shared_rows.py           the same with each prompt kept once for its completions, on a CPU
+    row_kinds.py             which kind of rows a model reads
     contrast_decoding.py     decoding from the contrast of instructions, inside of `generate`
     contrast_sampler.py      the same as a sampler, with its KL to the plain policy
     decode_attention.py      faster attention for one new token a sequence, on a CPU
+    decode_check.py          which attention a model decodes with: decides, by comparing
 
 A sampler of another engine is a new file beside `transformers_sampler.py` that keeps `protocol.py`:
 a completion depends on its request alone, and `logprob` is the untempered policy's. `policies.py`

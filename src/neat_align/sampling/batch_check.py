@@ -52,9 +52,10 @@ Draw: TypeAlias = Callable[[SamplingWay, Sequence[SampleRequest], SamplingParams
 
 @dataclass
 class KnownWay:
-    """How a model is sampled; None until it was measured."""
+    """How a model is sampled, and by which attention on a CPU; None until it was measured."""
 
     way: SamplingWay | None = None
+    attention: str | None = None
 
 
 def choose_way(

@@ -29,7 +29,8 @@ from neat_align.prompts.row_prompts import instructed_pairs
 from neat_align.prompts.rows import Prompt, TemplateInputs
 from neat_align.prompts.seeds import draw_pairs
 from neat_align.prompts.template_check import check_template
-from neat_align.sampling.token_rows import TokenRows, left_padded, read_rows
+from neat_align.sampling.row_kinds import read_rows
+from neat_align.sampling.token_rows import TokenRows, left_padded
 from neat_align.sampling.transformers_sampler import TransformersSampler
 
 

@@ -17,8 +17,8 @@ from neat_align.prompts.rows import PromptRow
 from neat_align.sampling.contrast_decoding import Contrast, contrasted
 from neat_align.sampling.drawing import Combined, Drawn, RowReader
 from neat_align.sampling.protocol import Sample, SampleRequest, SamplingParams
+from neat_align.sampling.row_kinds import keeps_keys, read_rows
 from neat_align.sampling.shares import Done, Told
-from neat_align.sampling.token_rows import keeps_keys, read_rows
 from neat_align.sampling.transformers_sampler import BatchLimit, TransformersSampler
 
 

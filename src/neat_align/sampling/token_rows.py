@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from neat_align.modeling.head_inputs import completion_logits
 from neat_align.modeling.known_padding import masks_from
 from neat_align.modeling.outputs import forward
 from neat_align.modeling.packing import pad_rows
-from neat_align.modeling.shared_prefix import adds_virtual_tokens, unwrapped
-from neat_align.sampling.batch_check import SamplingWay
-from neat_align.sampling.decode_attention import ATTENTION
+from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.sampling.decode_attention import ATTENTION, SHARED_ATTENTION
 
 
 @runtime_checkable
@@ -39,6 +39,76 @@ class TokenRows(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ReadPrompts:
+    """Distinct prompts that a model has read: their keys and values, and what follows each.
+
+    `which` of them is each prompt that was asked for; `mask` goes by length.
+    """
+
+    cache: DynamicCache
+    mask: Int[Tensor, "prompts width"]
+    logits: Float[Tensor, "prompts vocab"]
+    which: list[int]
+
+    @property
+    def keys_and_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of one layer after the other. Raises ValueError where one uses those of another."""
+        for layer in cast("list[DynamicLayer]", self.cache.layers):
+            if layer.keys is None or layer.values is None:
+                raise ValueError("a layer uses the keys of another one")
+            yield layer.keys, layer.values
+
+
+def read_prompts(
+    model: torch.nn.Module,
+    prompts: Sequence[tuple[int, ...]],
+    pad_token_id: int,
+    *,
+    padded: bool = True,
+) -> ReadPrompts:
+    """Read prompts in one pass, equal ones once; not `padded`: without a mask or positions."""
+    distinct = list(dict.fromkeys(prompts))
+    at = {prompt: i for i, prompt in enumerate(distinct)}
+    input_ids, mask = left_padded(distinct, pad_token_id, next(model.parameters()).device)
+    cache = DynamicCache(config=unwrapped(model).config)
+    logits = next_logits(
+        model,
+        cache,
+        input_ids,
+        mask if padded else None,
+        (mask.cumsum(-1) - 1).clamp(min=0) if padded else None,
+        padded=len({len(prompt) for prompt in distinct}) > 1,
+    )
+    return ReadPrompts(cache, mask, logits, [at[prompt] for prompt in prompts])
+
+
+def next_logits(
+    model: torch.nn.Module,
+    cache: Cache,
+    input_ids: Int[Tensor, "rows new"],
+    mask: Int[Tensor, "rows columns"] | None,
+    positions: Int[Tensor, "rows new"] | None,
+    *,
+    padded: bool,
+) -> Float[Tensor, "rows vocab"]:
+    """What follows each row, whose earlier tokens are in the cache; these are put there, too.
+
+    `padded` says whether the mask hides anything, so that it is not asked.
+    """
+    with masks_from(padded=padded, also=(ATTENTION, SHARED_ATTENTION)):
+        output = forward(
+            model,
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return cast("Tensor", output.logits[:, -1])
+
+
 class CachedRows:
     """Rows whose keys and values are kept, padded on the left: all end in the last column.
 
@@ -56,19 +126,13 @@ class CachedRows:
         *,
         padded: bool = True,
     ) -> None:
-        device = next(model.parameters()).device
         self._model, self._padded = model, padded
-        distinct = list(dict.fromkeys(prompts))
-        at = {prompt: i for i, prompt in enumerate(distinct)}
-        which = torch.tensor([at[prompt] for prompt in prompts], device=device)
-        input_ids, mask = left_padded(distinct, pad_token_id, device)
-        self._lengths = [len(distinct[at[prompt]]) for prompt in prompts]
-        self._cache = DynamicCache(config=unwrapped(model).config)
-        self._mask = mask
         self._pad_token_id = pad_token_id
-        self._positions = mask.sum(-1)
-        logits = self._forward(input_ids, (mask.cumsum(-1) - 1).clamp(min=0))
-        self.logits: Float[Tensor, "rows vocab"] = logits[which]
+        read = read_prompts(model, prompts, pad_token_id, padded=padded)
+        which = torch.tensor(read.which, device=read.mask.device)
+        self._lengths = [len(prompt) for prompt in prompts]
+        self._cache, self._mask, self._positions = read.cache, read.mask, read.mask.sum(-1)
+        self.logits: Float[Tensor, "rows vocab"] = read.logits[which]
         self._select(which)
 
     @property
@@ -81,7 +145,14 @@ class CachedRows:
         positions = self._positions
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         self._lengths = [length + 1 for length in self._lengths]
-        self.logits = self._forward(tokens[:, None], positions[:, None])
+        self.logits = next_logits(
+            self._model,
+            self._cache,
+            tokens[:, None],
+            self._mask if self._padded else None,
+            positions[:, None] if self._padded else None,
+            padded=min(self._lengths) < self._width,
+        )
         self._positions = positions + 1
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -98,7 +169,7 @@ class CachedRows:
         width = max(*self._lengths, added._width)
         for mine, theirs in zip(self._cache.layers, added._cache.layers, strict=True):
             _join(cast("DynamicLayer", mine), cast("DynamicLayer", theirs), width)
-        self._mask = torch.cat([_as_wide(m, width, dim=1) for m in (self._mask, added._mask)])
+        self._mask = torch.cat([as_wide(m, width, dim=1) for m in (self._mask, added._mask)])
         self._positions = torch.cat([self._positions, added._positions])
         self._lengths += added._lengths
         self.logits = torch.cat([self.logits, added.logits])
@@ -107,21 +178,6 @@ class CachedRows:
         self._cache.batch_select_indices(rows)
         self._mask = self._mask[rows]
         self._positions = self._mask.sum(-1)
-
-    def _forward(
-        self, input_ids: Int[Tensor, "rows new"], positions: Int[Tensor, "rows new"]
-    ) -> Float[Tensor, "rows vocab"]:
-        with masks_from(padded=min(self._lengths) < self._width, also=(ATTENTION,)):
-            output = forward(
-                self._model,
-                input_ids=input_ids,
-                attention_mask=self._mask if self._padded else None,
-                position_ids=positions if self._padded else None,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        return cast("Tensor", output.logits[:, -1])
 
 
 class RecomputedRows:
@@ -161,27 +217,6 @@ class RecomputedRows:
         return completion_logits(self._model, rows)[[at[row] for row in self._rows], 0]
 
 
-def read_rows(
-    model: torch.nn.Module, prompts: Sequence[tuple[int, ...]], pad_token_id: int, way: SamplingWay
-) -> TokenRows:
-    """Rows of any lengths beside each other, for a model that samples in this way."""
-    if way == "together" and keeps_keys(model):
-        return CachedRows(model, prompts, pad_token_id)
-    return RecomputedRows(model, prompts, alone=way != "together")
-
-
-def keeps_keys(model: torch.nn.Module) -> bool:
-    """Whether a model's cache is keys and values alone: its rows can be copied and taken out.
-
-    Not with PEFT's virtual tokens: they are put in front at every call, which only `generate`
-    expects.
-    """
-    if not unwrapped(model)._supports_attention_backend or adds_virtual_tokens(model):
-        return False
-    layers = DynamicCache(config=unwrapped(model).config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
 def _join(layer: DynamicLayer, added: DynamicLayer, width: int) -> None:
     """Put the rows of `added` after a layer's own, all of them with the last `width` columns."""
     if not layer.is_initialized:
@@ -193,14 +228,14 @@ def _join(layer: DynamicLayer, added: DynamicLayer, width: int) -> None:
     kept = width
     if isinstance(layer, DynamicSlidingWindowLayer):
         kept = min(width, layer.sliding_window - 1)
-    layer.keys = torch.cat([_as_wide(k, kept, dim=2) for k in (layer.keys, added.keys)])
-    layer.values = torch.cat([_as_wide(v, kept, dim=2) for v in (layer.values, added.values)])
+    layer.keys = torch.cat([as_wide(k, kept, dim=2) for k in (layer.keys, added.keys)])
+    layer.values = torch.cat([as_wide(v, kept, dim=2) for v in (layer.values, added.values)])
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = width
     added.keys = added.values = None  # a layer's memory at a time
 
 
-def _as_wide(table: Tensor, width: int, *, dim: int) -> Tensor:
+def as_wide(table: Tensor, width: int, *, dim: int) -> Tensor:
     """The last `width` columns along `dim`, with zeros in front where there are fewer."""
     missing = width - table.shape[dim]
     if missing < 0:

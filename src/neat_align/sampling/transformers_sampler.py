@@ -30,7 +30,7 @@ from neat_align.modeling.precision import casting_once, inference
 from neat_align.modeling.requirements import context_of
 from neat_align.sampling.batch_check import PLACES, KnownWay, SamplingWay, choose_way
 from neat_align.sampling.by_generate import DrawnToken, greedy, no_own_generation_config
-from neat_align.sampling.decode_attention import fast_decoding
+from neat_align.sampling.decode_check import fast_decoding
 from neat_align.sampling.draw import check_drawn, uniforms
 from neat_align.sampling.drawing import (
     Drawing,
@@ -46,8 +46,9 @@ from neat_align.sampling.protocol import (
     SampleRequest,
     SamplingParams,
 )
+from neat_align.sampling.row_kinds import keeps_keys, read_rows
 from neat_align.sampling.shares import D, Done, DrawShare, Told, in_batches
-from neat_align.sampling.token_rows import CachedRows, RecomputedRows, keeps_keys, left_padded
+from neat_align.sampling.token_rows import CachedRows, RecomputedRows, TokenRows, left_padded
 
 logger = logging.getLogger(__name__)
 # Tokens between two looks at which completions have ended. On a GPU the CPU waits at each look for
@@ -168,14 +169,15 @@ class TransformersSampler:
         """What `draw_share` draws of each request, in the order of the requests.
 
         `groups` are indices of requests that may be drawn together, `batch_size` at once or as many
-        as memory has room for. `fast` decodes with `decode_attention`, for cached rows.
+        as memory has room for. `fast` decodes with the fastest attention that agrees, where keys
+        are kept.
         """
         samples: dict[int, D] = {}
         with (
             inference(self.model, self.autocast_dtype),
             plain_outputs(self.model),
             self._casts() as casts,
-            fast_decoding(self.model) if fast else contextlib.nullcontext(),
+            fast_decoding(self.model, self.known_way) if fast else contextlib.nullcontext(),
         ):
             for group in groups:
                 while left := [i for i in group if i not in samples]:
@@ -272,10 +274,13 @@ class TransformersSampler:
 
     def _cached(self, *, padded: bool = True) -> RowReader:
         """One row a request, kept as keys and values; not `padded`: of one length, not masked."""
-        return RowReader(
-            lambda request: [request.prompt_ids],
-            lambda rows: CachedRows(self.model, rows, self.pad_token_id, padded=padded),
-        )
+
+        def read(rows: Sequence[tuple[int, ...]]) -> TokenRows:
+            if padded:
+                return read_rows(self.model, rows, self.pad_token_id, "together")
+            return CachedRows(self.model, rows, self.pad_token_id, padded=False)
+
+        return RowReader(lambda request: [request.prompt_ids], read)
 
     def _recomputed(self) -> RowReader:
         """One row a request, read anew for every token, as it will be scored; nothing is kept."""
