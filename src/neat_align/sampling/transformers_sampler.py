@@ -2,11 +2,11 @@
 
 Requests are sorted by length and drawn `batch_size` beside each other, left-padded; a model whose
 numbers are others then gets prompts of one length (`batch_check`). A prompt that several
-completions share goes through the model once; the cache is then copied to each of them. A
-completion that has ended gives its place to the next request (`drawing`). transformers' own
-`generate` does neither (and its continuous batching draws from one random stream for all), so the
-decode loop is written out here; a model that keeps more than keys and values is drawn with
-`generate`.
+completions share goes through the model once; its keys are then copied to each of them, or kept
+once for all (`shared_rows`, on a CPU). A completion that has ended gives its place to the next
+request (`drawing`). transformers' own `generate` does neither (and its continuous batching draws
+from one random stream for all), so the decode loop is written out here; a model that keeps more
+than keys and values is drawn with `generate`.
 """
 
 from __future__ import annotations
