@@ -9,15 +9,17 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, PreTrainedModel, Qwen2MoeConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from neat_align.modeling import kl, logprobs
-from neat_align.modeling.head_inputs import completion_logits
+from neat_align.modeling import chunked_head, kl, logprobs
+from neat_align.modeling.head_inputs import completion_logits, head_inputs
 from neat_align.modeling.kl import Divergence, exact_divergence
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.logprobs import completion_logprobs, score_completions
-from neat_align.modeling.packing import Layout, pad_rows
+from neat_align.modeling.packing import Layout, pack_rows, pad_rows
+from neat_align.modeling.precision import inference
 from tiny import FAMILIES, Family, random_model, tiny_model
 
 VOCAB, PAD = 40, 0
@@ -457,6 +459,38 @@ def test_completions_of_one_prompt_keep_their_own_drift(layout: Layout) -> None:
         assert together.kl[i] == pytest.approx(alone.kl[0], abs=1e-5)
         assert together.entropy[i] == pytest.approx(alone.entropy[0], abs=1e-5)
     assert len({round(v, 4) for v in together.kl}) == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drift_in_blocks_of_a_token_is_that_of_whole_chunks(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = model_of("llama")
+    model = moved(start)
+    whole = drift(model, start, layout)
+    monkeypatch.setattr(chunked_head, "CPU_BLOCK_LOGITS", 1)
+    assert drift(model, start, layout) == whole
+
+
+def test_the_head_computes_one_position_and_is_not_copied_for_it() -> None:
+    """Of a slice that is not taken for a whole tensor torch makes a batch: a bmm with the weight
+    expanded, and copied, for it.
+    """
+    model = model_of("llama").requires_grad_(False)
+    products: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.name() in ("aten::mm", "aten::bmm") and args[1].shape[-1] == VOCAB:
+                products.append(f"{func.name()} {args[0].shape[-2]}")
+            return func(*args, **(kwargs or {}))
+
+    rows = pack_rows(PROMPTS[:1], [COMPLETIONS[:1]])
+    with inference(model, None), Seen():
+        head_inputs(model, rows)
+    assert products == ["aten::mm 1"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

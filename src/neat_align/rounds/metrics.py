@@ -96,8 +96,8 @@ class RoundMeasures:
         """The round's metrics; numbers that do not exist are left out.
 
         `kept` groups of those taken in have a pair; `removed` counts filtered completions by
-        reason. Rewards and lengths are over all groups; log-probabilities and what is made from them
-        (`logps`, `kl`, `sampling/instruction_gap`) over `round/measured_prompts` of them.
+        reason. Rewards and lengths are over all groups; `logps`, `kl` and
+        `sampling/instruction_gap` are over the first `round/measured_prompts`.
         """
         metrics: dict[str, float] = {
             "round/groups": kept,

@@ -103,11 +103,12 @@ class RoundTools:
     log-probabilities under the plain prompt, of the current and of the start policy (None: not
     computed; one function twice: computed once). The current policy's are for metrics only, so they
     are computed for the round's first prompts (`measured_prompts`); the start policy's for every
-    completion, or, without `ref_for_all`, for the same ones. Where answers branch, `policy_logprobs` is needed:
-    it also scores plain answers under the instructions. `start_logprobs` is the start policy again,
-    whether or not `ref_logprobs` is computed: it scores completions under the instructions where
-    tokens are weighed by that. `score` calls the rewards. `on_bad_row`: a completion that a reward
-    cannot score is an error, or has no reward. `aggregation` is that of the round's parameters.
+    completion, or, without `ref_for_all`, for the same ones. Where answers branch,
+    `policy_logprobs` is needed: it also scores plain answers under the instructions.
+    `start_logprobs` is the start policy again, whether or not `ref_logprobs` is computed: it scores
+    completions under the instructions where tokens are weighed by that. `score` calls the rewards.
+    `on_bad_row`: a completion that a reward cannot score is an error, or has no reward.
+    `aggregation` is that of the round's parameters.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no
