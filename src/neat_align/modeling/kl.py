@@ -29,7 +29,7 @@ from neat_align.modeling.logprobs import (
 )
 from neat_align.modeling.packing import Layout, PackedRows, Rows, TokenIds
 from neat_align.modeling.precision import autocast, inference
-from neat_align.modeling.reference import Reference
+from neat_align.modeling.reference import Reference, adapter_is_zero
 from neat_align.modeling.rounding import own_type
 
 
@@ -77,9 +77,11 @@ def exact_divergence(
     kl, entropy = [0.0] * len(completions), [0.0] * len(completions)
     with reference() as start_policy:
         both = lockstep(model, start_policy)
+    # Before the first step the two are one: one pass is enough.
+    other = None if start_policy is model and adapter_is_zero(model) else reference
     with both:
         for members, batch in scoring_batches(prompts, completions, layout, pad_token_id, budget):
-            numbers = _divergence_of(model, reference, batch, autocast_dtype)
+            numbers = _divergence_of(model, other, batch, autocast_dtype)
             owners = [i for i in members for _ in completions[i]]
             for owner, (its_kl, its_entropy) in zip(owners, numbers, strict=True):
                 kl[owner] += its_kl
@@ -89,24 +91,34 @@ def exact_divergence(
 
 def _divergence_of(
     model: torch.nn.Module,
-    reference: Reference,
+    reference: Reference | None,
     batch: Rows,
     autocast_dtype: torch.dtype | None,
 ) -> list[list[float]]:
-    """KL and entropy at each completion token of a batch of rows, in nats."""
+    """KL and entropy at each completion token of a batch of rows, in nats.
+
+    `reference` None: the start policy is the model itself.
+    """
     device = next(model.parameters()).device
     places, rows = places_of(batch).to(device), batch.to(device)
     with inference(model, autocast_dtype):
         inputs = head_inputs(model, rows)[places]
-    with reference() as start_policy, inference(start_policy, autocast_dtype):
-        ref_inputs = head_inputs(start_policy, rows)[places]
+    start_policy, ref_inputs = model, inputs
+    if reference is not None:
+        with reference() as start_policy, inference(start_policy, autocast_dtype):
+            ref_inputs = head_inputs(start_policy, rows)[places]
+
+    def current() -> AbstractContextManager[torch.nn.Module]:
+        return contextlib.nullcontext(model)
+
     per_token = []
-    with torch.no_grad(), heads_cast_once(model, reference, autocast_dtype):
+    with torch.no_grad(), heads_cast_once(model, reference or current, autocast_dtype):
         for part in parts(len(places), rows_at_once(model)):
-            with _open_for_head(contextlib.nullcontext(model), model, rows, autocast_dtype):
-                logits = head_outputs(model, inputs[part], rows)
-            with _open_for_head(reference(), start_policy, rows, autocast_dtype):
-                ref_logits = head_outputs(start_policy, ref_inputs[part], rows)
+            with _open_for_head(current(), model, rows, autocast_dtype):
+                logits = ref_logits = head_outputs(model, inputs[part], rows)
+            if reference is not None:
+                with _open_for_head(reference(), start_policy, rows, autocast_dtype):
+                    ref_logits = head_outputs(start_policy, ref_inputs[part], rows)
             per_token += [_kl_and_entropy(logits[b], ref_logits[b]) for b in blocks_of(logits)]
     return torch.cat(per_token).tolist() if per_token else []
 
