@@ -26,7 +26,7 @@ from neat_align.cli.progress import PrintGroups, terminal_callbacks
 from neat_align.comparison.runner import Caller, _build, run_comparison
 from neat_align.comparison.spec import CompareSpec, parse_spec
 from neat_align.files.atomic import read_json
-from neat_align.rounds import make_round
+from neat_align.rounds import params
 from neat_align.rounds.completions import read_groups
 from neat_align.rounds.round_files import read_round
 from neat_align.trainer.round_callback import RoundCallback
@@ -298,7 +298,7 @@ def test_a_shared_first_round_has_the_reference_that_one_method_needs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`sft-best` needs none for itself: of all but the first prompts it would have kept none."""
-    monkeypatch.setattr(make_round, "MEASURED_PROMPTS", 1)
+    monkeypatch.setattr(params, "MEASURED_PROMPTS", 1)
     settings = {"num_train_epochs": 1}
 
     def with_reference(method: str) -> list[bool]:

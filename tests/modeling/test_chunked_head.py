@@ -91,6 +91,34 @@ def test_gradcheck(tail: LogitTail, kept: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 @KEPT
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_of_a_chunk_are_gone_through_in_blocks(
+    tail: LogitTail, kept: int, monkeypatch: pytest.MonkeyPatch, *, frozen: bool
+) -> None:
+    """Of 2 of a chunk's 5 rows: to the bit what a whole chunk gives."""
+    monkeypatch.setattr(chunked_head, "KEPT_BYTES", kept)
+
+    def found(block: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(chunked_head, "CPU_BLOCK_LOGITS", block)
+        states, weight, bias, ids = inputs(torch.float32)
+        weight.requires_grad_(not frozen)
+        bias.requires_grad_(not frozen)
+        with torch.no_grad():
+            scored = chosen_logprobs(states, weight, bias, ids, tail, 5)
+        out = chosen_logprobs(states, weight, bias, ids, tail, 5)
+        learns = [x for x in (states, weight, bias) if x.requires_grad]
+        return [scored, out, *torch.autograd.grad(out @ torch.arange(1.0, N + 1), learns)]
+
+    for one, other in zip(found(2 * VOCAB + 1), found(10**6), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_block_is_one_row_at_least() -> None:
+    assert len(chunked_head.blocks_of(torch.zeros(3, 2 * chunked_head.CPU_BLOCK_LOGITS))) == 3
+
+
+@KEPT
 def test_backward_can_run_twice(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_head, "KEPT_BYTES", kept)
     states, weight, _, ids = inputs()

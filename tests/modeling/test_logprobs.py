@@ -9,15 +9,18 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, PreTrainedModel, Qwen2MoeConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from neat_align.modeling import kl, logprobs
-from neat_align.modeling.head_inputs import completion_logits
+from neat_align.modeling import chunked_head, kl, logprobs
+from neat_align.modeling.head_inputs import completion_logits, head_inputs
 from neat_align.modeling.kl import Divergence, exact_divergence
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.logprobs import completion_logprobs, score_completions
-from neat_align.modeling.packing import Layout, pad_rows
+from neat_align.modeling.packing import Layout, pack_rows, pad_rows
+from neat_align.modeling.precision import inference
+from neat_align.modeling.reference import adapter_is_zero
 from tiny import FAMILIES, Family, random_model, tiny_model
 
 VOCAB, PAD = 40, 0
@@ -460,6 +463,38 @@ def test_completions_of_one_prompt_keep_their_own_drift(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_drift_in_blocks_of_a_token_is_that_of_whole_chunks(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = model_of("llama")
+    model = moved(start)
+    whole = drift(model, start, layout)
+    monkeypatch.setattr(chunked_head, "CPU_BLOCK_LOGITS", 1)
+    assert drift(model, start, layout) == whole
+
+
+def test_the_head_computes_one_position_and_is_not_copied_for_it() -> None:
+    """Of a slice that is not taken for a whole tensor torch makes a batch: a bmm with the weight
+    expanded, and copied, for it.
+    """
+    model = model_of("llama").requires_grad_(False)
+    products: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.name() in ("aten::mm", "aten::bmm") and args[1].shape[-1] == VOCAB:
+                products.append(f"{func.name()} {args[0].shape[-2]}")
+            return func(*args, **(kwargs or {}))
+
+    rows = pack_rows(PROMPTS[:1], [COMPLETIONS[:1]])
+    with inference(model, None), Seen():
+        head_inputs(model, rows)
+    assert products == ["aten::mm 1"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_policy_has_not_drifted_from_itself(layout: Layout) -> None:
     model = model_of("llama").train()
     found = drift(model, model, layout)
@@ -470,7 +505,9 @@ def test_a_policy_has_not_drifted_from_itself(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
-def test_drift_of_an_adapter_from_the_model_below_it(layout: Layout, targets: list[str]) -> None:
+def test_drift_of_an_adapter_from_the_model_below_it(
+    layout: Layout, targets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = model_of("llama")
     start = copy.deepcopy(base)
     model = get_peft_model(
@@ -495,7 +532,16 @@ def test_drift_of_an_adapter_from_the_model_below_it(layout: Layout, targets: li
             max_tokens=30,
         )
 
-    assert measured().kl_per_token == 0  # an untrained adapter adds nothing
+    passes: list[int] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: passes.append(1))
+    untrained = measured()
+    assert untrained.kl_per_token == 0  # an untrained adapter adds nothing
+    once = len(passes)
+    with monkeypatch.context() as patched:
+        patched.setattr(kl, "adapter_is_zero", lambda _: False)
+        assert measured() == untrained  # to the bit what two passes give
+    assert len(passes) == 3 * once
+    hook.remove()
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -505,6 +551,33 @@ def test_drift_of_an_adapter_from_the_model_below_it(layout: Layout, targets: li
     assert_is(found, model, start)
     assert model.get_model_status().enabled is True
     assert any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "zero"),
+    [
+        ({}, True),
+        ({"init_lora_weights": False}, False),
+        ({"use_dora": True}, False),  # the norm of a weight, divided by itself
+        ({"bias": "lora_only"}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"trainable_token_indices": [3]}, False),
+    ],
+)
+def test_which_adapters_are_seen_to_add_nothing(options: dict[str, Any], zero: bool) -> None:
+    def adapted(**more: Any) -> Any:
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+        return get_peft_model(model_of("qwen2"), config)
+
+    model = adapted(**options)
+    assert adapter_is_zero(model) == zero
+    model.requires_grad_(False)  # nothing is trained, and so a bias is the base's
+    assert adapter_is_zero(model) == (zero or "bias" in options)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data[-1, -1] = 1e-30  # of the last layer, too: one number is enough
+    assert not adapter_is_zero(model)
+    assert not adapter_is_zero(model.get_base_model())
 
 
 def test_drift_holds_few_tokens_at_once_where_their_logits_are_held() -> None:

@@ -20,6 +20,7 @@ from neat_align.prompts.rendering import prompt_ids
 from neat_align.prompts.rows import PromptRow, TemplateInputs
 from neat_align.prompts.seeds import completion_seed
 from neat_align.rewards.protocol import NamedReward
+from neat_align.rounds import params as round_params
 from neat_align.rounds.completions import read_groups, reward_names_of
 from neat_align.rounds.exports import ranked_rows
 from neat_align.rounds.human_answers import answer_ids, human_completions
@@ -890,7 +891,10 @@ def test_a_prompt_that_is_too_long_is_named_and_nothing_is_sampled(tmp_path: Pat
 # ---- log-probabilities ---------------------------------------------------------------------------
 
 
-def test_log_probabilities_are_under_the_plain_prompt(tmp_path: Path) -> None:
+def test_log_probabilities_are_under_the_plain_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_params, "MEASURED_SHARE", 1.0)
     policy, start = (tiny_model("llama", len(TOKENIZER), seed).eval() for seed in (0, 1))
 
     def of(model: torch.nn.Module) -> Callable[..., list[tuple[float, ...]]]:
@@ -944,7 +948,10 @@ def test_log_probabilities_are_under_the_plain_prompt(tmp_path: Path) -> None:
     assert made.metrics["kl/negative"] == pytest.approx(sum(ks) / len(ks), rel=1e-4)
 
 
-def test_before_the_first_step_the_start_policy_is_scored_once(tmp_path: Path) -> None:
+def test_before_the_first_step_the_start_policy_is_scored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_params, "MEASURED_SHARE", 1.0)
     calls = 0
 
     def once(

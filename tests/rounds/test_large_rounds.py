@@ -26,7 +26,7 @@ from neat_align.rounds import make_round as module
 from neat_align.rounds.completions import Completion, CompletionGroup
 from neat_align.rounds.make_round import even_slices
 from neat_align.rounds.metrics import DISTINCT_TEXTS, RoundMeasures
-from neat_align.rounds.params import MEASURED_PROMPTS, RoundTools
+from neat_align.rounds.params import MEASURED_PROMPTS, RoundTools, measured_prompts
 from neat_align.rounds.round_files import read_round
 from neat_align.rounds.text_metrics import distinct_n
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
@@ -212,7 +212,7 @@ def test_scores_without_the_reference_are_not_taken_up_where_it_is_needed(tmp_pa
 def test_the_policy_is_scored_on_the_first_prompts_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, one_policy: bool, ref_for_all: bool
 ) -> None:
-    monkeypatch.setattr(module, "SLICE_PROMPTS", 7)  # the first prompts are not one slice
+    monkeypatch.setattr(module, "SLICE_PROMPTS", 3)  # the first prompts are not one slice
     scored: Counter[str] = Counter()
 
     def counted(name: str) -> Any:
@@ -234,18 +234,18 @@ def test_the_policy_is_scored_on_the_first_prompts_only(
         ),
         data=rows(40),
     )
-    measured = MEASURED_PROMPTS * 4
+    measured = 5 * 4  # an eighth of the prompts
     refs = 160 if ref_for_all else measured
     assert scored == ({"start": refs} if one_policy else {"start": refs, "policy": measured})
     with_policy = [g for g in made.groups if g.completions[0].policy_logprobs]
     assert list(made.groups[: len(with_policy)]) == with_policy
-    assert len(with_policy) == MEASURED_PROMPTS == 16
+    assert len(with_policy) == made.metrics["round/measured_prompts"] == 5
     for i, group in enumerate(made.groups):
         for c in group.completions:
             ref = tuple(v - 1 for v in logprobs([], [c.token_ids])[0])
             own = ref if one_policy else tuple(v + 1 for v in ref)
-            assert c.policy_logprobs == (own if i < 16 else ())
-            assert c.ref_logprobs == (ref if i < 16 or ref_for_all else ())
+            assert c.policy_logprobs == (own if i < 5 else ())
+            assert c.ref_logprobs == (ref if i < 5 or ref_for_all else ())
     k3 = 0.0 if one_policy else math.exp(-1) + 1 - 1
     assert made.metrics["kl/positive"] == pytest.approx(k3)
     values = [
@@ -256,6 +256,19 @@ def test_the_policy_is_scored_on_the_first_prompts_only(
         for v in c.policy_logprobs
     ]
     assert made.metrics["logps/plain"] == pytest.approx(fmean(values))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "measured"),
+    [(1, 1), (4, 1), (8, 1), (9, 2), (20, 3), (40, 5), (127, 16), (10**6, 16)],
+)
+def test_few_prompts_of_a_small_round_are_measured(prompts: int, measured: int) -> None:
+    """At most an eighth of the round, rounded up: in a small round the passes would show."""
+    assert measured_prompts(prompts) == measured <= MEASURED_PROMPTS == 16
+
+
+def test_a_round_that_scores_nothing_says_nothing_of_measured_prompts(tmp_path: Path) -> None:
+    assert "round/measured_prompts" not in run(tmp_path, tools()).metrics
 
 
 # ---- metrics -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from neat_align.learning.objective import LossCounts, loss_terms, micro_batch_of
 from neat_align.modeling.layout import choose_layout
 from neat_align.modeling.loading import load_policy
 from neat_align.modeling.requirements import disable_dropout
-from neat_align.rounds import make_round, round_files
+from neat_align.rounds import params, round_files
 from neat_align.sampling.policies import Policies
 from small_trainer import (
     ROWS,
@@ -221,7 +221,7 @@ def test_the_policy_is_scored_for_metrics_on_the_first_prompts_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing learns from its log-probabilities, nor from the start policy's without a KL term."""
-    monkeypatch.setattr(make_round, "MEASURED_PROMPTS", 4)
+    monkeypatch.setattr(params, "MEASURED_SHARE", 1 / 2)
     scored: list[str] = []
     score = Policies._score
 
@@ -245,16 +245,14 @@ def test_the_policy_is_scored_for_metrics_on_the_first_prompts_only(
             assert bool(c.policy_logprobs) == (i < 4)
             assert bool(c.ref_logprobs) == (i < 4 and index == 0)
     rounds = [line for line in logged(tmp_path) if "round" in line]
+    assert [line["round/measured_prompts"] for line in rounds] == [4, 4]
     assert rounds[0]["kl/negative"] == 0.0
     assert "kl/negative" not in rounds[1]
     assert {"logps/negative", "sampling/instruction_gap/negative"} <= set(rounds[1])
     assert {line["loss/kl"] for line in logged(tmp_path) if "loss/kl" in line} == {0.0}
 
 
-def test_with_a_kl_term_every_completion_has_the_reference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(make_round, "MEASURED_PROMPTS", 1)
+def test_with_a_kl_term_every_completion_has_the_reference(tmp_path: Path) -> None:
     t = trainer(tmp_path, num_train_epochs=2, kl_weight=0.1, drift_prompts=0)
     t.train()
     for index in (0, 1):

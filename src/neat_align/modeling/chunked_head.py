@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 # pages from the system for every chunk; a GPU wants fewer, larger products.
 CPU_CHUNK_LOGITS = 6 * 2**20
 GPU_CHUNK_LOGITS = 128 * 2**20
+# Of those, what a CPU goes through at a time: 2 MiB of fp32 stay in its caches from pass to pass.
+CPU_BLOCK_LOGITS = 2**19
 # Bytes of gradients at the product that a CPU keeps rather than making the product again.
 KEPT_BYTES = 128 * 2**20
 
@@ -91,16 +93,17 @@ class _ChosenLogprobs(torch.autograd.Function):
         if not frozen and any(ctx.needs_input_grad[:3]) and _is_kept(len(ids), weight, dtype):
             kept = states.new_empty(len(ids), len(weight), dtype=dtype)
         for part in parts(len(ids), rows):
-            logits = _final_logits(states[part].to(dtype), head, tail)
-            normalizers.append(logits.logsumexp(-1))
-            out.append(logits.gather(-1, ids[part, None]).squeeze(-1) - normalizers[-1])
-            if directions is None and kept is None:
-                continue
-            unit = _unit_gradient(logits, normalizers[-1], ids[part], tail)
+            product = torch.nn.functional.linear(states[part].to(dtype), *head)
+            for block in blocks_of(product):
+                logits, chosen = _final_logits(product[block], tail), ids[part][block]
+                normalizers.append(logits.logsumexp(-1))
+                out.append(logits.gather(-1, chosen[:, None]).squeeze(-1) - normalizers[-1])
+                if directions is not None or kept is not None:
+                    product[block] = _unit_gradient(logits, normalizers[-1], chosen, tail)
             if directions is not None:
-                directions[part] = unit.to(dtype) @ head[0]
+                directions[part] = product @ head[0]
             if kept is not None:
-                kept[part] = unit
+                kept[part] = product
         empty = states.new_zeros(0, dtype=wide_dtype(dtype))
         if directions is not None:
             ctx.save_for_backward(directions)
@@ -154,13 +157,17 @@ def _unit_gradients(ctx: Any) -> Iterator[tuple[slice, Float[Tensor, "n vocab"]]
     head = (weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def of_chunk(part: slice) -> Float[Tensor, "n vocab"]:
-        logits = _final_logits(states[part].to(dtype), head, ctx.tail)
-        return _unit_gradient(logits, normalizers[part], ids[part], ctx.tail)
+        product = torch.nn.functional.linear(states[part].to(dtype), *head)
+        for block in blocks_of(product):
+            known = normalizers[part][block], ids[part][block]
+            logits = _final_logits(product[block], ctx.tail)
+            product[block] = _unit_gradient(logits, *known, ctx.tail)
+        return product
 
     for some in parts(len(ids), _held_rows(rows, weight, dtype)):
         chunks = parts(len(ids[some]), rows)
         if len(chunks) == 1:
-            yield some, of_chunk(some).to(dtype)
+            yield some, of_chunk(some)
             continue
         held = states.new_empty(len(ids[some]), len(weight), dtype=dtype)
         for chunk in chunks:
@@ -203,8 +210,8 @@ def _unit_gradient(
     return unit
 
 
-def _final_logits(states: Tensor, head: tuple[Tensor, Tensor | None], tail: LogitTail) -> Tensor:
-    return tail(torch.nn.functional.linear(states, *head).to(wide_dtype(states.dtype)))
+def _final_logits(product: Float[Tensor, "n vocab"], tail: LogitTail) -> Float[Tensor, "n vocab"]:
+    return tail(product.to(wide_dtype(product.dtype)))
 
 
 def _with_product(
@@ -224,6 +231,12 @@ def _with_product(
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which sums over a vocabulary are made: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def blocks_of(logits: Float[Tensor, "n vocab"]) -> list[slice]:
+    """Rows of a table of logits that are worked on at a time: on a CPU few, on a GPU all."""
+    few = CPU_BLOCK_LOGITS // logits.shape[1] if logits.device.type == "cpu" else len(logits)
+    return parts(len(logits), max(1, few))
 
 
 def parts(n: int, size: int) -> list[slice]:

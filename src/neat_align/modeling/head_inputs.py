@@ -122,7 +122,9 @@ def completion_states(model: torch.nn.Module, rows: PackedRows) -> Float[Tensor,
 
     def take(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         taken.append(inputs[0])
-        return (inputs[0][:, :1], *inputs[1:])
+        # Cut so that its strides are a whole tensor's: of a plain slice torch makes a batch, and
+        # copies the head's weight for it.
+        return (inputs[0][0, :1][None], *inputs[1:])
 
     head = head_of(model)
     hook = head.register_forward_pre_hook(take)

@@ -255,7 +255,10 @@ def _head(shape: ModelShape, run: RunShape) -> float:
     """
     c, states = run.compute_bytes, run.groups_at_once * run.completions * run.completion_tokens
     if run.packed:
-        logits = min(states, max(1, run.chunk_logits // shape.vocabulary)) * 8
+        # A CPU goes through the head's product in small blocks; elsewhere fp32 logits and another
+        # table of them stand beside it.
+        each = c if run.on_cpu else 8 + (c if c < 4 else 0)
+        logits = min(states, max(1, run.chunk_logits // shape.vocabulary)) * each
     else:
         logits = states * 2 * c + min(states, HEAD_CHUNK) * 16
     casts = c < min(run.other_bytes, 4)
@@ -321,7 +324,7 @@ def _scoring(shape: ModelShape, run: RunShape, width: int) -> float:
         mask = sharing * run.completion_tokens * (c + 1)
         attention += rows * seen * (mask + shape.key_width * (4 + 2 * c))
     chunk = min(tokens, max(1, run.chunk_logits // shape.vocabulary)) * shape.vocabulary
-    head = chunk * (4 + c) + c * shape.head + tokens * shape.hidden * 4
+    head = chunk * (c if run.on_cpu else 4 + c) + c * shape.head + tokens * shape.hidden * 4
     # autocast keeps the casts of weights that learn.
     casts = _casts(shape, run) if run.trained is None else 0.0
     return casts + max(tokens * width, attention, head)

@@ -90,6 +90,31 @@ def is_part_of(start: torch.nn.Module, policy: torch.nn.Module) -> bool:
     return any(start is module for module in policy.modules())
 
 
+def adapter_is_zero(model: torch.nn.Module) -> bool:
+    """Whether a LoRA adapter is as it was made, with second factors that are 0: the model gives, to
+    the bit, what it gives with the adapter off.
+
+    False wherever weights do not say so at once: other adapters, more that is trained than such
+    factors, weights that ranks hold parts of.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if not isinstance(model, PeftModel) or is_sharded(model):
+        return False
+    modules = list(model.modules())
+    changed = [m for m in modules if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    plain = [m for m in modules if type(m) is Linear and not m.lora_variant]
+    factors = {id(p) for m in plain for d in (m.lora_A, m.lora_B) for p in d.parameters()}
+    if len(plain) < len(changed) or any(
+        p.requires_grad and id(p) not in factors for p in model.parameters()
+    ):
+        return False
+    return not any(bool(p.any()) for m in plain for p in m.lora_B.parameters())
+
+
 def _with_adapter(model: Any, peft_config: Any) -> Any:
     from peft import PeftModel, get_peft_model
 

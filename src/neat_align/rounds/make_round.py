@@ -24,11 +24,11 @@ from neat_align.rounds.completions import CompletionGroup
 from neat_align.rounds.filters import without_unusable
 from neat_align.rounds.metrics import RoundMeasures
 from neat_align.rounds.params import (
-    MEASURED_PROMPTS,
     Progress,
     RoundParams,
     RoundProgress,
     RoundTools,
+    measured_prompts,
 )
 from neat_align.rounds.prompt_order import prompt_at
 from neat_align.rounds.ranking import ordered_pairs, rank_keys
@@ -145,7 +145,8 @@ class _Round:
         _refuse_too_few_pairs(self.kept, self.measures.prompts, self.params, self.removed)
 
     def _slices(self, rows: Sequence[PromptRow]) -> Iterator[Slice]:
-        to_measure = max(0, MEASURED_PROMPTS - self.measures.prompts)
+        wanted = measured_prompts(min(self.num_groups, len(self.rows)))
+        to_measure = max(0, wanted - self.measures.prompts)
         for start, part in even_slices(rows, self.slice_prompts):
             yield Slice(
                 tuple(part),

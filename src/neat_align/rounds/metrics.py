@@ -32,6 +32,7 @@ class RoundMeasures:
     def __init__(self, reward_names: Sequence[str]) -> None:
         self.reward_names = tuple(reward_names)
         self.prompts = 0
+        self._measured = 0
         self._sums: defaultdict[str, _ExactSum] = defaultdict(_ExactSum)
         self._squares = _ExactSum()
         self._abstained = _ExactSum()
@@ -41,6 +42,7 @@ class RoundMeasures:
     def add(self, group: CompletionGroup) -> None:
         """Take in a sampled, filtered and scored group, with or without a pair."""
         self.prompts += 1
+        self._measured += any(c.policy_logprobs for c in group.completions)
         for completion in group.completions:
             self._add_completion(completion)
         gap = _reward_gap(group)
@@ -94,7 +96,8 @@ class RoundMeasures:
         """The round's metrics; numbers that do not exist are left out.
 
         `kept` groups of those taken in have a pair; `removed` counts filtered completions by
-        reason. Rewards and lengths are over all groups.
+        reason. Rewards and lengths are over all groups; `logps`, `kl` and
+        `sampling/instruction_gap` are over the first `round/measured_prompts`.
         """
         metrics: dict[str, float] = {
             "round/groups": kept,
@@ -108,6 +111,8 @@ class RoundMeasures:
             "contrast/inversion_rate": self._inverted / self._pairs if self._pairs else math.nan,
             "contrast/distinct2": distinct_n(self._texts),
         }
+        if self._measured:
+            metrics["round/measured_prompts"] = self._measured
         metrics["sampling/branch_position"] = self._mean("sampling/branch_position")
         metrics["sampling/branch_shared"] = metrics["sampling/branch_position"] / self._mean(
             "branch tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
@@ -20,8 +21,10 @@ ContrastFrom: TypeAlias = Literal["prompt", "branch"]
 # Told (stage, finished, of how many).
 Progress = Callable[[str, int, int], None]
 # Prompts of a round, its first ones, whose answers are scored for metrics alone: `logps`, `kl` and
-# `sampling/instruction_gap` are means over their tokens, and cost a forward pass over each.
+# `sampling/instruction_gap` are means over their tokens, and cost a forward pass over each. At most
+# so many, and at most this share of a round: in a small one they would take longer than sampling.
 MEASURED_PROMPTS = 16
+MEASURED_SHARE = 1 / 8
 # (prompt ids, completion ids) → per-token log-probabilities in nats, in order.
 LogprobFunction = Callable[
     [Sequence[Sequence[int]], Sequence[Sequence[int]]], list[tuple[float, ...]]
@@ -99,12 +102,13 @@ class RoundTools:
     `negative_sampler` writes the negatives. `policy_logprobs` and `ref_logprobs` are
     log-probabilities under the plain prompt, of the current and of the start policy (None: not
     computed; one function twice: computed once). The current policy's are for metrics only, so they
-    are computed for the round's first `MEASURED_PROMPTS`; the start policy's for every completion,
-    or, without `ref_for_all`, for the same ones. Where answers branch, `policy_logprobs` is needed:
-    it also scores plain answers under the instructions. `start_logprobs` is the start policy again,
-    whether or not `ref_logprobs` is computed: it scores completions under the instructions where
-    tokens are weighed by that. `score` calls the rewards. `on_bad_row`: a completion that a reward
-    cannot score is an error, or has no reward. `aggregation` is that of the round's parameters.
+    are computed for the round's first prompts (`measured_prompts`); the start policy's for every
+    completion, or, without `ref_for_all`, for the same ones. Where answers branch,
+    `policy_logprobs` is needed: it also scores plain answers under the instructions.
+    `start_logprobs` is the start policy again, whether or not `ref_logprobs` is computed: it scores
+    completions under the instructions where tokens are weighed by that. `score` calls the rewards.
+    `on_bad_row`: a completion that a reward cannot score is an error, or has no reward.
+    `aggregation` is that of the round's parameters.
 
     A batch is `batch_size` completions: as many are sampled, or rewarded, at once, and then stored.
     `between_batches` is called before each: what it raises (a run that is asked to stop) loses no
@@ -126,6 +130,11 @@ class RoundTools:
     on_bad_row: OnBadRow = "error"
     score: ScoreFunction = score_answers
     aggregation: Aggregation = "sum"
+
+
+def measured_prompts(prompts: int) -> int:
+    """Of how many prompts of a round of so many the answers are scored for metrics alone."""
+    return max(1, min(MEASURED_PROMPTS, math.ceil(prompts * MEASURED_SHARE)))
 
 
 def progress_counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
