@@ -19,7 +19,7 @@ from peft import get_peft_model
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
-from neat_align.cli.run_state import asked_and_answered
+from neat_align.cli.run_state import asked_and_answered, fills_its_line, shown_answers
 from neat_align.config import NEATConfig
 from neat_align.config.unsupported import check_command_options
 from neat_align.errors import ConfigError
@@ -33,15 +33,18 @@ from neat_align.modeling.target_modules import check_target_modules
 from neat_align.pipeline import build_trainer, load_data, lora_config
 from neat_align.prompts.rows import is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
+from neat_align.rounds.completions import CompletionGroup
 from neat_align.runs.events import WHOLE_DATA
 from neat_align.runs.plan import RunPlan, plan_run
+from neat_align.sampling.protocol import Sampler
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer.memory_plan import MemoryPlan, plan_memory
+from neat_align.trainer.round_maker import RoundMaker
 from neat_align.trainer.setup import TrainingData, read_rows, usable_rows
 
 logger = logging.getLogger(__name__)
-# Prompts that are answered.
-TRIED_PROMPTS = 2
+# Prompts that are answered, and tokens of their answers that are drawn first.
+TRIED_PROMPTS, TRIED_TOKENS = 2, 32
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,25 @@ def tried(script: ScriptArguments, args: NEATConfig) -> Iterator[str]:
     """Load the model, and say how fast it is and what it answers. Raises what the run would."""
     with _leaving_no_folder(Path(str(args.output_dir))):
         trainer = build_trainer(script, args)
-    yield from trainer.parts.outlook()
+    parts = trainer.parts
     if not args.num_generations:
+        yield from parts.outlook()
         return
-    groups = trainer.parts.round_maker.trial(TRIED_PROMPTS)
+    sampler = parts.policies.sampler()  # one, since it may be a copy of the policy
+    yield from parts.outlook(sampler)
+    groups = _answered(args, parts.round_maker, sampler)
     yield f"{len(groups)} prompts, answered as in the first round, not scored:"
     for group in groups:
         yield from asked_and_answered(group)
+
+
+def _answered(args: NEATConfig, maker: RoundMaker, sampler: Sampler) -> list[CompletionGroup]:
+    """Two prompts with what is shown of their answers: mostly a few tokens are more than that."""
+    if args.contrast_from != "branch":
+        groups = maker.trial(TRIED_PROMPTS, sampler, at_most=TRIED_TOKENS)
+        if all(fills_its_line(c) for group in groups for c in shown_answers(group)):
+            return groups
+    return maker.trial(TRIED_PROMPTS, sampler)
 
 
 @contextlib.contextmanager
