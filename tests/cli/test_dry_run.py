@@ -104,7 +104,7 @@ def test_answers_that_branch_are_drawn_whole(tmp_path: Path) -> None:
     assert len(maker.drawn) == 1
 
 
-def test_one_copy_of_the_policy_is_timed_and_answers(
+def test_data_and_tokenizer_are_read_once_and_the_policy_is_copied_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[object] = []
@@ -130,7 +130,11 @@ def test_one_copy_of_the_policy_is_timed_and_answers(
             "holdout": 0,
         }
     )
-    lines = list(dry_run.tried(script, args))
+    plan = dry_run.planned(script, args)
+    assert plan.untried is None
+    monkeypatch.setattr("neat_align.pipeline.load_data", None)
+    monkeypatch.setattr("neat_align.modeling.loading.AutoTokenizer", None)
+    lines = list(dry_run.tried(script, args, plan.read))
     assert any(line.startswith("time: at most about ") for line in lines)
     assert "2 prompts, answered as in the first round, not scored:" in lines
     assert len(copies) == 1

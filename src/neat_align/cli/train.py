@@ -37,7 +37,7 @@ def train(
         if plan.untried is not None:
             print(f"not tried, {plan.untried}")
             return
-        for line in tried(script, args):
+        for line in tried(script, args, plan.read):
             print(line, flush=True)
         return
     result = run_training(script, args, callbacks=terminal_callbacks(args))
