@@ -133,6 +133,7 @@ def build_trainer(
     policy: str | None = None,
     trains: bool = True,
     data: tuple[list[PromptRow], list[PromptRow]] | None = None,
+    tokenizer: Any = None,
     may_push: bool = False,
 ) -> NEATTrainer:
     """The trainer of a run, with everything checked that can be checked before sampling.
@@ -141,7 +142,8 @@ def build_trainer(
     a model that was trained elsewhere from the script's model, by name or path: it is the policy
     then, the script's model the start policy, and prompts are as the script's tokenizer has them.
     Without `trains`, as with `policy`, the model may be held in half precision: it is frozen then.
-    `data` are rows and held-out rows in the place of the script's. `may_push`: a model comes of it.
+    `data` are rows and held-out rows in the place of the script's, `tokenizer` that of its model,
+    where they are there already. `may_push`: a model comes of it.
     """
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
@@ -150,9 +152,8 @@ def build_trainer(
     rows, held_out = data or load_data(script, config.on_bad_row, skipped, notices)
     trains, once = trains and policy is None, config.loads_once
     start = _model(script, trains=trains, once=once)
-    tokenizer = load_tokenizer(
-        start, revision=script.model_revision, trust_remote_code=script.trust_remote_code
-    )
+    revision, trusted = script.model_revision, script.trust_remote_code
+    tokenizer = load_tokenizer(start, tokenizer, revision=revision, trust_remote_code=trusted)
     if config.on_bad_row == "skip" and script.eval_dataset_name is None and held_out:
         usable = _usable_to_evaluate(config, start, tokenizer, rows)
         rows, held_out = refilled(rows, held_out, usable)

@@ -267,6 +267,15 @@ def test_a_model_that_agrees_is_packed(caplog: pytest.LogCaptureFixture) -> None
     assert not caplog.records
 
 
+def test_a_comparison_of_layouts_makes_these_passes_and_no_others() -> None:
+    model, passes = model_of("llama"), list[int]()
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert choose_layout(model, PROMPTS[:2], pad_token_id=PAD, longest=50) == "packed"
+    # Three rows alone, twice since they must be the same; their beginnings; the three in a batch;
+    # packed and padded rows.
+    assert len(passes) == 3 + 3 + 3 + 1 + 1 + 1
+
+
 @pytest.mark.parametrize("longest", [20, 200])
 def test_a_window_that_only_the_mask_knows_is_found_where_it_matters(longest: int) -> None:
     """Qwen2-MoE does not tell its attention function of its window.

@@ -112,6 +112,28 @@ def test_a_frozen_base_in_half_precision_is_not_copied_and_its_adapter_stays() -
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_of_a_merged_copy_only_what_merging_changes_is_there_once_more() -> None:
+    model = adapted(torch.float32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    expected = logits(model)
+    with Allocated() as memory:
+        copied = half_precision_copy(model, BF16)
+    assert copied is not None
+    assert not any("lora" in name for name, _ in copied.named_parameters())
+    assert (logits(copied) - expected).norm() / expected.norm() < 0.05
+    changed = sum(
+        p.numel() * p.element_size()
+        for name, p in model.named_parameters()
+        if "lora_" in name or "base_layer" in name
+    )
+    # Beside the result: what merging changes, and the probed logits three times.
+    assert memory.peak < weights_of(copied) + changed + 3 * 4 * 32 * VOCAB
+    assert not storages(copied) & storages(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.dtype == torch.float32
+
+
 def test_training_after_the_copy_was_made_does_not_change_it() -> None:
     for model in (tiny_model("llama", VOCAB).to(BF16), adapted(BF16), adapted(torch.float32)):
         copied = half_precision_copy(model, BF16)

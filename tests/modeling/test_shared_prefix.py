@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate.utils.other
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,7 +37,12 @@ from neat_align.modeling import chunked_head, logprobs, shared_prefix
 from neat_align.modeling.logprobs import completion_logprobs, packed_logprobs, padded_logprobs
 from neat_align.modeling.packing import pack_rows, pad_rows
 from neat_align.modeling.requirements import disable_dropout
-from neat_align.modeling.shared_prefix import is_sharing, sharing_prefixes, why_not_packed
+from neat_align.modeling.shared_prefix import (
+    is_sharing,
+    sharing_prefixes,
+    unwrapped,
+    why_not_packed,
+)
 from tiny import random_model
 
 VOCAB = 67
@@ -310,3 +316,24 @@ def test_the_models_own_attention_comes_back() -> None:
         fail()
     assert not is_sharing(model)
     assert model.config._attn_implementation == before
+
+
+def test_a_model_is_taken_out_of_its_wrappers_and_searched_only_where_it_is_in_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = model_of("llama")
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    searched: list[object] = []
+
+    def search(module: torch.nn.Module) -> bool:
+        searched.append(module)
+        return False
+
+    monkeypatch.setattr(accelerate.utils.other, "has_compiled_regions", search)
+    assert unwrapped(model) is model
+    assert unwrapped(adapted) is model
+    assert searched == []
+    for inner in (model, adapted):
+        wrapper = torch.nn.DataParallel(inner)
+        assert unwrapped(wrapper) is model
+        assert searched.pop() is wrapper

@@ -68,7 +68,7 @@ def test_threads_that_are_in_each_others_way_are_found_and_left_as_they_were(
     policies: Any = Slow(trainer(tmp_path).parts.policies, 0.03)
     torch.set_num_threads(2)
     try:
-        pace = measured_pace(policies, at_once=1, writes=False)
+        pace = measured_pace(policies, at_once=1, sampler=None)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -79,6 +79,64 @@ def test_threads_that_are_in_each_others_way_are_found_and_left_as_they_were(
     assert "times as fast here as 2" in warning
     assert "OMP_NUM_THREADS=1" in warning
     assert replace(pace, one_thread=1.2).warning(2) is None
+
+
+class Disturbed:
+    """Policies whose passes take what is noted; the last of it again and again."""
+
+    def __init__(self, policies: Any, seconds: Sequence[float]) -> None:
+        self.model, self._seconds, self.now, self.passes = policies.model, [*seconds], 0.0, 0
+
+    def logprobs(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+        self.now += self._seconds[min(self.passes, len(self._seconds) - 1)]
+        self.passes += 1
+        return []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "passes", "fastest"),
+    [
+        ([1.0, 1.05], 2, 1.0),  # they agree
+        ([3.0, 1.0], 3, 1.0),  # the first one allocated
+        ([1.0, 2.0, 0.5, 0.1], 3, 0.5),  # no more than three
+    ],
+)
+def test_passes_are_timed_until_two_agree(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: list[float],
+    passes: int,
+    fastest: float,
+) -> None:
+    policies: Any = Disturbed(trainer(tmp_path).parts.policies, seconds)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("neat_align.trainer.outlook.time.perf_counter", lambda: policies.now)
+    pace = measured_pace(policies, at_once=1, sampler=None)
+    assert (policies.passes, pace.one_thread) == (passes, None)
+    assert pace.reads == pytest.approx((64 + 4 * 48) / fastest)
+
+
+@pytest.mark.parametrize(
+    ("alone", "passes", "ratio"),
+    [
+        ([2.0], 3, 0.5),  # one thread is slower: all is well
+        ([0.9, 0.5], 4, 2.0),  # faster: tried again, since a warning may come of it
+        ([0.5, 0.9], 4, 2.0),
+    ],
+)
+def test_one_thread_is_tried_again_only_where_it_is_faster(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: list[float],
+    passes: int,
+    ratio: float,
+) -> None:
+    policies: Any = Disturbed(trainer(tmp_path).parts.policies, [1.0, 1.0, *alone])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr("neat_align.trainer.outlook.time.perf_counter", lambda: policies.now)
+    pace = measured_pace(policies, at_once=1, sampler=None)
+    assert (policies.passes, pace.one_thread) == (passes, pytest.approx(ratio))
 
 
 def test_a_run_says_memory_and_time_before_it_begins_and_only_where_somebody_listens(

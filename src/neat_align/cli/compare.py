@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neat_align.cli import completion
-from neat_align.cli.console import quiet
+from neat_align.cli.console import importing, quiet
 from neat_align.cli.option_names import flags
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods at equal budget and at equal KL: methods x seeds, one model, one data set."""
-    quiet()
     import shutil
 
     from rich.console import Console
 
-    from neat_align.cli.compare_file import read_spec
+    with importing():
+        quiet()
+        from neat_align.cli.compare_file import read_spec
 
     spec = read_spec(config, ctx.args)
     out = output_dir or Path("runs") / f"compare-{spec.name}"

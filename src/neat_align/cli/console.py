@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +39,25 @@ def quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import the libraries of a run inside of this: a process takes two seconds less.
+
+    What they make stays until the end. Python would look through all of it for garbage again and
+    again while it grows, then in every full collection of the run, and once more as it ends. Where
+    torch is there already, so is what else a program made: that is left as it is.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def json_file(output: Path | None, name: str) -> Path | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neat_align.cli.console import quiet
+from neat_align.cli.console import importing, quiet
 from neat_align.cli.option_names import flags
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def demo(
     ] = True,
 ) -> None:
     """Align SmolLM2-135M on this machine in a few minutes, and show that it got better."""
-    quiet()
     run_demo(output_dir, seed=seed, overwrite=overwrite)
 
 
@@ -48,9 +47,11 @@ def run_demo(output_dir: Path, *, seed: int, overwrite: bool) -> None:
     from rich.console import Console
     from rich.panel import Panel
 
-    from neat_align.cli.progress import terminal_callbacks
-    from neat_align.cli.tables import print_closing, print_warnings, result_table
-    from neat_align.pipeline import run_training
+    with importing():
+        quiet()
+        from neat_align.cli.progress import terminal_callbacks
+        from neat_align.cli.tables import print_closing, print_warnings, result_table
+        from neat_align.pipeline import run_training
 
     check_demo_packages()
     console = Console()

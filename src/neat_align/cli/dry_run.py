@@ -19,7 +19,7 @@ from peft import get_peft_model
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
-from neat_align.cli.run_state import asked_and_answered
+from neat_align.cli.run_state import asked_and_answered, fills_its_line, shown_answers
 from neat_align.config import NEATConfig
 from neat_align.config.unsupported import check_command_options
 from neat_align.errors import ConfigError
@@ -31,49 +31,70 @@ from neat_align.modeling.model_shape import meta_model
 from neat_align.modeling.requirements import check_causal
 from neat_align.modeling.target_modules import check_target_modules
 from neat_align.pipeline import build_trainer, load_data, lora_config
-from neat_align.prompts.rows import is_conversational
+from neat_align.prompts.rows import PromptRow, is_conversational
 from neat_align.prompts.skipped_rows import SkippedRows
+from neat_align.rounds.completions import CompletionGroup
 from neat_align.runs.events import WHOLE_DATA
 from neat_align.runs.plan import RunPlan, plan_run
+from neat_align.sampling.protocol import Sampler
 from neat_align.script_arguments import ScriptArguments
 from neat_align.trainer.memory_plan import MemoryPlan, plan_memory
+from neat_align.trainer.round_maker import RoundMaker
 from neat_align.trainer.setup import TrainingData, read_rows, usable_rows
 
 logger = logging.getLogger(__name__)
-# Prompts that are answered.
-TRIED_PROMPTS = 2
+# Prompts that are answered, and tokens of their answers that are drawn first.
+TRIED_PROMPTS, TRIED_TOKENS = 2, 32
 
 
 @dataclass(frozen=True)
 class Planned:
     """The plan of a run and the estimate of its memory, in lines; why the model is not tried (None:
-    it can be).
+    it can be). `read` is what they come of.
     """
 
     lines: list[str]
     untried: str | None
+    read: Read
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read for the plan, and need not be for the trial: rows to learn from and held-out
+    rows, the model's tokenizer (None: it cannot be loaded), and what was made of the first ones.
+    """
+
+    rows: tuple[list[PromptRow], list[PromptRow]]
+    tokenizer: Any
+    data: TrainingData
 
 
 def planned(script: ScriptArguments, args: NEATConfig) -> Planned:
     """What the data and the model's configuration say. Raises what the run would."""
-    plan, memory = plans_of(script, args)
+    plan, memory, read = _plans(script, args)
     lines = [*plan.lines(more=WHOLE_DATA), *_with_checkpointing(args, memory)]
-    return Planned(lines, _why_untried(script, args, fits=memory.fits))
+    return Planned(lines, _why_untried(script, args, fits=memory.fits), read)
 
 
 def plans_of(script: ScriptArguments, args: NEATConfig) -> tuple[RunPlan, MemoryPlan]:
     """What a run would do, and take of the memory. Raises what the run would."""
+    plan, memory, _ = _plans(script, args)
+    return plan, memory
+
+
+def _plans(script: ScriptArguments, args: NEATConfig) -> tuple[RunPlan, MemoryPlan, Read]:
     check_command_options(args)
     if not script.model_name_or_path:
         raise ConfigError("model_name_or_path is missing: name a model to align, or demo")
     options = script.load_options_to_train
     model = model_on_meta(script, options)
-    data, is_counted = _data(script, args, model)
+    read = _read(script, args, model)
+    data = read.data
     groups = args.groups_per_round(len(data.rows))
     lengths = data.prompt_lengths
     steps = args.steps_over(groups)
     plan = plan_run(args, lengths, prompts_per_round=groups, steps_per_round=steps)
-    if not is_counted:
+    if read.tokenizer is None:
         plan = replace(plan, prompt_tokens=None)
     memory = plan_memory(
         args,
@@ -83,20 +104,35 @@ def plans_of(script: ScriptArguments, args: NEATConfig) -> tuple[RunPlan, Memory
         evaluates=bool(data.eval_rows) and args.num_eval_prompts != 0,
         in_4_bits=options.load_in_4bit,
     )
-    return plan, memory
+    return plan, memory, read
 
 
-def tried(script: ScriptArguments, args: NEATConfig) -> Iterator[str]:
-    """Load the model, and say how fast it is and what it answers. Raises what the run would."""
+def tried(script: ScriptArguments, args: NEATConfig, read: Read) -> Iterator[str]:
+    """Load the model, and say how fast it is and what it answers. Raises what the run would.
+
+    `read` is what the plan of this run came of.
+    """
     with _leaving_no_folder(Path(str(args.output_dir))):
-        trainer = build_trainer(script, args)
-    yield from trainer.parts.outlook()
+        trainer = build_trainer(script, args, data=read.rows, tokenizer=read.tokenizer)
+    parts = trainer.parts
     if not args.num_generations:
+        yield from parts.outlook()
         return
-    groups = trainer.parts.round_maker.trial(TRIED_PROMPTS)
+    sampler = parts.policies.sampler()  # one, since it may be a copy of the policy
+    yield from parts.outlook(sampler)
+    groups = _answered(args, parts.round_maker, sampler)
     yield f"{len(groups)} prompts, answered as in the first round, not scored:"
     for group in groups:
         yield from asked_and_answered(group)
+
+
+def _answered(args: NEATConfig, maker: RoundMaker, sampler: Sampler) -> list[CompletionGroup]:
+    """Two prompts with what is shown of their answers: mostly a few tokens are more than that."""
+    if args.contrast_from != "branch":
+        groups = maker.trial(TRIED_PROMPTS, sampler, at_most=TRIED_TOKENS)
+        if all(fills_its_line(c) for group in groups for c in shown_answers(group)):
+            return groups
+    return maker.trial(TRIED_PROMPTS, sampler)
 
 
 @contextlib.contextmanager
@@ -161,12 +197,8 @@ def model_on_meta(script: ScriptArguments, options: LoadOptions) -> torch.nn.Mod
     return cast("torch.nn.Module", get_peft_model(model, adapter))
 
 
-def _data(
-    script: ScriptArguments, args: NEATConfig, model: torch.nn.Module
-) -> tuple[TrainingData, bool]:
-    """The rows that could be used, and whether their tokens are counted: not without a tokenizer,
-    where every prompt is as long as it may be.
-    """
+def _read(script: ScriptArguments, args: NEATConfig, model: torch.nn.Module) -> Read:
+    """The rows that could be used; without a tokenizer every prompt is as long as it may be."""
     skipped = SkippedRows()
     given, held_out = load_data(script, args.on_bad_row, skipped)
     rows = read_rows(args, given, "train_dataset", skipped)
@@ -181,6 +213,8 @@ def _data(
             str(error).partition(" (")[0],
             args.max_prompt_length,
         )
-        return replace(data, prompt_lengths=[args.max_prompt_length] * len(rows)), False
+        longest = [args.max_prompt_length] * len(rows)
+        return Read((given, held_out), None, replace(data, prompt_lengths=longest))
     usable = usable_rows(args, data, rows, tokenizer, "training prompts", skipped=skipped)
-    return replace(data, rows=usable.rows, prompt_lengths=usable.lengths), True
+    data = replace(data, rows=usable.rows, prompt_lengths=usable.lengths)
+    return Read((given, held_out), tokenizer, data)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from neat_align.cli.console import ConfigOption, quiet
+from neat_align.cli.console import ConfigOption, importing, quiet
 
 if TYPE_CHECKING:
     from neat_align.config import NEATConfig
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def evaluate(ctx: typer.Context, config: ConfigOption = None) -> None:
     """Sample and judge a model on held-out prompts, no training."""
-    quiet()
-    from neat_align.cli.options import parse_options
+    with importing():
+        quiet()
+        from neat_align.cli.options import parse_options
 
     script, args = parse_options(ctx.args, config)
     evaluate_held_out(script, args)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from neat_align.cli.console import ConfigOption, quiet
+from neat_align.cli.console import ConfigOption, importing, quiet
 from neat_align.cli.expand_ray import (
     RayOptions,
     check_engine,
@@ -93,7 +93,6 @@ def expand(
     ray_address: RayAddress = None,
 ) -> None:
     """Only the data stage: prompts in, data for trainers out. Takes every option of `train`."""
-    quiet()
     ray = RayOptions(
         num_workers,
         gpus_per_worker,
@@ -103,7 +102,9 @@ def expand(
         ray_address,
     )
     check_engine(engine, ray)
-    from neat_align.cli.options import parse_options
+    with importing():
+        quiet()
+        from neat_align.cli.options import parse_options
 
     given = ["--output_dir", str(output.with_suffix("")) + "-run", *ctx.args]
     script, args = parse_options(given, config)

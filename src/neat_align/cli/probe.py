@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from neat_align.cli import completion
-from neat_align.cli.console import quiet
+from neat_align.cli.console import importing, quiet
 from neat_align.cli.option_names import flags
 
 _DECODING = "Decoding from the contrast"
@@ -129,9 +129,10 @@ def probe(
     output: OutputOption = None,
 ) -> None:
     """Measure how strongly each pair of a bank moves a model's reward, before training."""
-    quiet()
-    from neat_align.cli.probe_options import ProbeSettings
-    from neat_align.cli.probe_run import run_probe
+    with importing():
+        quiet()
+        from neat_align.cli.probe_options import ProbeSettings
+        from neat_align.cli.probe_run import run_probe
 
     settings = ProbeSettings(
         bank=bank,

@@ -27,6 +27,10 @@ _STAGES = {
 }
 # Columns of a quoted answer.
 _QUOTED = 60
+# Characters that a part of one may be shown as: a byte of UTF-8 each.
+_PART_OF_ONE = 4
+# Origins whose answers are not shown.
+_FOLDED = ("negative", "rejected")
 
 
 @dataclass
@@ -176,10 +180,22 @@ def first_groups(groups: Sequence[CompletionGroup], *, of: int) -> list[str]:
 def asked_and_answered(group: CompletionGroup) -> list[str]:
     """A prompt, and the first answer of each origin that is sampled."""
     lines = [f"  prompt   {_cut(prompt_text(group), _QUOTED + 7)}"]
-    for completion in group.completions:
-        if completion.index == 0 and completion.seed is not None:
-            lines.append(f"  {completion.origin:<8} {quoted(completion)}")
+    lines += [f"  {c.origin:<8} {quoted(c)}" for c in shown_answers(group)]
     return lines
+
+
+def shown_answers(group: CompletionGroup) -> list[Completion]:
+    """The first answer of each origin that is sampled."""
+    return [c for c in group.completions if c.index == 0 and c.seed is not None]
+
+
+def fills_its_line(completion: Completion) -> bool:
+    """Whether a quote of it stays as it is if more tokens follow: it has ended, is folded away, or
+    is so long that its last character, which may be a part of one, is cut off.
+    """
+    if completion.finish_reason == "stop" or completion.origin in _FOLDED:
+        return True
+    return len(_in_a_line(completion.text)) > _QUOTED + _PART_OF_ONE
 
 
 def prompt_text(group: CompletionGroup) -> str:
@@ -191,7 +207,7 @@ def quoted(completion: Completion) -> str:
     """A completion's reward and its beginning. What was written under a negative instruction is
     folded away: it is harmful by design.
     """
-    if completion.origin in ("negative", "rejected"):
+    if completion.origin in _FOLDED:
         text = f"({completion.origin}, folded away)"
     else:
         text = _cut(completion.text, _QUOTED)
@@ -203,6 +219,10 @@ def by_reward(completion: Completion) -> float:
     return 0.0 if completion.reward is None else completion.reward
 
 
+def _in_a_line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
 def _cut(text: str, width: int) -> str:
-    words = printable(" ".join(text.split()))
+    words = _in_a_line(text)
     return words if len(words) <= width else f"{words[: width - 1]}…"

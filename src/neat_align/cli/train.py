@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neat_align.cli.console import ConfigOption, quiet
+from neat_align.cli.console import ConfigOption, importing, quiet
 
 
 def train(
@@ -21,11 +21,12 @@ def train(
     ] = False,
 ) -> None:
     """Train a model: sample good and bad answers, rank them, learn from them; with a report."""
-    quiet()
-    from neat_align.cli.options import parse_options
-    from neat_align.cli.progress import terminal_callbacks
-    from neat_align.cli.tables import print_result
-    from neat_align.pipeline import run_training
+    with importing():
+        quiet()
+        from neat_align.cli.options import parse_options
+        from neat_align.cli.progress import terminal_callbacks
+        from neat_align.cli.tables import print_result
+        from neat_align.pipeline import run_training
 
     script, args = parse_options(ctx.args, config)
     if dry_run:
@@ -36,7 +37,7 @@ def train(
         if plan.untried is not None:
             print(f"not tried, {plan.untried}")
             return
-        for line in tried(script, args):
+        for line in tried(script, args, plan.read):
             print(line, flush=True)
         return
     result = run_training(script, args, callbacks=terminal_callbacks(args))

@@ -48,8 +48,8 @@ def choose_layout(
     for a model that can be scored in no layout.
     """
     with showing_adapter(model):
-        check_alone(model, prompts)
-        in_a_batch = difference_in_a_batch(model, prompts)
+        alone = check_alone(model, prompts)
+        in_a_batch = difference_in_a_batch(model, prompts, alone)
         if in_a_batch is not None:
             logger.warning(
                 "%s gives a row other log-probabilities in a padded batch than alone (%.2g nats "

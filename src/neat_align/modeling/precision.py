@@ -234,8 +234,8 @@ def _merged_copy(inner: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module 
     """A copy in the weights' own types with its adapter merged, or left out where it is off; None
     where the adapter stays.
 
-    That merging changes nothing else is seen only before the weights are rounded. A part of the
-    weights has to be there once more until then.
+    That merging changes nothing else is seen only before the weights are rounded. Those that it
+    changes have to be there once more until then, and those that learn.
     """
     if adds_virtual_tokens(inner):
         _say_once(_unmerged(inner, "it adds virtual tokens"))
@@ -244,12 +244,27 @@ def _merged_copy(inner: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module 
     if is_on and adapted == {dtype} and dtype.itemsize < torch.float32.itemsize:
         return None
     # An adapter that is off is left out, which is the same in any type.
-    copied = _copy(inner, {} if is_on else _converted(inner, dtype))
+    copied = _copy(inner, _left_alone(inner) if is_on else _converted(inner, dtype))
     try:
         return merged(copied, adapter_logprobs(copied, probed_tokens(copied)))
     except CannotMergeError as error:
         _say_once(_unmerged(inner, str(error)))
     return None
+
+
+def _left_alone(inner: torch.nn.Module) -> dict[int, Any]:
+    """What a copy has in the place of each weight that neither training nor merging changes, by its
+    id: a parameter of its own over the same numbers, until it is given others.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in inner.modules() if isinstance(m, BaseTunerLayer)]
+    merges = {id(p) for layer in layers for p in layer.parameters()}
+    return {
+        id(p): torch.nn.Parameter(p.detach(), requires_grad=False)
+        for p in inner.parameters()
+        if type(p) is torch.nn.Parameter and not p.requires_grad and id(p) not in merges
+    }
 
 
 def _adapted(inner: torch.nn.Module) -> tuple[bool, set[torch.dtype | None]]:

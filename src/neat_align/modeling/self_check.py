@@ -64,8 +64,13 @@ def _logprobs(model: torch.nn.Module, rows: PaddedRows) -> Float[Tensor, " token
     return padded_logprobs(model, rows.to(device))[rows.completion_mask.to(device)]
 
 
-def difference_in_a_batch(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> float | None:
-    """By how many nats a token rows in a padded batch differ from each alone; None: by rounding."""
+def difference_in_a_batch(
+    model: torch.nn.Module, prompts: Sequence[TokenIds], alone: Float[Tensor, " tokens"]
+) -> float | None:
+    """By how many nats a token rows in a padded batch differ from each alone; None: by rounding.
+
+    `alone` is what `check_alone` gave of the same prompts.
+    """
     limit = rounding_limit(model)
     try:
         with inference(model, None):
@@ -74,17 +79,15 @@ def difference_in_a_batch(model: torch.nn.Module, prompts: Sequence[TokenIds]) -
         raise
     except MODEL_ERRORS:
         return float("inf")
-    with inference(model, None):
-        alone = _logprobs(model, tiny_rows(prompts, one_at_a_time=True))
     difference = limit.measure(batch - alone)
     # In half precision other shapes alone round so differently that only more than that counts.
     return difference if limit.is_passed_by(difference / (1 if limit.exact else 4)) else None
 
 
-def check_alone(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> None:
+def check_alone(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> Float[Tensor, " tokens"]:
     """Refuse a model that token ids alone do not decide, or that sees what it should predict.
 
-    Raises ConfigError.
+    Gives the log-probabilities of the tiny rows' completions, each row alone. Raises ConfigError.
     """
     name = type(unwrapped(model)).__name__
     limit = rounding_limit(model)
@@ -123,6 +126,7 @@ def check_alone(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> None:
             f"another log-probability, {difference:.2g} nats away, once more tokens follow it. A "
             "policy continues its prompt, so name a causal (decoder-only) language model"
         )
+    return first
 
 
 def _first_tokens(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> Float[Tensor, " rows"]:
@@ -139,9 +143,16 @@ def _first_tokens(model: torch.nn.Module, prompts: Sequence[TokenIds]) -> Float[
 
 
 def check_autocast(
-    model: torch.nn.Module, prompts: Sequence[TokenIds], dtype: torch.dtype | None
+    model: torch.nn.Module,
+    prompts: Sequence[TokenIds],
+    dtype: torch.dtype | None,
+    *,
+    one_at_a_time: bool = False,
 ) -> None:
-    """Refuse a model whose code fails under autocast, or without it. Raises ConfigError."""
+    """Refuse a model whose code fails under autocast, or without it.
+
+    `one_at_a_time` for a model that is given its rows so. Raises ConfigError.
+    """
     if dtype is None:
         if own_type(model) is not None:
             raise ConfigError(
@@ -152,7 +163,7 @@ def check_autocast(
         return
     try:
         with inference(model, dtype):
-            _logprobs(model, tiny_rows(prompts, one_at_a_time=True))
+            _logprobs(model, tiny_rows(prompts, one_at_a_time=one_at_a_time))
     except torch.OutOfMemoryError:
         raise
     except MODEL_ERRORS as error:

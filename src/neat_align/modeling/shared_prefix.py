@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from neat_align.modeling.packing import PrefixLayout
 from neat_align.modeling.prefix_products import product_attention
@@ -164,7 +164,11 @@ def unwrapped(model: torch.nn.Module) -> Any:
     from accelerate.utils import extract_model_from_parallel
     from peft import PeftModel
 
-    inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    inner: Any = model
+    # These are none of the wrappers. accelerate would look for compiled parts among all modules to
+    # say so, a millisecond at a time and several times in every forward pass.
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        inner = extract_model_from_parallel(model, keep_fp32_wrapper=True)
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 

@@ -17,7 +17,7 @@ from neat_align.config import NEATConfig
 from neat_align.modeling.memory_estimate import GIB
 from neat_align.runs.plan import WIDTH, RunPlan
 from neat_align.sampling.policies import Policies
-from neat_align.sampling.protocol import SampleRequest, SamplingParams
+from neat_align.sampling.protocol import Sampler, SampleRequest, SamplingParams
 from neat_align.trainer.memory_plan import memory_now
 from neat_align.trainer.setup import PolicySetup, TrainingData
 
@@ -26,6 +26,8 @@ _PROMPT, _COMPLETIONS, _COMPLETION = 64, 4, 48
 # Sampling is timed as the difference of a longer and a shorter call, in which the prompt's reading
 # and a copy of the weights cancel out.
 _SHORT, _LONG = 1, 5
+# Two tries that take as long as each other, to so much, were disturbed by nothing.
+_AGREE, _TRIES = 1.1, 3
 # One thread that is so many times as fast as all of them together is worth a warning: a tiny model
 # alone is a little faster on one.
 _CONTENDED = 1.5
@@ -54,10 +56,11 @@ class Pace:
         )
 
 
-def measured_pace(policies: Policies, *, at_once: int, writes: bool) -> Pace:
+def measured_pace(policies: Policies, *, at_once: int, sampler: Sampler | None) -> Pace:
     """Time a few passes of the current policy, some seconds in all.
 
-    `at_once`: completions that are sampled beside each other. `writes`: this process samples.
+    `at_once`: completions that are sampled beside each other. `sampler` draws from the policy in
+    this process (None: another engine does).
     """
     size = int(cast("Any", policies.model).get_input_embeddings().weight.shape[0])
     prompt = tuple(3 + i % (size - 3) for i in range(_PROMPT))
@@ -67,22 +70,22 @@ def measured_pace(policies: Policies, *, at_once: int, writes: bool) -> Pace:
         policies.logprobs([prompt] * _COMPLETIONS, rows)
 
     tokens = _PROMPT + _COMPLETIONS * _COMPLETION
-    read()  # the first one allocates
     seconds = _seconds(read)
     threads, one = torch.get_num_threads(), None
     if threads > 1 and next(policies.model.parameters()).device.type == "cpu":
         torch.set_num_threads(1)
         try:
-            one = seconds / _seconds(read)
+            one = seconds / _seconds(read, tries=1)
+            if one > 1:  # or else no other try would make it a reason for a warning
+                one = max(one, seconds / _seconds(read, tries=1))
         finally:
             torch.set_num_threads(threads)
-    return Pace(tokens / seconds, _writes(policies, prompt, at_once) if writes else None, one)
+    writes = None if sampler is None else _writes(sampler, prompt, at_once)
+    return Pace(tokens / seconds, writes, one)
 
 
-def _writes(policies: Policies, prompt: tuple[int, ...], at_once: int) -> float:
-    sampler = policies.sampler()
+def _writes(sampler: Sampler, prompt: tuple[int, ...], at_once: int) -> float:
     requests = [SampleRequest(prompt, i) for i in range(at_once)]
-    sampler.sample(requests, SamplingParams(_SHORT))
     short, long = (
         _seconds(lambda n=n: sampler.sample(requests, SamplingParams(n)))  # type: ignore[misc]
         for n in (_SHORT, _LONG)
@@ -90,10 +93,13 @@ def _writes(policies: Policies, prompt: tuple[int, ...], at_once: int) -> float:
     return at_once * (_LONG - _SHORT) / max(long - short, 1e-3)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Of two tries the faster: it was disturbed less."""
-    taken = []
-    for _ in range(2):
+def _seconds(work: Callable[[], object], tries: int = _TRIES) -> float:
+    """The fastest of a few tries, which was disturbed least; two that agree are enough.
+
+    The first one may allocate what the others have then.
+    """
+    taken: list[float] = []
+    while len(taken) < tries and not (len(taken) == 2 and max(taken) < _AGREE * min(taken)):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         start = time.perf_counter()
@@ -134,10 +140,12 @@ def outlook(
     plan: RunPlan,
     *,
     sharded: bool,
+    sampler: Sampler | None = None,
 ) -> list[str]:
     """Memory and time in lines of at most 80 columns; time is measured, so it takes seconds.
 
-    Where ranks share the weights nothing is timed: a pass is a call that all have to make.
+    `sampler` draws from the current policy; None makes one where this process samples. Where ranks
+    share the weights nothing is timed: a pass is a call that all have to make.
     """
     memory = memory_now(args, setup, data)
     lines = []
@@ -151,7 +159,8 @@ def outlook(
         sampled = plan.prompts_per_round * plan.completions_per_prompt
         at_once = max(1, min(args.generation_batch_size, sampled))
         writes = sampled > 0 and policies.make_sampler is None
-        pace = measured_pace(policies, at_once=at_once, writes=writes)
+        drawing = (sampler or policies.sampler()) if writes else None
+        pace = measured_pace(policies, at_once=at_once, sampler=drawing)
         lines.append(f"time: {_said(args, plan, pace, len(data.eval_rows or ()))}")
         if warning := pace.warning(torch.get_num_threads()):
             lines.append(f"warning: {warning}")

@@ -36,6 +36,7 @@ from neat_align.runs.run_directory import RunDirectory
 from neat_align.runs.run_key import run_key, text_fingerprint
 from neat_align.runs.signals import StopRequest
 from neat_align.sampling.policies import Policies
+from neat_align.sampling.protocol import Sampler
 from neat_align.trainer.outlook import outlook
 from neat_align.trainer.policies_setup import set_up_policies
 from neat_align.trainer.reward_setup import Rewards, judged_by_start, scorable_places
@@ -231,10 +232,13 @@ class TrainerParts:
             tell_plan(callbacks, self.plan, done_steps)
             tell_outlook(callbacks, self.outlook)
 
-    def outlook(self) -> list[str]:
-        """What the run takes of memory and time, in lines; some seconds are measured."""
+    def outlook(self, sampler: Sampler | None = None) -> list[str]:
+        """What the run takes of memory and time, in lines; some seconds are measured.
+
+        `sampler` draws from the current policy, for whoever has one; None makes one.
+        """
         parts = (self.args, self.setup, self.data, self.policies, self.plan)
-        return outlook(*parts, sharded=self.engine.sharded)
+        return outlook(*parts, sharded=self.engine.sharded, sampler=sampler)
 
     def record_skipped(self) -> None:
         """List the rows that were left out in the run directory, and say how many there are."""

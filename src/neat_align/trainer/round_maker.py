@@ -39,7 +39,7 @@ from neat_align.runs.events import stage_reporter, tell_tokens
 from neat_align.runs.ranks import Ranks
 from neat_align.runs.run_directory import RunDirectory
 from neat_align.sampling.policies import Policies
-from neat_align.sampling.protocol import SamplingParams
+from neat_align.sampling.protocol import Sampler, SamplingParams
 from neat_align.trainer.shared_tools import lead_round
 
 
@@ -73,6 +73,18 @@ def round_params(args: NEATConfig) -> RoundParams:
         weighing_pairs=args.weighing_pairs,
         needs_pairs=args.needs_pairs,
         aggregation=aggregation(args),
+    )
+
+
+def _shortened(params: RoundParams, at_most: int) -> RoundParams:
+    """One completion of each origin that there is, of so many tokens at most."""
+    sampling = params.sampling
+    return replace(
+        params,
+        num_positive=min(1, params.num_positive),
+        num_negative=min(1, params.num_negative),
+        num_plain=min(1, params.num_plain),
+        sampling=replace(sampling, max_new_tokens=min(at_most, sampling.max_new_tokens)),
     )
 
 
@@ -211,28 +223,47 @@ class RoundMaker:
         checked, self._intact = self._intact, None
         return checked[1] if checked is not None and checked[0] == index else None
 
-    def trial(self, prompts: int) -> list[CompletionGroup]:
-        """The first round's first prompts, answered and not scored; nothing of it is kept."""
+    def trial(
+        self, prompts: int, sampler: Sampler, *, at_most: int | None = None
+    ) -> list[CompletionGroup]:
+        """The first round's first prompts, answered and not scored; nothing of it is kept.
+
+        `sampler` draws from the current policy, which is still the start policy. With `at_most`
+        there is one answer of each origin, of no more than so many tokens: the beginning of the
+        round's first one. Answers that branch need whole plain ones: not for them.
+        """
         order = range(min(prompts, len(self.rows)))
         rows = [self.rows[prompt_at(len(self.rows), self.args.seed, i)] for i in order]
         with tempfile.TemporaryDirectory() as folder:
             store = RolloutStore(Path(folder))
-            params, tools = round_params(self.args), self.start_tools()
+            params = round_params(self.args)
+            params = params if at_most is None else _shortened(params, at_most)
+            tools = self.start_tools(sampler)
             return sample_groups(rows, 0, params, tools, store, lambda completions: None)
 
-    def start_tools(self) -> RoundTools:
-        """Who makes the first round: for workers that make parts of it elsewhere."""
-        where = "in a part of the round; its finished answers and scores are kept"
-        return self._tools(where, is_start=True, start_is_current=True)
+    def start_tools(self, sampler: Sampler | None = None) -> RoundTools:
+        """Who makes the first round: for workers that make parts of it elsewhere.
 
-    def _tools(self, where: str, *, is_start: bool, start_is_current: bool) -> RoundTools:
+        `sampler` draws from the current policy; None makes one.
+        """
+        where = "in a part of the round; its finished answers and scores are kept"
+        return self._tools(where, is_start=True, start_is_current=True, sampler=sampler)
+
+    def _tools(
+        self,
+        where: str,
+        *,
+        is_start: bool,
+        start_is_current: bool,
+        sampler: Sampler | None = None,
+    ) -> RoundTools:
         policies, keep_reference = self.policies, is_start or self.args.needs_reference
         # Before the first step the model itself is the start policy, and may be the only one.
         start = policies.start_logprobs if policies.keeps_start else policies.logprobs
         start_logprobs = start if keep_reference else None
         # The same function twice: it runs once.
         both_are_one = is_start and start_is_current
-        sampler = policies.sampler()
+        sampler = sampler or policies.sampler()
         is_current = self.args.negative_policy == "current"
         return RoundTools(
             tokenizer=self.tokenizer,

@@ -66,7 +66,6 @@ from neat_align.trainer.startup_checks import check_evaluates, check_output_dir
 from neat_align.trainer.trackers import shows_tables
 
 logger = logging.getLogger(__name__)
-
 # From the one that works with every model to the fastest.
 LAYOUTS_BY_CARE: tuple[Layout, ...] = ("unpadded", "padded", "packed")
 
@@ -373,10 +372,11 @@ def layout_for(
     layout = choose_layout(
         setup.model, prompts, pad_token_id=pad, longest=longest, may_pack=may_pack
     )
+    alone = layout == "unpadded"
     if args.disable_dropout:
         with showing_adapter(setup.model):
-            check_training_forward(setup.model, prompts, one_at_a_time=layout == "unpadded")
-    check_autocast(setup.model, prompts, autocast_dtype(args))
+            check_training_forward(setup.model, prompts, one_at_a_time=alone)
+    check_autocast(setup.model, prompts, autocast_dtype(args), one_at_a_time=alone)
     if setup.reference_given:  # it is scored in the same layout
         with setup.reference() as start:
             its_own = choose_layout(
