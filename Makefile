@@ -99,8 +99,9 @@ bench: $(BENCH_READY) ## Measure against TRL and padded rows into benchmarks/res
 	$(BENCH)/generation.py --json $(RESULTS)/generation-bf16.json
 	$(BENCH)/generation.py --continuous --prompts 4 --k 4 --completion 16 --repeats 1 --json $(RESULTS)/generation-continuous-bf16.json
 	$(BENCH)/refill.py --json $(RESULTS)/refill.json
+	$(BENCH)/shared_decode.py --json $(RESULTS)/shared_decode-bf16.json
 	$(BENCH)/round.py --json $(RESULTS)/round-grpo-bf16.json
-	for peer in grpo_best grpo_compact_head; do \
+	for peer in grpo_kl grpo_best grpo_compact_head; do \
 	  $(BENCH)/round.py --peer $$peer --repeats 3 --json $(RESULTS)/round-$$peer-bf16.json || exit 1; \
 	done
 	$(BENCH)/round.py --peer online_dpo --k 2 --prompts 8 --json $(RESULTS)/round-online_dpo-bf16.json

@@ -12,9 +12,12 @@ configured with, and how long our stages took (`our_stages`).
 
   neat        NEATTrainer, half of the completions positive and half negative: its prompts carry the
               instruction on top, and it computes the log-probabilities that it logs. On a CPU it
-              samples from a bf16 copy. No drift measurement
+              samples from a bf16 copy. No drift measurement. Its KL term, which scores every
+              completion under the start policy, is on (its default) where the peer has a reference
+              model and off where it has none
   grpo        TRL's GRPOTrainer, without a KL term (its default): no reference model runs. Its loss
               is chunked: since 1.16 that is no option
+  grpo_kl     the same with a KL term (beta 0.04), and so with a reference model
   grpo_best   the same, with every setting that a careful user of a CPU would change and that leaves
               the work equal:
                 torch.set_float32_matmul_precision("medium")  the chunked loss multiplies its
@@ -125,8 +128,10 @@ def common(args: Any, folder: str) -> dict[str, Any]:
 
 
 def neat_settings(args: Any, folder: str) -> dict[str, Any]:
+    kl_term = {} if PEERS[args.peer].has_reference else {"kl_weight": 0.0}
     return {
         **common(args, folder),
+        **kl_term,
         "per_device_train_batch_size": args.prompts,
         "prompts_per_round": args.prompts,
         "num_positive": args.k - args.k // 2,
@@ -155,6 +160,10 @@ def grpo_settings(args: Any, folder: str) -> dict[str, Any]:
         "max_completion_length": args.completion,
         "generation_kwargs": {"min_new_tokens": args.completion},
     }
+
+
+def grpo_kl_settings(args: Any, folder: str) -> dict[str, Any]:
+    return {**grpo_settings(args, folder), "beta": 0.04}
 
 
 def grpo(settings: dict[str, Any], model: Any, tokenizer: Any, texts: list[str]) -> Any:
@@ -202,6 +211,7 @@ class Side:
     `settings` gives the training arguments and `trainer` makes a trainer of them. `attention` and
     `weights` are the model's; `matmul` is torch's precision of fp32 products while it trains under
     autocast; `compact_head` lets TRL's loss skip the prompts' logits on a CPU as it does on a GPU.
+    `has_reference` says whether a peer scores its completions under a reference model, too.
     """
 
     settings: Callable[[Any, str], dict[str, Any]]
@@ -210,6 +220,7 @@ class Side:
     matmul: str = "highest"
     weights: str = "float32"
     compact_head: bool = False
+    has_reference: bool = False
 
     def make(self, args: Any, base: Any, tokenizer: Any, texts: list[str], folder: str) -> Any:
         """A fresh trainer of a copy of the model."""
@@ -257,11 +268,12 @@ def compact_heads() -> Iterator[None]:
 NEAT = Side(neat_settings, neat)
 PEERS = {
     "grpo": Side(grpo_settings, grpo),
+    "grpo_kl": Side(grpo_kl_settings, grpo, has_reference=True),
     "grpo_best": Side(grpo_settings, grpo, matmul="medium"),
     "grpo_compact_head": Side(grpo_settings, grpo, matmul="medium", compact_head=True),
     "grpo_bf16_weights": Side(grpo_settings, grpo, matmul="medium", weights="bfloat16"),
-    "online_dpo": Side(online_dpo_settings, online_dpo),
-    "online_dpo_best": Side(online_dpo_best_settings, online_dpo),
+    "online_dpo": Side(online_dpo_settings, online_dpo, has_reference=True),
+    "online_dpo_best": Side(online_dpo_best_settings, online_dpo, has_reference=True),
 }
 
 # Our stages: what a stage is called, and where its function is looked up.

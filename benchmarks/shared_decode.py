@@ -24,8 +24,8 @@ from neat_align.sampling.shared_rows import SharedRows
 from neat_align.sampling.token_rows import CachedRows
 
 SIDES = {"whole": (CachedRows, ATTENTION), "shared": (SharedRows, SHARED_ATTENTION)}
-# Tokens of a prompt, prompts, completions of each. The fourth is a round against GRPO in `round.py`,
-# the fifth the demo's.
+# Tokens of a prompt, prompts, completions of each. The fourth is that of a round against GRPO in
+# `round.py`, the fifth about the demo's.
 POINTS = ((30, 8, 2), (64, 4, 8), (256, 2, 4), (273, 8, 4), (100, 32, 4), (512, 4, 8))
 
 

@@ -19,6 +19,7 @@ POINTS = ((64, 64, 4), (256, 64, 8), (512, 128, 8))
 # Whole rounds: the peer's name, and its result file. Its best settings stand in the README, too.
 ROUNDS = (
     ("GRPO", "round-grpo"),
+    ("GRPO with a KL term", "round-grpo_kl"),
     ("GRPO at its best settings", "round-grpo_best"),
     ("Online DPO", "round-online_dpo"),
     ("Online DPO at its best settings", "round-online_dpo_best"),

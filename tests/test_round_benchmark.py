@@ -18,7 +18,7 @@ pytest.importorskip("psutil", reason="the benchmarks need psutil: pip install -e
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TOKENIZER = tiny_tokenizer()
 SIZE = argparse.Namespace(
-    prompt=24, completion=3, k=2, prompts=2, rows=4, max_tokens=512, dtype="bf16"
+    peer="grpo", prompt=24, completion=3, k=2, prompts=2, rows=4, max_tokens=512, dtype="bf16"
 )
 
 
@@ -63,6 +63,11 @@ def test_a_side_leaves_torch_as_it_found_it(benchmark: Any) -> None:
 def test_every_side_reports_what_it_was_configured_with(benchmark: Any) -> None:
     found = {name: side.configuration(SIZE) for name, side in benchmark.PEERS.items()}
     assert [name for name, one in found.items() if not one["equal_work"]] == ["grpo_bf16_weights"]
+    for name, one in found.items():
+        has_reference = name == "grpo_kl" or name.startswith("online_dpo")
+        ours = benchmark.NEAT.configuration(argparse.Namespace(**{**vars(SIZE), "peer": name}))
+        assert ours["training_arguments"].get("kl_weight", 1.0) == float(has_reference)
+        assert one["training_arguments"].get("beta", 0.0) == 0.04 * (name == "grpo_kl")
     assert found["grpo_best"]["attn_implementation"] == "sdpa"
     assert found["online_dpo_best"]["training_arguments"]["per_device_train_batch_size"] == 2
     assert found["grpo_compact_head"]["changed_in_trl"]
