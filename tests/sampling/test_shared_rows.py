@@ -220,11 +220,11 @@ def test_few_tokens_are_not_shared() -> None:
     model = MODELS["llama"]
     prompt = tuple(i % VOCAB for i in range(65))
     with sharing(model):
-        assert isinstance(read_rows(model, [prompt] * 24, PAD, "together"), CachedRows)
-        assert isinstance(read_rows(model, [prompt] * 25, PAD, "together"), SharedRows)
-        assert isinstance(read_rows(model, [prompt] * 25, PAD, "one_row"), RecomputedRows)
+        assert isinstance(read_rows(model, [prompt] * 32, PAD, "together"), CachedRows)
+        assert isinstance(read_rows(model, [prompt] * 33, PAD, "together"), SharedRows)
+        assert isinstance(read_rows(model, [prompt] * 33, PAD, "one_row"), RecomputedRows)
     with torch.no_grad():
-        assert isinstance(read_rows(model, [prompt] * 25, PAD, "together"), CachedRows)
+        assert isinstance(read_rows(model, [prompt] * 33, PAD, "together"), CachedRows)
 
 
 # ---- which attention -----------------------------------------------------------------------------

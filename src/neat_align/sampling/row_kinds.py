@@ -17,7 +17,7 @@ from neat_align.sampling.token_rows import CachedRows, RecomputedRows, TokenRows
 # So many tokens of prompts have to be there again for prompts to be kept once: sharing costs a few
 # small operations a layer and token, about what it costs to read and copy the keys of so many
 # (`benchmarks/shared_decode.py`).
-SHARED_FROM = 1536
+SHARED_FROM = 2048
 
 
 def read_rows(
