@@ -294,6 +294,21 @@ def test_a_model_that_attends_to_something_else_does_not_share(
     assert chosen(MODELS["llama"]) == PLAIN
 
 
+def test_a_model_that_takes_no_positions_is_drawn_from_with_its_own_attention() -> None:
+    model = copy.deepcopy(MODELS["llama"])
+    expected = drawn(model, many=2, known=KnownWay("one_length", attention=KERNEL))
+
+    def refuse(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        if inputs.get("position_ids") is not None:
+            raise TypeError("position_ids")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    known = KnownWay("one_length")
+    ours = drawn(model, many=2, known=known)
+    assert [s.token_ids for s in ours] == [s.token_ids for s in expected]
+    assert known.attention == KERNEL
+
+
 def test_models_that_share_what_is_known_are_compared_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

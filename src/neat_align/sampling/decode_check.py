@@ -100,7 +100,12 @@ def fast_decoding(model: torch.nn.Module, known: KnownWay | None = None) -> Iter
 
 def _fastest(model: torch.nn.Module) -> str:
     kernel: str = unwrapped(model).config._attn_implementation
-    expected = _read_on(model, kernel, CachedRows)
+    try:
+        expected = _read_on(model, kernel, CachedRows)
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS:
+        return kernel  # not with a mask and positions: it may be drawn from without
     if keeps_all_keys(model) and _gives(expected, model, _BOTH_SHARED, shared_rows.SharedRows):
         return SHARED_ATTENTION
     return ATTENTION if _gives(expected, model, _BOTH, CachedRows) else kernel
