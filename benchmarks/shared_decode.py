@@ -19,6 +19,7 @@ import harness
 import torch
 
 from neat_align.modeling.precision import half_precision_copy, inference
+from neat_align.modeling.shared_prefix import attending_by
 from neat_align.sampling.decode_attention import ATTENTION, SHARED_ATTENTION
 from neat_align.sampling.shared_rows import SharedRows
 from neat_align.sampling.token_rows import CachedRows
@@ -32,17 +33,12 @@ POINTS = ((30, 8, 2), (64, 4, 8), (256, 2, 4), (273, 8, 4), (100, 32, 4), (512, 
 def step_seconds(model: Any, side: str, prompts: list[tuple[int, ...]], tokens: int) -> float:
     """Seconds a token of all rows; reading the prompts, which is alike, is not counted."""
     kind, attention = SIDES[side]
-    config, before = model.config, model.config._attn_implementation
-    config._attn_implementation = attention
-    try:
-        with inference(model, None):
-            rows = kind(model, prompts, 0)
-            start = time.perf_counter()
-            for _ in range(tokens):
-                rows.advance(rows.logits.argmax(-1))
-            return (time.perf_counter() - start) / tokens
-    finally:
-        config._attn_implementation = before
+    with attending_by(model, attention), inference(model, None):
+        rows = kind(model, prompts, 0)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            rows.advance(rows.logits.argmax(-1))
+        return (time.perf_counter() - start) / tokens
 
 
 def main() -> None:

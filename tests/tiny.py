@@ -30,6 +30,20 @@ Template: TypeAlias = Literal["chatml", "none"]
 
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "gpt2")
 MAX_POSITIONS = 512
+# Of a small DeepseekV3Config: experts, and keys and values that are made of fewer numbers.
+LATENT_KEYS: dict[str, int] = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+}
 PAD, IM_START, IM_END, BOS = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|bos|>"
 
 CHATML = (

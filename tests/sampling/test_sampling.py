@@ -25,7 +25,7 @@ from neat_align.sampling.decode_check import fast_decoding
 from neat_align.sampling.drawing import SHRINK_AT
 from neat_align.sampling.protocol import Sample, Sampler, SampleRequest, SamplingParams
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from tiny import FAMILIES, Family, random_model, tiny_model
+from tiny import FAMILIES, LATENT_KEYS, Family, random_model, tiny_model
 
 VOCAB = 48
 PAD, EOS = 0, 2
@@ -238,20 +238,7 @@ ODD: dict[str, Any] = {
     ),
     "falcon": FalconConfig(**SMALL, alibi=False, new_decoder_architecture=False),
     "lfm2": Lfm2Config(**WIDER, layer_types=["conv", "full_attention"]),
-    "deepseek": DeepseekV3Config(
-        **{**WIDER, "num_key_value_heads": 4},
-        moe_intermediate_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=6,
-    ),
+    "deepseek": DeepseekV3Config(**{**WIDER, "num_key_value_heads": 4}, **LATENT_KEYS),
 }
 
 

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 from neat_align.modeling.precision import half_precision_copy, inference
+from neat_align.modeling.shared_prefix import attending_by
 from neat_align.sampling import decode_check, row_kinds, shared_rows
 from neat_align.sampling.batch_check import KnownWay
 from neat_align.sampling.decode_check import fast_decoding
@@ -30,7 +31,7 @@ from neat_align.sampling.row_kinds import read_rows
 from neat_align.sampling.shared_rows import Seats, SharedRows
 from neat_align.sampling.token_rows import CachedRows, RecomputedRows
 from neat_align.sampling.transformers_sampler import TransformersSampler
-from tiny import FAMILIES, Family, random_model, tiny_model
+from tiny import FAMILIES, LATENT_KEYS, Family, random_model, tiny_model
 
 VOCAB, PAD = 48, 0
 SHARED, PLAIN, KERNEL = "neat_decode_shared_prompts", "neat_decode", "sdpa"
@@ -53,32 +54,14 @@ ODD: dict[str, Any] = {
     "qwen3": Qwen3Config(**WIDER, head_dim=8),
 }
 
-LATENT = DeepseekV3Config(
-    **{**WIDER, "num_key_value_heads": 4},
-    moe_intermediate_size=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=1,
-    topk_group=1,
-    first_k_dense_replace=1,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_rope_head_dim=4,
-    qk_nope_head_dim=8,
-    v_head_dim=6,
-)
+LATENT = DeepseekV3Config(**{**WIDER, "num_key_value_heads": 4}, **LATENT_KEYS)
 FEWER = {k: v for k, v in WIDER.items() if k not in ("intermediate_size", "num_key_value_heads")}
 
 
 @contextmanager
 def sharing(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.config._attn_implementation = SHARED
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.config._attn_implementation = before
+    with attending_by(model, SHARED), torch.no_grad():
+        yield
 
 
 def models() -> dict[str, PreTrainedModel]:
@@ -315,7 +298,9 @@ def test_models_that_share_what_is_known_are_compared_once(
     asked: list[torch.nn.Module] = []
     fastest = decode_check._fastest
     monkeypatch.setattr(
-        decode_check, "_fastest", lambda model: asked.append(model) or fastest(model)
+        decode_check,
+        "_fastest",
+        lambda model, kernel: asked.append(model) or fastest(model, kernel),
     )
     known = KnownWay("together")
     for _ in range(2):

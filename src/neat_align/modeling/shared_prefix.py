@@ -136,19 +136,26 @@ def _attend(
 
 
 @contextlib.contextmanager
+def attending_by(model: torch.nn.Module, attention: str) -> Iterator[None]:
+    """While open, the model attends by the function of this name."""
+    config = unwrapped(model).config
+    before = config._attn_implementation
+    config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextlib.contextmanager
 def sharing_prefixes(model: torch.nn.Module) -> Iterator[None]:
     """While open, the model attends by `shared_prefix_attention` and takes packed rows only.
 
     With gradient checkpointing it has to stay open over the backward pass, which runs the attention
     again.
     """
-    config = unwrapped(model).config
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
+    with attending_by(model, ATTENTION):
         yield
-    finally:
-        config._attn_implementation = before
 
 
 def is_sharing(model: torch.nn.Module) -> bool:

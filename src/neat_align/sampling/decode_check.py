@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from neat_align.modeling.self_check import MODEL_ERRORS
-from neat_align.modeling.shared_prefix import unwrapped
+from neat_align.modeling.shared_prefix import attending_by, unwrapped
 from neat_align.sampling import decode_attention as products
 from neat_align.sampling import shared_rows
 from neat_align.sampling.batch_check import KnownWay
@@ -85,27 +85,20 @@ def fast_decoding(model: torch.nn.Module, known: KnownWay | None = None) -> Iter
     Other models are left alone. It is compared once for all models that share `known`, which differ
     in their numbers at most.
     """
-    config = unwrapped(model).config
-    before = config._attn_implementation
+    kernel: str = unwrapped(model).config._attn_implementation
     on_cpu = next(model.parameters()).device.type == "cpu"
     known = known or KnownWay()
-    try:
-        if on_cpu and before == "sdpa" and keeps_keys(model):
-            known.attention = known.attention or _fastest(model)
-            config._attn_implementation = known.attention
+    attention = kernel
+    if on_cpu and kernel == "sdpa" and keeps_keys(model):
+        attention = known.attention = known.attention or _fastest(model, kernel)
+    with attending_by(model, attention):
         yield
-    finally:
-        config._attn_implementation = before
 
 
-def _fastest(model: torch.nn.Module) -> str:
-    kernel: str = unwrapped(model).config._attn_implementation
-    try:
-        expected = _read_on(model, kernel, CachedRows)
-    except torch.OutOfMemoryError:
-        raise
-    except MODEL_ERRORS:
-        return kernel  # not with a mask and positions: it may be drawn from without
+def _fastest(model: torch.nn.Module, kernel: str) -> str:
+    expected = _read_on(model, kernel, CachedRows)
+    if expected is None:  # not with a mask and positions: it may be drawn from without
+        return kernel
     if keeps_all_keys(model) and _gives(expected, model, _BOTH_SHARED, shared_rows.SharedRows):
         return SHARED_ATTENTION
     return ATTENTION if _gives(expected, model, _BOTH, CachedRows) else kernel
@@ -124,12 +117,10 @@ def _gives(
     token = _agreements.set(agreements)
     try:
         renamed = _read_on(model, attention, read)
-    except torch.OutOfMemoryError:
-        raise
-    except MODEL_ERRORS:
-        return False  # the model's code is not made for it
     finally:
         _agreements.reset(token)
+    if renamed is None:
+        return False
     # The kernel is torch's both times, but in bf16 other columns of padding are other rounding.
     # (What is no number agrees with nothing: the draw says so.)
     apart = (renamed - expected).square().mean().sqrt()
@@ -141,21 +132,22 @@ def _read_on(
     model: torch.nn.Module,
     attention: str,
     read: Callable[[torch.nn.Module, Any, int], TokenRows],
-) -> Float[Tensor, "rows vocab"]:
-    """Log-probabilities after a few tokens of rows that have left, stayed and come."""
-    config = unwrapped(model).config
-    before = config._attn_implementation
-    config._attn_implementation = attention
+) -> Float[Tensor, "rows vocab"] | None:
+    """Log-probabilities after a few tokens of rows that have left, stayed and come; None where the
+    model's code is not made for it.
+    """
     try:
-        with torch.no_grad():
+        with attending_by(model, attention), torch.no_grad():
             rows = read(model, _PROMPTS, 0)
             rows.advance(torch.tensor([9, 10, 11]))
             rows.keep([0, 2])
             rows.add(_PROMPTS[2:])
             rows.advance(torch.tensor([12, 13, 14]))
-        return rows.logits.float().log_softmax(-1)
-    finally:
-        config._attn_implementation = before
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS:
+        return None
+    return rows.logits.float().log_softmax(-1)
 
 
 def _agree(ours: Tensor, expected: Tensor, value: Tensor) -> bool:
